@@ -1,0 +1,99 @@
+"""The autograd formula of `flatlora::linear`: the backward draws the forward's eps again.
+
+    dX  = dY (W + eps) + scaling (dY B) A      (the second term goes to lora_x where it is given)
+    dA  = scaling (dY B)^T x                   dB = scaling dY^T u,  u = x A^T
+    dbias = sum dY                             dW = dY^T x
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.reference import matmul
+
+_TWICE = (
+    "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
+    " Drop create_graph=True, or use gradients that do not need a graph"
+)
+
+
+def linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest = inputs
+    u = output[1]
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    need_x, need_W, need_A, need_B, need_bias, need_lora_x = ctx.needs_input_grad[:6]
+    ctx.save_for_backward(
+        x if need_W or (need_A and lora_x is None) else None,
+        weight if need_x else None,
+        lora_A if need_x or need_lora_x else None,
+        lora_B if need_x or need_A or need_lora_x else None,
+        lora_x if need_A else None,
+        u if need_B else None,
+        noise_scale if need_x else None,
+        seed if need_x else None,
+    )
+    ctx.scaling = scaling
+    ctx.rest = rest
+    ctx.separate_branch = lora_x is not None
+    # Parameters may be float32 beside a 16-bit x.
+    ctx.dtypes = [None if t is None else t.dtype for t in (weight, lora_A, lora_B, bias)]
+
+
+def linear_backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest_of_inputs = (None,) * (3 + len(ctx.rest))
+    if grad_y is None:
+        return (None,) * 6 + rest_of_inputs
+    with torch.no_grad():
+        grads = _gradients(ctx, grad_y)
+    if torch.is_grad_enabled():  # create_graph=True: fine until somebody differentiates the result
+        given = [g for g in grads if g is not None]
+        marked = iter(_NoSecondDerivative.apply(*(g.requires_grad_() for g in given)))
+        grads = tuple(None if g is None else next(marked) for g in grads)
+    return grads + rest_of_inputs
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed = ctx.saved_tensors
+    need_x, need_W, need_A, need_B, need_bias, need_lora_x = ctx.needs_input_grad[:6]
+    dtype_W, dtype_A, dtype_B, dtype_bias = ctx.dtypes
+    dy = grad_y.flatten(0, -2)  # (M, N)
+    dx = dW = dA = dB = dbias = dlora_x = v = None
+
+    x_uses_v = need_x and not ctx.separate_branch
+    if lora_B is not None and (need_A or need_lora_x or x_uses_v):
+        v = matmul(dy, lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (M, r)
+    if need_x:
+        A, v_x = (None, None) if ctx.separate_branch or v is None else (lora_A, v)
+        dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
+    if need_lora_x:
+        dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])
+    if need_A:
+        dA = matmul(v.t(), (lora_x if ctx.separate_branch else x).flatten(0, -2)).to(dtype_A)
+    if need_B:
+        dB = matmul(dy.t(), u).mul_(ctx.scaling).to(dtype_B)
+    if need_bias:
+        dbias = dy.sum(0).to(dtype_bias)
+    if need_W:
+        dW = matmul(dy.t(), x.flatten(0, -2)).to(dtype_W)
+    return dx, dW, dA, dB, dbias, dlora_x
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(_TWICE.format("linear"))
+
+
+def no_second_derivative(name: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(_TWICE.format(name))
+
+    return backward

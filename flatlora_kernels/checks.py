@@ -1,0 +1,188 @@
+"""Every check of arguments, and every message. Shapes, types and Python numbers only: no tensor is read back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import KINDS
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_UINT32 = 2**32
+
+
+def _type_error(name: str, got: object, expected: str) -> TypeError:
+    return TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def _value_error(name: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise _type_error(name, type(value).__name__, "a tensor")
+
+
+def _shape(name: str, value: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    if value.shape != expected:
+        raise _value_error(name, f"shape {tuple(value.shape)}", f"shape {letters} = {expected}")
+
+
+def _device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise _value_error(name, value.device, f"the device of {like_name}, {like.device}")
+
+
+def weight(value: Any) -> None:
+    tensor("weight", value)
+    if value.dim() != 2:
+        raise _value_error("weight", f"shape {tuple(value.shape)}", "shape (out_features, in_features)")
+    if value.dtype not in FLOAT_DTYPES:
+        raise _type_error("weight", value.dtype, "float16, bfloat16, float32 or float64")
+
+
+def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
+    """`lora_A` (r, K) and `lora_B` (N, r), both or none, in the type of `W` or float32."""
+    if lora_A is None and lora_B is None:
+        return
+    if lora_A is None or lora_B is None:
+        missing, present = ("lora_A", "lora_B") if lora_A is None else ("lora_B", "lora_A")
+        raise _value_error(missing, "None", f"a tensor, because {present} is given (pass both or none)")
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        tensor(name, value)
+        if value.dim() != 2:
+            raise _value_error(name, f"shape {tuple(value.shape)}", "2 dimensions")
+        _parameter_dtype(name, value, W)
+        _device(name, value, "weight", W)
+    N, K = W.shape
+    rank = lora_A.shape[0]
+    _shape("lora_A", lora_A, (rank, K), "(r, in_features)")
+    _shape("lora_B", lora_B, (N, rank), "(out_features, r)")
+
+
+def _parameter_dtype(name: str, value: Tensor, W: Tensor) -> None:
+    if value.dtype != W.dtype and not (value.dtype == torch.float32 and W.dtype.itemsize == 2):
+        raise _type_error(name, value.dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight")
+
+
+def scaling(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _type_error("scaling", type(value).__name__, "a float")
+
+
+def linear(x: Any, W: Any, lora_A: Any, lora_B: Any, bias: Any, lora_x: Any, scale: Any) -> None:
+    """The tensors of `fused_flat_lora_linear` that have nothing to do with noise."""
+    tensor("x", x)
+    if x.dtype not in FLOAT_DTYPES:
+        raise _type_error("x", x.dtype, "float16, bfloat16, float32 or float64")
+    weight(W)
+    N, K = W.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise _value_error("x", f"shape {tuple(x.shape)}", f"shape (..., in_features) with in_features = {K}")
+    if W.dtype != x.dtype:
+        raise _type_error("weight", W.dtype, f"{x.dtype}, the type of x")
+    _device("weight", W, "x", x)
+    adapter(lora_A, lora_B, W)
+    scaling(scale)
+    if bias is not None:
+        tensor("bias", bias)
+        _shape("bias", bias, (N,), "(out_features,)")
+        _parameter_dtype("bias", bias, W)
+        _device("bias", bias, "x", x)
+    if lora_x is not None:
+        tensor("lora_x", lora_x)
+        if lora_A is None:
+            raise _value_error("lora_x", "a tensor", "None, because lora_A and lora_B are not given")
+        _shape("lora_x", lora_x, tuple(x.shape), "of x")
+        if lora_x.dtype != x.dtype:
+            raise _type_error("lora_x", lora_x.dtype, f"{x.dtype}, the type of x")
+        _device("lora_x", lora_x, "x", x)
+
+
+def uint32(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise _type_error(name, type(value).__name__, "an int")
+    if not 0 <= value < _UINT32:
+        raise _value_error(name, value, "0 <= value < 2**32")
+
+
+def sigma(value: Any, W: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            raise _value_error("sigma", f"{value.dtype} of shape {tuple(value.shape)}", "a real 0-d tensor")
+        _device("sigma", value, "weight", W)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _type_error("sigma", type(value).__name__, "a float or a 0-d tensor")
+    elif not (math.isfinite(value) and value >= 0):
+        raise _value_error("sigma", value, "a finite float >= 0")
+
+
+def noise_scale(value: Any, num_rows: int | None, device: torch.device | None) -> None:
+    tensor("noise_scale", value)
+    if value.dtype != torch.float32:
+        raise _type_error("noise_scale", value.dtype, "torch.float32")
+    if value.dim() != 1 or (num_rows is not None and value.shape[0] != num_rows):
+        letters = "(out_features,)" + ("" if num_rows is None else f" = ({num_rows},)")
+        raise _value_error("noise_scale", f"shape {tuple(value.shape)}", f"shape {letters}")
+    if value.requires_grad:
+        raise _value_error(
+            "noise_scale", "a tensor that requires grad", "a constant; eps is not differentiated: pass .detach()"
+        )
+    if device is not None and value.device != device:
+        raise _value_error("noise_scale", value.device, f"the device of weight, {device}")
+
+
+def seed(value: Any, device: torch.device) -> None:
+    if value is None:
+        raise _value_error("seed", "None", "an int or a 0-d int64 tensor wherever noise is drawn")
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise _type_error("seed", value.dtype, "torch.int64 where it is a tensor")
+        if value.dim() != 0:
+            raise _value_error("seed", f"shape {tuple(value.shape)}", "a 0-d tensor")
+        if value.device != device:
+            raise _value_error("seed", value.device, f"the device of the weight and its noise, {device}")
+    elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise _type_error("seed", type(value).__name__, "an int or a 0-d int64 tensor")
+
+
+def draw(noise: Any, stream: Any, row_offset: Any, col_offset: Any, N: int, K: int) -> None:
+    """Which noise: its kind, its stream and where the tile sits; all indices are uint32."""
+    if noise not in KINDS:
+        raise _value_error("noise", repr(noise), " or ".join(map(repr, KINDS)))
+    uint32("stream", stream)
+    uint32("row_offset", row_offset)
+    uint32("col_offset", col_offset)
+    if col_offset % 8:
+        raise _value_error("col_offset", col_offset, "a multiple of 8")
+    for name, offset, size in (("row_offset", row_offset, N), ("col_offset", col_offset, K)):
+        if offset + size > _UINT32:
+            raise _value_error(name, f"{offset} with {size} after it", f"{name} + size <= 2**32")
+
+
+def sample_range(samples: Any, sample_offset: Any, num_rows: int) -> None:
+    uint32("samples", samples)
+    uint32("sample_offset", sample_offset)
+    if samples < 1 or num_rows % samples:
+        raise _value_error("samples", samples, f"an int >= 1 that divides the {num_rows} rows of x")
+    if sample_offset + samples > _UINT32:
+        raise _value_error("sample_offset", f"{sample_offset} with samples={samples}", "a sum of at most 2**32")
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise _value_error(name, repr(value), "None, " + " or ".join(map(repr, allowed)))
+
+
+def out(value: Any, W: Tensor) -> None:
+    tensor("out", value)
+    _shape("out", value, tuple(W.shape), "of weight")
+    if value.dtype != W.dtype:
+        raise _type_error("out", value.dtype, f"{W.dtype}, the type of weight")
+    _device("out", value, "weight", W)
+    if value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
+        raise _value_error("out", "a tensor that shares memory with weight", "memory of its own: weight is not written")

@@ -1,0 +1,286 @@
+"""The public functions: check the arguments, handle autocast, choose a backend, call the op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
+
+
+def fused_flat_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    sigma: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    noise: str = "gaussian",
+    noise_scale: Tensor | None = None,
+    samples: int = 1,
+    sample_offset: int = 0,
+    antithetic: bool = False,
+    lora_x: Tensor | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    strategy: str | None = None,
+    noise_accum: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x @ (W + eps)^T + scaling * (lora_x @ A^T) @ B^T + bias`` without ever materialising `eps`.
+
+    ``eps[n, k] = noise_scale[n] * z[n, k]`` with `z` drawn from Philox inside the kernel; the backward draws the
+    same values again. `weight` is never written to, and nothing of its size is allocated.
+
+    Args:
+        x: (..., K) float16, bfloat16, float32 or float64. M is the product of the leading dimensions.
+        weight: (N, K) frozen base weight in the type of `x`, row- or column-major.
+        lora_A, lora_B: (r, K) and (N, r), PEFT's names and shapes, in the type of `x` or float32; both or none.
+        bias: (N,).
+        scaling: alpha / r, alpha / sqrt(r), ...
+        sigma: strength of the noise relative to the row norms; a float, or a 0-d tensor. The float 0 draws nothing.
+        seed: an int (modulo 2**64) or a 0-d int64 tensor on the device of `x`, which only the kernel reads.
+        stream: which layer this is; different streams draw different noise.
+        noise: "gaussian" or "rademacher".
+        noise_scale: (N,) float32 >= 0, std of eps per row. Given, `sigma` is ignored; not given, it is
+            `flat_noise_scale` of these arguments, which reads the weight once more.
+        samples, sample_offset: the M rows fall into `samples` equal contiguous groups; group g sees the noise of
+            sample ``sample_offset + g``.
+        antithetic: sample s sees the noise of ``s >> 1``, negated where s is odd.
+        lora_x: input of the adapter branch where it differs from `x` (dropout), in the shape of `x`.
+        row_offset, col_offset: where this shard sits in the full weight; `col_offset` is a multiple of 8.
+        strategy: None = automatic, "fused" or "panel".
+        noise_accum: None = automatic, "folded" (round W + eps) or "split" (x z^T on its own).
+        backend: None = automatic, or one of `backend_info()`; a name that cannot run here is an error.
+
+    Returns:
+        (..., N) in the type of `x`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: the backend asked for cannot run here, or a result is differentiated twice.
+        NotImplementedError: the backend lacks the strategy or noise_accum asked for.
+
+    Gradients flow to `x`, `weight`, `lora_A`, `lora_B`, `bias` and `lora_x`, each only where needed; `noise_scale`,
+    `sigma` and eps are constants. Source: Li et al., Flat-LoRA, ICML 2025, arXiv 2409.14396, eq. (7) to (9).
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        device_type = x.device.type
+        x, weight, lora_A, lora_B, bias, lora_x = _autocast(
+            torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias, lora_x
+        )
+        disabled = torch.autocast(device_type, enabled=False)
+    else:
+        disabled = None
+    checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
+    N, K = weight.shape
+    checks.sigma(sigma, weight)
+    checks.draw(noise, stream, row_offset, col_offset, N, K)
+    checks.choice("strategy", strategy, ("fused", "panel"))
+    checks.choice("noise_accum", noise_accum, ("folded", "split"))
+    device = x.device
+    backend, strategy, noise_accum = backends.resolve(
+        backend, strategy, noise_accum, device.type, x.dtype, N * K
+    )
+    if noise_scale is not None:
+        checks.noise_scale(noise_scale, N, device)
+    elif isinstance(sigma, Tensor) or sigma != 0:
+        noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, backend)
+    if noise_scale is None:
+        seed, samples, sample_offset = None, 1, 0
+    else:
+        seed = _seed_tensor(seed, device)
+        checks.sample_range(samples, sample_offset, x.numel() // max(K, 1))
+    arguments = (
+        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, stream, noise, samples, sample_offset,
+        antithetic, row_offset, col_offset, strategy, noise_accum, backend,
+    )  # fmt: skip
+    if disabled is None:
+        return torch.ops.flatlora.linear(*arguments)[0]
+    with disabled:
+        return torch.ops.flatlora.linear(*arguments)[0]
+
+
+def row_sq_norms(
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Squared row norms ``||W[n] + scaling (B A)[n]||^2``, (N,) float32, as a constant.
+
+    Ranks that hold column shards add these up before `flat_noise_scale`'s square root. Nothing N x K is allocated.
+
+    Args:
+        weight: (N, K) of any supported type, row- or column-major.
+        lora_A, lora_B: (r, K) and (N, r), both or none.
+    """
+    checks.weight(weight)
+    checks.adapter(lora_A, lora_B, weight)
+    checks.scaling(scaling)
+    name, _, _ = backends.resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
+    return _row_sq_norms(weight, lora_A, lora_B, scaling, name)
+
+
+def flat_noise_scale(
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    sigma: float | Tensor,
+    in_features: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Std of eps per row, ``sigma / sqrt(in_features) * ||W[n] + scaling (B A)[n]||``, (N,) float32, a constant.
+
+    Args:
+        sigma: float >= 0 or a 0-d tensor on the device of `weight`.
+        in_features: of the whole layer, where `weight` is a column shard; default K.
+    """
+    checks.weight(weight)
+    checks.adapter(lora_A, lora_B, weight)
+    checks.scaling(scaling)
+    checks.sigma(sigma, weight)
+    if in_features is None:
+        in_features = weight.shape[1]
+    elif isinstance(in_features, bool) or not isinstance(in_features, int):
+        raise TypeError(f"in_features: expected an int, got {type(in_features).__name__}")
+    elif in_features < 1:
+        raise ValueError(f"in_features: expected an int >= 1, got {in_features}")
+    name, _, _ = backends.resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
+    return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, name)
+
+
+def materialize_noise(
+    noise_scale: Tensor,
+    num_cols: int,
+    *,
+    seed: int | Tensor,
+    stream: int = 0,
+    noise: str = "gaussian",
+    sample: int = 0,
+    antithetic: bool = False,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """`eps` itself, (N, num_cols), as the selected backend draws it: for tests, debugging and merging.
+
+    Args:
+        noise_scale: (N,) float32; ones give the standard noise `z`.
+        dtype: type of the result; the values are drawn in float32 and rounded once.
+    """
+    checks.noise_scale(noise_scale, None, None)
+    checks.uint32("num_cols", num_cols)
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+    out = noise_scale.new_empty((noise_scale.shape[0], num_cols), dtype=dtype)
+    _perturb(None, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out)
+    return out
+
+
+def perturb_weight(
+    weight: Tensor,
+    noise_scale: Tensor,
+    *,
+    seed: int | Tensor,
+    stream: int = 0,
+    noise: str = "gaussian",
+    sample: int = 0,
+    antithetic: bool = False,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``W + eps`` in one pass, (N, K): the strongest unfused baseline, and the way to merge a perturbation.
+
+    Args:
+        weight: (N, K); not written to.
+        noise_scale: (N,) float32.
+        out: where to write, of the shape and type of `weight` and in memory of its own; default a new tensor.
+    """
+    checks.weight(weight)
+    checks.noise_scale(noise_scale, weight.shape[0], weight.device)
+    weight = weight.detach()
+    if out is None:
+        out = torch.empty_like(weight)
+    else:
+        checks.out(out, weight)
+    _perturb(weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out)
+    return out
+
+
+def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    """Casts what `F.linear` would under autocast: floating point, but not float64."""
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    checks.seed(seed, device)
+    if isinstance(seed, Tensor):
+        return seed
+    seed %= 1 << 64
+    # The same 64 bits as a signed number; full() fills on the device, so that nothing waits for a copy.
+    return torch.full((), seed - (1 << 64) if seed >> 63 else seed, dtype=torch.int64, device=device)
+
+
+def _row_sq_norms(
+    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
+) -> Tensor:
+    if lora_A is not None:
+        lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    return torch.ops.flatlora.row_sq_norms(weight.detach(), lora_A, lora_B, scaling, backend)
+
+
+def _noise_scale(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    sigma: float | Tensor,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    norms = _row_sq_norms(weight, lora_A, lora_B, scaling, backend).sqrt_()
+    if isinstance(sigma, Tensor):
+        return norms.mul_(sigma.detach()).mul_(1 / math.sqrt(max(in_features, 1)))
+    return norms.mul_(sigma / math.sqrt(max(in_features, 1)))
+
+
+def _perturb(
+    weight: Tensor | None,
+    noise_scale: Tensor,
+    seed: int | Tensor,
+    stream: int,
+    noise: str,
+    sample: int,
+    antithetic: bool,
+    row_offset: int,
+    col_offset: int,
+    backend: str | None,
+    out: Tensor,
+) -> None:
+    checks.draw(noise, stream, row_offset, col_offset, *out.shape)
+    checks.uint32("sample", sample)
+    seed = _seed_tensor(seed, noise_scale.device)
+    # Asked for by name or not, the values come from the backend that a linear of this type would use.
+    name, _, _ = backends.resolve(backend, None, None, out.device.type, out.dtype, out.numel())
+    torch.ops.flatlora.perturb(
+        weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, name, out
+    )

@@ -1,0 +1,104 @@
+"""The one op: its torch.library schemas, fake kernels and the dispatch to a backend.
+
+`functional.py` is the public face; what arrives here has been checked. The raw ops take every option as a
+positional argument, `backend` by name, so that the forward's choice travels with the call into the backward.
+
+    flatlora::linear             y = x (W + eps)^T + scaling (lora_x A^T) B^T + bias;  also u = lora_x A^T
+    flatlora::linear_input_grad  dX = dY (W + eps) + v A
+    flatlora::row_sq_norms       || W[n] + scaling (B A)[n] ||^2
+    flatlora::perturb            out = W + eps, or eps
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends
+from .noise import Draw
+
+# Mirrors noise.Draw; noise_scale is None where nothing is drawn.
+_DRAW = (
+    "Tensor? noise_scale, Tensor? seed, int stream, str noise, int samples, int sample_offset, bool antithetic, "
+    "int row_offset, int col_offset"
+)
+_CHOICE = "str strategy, str noise_accum, str backend"
+
+_lib = torch.library.Library("flatlora", "DEF")
+_lib.define(
+    "linear(Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? bias, Tensor? lora_x, float scaling, "
+    f"{_DRAW}, {_CHOICE}) -> (Tensor, Tensor)"
+)
+_lib.define(
+    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}) -> Tensor"
+)
+_lib.define("row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor")
+_lib.define(
+    "perturb(Tensor? weight, Tensor noise_scale, Tensor seed, int stream, str noise, int sample, bool antithetic, "
+    "int row_offset, int col_offset, str backend, Tensor(a!) out) -> ()"
+)
+
+
+def _linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest):  # type: ignore[no-untyped-def]
+    *draw_rest, strategy, noise_accum, backend = rest
+    draw = None if noise_scale is None else Draw(noise_scale, seed, *draw_rest)
+    return backends.get(backend).linear(
+        x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, strategy, noise_accum
+    )
+
+
+def _linear_input_grad(grad_y, weight, lora_A, v, noise_scale, seed, *rest):  # type: ignore[no-untyped-def]
+    *draw_rest, strategy, noise_accum, backend = rest
+    draw = None if noise_scale is None else Draw(noise_scale, seed, *draw_rest)
+    return backends.get(backend).linear_input_grad(grad_y, weight, lora_A, v, draw, strategy, noise_accum)
+
+
+def _row_sq_norms(
+    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
+) -> Tensor:
+    return backends.get(backend).row_sq_norms(weight, lora_A, lora_B, scaling)
+
+
+def _perturb(
+    weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out
+):  # type: ignore[no-untyped-def]
+    draw = Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset)
+    backends.get(backend).perturb(weight, draw, out)
+
+
+for _name, _kernel in (
+    ("linear", _linear),
+    ("linear_input_grad", _linear_input_grad),
+    ("row_sq_norms", _row_sq_norms),
+    ("perturb", _perturb),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flatlora::linear", lib=_lib)
+def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    u = x.new_empty(0 if lora_A is None else (x.shape[:-1].numel(), lora_A.shape[0]))
+    return y, u
+
+
+@torch.library.register_fake("flatlora::linear_input_grad", lib=_lib)
+def _linear_input_grad_fake(grad_y, weight, *rest):  # type: ignore[no-untyped-def]
+    return grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1]))
+
+
+@torch.library.register_fake("flatlora::row_sq_norms", lib=_lib)
+def _row_sq_norms_fake(weight, *rest):  # type: ignore[no-untyped-def]
+    return weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("flatlora::perturb", lib=_lib)
+def _perturb_fake(*args):  # type: ignore[no-untyped-def]
+    return None
+
+
+torch.library.register_autograd(
+    "flatlora::linear", autograd.linear_backward, setup_context=autograd.linear_setup_context, lib=_lib
+)
+for _name in ("linear_input_grad", "row_sq_norms"):
+    torch.library.register_autograd(f"flatlora::{_name}", autograd.no_second_derivative(_name), lib=_lib)

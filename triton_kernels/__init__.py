@@ -1,0 +1,1 @@
+"""Triton kernels of the `triton` backend. Installed as `flatlora_kernels.triton_kernels`."""
