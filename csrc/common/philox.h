@@ -1,0 +1,166 @@
+// The noise of docs/noise.md: Philox4x32-10 and what becomes of its words.
+//
+// Plain C++17 for g++, nvcc and hipcc. The functions are templates over a vector type, so that a scalar, a CUDA
+// thread and a SIMD register run the same operations in the same order and give the same bits. A type takes part
+// by overloading the few primitives that `namespace scalar` below shows. Multiply-adds are always explicit: build
+// with contraction off.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define FLATLORA_INLINE __host__ __device__ __forceinline__
+#else
+#define FLATLORA_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace flatlora {
+
+enum class Noise : int64_t { kNone = 0, kGaussian = 1, kRademacher = 2 };
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+namespace scalar {
+
+FLATLORA_INLINE void mulhilo(uint32_t m, uint32_t x, uint32_t& hi, uint32_t& lo) {
+  const uint64_t product = uint64_t(m) * x;
+  hi = uint32_t(product >> 32);
+  lo = uint32_t(product);
+}
+FLATLORA_INLINE uint32_t xor1(uint32_t a, uint32_t key) { return a ^ key; }
+FLATLORA_INLINE uint32_t xor3(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
+
+FLATLORA_INLINE float as_float(uint32_t x) {
+  float f;
+  memcpy(&f, &x, 4);
+  return f;
+}
+FLATLORA_INLINE uint32_t as_int(float x) {
+  uint32_t i;
+  memcpy(&i, &x, 4);
+  return i;
+}
+FLATLORA_INLINE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+FLATLORA_INLINE uint32_t add(uint32_t x, uint32_t y) { return x + y; }
+template <int kBits>
+FLATLORA_INLINE uint32_t shift_right(uint32_t x) {
+  return x >> kBits;
+}
+// The signed exponent field, as a float.
+FLATLORA_INLINE float exponent(uint32_t x) { return float(int32_t(x) >> 23); }
+FLATLORA_INLINE uint32_t splat(uint32_t, uint32_t value) { return value; }
+FLATLORA_INLINE float splat(float, float value) { return value; }
+FLATLORA_INLINE float add(float x, float y) { return x + y; }
+FLATLORA_INLINE float mul(float x, float y) { return x * y; }
+FLATLORA_INLINE float fma(float x, float y, float z) { return fmaf(x, y, z); }
+FLATLORA_INLINE float sqrt(float x) { return sqrtf(x); }
+// x with its sign flipped where the top bit of `word` is set.
+FLATLORA_INLINE float flip_sign(float x, uint32_t word) { return as_float(as_int(x) ^ (word & 0x80000000u)); }
+
+}  // namespace scalar
+
+using scalar::add;
+using scalar::and_or;
+using scalar::as_float;
+using scalar::as_int;
+using scalar::exponent;
+using scalar::flip_sign;
+using scalar::fma;
+using scalar::mul;
+using scalar::mulhilo;
+using scalar::shift_right;
+using scalar::splat;
+using scalar::sqrt;
+using scalar::xor1;
+using scalar::xor3;
+
+// One round; U is a word or a vector of words.
+template <class U>
+FLATLORA_INLINE void philox_round(U (&c)[4], uint32_t k0, uint32_t k1) {
+  U hi0, lo0, hi1, lo1;
+  mulhilo(kPhiloxM0, c[0], hi0, lo0);
+  mulhilo(kPhiloxM1, c[2], hi1, lo1);
+  c[0] = xor3(hi1, c[1], k0);
+  c[1] = lo1;
+  c[2] = xor3(hi0, c[3], k1);
+  c[3] = lo0;
+}
+
+// Rounds [first, 10) in place; `seed` is the key.
+template <class U>
+FLATLORA_INLINE void philox_rounds(U (&c)[4], uint64_t seed, int first = 0) {
+  uint32_t k0 = uint32_t(seed) + uint32_t(first) * kPhiloxW0;
+  uint32_t k1 = uint32_t(seed >> 32) + uint32_t(first) * kPhiloxW1;
+  for (int round = first; round < 10; ++round) {
+    philox_round(c, k0, k1);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+}
+
+// The ten rounds for counters that differ in c1 alone (many rows, one block of columns): what stays uniform in the
+// first three rounds is computed once, as scalars.
+template <class U>
+FLATLORA_INLINE void philox_rows(uint32_t c0, U c1, uint32_t c2, uint32_t c3, uint64_t seed, U (&c)[4]) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  uint32_t a1, a2, a3, b0, b1, d2, d3, hi;
+  mulhilo(kPhiloxM0, c0, hi, a3);
+  a2 = hi ^ c3 ^ k1;
+  mulhilo(kPhiloxM1, c2, hi, a1);
+  const U a0 = xor1(c1, hi ^ k0);
+  k0 += kPhiloxW0, k1 += kPhiloxW1;
+  U hi0, b3, hi1;
+  mulhilo(kPhiloxM0, a0, hi0, b3);
+  const U b2 = xor1(hi0, a3 ^ k1);
+  mulhilo(kPhiloxM1, a2, hi, b1);
+  b0 = hi ^ a1 ^ k0;
+  k0 += kPhiloxW0, k1 += kPhiloxW1;
+  mulhilo(kPhiloxM0, b0, d2, d3);
+  mulhilo(kPhiloxM1, b2, hi1, c[1]);
+  c[0] = xor1(hi1, b1 ^ k0);
+  c[2] = xor1(b3, d2 ^ k1);
+  c[3] = splat(c1, d3);
+  philox_rounds(c, seed, 3);
+}
+
+template <class F>
+FLATLORA_INLINE F poly(F x, const float* c, int degree) {
+  F y = splat(x, c[degree]);
+  for (int i = degree - 1; i >= 0; --i) y = fma(y, x, splat(x, c[i]));
+  return y;
+}
+
+// Box-Muller on one word: `scale` times the two deviates of columns 2q (cosine) and 2q + 1 (sine).
+//
+// The polynomials are minimax fits; over all 2^16 radii and 2^16 angles |z - z_exact| < 1.4e-6.
+template <class F, class I>
+FLATLORA_INLINE void gaussian_pair(I word, F scale, F& even, F& odd) {
+  // -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
+  constexpr float kLog[7] = {-2.00000191f, 1.00002229f,   -0.666290164f, 0.498194903f,
+                             -0.409926623f, 0.373357028f, -0.237921908f};
+  // -sin(pi/2 t) / t and cos(pi/2 t) in t^2, on [0, 1]
+  constexpr float kSin[5] = {-1.57079625f, 0.645963371f, -0.079688482f, 0.00467223302f, -0.000150822641f};
+  constexpr float kCos[5] = {0.99999994f, -1.23369825f, 0.253650755f, -0.0208106283f, 0.000858190644f};
+
+  // U = (u + 0.5) / 2^16: u becomes the low mantissa bits of 128 + u / 2^16, and the subtraction is exact.
+  const F uniform =
+      add(as_float(and_or(word, splat(word, 0xffffu), splat(word, 0x43000000u))), splat(scale, -127.99999237060547f));
+  // U = 2^e m with m in [sqrt(1/2), sqrt(2)), so that U near 1 has e = 0 and nothing cancels.
+  const I bits = add(as_int(uniform), splat(word, 0u - 0x3f3504f3u));
+  const F f = add(as_float(add(and_or(bits, splat(word, 0x7fffffu), splat(word, 0u)), splat(word, 0x3f3504f3u))),
+                  splat(scale, -1.0f));
+  const F squared = fma(exponent(bits), splat(scale, -1.38629436f), mul(f, poly(f, kLog, 6)));
+  const F radius = mul(flip_sign(sqrt(squared), word), scale);
+
+  // theta = pi (top bit) + pi/2 (t + 1): the top bit flips both signs, the other 15 give t in [-1, 1).
+  const F t = add(as_float(and_or(shift_right<16>(word), splat(word, 0x7fffu), splat(word, 0x44000000u))),
+                  splat(scale, -513.0f));
+  const F t2 = mul(t, t);
+  even = mul(radius, mul(t, poly(t2, kSin, 4)));
+  odd = mul(radius, poly(t2, kCos, 4));
+}
+
+}  // namespace flatlora

@@ -1,0 +1,417 @@
+// The fused product. Forward and input gradient are one loop:
+//
+//   y[m, o] = sum_c a[m, c] P[c, o] + scaling sum_j u[m, j] L[o, j] + bias[o]
+//
+// A task owns a block of outputs `o`. It draws panels P[chunk of c, block] of W + eps into its core's own cache, each
+// once, and multiplies all rows of `a` by a panel before it draws the next; the low-rank term enters as r more steps
+// of the contraction. Sums stay in float32 (float64 for float64) until the epilogue rounds once.
+#pragma once
+
+#include "tile.h"
+
+namespace flatlora {
+namespace FLATLORA_ISA {
+
+constexpr int kRows = 6;  // rows of `a` per microkernel
+#if defined(__AVX512F__)
+constexpr int kMaxVectors = 4;  // 6 x 4 accumulators of 32 registers
+#else
+constexpr int kMaxVectors = 2;  // of 16 registers
+#endif
+constexpr int64_t kMaxBlock = kRegionShort;
+
+// A way to multiply: what `a` and a panel hold, and what is summed in. kPack contraction steps share one panel entry.
+struct Float32 {
+  using A = float;
+  using Panel = float;
+  using Acc = float;
+  static constexpr int kPack = 1;
+
+  template <int kR, int kV>
+  static void multiply(const A* a, int64_t lda, const Panel* p, int64_t steps, Acc* acc) {
+    F sums[kR][kV];
+    for (int m = 0; m < kR; ++m)
+      for (int v = 0; v < kV; ++v) sums[m][v] = load(acc + (m * kV + v) * W);
+    for (int64_t c = 0; c < steps; ++c, p += kV * W) {
+      F b[kV];
+      for (int v = 0; v < kV; ++v) b[v] = load(p + v * W);
+      for (int m = 0; m < kR; ++m) {
+        const F x = splat(F(), a[m * lda + c]);
+        for (int v = 0; v < kV; ++v) sums[m][v] = fma(x, b[v], sums[m][v]);
+      }
+    }
+    for (int m = 0; m < kR; ++m)
+      for (int v = 0; v < kV; ++v) store(acc + (m * kV + v) * W, sums[m][v]);
+  }
+};
+
+struct Float64 {
+  using A = double;
+  using Panel = double;
+  using Acc = double;
+  static constexpr int kPack = 1;
+
+  template <int kR, int kV>
+  static void multiply(const A* a, int64_t lda, const Panel* p, int64_t steps, Acc* acc) {
+    for (int64_t c = 0; c < steps; ++c, p += kV * W)
+      for (int m = 0; m < kR; ++m)
+        for (int i = 0; i < kV * W; ++i) acc[m * kV * W + i] += a[m * lda + c] * p[i];
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pairs {
+  using A = bfloat16;
+  using Panel = uint32_t;  // steps 2i (low half) and 2i + 1
+  using Acc = float;
+  static constexpr int kPack = 2;
+
+  template <int kR, int kV>
+  static void multiply(const A* a, int64_t lda, const Panel* p, int64_t steps, Acc* acc) {
+    __m512 sums[kR][kV];
+    for (int m = 0; m < kR; ++m)
+      for (int v = 0; v < kV; ++v) sums[m][v] = load(acc + (m * kV + v) * W).v;
+    for (int64_t c = 0; c < steps; c += 2, p += kV * W) {
+      __m512bh b[kV];
+      for (int v = 0; v < kV; ++v) b[v] = (__m512bh)_mm512_loadu_si512(p + v * W);
+      for (int m = 0; m < kR; ++m) {
+        int pair;
+        memcpy(&pair, a + m * lda + c, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < kV; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], x, b[v]);
+      }
+    }
+    for (int m = 0; m < kR; ++m)
+      for (int v = 0; v < kV; ++v) store(acc + (m * kV + v) * W, F{sums[m][v]});
+  }
+};
+
+SIMD void store_pair(uint32_t* p, F low, F high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);  // low in elements 0..15
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+#endif
+
+template <class Mode, int kV>
+void multiply_rows(int64_t rows, const typename Mode::A* a, int64_t lda, const typename Mode::Panel* p, int64_t steps,
+                   typename Mode::Acc* acc) {
+  switch (rows) {
+    case 1: return Mode::template multiply<1, kV>(a, lda, p, steps, acc);
+    case 2: return Mode::template multiply<2, kV>(a, lda, p, steps, acc);
+    case 3: return Mode::template multiply<3, kV>(a, lda, p, steps, acc);
+    case 4: return Mode::template multiply<4, kV>(a, lda, p, steps, acc);
+    case 5: return Mode::template multiply<5, kV>(a, lda, p, steps, acc);
+    default: return Mode::template multiply<6, kV>(a, lda, p, steps, acc);
+  }
+}
+
+// acc: (rows, vectors * W)
+template <class Mode>
+void multiply(int64_t rows, int vectors, const typename Mode::A* a, int64_t lda, const typename Mode::Panel* p,
+              int64_t steps, typename Mode::Acc* acc) {
+  if (vectors == 1) return multiply_rows<Mode, 1>(rows, a, lda, p, steps, acc);
+  if (vectors == 2) return multiply_rows<Mode, 2>(rows, a, lda, p, steps, acc);
+  return multiply_rows<Mode, kMaxVectors>(rows, a, lda, p, steps, acc);
+}
+
+// A block of outputs as a panel stores it: strips of `vectors * W` outputs, each (contraction, vectors * W).
+struct Strips {
+  int64_t width;  // outputs in use
+  int vectors;
+  int64_t strip() const { return vectors * W; }
+  int64_t count() const { return ceil_div(width, strip()); }
+  int64_t padded() const { return count() * strip(); }
+};
+
+inline Strips make_strips(int64_t width) {
+  const int64_t needed = ceil_div(width, W);
+  return {width, needed == 1 ? 1 : needed == 2 || kMaxVectors == 2 ? 2 : kMaxVectors};
+}
+
+SIMD void store_steps(float* panel, int64_t step, int64_t strip, int64_t steps, F (&r)[W]) {
+  for (int i = 0; i < W; ++i)
+    if (i < steps) store(panel + (step + i) * strip, r[i]);
+}
+#if defined(__AVX512BF16__)
+SIMD void store_steps(uint32_t* panel, int64_t step, int64_t strip, int64_t steps, F (&r)[W]) {
+  for (int i = 0; i < W; i += 2)
+    if (i < steps) store_pair(panel + (step + i) / 2 * strip, r[i], i + 1 < steps ? r[i + 1] : splat(F(), 0.0f));
+}
+#endif
+
+// panel = W + eps at outputs [o0, o0 + width) and contraction [c0, c0 + steps); `stride` steps lie between strips.
+template <bool kInputGrad, class Panel, class T>
+void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_t c0, int64_t steps, int64_t step0,
+                 int64_t stride, int pack, Panel* panel) {
+  const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
+  const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
+  SignWords signs;
+  if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
+  for (int64_t n = 0; n < rows; n += W) {
+    const RowLanes lanes = make_row_lanes(d, n0 + n, rows - n, signs);
+    for (int64_t k = 0; k < cols; k += W) {
+      F r[W];
+      perturbed_tile<!kInputGrad>(w, d, lanes, signs, n0 + n, k0 + k, k, r);
+      const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
+      Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
+      store_steps(strip, step0 + c, s.strip(), steps - c, r);
+    }
+  }
+}
+
+// float64 weights: eps in float32 as everywhere, added in float64. Not tuned.
+template <bool kInputGrad>
+void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, int64_t c0, int64_t steps, int64_t step0,
+                 int64_t stride, int, double* panel) {
+  const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
+  const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
+  const Weight<float> zero = {nullptr, 0, 0, w.N, w.K};
+  SignWords signs;
+  if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
+  for (int64_t n = 0; n < rows; n += W) {
+    const RowLanes lanes = make_row_lanes(d, n0 + n, rows - n, signs);
+    for (int64_t k = 0; k < cols; k += W) {
+      F r[W];
+      perturbed_tile<false>(zero, d, lanes, signs, n0 + n, k0 + k, k, r);
+      for (int64_t i = 0; i < min64(W, rows - n); ++i) {
+        float eps[W];
+        store(eps, r[i]);
+        for (int64_t j = 0; j < min64(W, cols - k); ++j) {
+          const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
+          panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] =
+              w.data[(n0 + n + i) * w.row_stride + (k0 + k + j) * w.col_stride] + double(eps[j]);
+        }
+      }
+    }
+  }
+}
+
+// One panel, region by region; lanes past the last output are zero, and so is the odd step that a pair lacks.
+template <bool kInputGrad, class Mode, class T>
+void fill_panel(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_t c0, int64_t steps, int64_t stride,
+                typename Mode::Panel* panel) {
+  if (s.padded() - s.width >= W || sizeof(T) == 8)
+    memset(panel, 0, size_t(s.padded() * (stride / Mode::kPack)) * sizeof(*panel));
+  for (int64_t c = 0; c < steps; c += kRegionLong)
+    fill_region<kInputGrad>(w, d, s, o0, c0 + c, min64(kRegionLong, steps - c), c, stride, Mode::kPack, panel);
+}
+
+inline double scalar_at(const void* p, int64_t dtype, int64_t i) {
+  switch (DType(dtype)) {
+    case DType::kFloat32: return static_cast<const float*>(p)[i];
+    case DType::kFloat64: return static_cast<const double*>(p)[i];
+    case DType::kBFloat16: return to_float(static_cast<const bfloat16*>(p)[i]);
+    default: return to_float(static_cast<const float16*>(p)[i]);
+  }
+}
+
+SIMD double to_float(double x) { return x; }
+
+// rows x steps of a strided matrix as contiguous rows of `lda`; the tail up to lda is zero.
+template <class To, class From>
+void pack(const From* p, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t steps, int64_t lda, To* out) {
+  for (int64_t m = 0; m < rows; ++m, p += row_stride, out += lda) {
+    for (int64_t c = 0; c < steps; ++c) out[c] = To(to_float(p[c * col_stride]));
+    for (int64_t c = steps; c < lda; ++c) out[c] = To();
+  }
+}
+template <class From>
+void pack_floats(const From* p, int64_t row_stride, int64_t rows, int64_t steps, int64_t lda, float* out) {
+  for (int64_t m = 0; m < rows; ++m, p += row_stride, out += lda) {
+    int64_t c = 0;
+    for (; c + W <= steps; c += W) store(out + c, load(p + c));
+    for (; c < steps; ++c) out[c] = to_float(p[c]);
+    for (; c < lda; ++c) out[c] = 0.0f;
+  }
+}
+template <class To, class From>
+void pack_rows(const From* p, int64_t rs, int64_t cs, int64_t rows, int64_t steps, int64_t lda, To* out) {
+  pack(p, rs, cs, rows, steps, lda, out);
+}
+template <class From>
+void pack_rows(const From* p, int64_t rs, int64_t cs, int64_t rows, int64_t steps, int64_t lda, float* out) {
+  if (cs == 1) return pack_floats(p, rs, rows, steps, lda, out);
+  pack(p, rs, cs, rows, steps, lda, out);
+}
+inline void pack_rows(const double* p, int64_t rs, int64_t cs, int64_t rows, int64_t steps, int64_t lda, double* out) {
+  pack(p, rs, cs, rows, steps, lda, out);
+}
+inline void pack_rows(const bfloat16* p, int64_t rs, int64_t cs, int64_t rows, int64_t steps, int64_t lda,
+                      bfloat16* out) {
+  for (int64_t m = 0; m < rows; ++m, p += rs, out += lda) {
+    for (int64_t c = 0; c < steps; ++c) out[c] = p[c * cs];
+    for (int64_t c = steps; c < lda; ++c) out[c] = bfloat16();
+  }
+}
+
+template <class T>
+SIMD void finish_row(const float* acc, const float* bias, int64_t width, T* y) {
+  int64_t o = 0;
+  for (; o + W <= width; o += W) store(y + o, add(load(acc + o), load(bias + o)));
+  if (o < width) store(y + o, add(load(acc + o), load(bias + o)), int(width - o));
+}
+SIMD void finish_row(const double* acc, const double* bias, int64_t width, double* y) {
+  for (int64_t o = 0; o < width; ++o) y[o] = acc[o] + bias[o];
+}
+
+// float32 and float64 carry sums between chunks in y itself; 16-bit outputs need a buffer of their own.
+template <class T>
+constexpr bool kCarryInY = sizeof(T) >= 4;
+
+template <class Acc>
+struct LoraModeOf {
+  using type = Float32;
+};
+template <>
+struct LoraModeOf<double> {
+  using type = Float64;
+};
+
+struct Arena {
+  char* p;
+  template <class T>
+  T* take(int64_t count) {
+    T* result = reinterpret_cast<T*>(p);
+    p += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
+    return result;
+  }
+};
+
+template <class Mode, class T>
+int64_t workspace_bytes(const LinearArgs& args, int64_t block, int64_t chunk, int64_t rows) {
+  using Acc = typename Mode::Acc;
+  const auto line = [](int64_t bytes) { return ceil_div(bytes, 64) * 64; };
+  const int64_t C = args.input_grad ? args.N : args.K;
+  const bool carried = !kCarryInY<T> && chunk < C;
+  return line(block * chunk / Mode::kPack * int64_t(sizeof(typename Mode::Panel))) +
+         line(block * args.rank * int64_t(sizeof(Acc))) + line(kRows * chunk * int64_t(sizeof(typename Mode::A))) +
+         line(kRows * args.rank * int64_t(sizeof(Acc))) +
+         line((carried ? ceil_div(rows, kRows) * kRows : kRows) * block * int64_t(sizeof(Acc))) +
+         line(block * int64_t(sizeof(Acc)));
+}
+
+template <class Mode, class T>
+LinearPlan plan_mode(const LinearArgs& args, int64_t threads) {
+  const int64_t C = args.input_grad ? args.N : args.K, outputs = args.input_grad ? args.K : args.N;
+  const int64_t samples = max64(args.noise.samples, 1), M = max64(args.M / samples, 1);
+  const int64_t limit = args.workspace_limit / threads;
+  const int64_t whole = ceil_div(max64(C, 1), W) * W;
+  // Few rows: a panel that stays in L1. Many: long enough that carrying the sums costs nothing.
+  const int64_t usual = min64(whole, M <= 32 ? 64 : 256);
+  LinearPlan plan = {kMaxBlock, usual, M, 0, threads, 0};
+  const auto fits = [&](int64_t block, int64_t chunk, int64_t rows) {
+    return workspace_bytes<Mode, T>(args, block, chunk, rows) <= limit;
+  };
+  while (plan.block > 2 * W && samples * ceil_div(outputs, plan.block) < 3 * threads) plan.block /= 2;
+  if (kCarryInY<T>) {
+    while (!fits(plan.block, plan.chunk, M) && plan.chunk > W) plan.chunk = max64(W, plan.chunk / 2 / W * W);
+    while (!fits(plan.block, plan.chunk, M) && plan.block > W) plan.block /= 2;
+  } else if (M > 512 || !fits(plan.block, plan.chunk, M)) {
+    // A panel of the whole contraction carries nothing; a narrower one still draws each value once.
+    for (int64_t block = plan.block; block >= W; block /= 2) {
+      if (fits(block, whole, kRows)) {
+        plan.block = block;
+        plan.chunk = whole;
+        break;
+      }
+    }
+    if (plan.chunk < whole) {
+      while (!fits(plan.block, plan.chunk, 16 * kRows) && plan.chunk > W) plan.chunk = max64(W, plan.chunk / 2 / W * W);
+      while (!fits(plan.block, plan.chunk, kRows) && plan.block > W) plan.block /= 2;
+      const int64_t fixed = workspace_bytes<Mode, T>(args, plan.block, plan.chunk, 0);
+      const int64_t per_row = plan.block * int64_t(sizeof(typename Mode::Acc));
+      plan.rows = min64(M, max64(kRows, (limit - fixed) / per_row / kRows * kRows));
+    }
+  }
+  plan.tasks = samples * ceil_div(outputs, plan.block);
+  plan.workspace = workspace_bytes<Mode, T>(args, plan.block, plan.chunk, plan.rows);
+  return plan;
+}
+
+template <class Mode, class T, bool kInputGrad>
+void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, void* workspace) {
+  using A = typename Mode::A;
+  using Acc = typename Mode::Acc;
+  using LoraMode = typename LoraModeOf<Acc>::type;
+  const int64_t C = kInputGrad ? args.N : args.K, outputs = kInputGrad ? args.K : args.N, rank = args.rank;
+  const int64_t blocks = ceil_div(outputs, plan.block), group = task / blocks;
+  const int64_t group_rows = args.M / max64(args.noise.samples, 1);
+  const int64_t o0 = task % blocks * plan.block;
+  const Strips s = make_strips(min64(plan.block, outputs - o0));
+  const int64_t strip = s.strip(), tile = kRows * strip;
+  const Draw draw = make_draw(args.noise, group);
+  const Weight<T> weight = make_weight<T>(args.weight, args.N, args.K);
+  const bool carried = !kCarryInY<T> && plan.chunk < C;
+
+  Arena arena = {static_cast<char*>(workspace)};
+  auto* panel = arena.take<typename Mode::Panel>(s.padded() * plan.chunk / Mode::kPack);
+  Acc* lora_panel = arena.take<Acc>(s.padded() * rank);
+  A* packed_a = arena.take<A>(kRows * plan.chunk);
+  Acc* packed_u = arena.take<Acc>(kRows * rank);
+  Acc* sums = arena.take<Acc>((carried ? ceil_div(plan.rows, kRows) * kRows : kRows) * s.padded());
+  Acc* bias = arena.take<Acc>(s.padded());
+
+  for (int64_t o = 0; o < s.padded(); ++o) {
+    const bool used = o < s.width;
+    bias[o] = used && args.bias ? Acc(scalar_at(args.bias, args.bias_dtype, (o0 + o) * args.bias_stride)) : Acc(0);
+    for (int64_t j = 0; j < rank; ++j) {
+      const int64_t index = (o0 + o) * args.lora_out_stride + j * args.lora_rank_stride;
+      lora_panel[o / strip * rank * strip + j * strip + o % strip] =
+          used ? Acc(args.scaling * scalar_at(args.lora, args.lora_dtype, index)) : Acc(0);
+    }
+  }
+
+  const T* a = static_cast<const T*>(args.a) + group * group_rows * args.a_row_stride;
+  const T* u = static_cast<const T*>(args.u) + group * group_rows * rank;
+  T* y = static_cast<T*>(args.y) + group * group_rows * outputs + o0;
+
+  for (int64_t m0 = 0; m0 < group_rows; m0 += plan.rows) {
+    const int64_t m1 = min64(group_rows, m0 + plan.rows);
+    int64_t c0 = 0;
+    do {
+      const int64_t steps = min64(plan.chunk, C - c0), lda_packed = ceil_div(steps, Mode::kPack) * Mode::kPack;
+      const bool first = c0 == 0, last = c0 + steps == C;
+      // A pair reads one step past an odd end, which only a packed row has.
+      const bool direct = sizeof(A) == sizeof(T) && args.a_col_stride == 1 && lda_packed == steps;
+      fill_panel<kInputGrad, Mode>(weight, draw, s, o0, c0, steps, plan.chunk, panel);
+      for (int64_t m = m0; m < m1; m += kRows) {
+        const int64_t rows = min64(kRows, m1 - m);
+        const T* a_m = a + m * args.a_row_stride + c0 * args.a_col_stride;
+        const A* a_tile = reinterpret_cast<const A*>(a_m);
+        int64_t lda = args.a_row_stride;
+        if (!direct) {
+          pack_rows(a_m, args.a_row_stride, args.a_col_stride, rows, steps, lda_packed, packed_a);
+          a_tile = packed_a;
+          lda = lda_packed;
+        }
+        if (last && rank) pack_rows(u + m * rank, rank, 1, rows, rank, rank, packed_u);
+        for (int64_t i = 0; i < s.count(); ++i) {
+          const int64_t width = min64(strip, s.width - i * strip);
+          T* y_tile = y + m * outputs + i * strip;
+          Acc* acc = carried ? sums + ((m - m0) / kRows * s.count() + i) * tile : sums;
+          if (first) {
+            memset(acc, 0, size_t(tile) * sizeof(Acc));
+          } else if (kCarryInY<T>) {
+            for (int64_t row = 0; row < rows; ++row)
+              memcpy(acc + row * strip, y_tile + row * outputs, size_t(width) * sizeof(T));
+          }
+          multiply<Mode>(rows, s.vectors, a_tile, lda, panel + i * (plan.chunk / Mode::kPack) * strip, steps, acc);
+          if (last) {
+            if (rank) multiply<LoraMode>(rows, s.vectors, packed_u, rank, lora_panel + i * rank * strip, rank, acc);
+            for (int64_t row = 0; row < rows; ++row)
+              finish_row(acc + row * strip, bias + i * strip, width, y_tile + row * outputs);
+          } else if (kCarryInY<T>) {
+            for (int64_t row = 0; row < rows; ++row)
+              memcpy(static_cast<void*>(y_tile + row * outputs), acc + row * strip, size_t(width) * sizeof(T));
+          }
+        }
+      }
+      c0 += steps;
+    } while (c0 < C);
+  }
+}
+
+}  // namespace FLATLORA_ISA
+}  // namespace flatlora

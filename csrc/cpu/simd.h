@@ -1,0 +1,375 @@
+// One vector interface, three instruction sets. The build compiles kernels.cpp once per level, with that level's
+// compiler flags and FLATLORA_ISA set to its name, which also is the namespace: nothing of one level may be linked
+// into another.
+//
+//   F      kWidth floats              I      kWidth 32-bit words
+//   Words  kWidth Philox words; where lanes are 64 bits wide their upper halves are garbage
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/philox.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define SIMD inline __attribute__((always_inline))
+
+namespace flatlora {
+namespace FLATLORA_ISA {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+SIMD float to_float(float x) { return x; }
+SIMD float to_float(bfloat16 x) { return scalar::as_float(uint32_t(x.bits) << 16); }
+SIMD float to_float(float16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return scalar::as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // 2^112 moves the exponent's bias, subnormals included.
+  return scalar::as_float(sign | scalar::as_int(scalar::as_float(magnitude << 13) * 5.192296858534828e33f));
+}
+SIMD void from_float(float x, float& out) { out = x; }
+SIMD void from_float(float x, bfloat16& out) {
+  const uint32_t i = scalar::as_int(x);
+  out.bits = x != x ? uint16_t(i >> 16 | 0x40) : uint16_t((i + 0x7fff + (i >> 16 & 1)) >> 16);
+}
+SIMD void from_float(float x, float16& out) {
+  const uint32_t i = scalar::as_int(x), sign = i >> 16 & 0x8000, magnitude = i & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out.bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // from 65520 on: infinity
+    out.bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // subnormal: the addition rounds at bit 2^-24
+    out.bits = uint16_t(sign | (scalar::as_int(scalar::as_float(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    out.bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  }
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kWidth = 16;
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+struct Words {
+  __m512i even, odd;
+};
+
+SIMD F splat(F, float x) { return {_mm512_set1_ps(x)}; }
+SIMD I splat(I, uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
+SIMD Words splat(Words, uint32_t x) { return {_mm512_set1_epi32(int(x)), _mm512_set1_epi32(int(x))}; }
+SIMD F add(F x, F y) { return {_mm512_add_ps(x.v, y.v)}; }
+SIMD F mul(F x, F y) { return {_mm512_mul_ps(x.v, y.v)}; }
+SIMD F fma(F x, F y, F z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+SIMD F sqrt(F x) { return {_mm512_sqrt_ps(x.v)}; }
+SIMD F as_float(I x) { return {_mm512_castsi512_ps(x.v)}; }
+SIMD I as_int(F x) { return {_mm512_castps_si512(x.v)}; }
+SIMD I add(I x, I y) { return {_mm512_add_epi32(x.v, y.v)}; }
+SIMD I and_or(I x, I mask, I bits) { return {_mm512_ternarylogic_epi32(x.v, mask.v, bits.v, 0xEA)}; }
+template <int kBits>
+SIMD I shift_right(I x) {
+  return {_mm512_srli_epi32(x.v, kBits)};
+}
+SIMD F exponent(I x) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(x.v, 23))}; }
+SIMD F flip_sign(F x, I word) {  // x ^ (word & top bit)
+  return {_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(x.v), word.v, _mm512_set1_epi32(int(0x80000000)), 0x78))};
+}
+SIMD I iota() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+SIMD I load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+SIMD void store_words(uint32_t* p, I x) { _mm512_storeu_si512(p, x.v); }
+SIMD I gather(const uint32_t* p, I index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }
+SIMD I shift_left(I x, I count) { return {_mm512_sllv_epi32(x.v, count.v)}; }
+
+SIMD Words split(I x) { return {x.v, _mm512_srli_epi64(x.v, 32)}; }
+SIMD I join(Words x) { return {_mm512_mask_blend_epi32(0xAAAA, x.even, _mm512_slli_epi64(x.odd, 32))}; }
+SIMD void mulhilo(uint32_t m, Words x, Words& hi, Words& lo) {
+  const __m512i factor = _mm512_set1_epi32(int(m));
+  lo = {_mm512_mul_epu32(x.even, factor), _mm512_mul_epu32(x.odd, factor)};
+  hi = {_mm512_srli_epi64(lo.even, 32), _mm512_srli_epi64(lo.odd, 32)};
+}
+SIMD Words xor1(Words a, uint32_t key) {
+  const __m512i k = _mm512_set1_epi32(int(key));
+  return {_mm512_xor_si512(a.even, k), _mm512_xor_si512(a.odd, k)};
+}
+SIMD Words xor3(Words a, Words b, uint32_t key) {
+  const __m512i k = _mm512_set1_epi32(int(key));
+  return {_mm512_ternarylogic_epi64(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, k, 0x96)};
+}
+
+SIMD F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SIMD F load(const bfloat16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+SIMD F load(const float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+SIMD F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
+SIMD F load(const bfloat16* p, int n) {
+  const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+SIMD F load(const float16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p))};
+}
+
+SIMD __m256i round_bf16(F x) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+  const __m512i i = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(i, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+#endif
+}
+SIMD void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+SIMD void store(bfloat16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(x)); }
+SIMD void store(float16* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+SIMD void store(float* p, F x, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), x.v); }
+SIMD void store(bfloat16* p, F x, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), round_bf16(x)); }
+SIMD void store(float16* p, F x, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+SIMD void transpose(F (&r)[16]) {
+  __m512 t[16], s[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  // s[4g + j]: in 128-bit lane l, column 4l + j of rows 4g .. 4g + 3
+  for (int g = 0; g < 16; g += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m512d a = _mm512_castps_pd(t[g + h]), b = _mm512_castps_pd(t[g + 2 + h]);
+      s[g + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      s[g + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 x0 = _mm512_shuffle_f32x4(s[j], s[4 + j], 0x88), x1 = _mm512_shuffle_f32x4(s[j], s[4 + j], 0xdd);
+    const __m512 y0 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], 0x88);
+    const __m512 y1 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f32x4(x0, y0, 0x88);
+    r[4 + j].v = _mm512_shuffle_f32x4(x1, y1, 0x88);
+    r[8 + j].v = _mm512_shuffle_f32x4(x0, y0, 0xdd);
+    r[12 + j].v = _mm512_shuffle_f32x4(x1, y1, 0xdd);
+  }
+}
+SIMD float sum(F x) { return _mm512_reduce_add_ps(x.v); }
+
+#elif defined(__AVX2__)
+
+constexpr int kWidth = 8;
+
+struct F {
+  __m256 v;
+};
+struct I {
+  __m256i v;
+};
+struct Words {
+  __m256i even, odd;
+};
+
+SIMD F splat(F, float x) { return {_mm256_set1_ps(x)}; }
+SIMD I splat(I, uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
+SIMD Words splat(Words, uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
+SIMD F add(F x, F y) { return {_mm256_add_ps(x.v, y.v)}; }
+SIMD F mul(F x, F y) { return {_mm256_mul_ps(x.v, y.v)}; }
+SIMD F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
+SIMD F sqrt(F x) { return {_mm256_sqrt_ps(x.v)}; }
+SIMD F as_float(I x) { return {_mm256_castsi256_ps(x.v)}; }
+SIMD I as_int(F x) { return {_mm256_castps_si256(x.v)}; }
+SIMD I add(I x, I y) { return {_mm256_add_epi32(x.v, y.v)}; }
+SIMD I and_or(I x, I mask, I bits) { return {_mm256_or_si256(_mm256_and_si256(x.v, mask.v), bits.v)}; }
+template <int kBits>
+SIMD I shift_right(I x) {
+  return {_mm256_srli_epi32(x.v, kBits)};
+}
+SIMD F exponent(I x) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(x.v, 23))}; }
+SIMD F flip_sign(F x, I word) {
+  const __m256 sign = _mm256_castsi256_ps(_mm256_and_si256(word.v, _mm256_set1_epi32(int(0x80000000))));
+  return {_mm256_xor_ps(x.v, sign)};
+}
+SIMD I iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+SIMD I load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+SIMD void store_words(uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
+SIMD I gather(const uint32_t* p, I index) {
+  return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), index.v, 4)};
+}
+SIMD I shift_left(I x, I count) { return {_mm256_sllv_epi32(x.v, count.v)}; }
+
+SIMD Words split(I x) { return {x.v, _mm256_srli_epi64(x.v, 32)}; }
+SIMD I join(Words x) { return {_mm256_blend_epi32(x.even, _mm256_slli_epi64(x.odd, 32), 0xAA)}; }
+SIMD void mulhilo(uint32_t m, Words x, Words& hi, Words& lo) {
+  const __m256i factor = _mm256_set1_epi32(int(m));
+  lo = {_mm256_mul_epu32(x.even, factor), _mm256_mul_epu32(x.odd, factor)};
+  hi = {_mm256_srli_epi64(lo.even, 32), _mm256_srli_epi64(lo.odd, 32)};
+}
+SIMD Words xor1(Words a, uint32_t key) {
+  const __m256i k = _mm256_set1_epi32(int(key));
+  return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
+}
+SIMD Words xor3(Words a, Words b, uint32_t key) {
+  return xor1({_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)}, key);
+}
+
+SIMD F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+SIMD F load(const bfloat16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+SIMD F load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+
+SIMD void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
+SIMD void store(bfloat16* p, F x) {
+  const __m256i i = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(i, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(i, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(i, _mm256_set1_epi32(0x400000));
+  const __m256i h = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+SIMD void store(float16* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+SIMD void transpose(F (&r)[8]) {
+  __m256 t[8], s[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int g = 0; g < 8; g += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m256d a = _mm256_castps_pd(t[g + h]), b = _mm256_castps_pd(t[g + 2 + h]);
+      s[g + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      s[g + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(s[j], s[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(s[j], s[4 + j], 0x31);
+  }
+}
+SIMD float sum(F x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+#else  // baseline: loops that any compiler turns into what its target has
+
+constexpr int kWidth = 8;
+#define LANES for (int i = 0; i < 8; ++i)
+
+struct F {
+  float v[8];
+};
+struct I {
+  uint32_t v[8];
+};
+struct Words {
+  uint32_t v[8];
+};
+
+#define MAP(TYPE, EXPRESSION)  \
+  TYPE result;                 \
+  LANES result.v[i] = EXPRESSION; \
+  return result
+
+SIMD F splat(F, float x) { MAP(F, x); }
+SIMD I splat(I, uint32_t x) { MAP(I, x); }
+SIMD Words splat(Words, uint32_t x) { MAP(Words, x); }
+SIMD F add(F x, F y) { MAP(F, x.v[i] + y.v[i]); }
+SIMD F mul(F x, F y) { MAP(F, x.v[i] * y.v[i]); }
+SIMD F fma(F x, F y, F z) { MAP(F, x.v[i] * y.v[i] + z.v[i]); }  // two roundings: no such instruction here
+SIMD F sqrt(F x) { MAP(F, scalar::sqrt(x.v[i])); }
+SIMD F as_float(I x) { MAP(F, scalar::as_float(x.v[i])); }
+SIMD I as_int(F x) { MAP(I, scalar::as_int(x.v[i])); }
+SIMD I add(I x, I y) { MAP(I, x.v[i] + y.v[i]); }
+SIMD I and_or(I x, I mask, I bits) { MAP(I, (x.v[i] & mask.v[i]) | bits.v[i]); }
+template <int kBits>
+SIMD I shift_right(I x) {
+  MAP(I, x.v[i] >> kBits);
+}
+SIMD F exponent(I x) { MAP(F, scalar::exponent(x.v[i])); }
+SIMD F flip_sign(F x, I word) { MAP(F, scalar::flip_sign(x.v[i], word.v[i])); }
+SIMD I iota() { MAP(I, uint32_t(i)); }
+SIMD I load_words(const uint32_t* p) { MAP(I, p[i]); }
+SIMD void store_words(uint32_t* p, I x) { LANES p[i] = x.v[i]; }
+SIMD I gather(const uint32_t* p, I index) { MAP(I, p[index.v[i]]); }
+SIMD I shift_left(I x, I count) { MAP(I, x.v[i] << count.v[i]); }
+
+SIMD Words split(I x) { MAP(Words, x.v[i]); }
+SIMD I join(Words x) { MAP(I, x.v[i]); }
+SIMD void mulhilo(uint32_t m, Words x, Words& hi, Words& lo) {
+  LANES scalar::mulhilo(m, x.v[i], hi.v[i], lo.v[i]);
+}
+SIMD Words xor1(Words a, uint32_t key) { MAP(Words, a.v[i] ^ key); }
+SIMD Words xor3(Words a, Words b, uint32_t key) { MAP(Words, a.v[i] ^ b.v[i] ^ key); }
+
+template <class T>
+SIMD F load(const T* p) {
+  MAP(F, to_float(p[i]));
+}
+template <class T>
+SIMD void store(T* p, F x) {
+  LANES from_float(x.v[i], p[i]);
+}
+SIMD void transpose(F (&r)[8]) {
+  for (int a = 0; a < 8; ++a)
+    for (int b = 0; b < a; ++b) {
+      const float t = r[a].v[b];
+      r[a].v[b] = r[b].v[a];
+      r[b].v[a] = t;
+    }
+}
+SIMD float sum(F x) {
+  float s = 0;
+  LANES s += x.v[i];
+  return s;
+}
+#undef MAP
+#undef LANES
+
+#endif
+
+#if !defined(__AVX512F__)
+// The first n lanes; the others are zero.
+template <class T>
+SIMD F load(const T* p, int n) {
+  T lanes[kWidth] = {};
+  memcpy(static_cast<void*>(lanes), p, size_t(n) * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+SIMD void store(T* p, F x, int n) {
+  T lanes[kWidth];
+  store(lanes, x);
+  memcpy(static_cast<void*>(p), lanes, size_t(n) * sizeof(T));
+}
+#endif
+
+}  // namespace FLATLORA_ISA
+}  // namespace flatlora
