@@ -90,23 +90,31 @@ def fused_flat_lora_linear(
     backend, strategy, noise_accum = backends.resolve(
         backend, strategy, noise_accum, device.type, x.dtype, N * K
     )
+    checks.sample_range(samples, sample_offset, x.shape[:-1].numel())
     if noise_scale is not None:
         checks.noise_scale(noise_scale, N, device)
-    elif isinstance(sigma, Tensor) or sigma != 0:
-        noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, backend)
-    if noise_scale is None:
-        seed, samples, sample_offset = None, 1, 0
-    else:
+    drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
+    if drawn or seed is not None:
+        checks.seed(seed, device)
+    if drawn:
         seed = _seed_tensor(seed, device)
-        checks.sample_range(samples, sample_offset, x.numel() // max(K, 1))
+        if noise_scale is None:
+            noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, backend)
+    else:
+        seed, samples, sample_offset = None, 1, 0
+    vector = x.dim() == 1
+    if vector:
+        x, lora_x = x[None], None if lora_x is None else lora_x[None]
     arguments = (
         x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, stream, noise, samples, sample_offset,
         antithetic, row_offset, col_offset, strategy, noise_accum, backend,
     )  # fmt: skip
     if disabled is None:
-        return torch.ops.flatlora.linear(*arguments)[0]
-    with disabled:
-        return torch.ops.flatlora.linear(*arguments)[0]
+        y = torch.ops.flatlora.linear(*arguments)[0]
+    else:
+        with disabled:
+            y = torch.ops.flatlora.linear(*arguments)[0]
+    return y[0] if vector else y
 
 
 def row_sq_norms(
@@ -231,8 +239,7 @@ def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     ]
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    checks.seed(seed, device)
+def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     seed %= 1 << 64
@@ -278,6 +285,7 @@ def _perturb(
 ) -> None:
     checks.draw(noise, stream, row_offset, col_offset, *out.shape)
     checks.uint32("sample", sample)
+    checks.seed(seed, noise_scale.device)
     seed = _seed_tensor(seed, noise_scale.device)
     # Asked for by name or not, the values come from the backend that a linear of this type would use.
     name, _, _ = backends.resolve(backend, None, None, out.device.type, out.dtype, out.numel())
