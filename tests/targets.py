@@ -1,0 +1,84 @@
+"""What the tests run on: every backend of the registry on every device it can use here."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import flatlora_kernels as fk
+from flatlora_kernels import backends
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Backends named here may not be missing: their tests fail where others are skipped.
+REQUIRED = tuple(filter(None, os.environ.get("FLATLORA_REQUIRE_BACKENDS", "").replace(" ", "").split(",")))
+
+
+class Target(NamedTuple):
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    @property
+    def module(self) -> Any:
+        return backends.get(self.backend)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(d for d in DTYPES if self.module.DTYPES is None or d in self.module.DTYPES)
+
+    @property
+    def plans(self) -> list[dict[str, str]]:
+        """Keyword arguments of every strategy and noise_accum that the backend implements."""
+        return [
+            {"strategy": s, "noise_accum": a} for s in self.module.STRATEGIES for a in self.module.NOISE_ACCUMS
+        ]
+
+    @property
+    def gaussian_atol(self) -> float:
+        """How far gaussian `z` may lie from its formula (docs/noise.md, "How equal is equal")."""
+        return 2e-6 if self.backend in ("reference", "cpu") else 1e-4
+
+    def missing(self) -> str | None:
+        if reason := backends.unavailable(self.backend):
+            return reason
+        return None if self.device in devices() else f"needs a {self.device} device"
+
+    def linear(self, *args: Any, **kwargs: Any) -> Tensor:
+        return fk.fused_flat_lora_linear(*args, backend=self.backend, **kwargs)
+
+    def noise(self, noise_scale: Tensor | int, num_cols: int, **kwargs: Any) -> Tensor:
+        """`materialize_noise` of this backend; an int asks for that many rows of standard noise."""
+        if isinstance(noise_scale, int):
+            noise_scale = torch.ones(noise_scale, device=self.device)
+        return fk.materialize_noise(noise_scale, num_cols, backend=self.backend, **kwargs)
+
+
+@functools.lru_cache(maxsize=None)
+def devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def all_targets() -> list[Target]:
+    found = []
+    for name in dict.fromkeys((*reversed(backends.names()), *REQUIRED)):
+        if name not in backends.names():
+            raise ValueError(f"FLATLORA_REQUIRE_BACKENDS: expected some of {backends.names()}, got {name!r}")
+        wanted = backends.get(name).DEVICE_TYPES or devices()
+        usable = [d for d in wanted if d in devices()] or list(wanted[:1])
+        found += [Target(name, device) for device in usable]
+    return found
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """Normal values that depend on the shape and `seed` alone."""
+    return torch.randn(*shape, generator=generator(seed)).to(dtype).to(device)
