@@ -77,53 +77,47 @@ using scalar::sqrt;
 using scalar::xor1;
 using scalar::xor3;
 
-// One round; U is a word or a vector of words.
-template <class U>
-FLATLORA_INLINE void philox_round(U (&c)[4], uint32_t k0, uint32_t k1) {
-  U hi0, lo0, hi1, lo1;
-  mulhilo(kPhiloxM0, c[0], hi0, lo0);
-  mulhilo(kPhiloxM1, c[2], hi1, lo1);
-  c[0] = xor3(hi1, c[1], k0);
-  c[1] = lo1;
-  c[2] = xor3(hi0, c[3], k1);
-  c[3] = lo0;
-}
+// The keys of the ten rounds. SIMD code reads them from memory, where a broadcast operand is free.
+struct PhiloxKey {
+  uint32_t k0[10], k1[10];
+  FLATLORA_INLINE explicit PhiloxKey(uint64_t seed) {
+    for (uint32_t round = 0; round < 10; ++round) {
+      k0[round] = uint32_t(seed) + round * kPhiloxW0;
+      k1[round] = uint32_t(seed >> 32) + round * kPhiloxW1;
+    }
+  }
+};
 
-// Rounds [first, 10) in place; `seed` is the key.
+// Rounds [first, 10) in place; U is a word or a vector of words.
 template <class U>
-FLATLORA_INLINE void philox_rounds(U (&c)[4], uint64_t seed, int first = 0) {
-  uint32_t k0 = uint32_t(seed) + uint32_t(first) * kPhiloxW0;
-  uint32_t k1 = uint32_t(seed >> 32) + uint32_t(first) * kPhiloxW1;
+FLATLORA_INLINE void philox_rounds(U (&c)[4], const PhiloxKey& key, int first = 0) {
   for (int round = first; round < 10; ++round) {
-    philox_round(c, k0, k1);
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+    U hi0, lo0, hi1, lo1;
+    mulhilo(kPhiloxM0, c[0], hi0, lo0);
+    mulhilo(kPhiloxM1, c[2], hi1, lo1);
+    c[0] = xor3(hi1, c[1], key.k0[round]);
+    c[1] = lo1;
+    c[2] = xor3(hi0, c[3], key.k1[round]);
+    c[3] = lo0;
   }
 }
 
-// The ten rounds for counters that differ in c1 alone (many rows, one block of columns): what stays uniform in the
-// first three rounds is computed once, as scalars.
+// Rounds [0, 3) for counters that differ in c1 alone (many rows, one block of columns): what is uniform in them is
+// computed once, as scalars.
 template <class U>
-FLATLORA_INLINE void philox_rows(uint32_t c0, U c1, uint32_t c2, uint32_t c3, uint64_t seed, U (&c)[4]) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  uint32_t a1, a2, a3, b0, b1, d2, d3, hi;
-  mulhilo(kPhiloxM0, c0, hi, a3);
-  a2 = hi ^ c3 ^ k1;
-  mulhilo(kPhiloxM1, c2, hi, a1);
-  const U a0 = xor1(c1, hi ^ k0);
-  k0 += kPhiloxW0, k1 += kPhiloxW1;
-  U hi0, b3, hi1;
-  mulhilo(kPhiloxM0, a0, hi0, b3);
-  const U b2 = xor1(hi0, a3 ^ k1);
-  mulhilo(kPhiloxM1, a2, hi, b1);
-  b0 = hi ^ a1 ^ k0;
-  k0 += kPhiloxW0, k1 += kPhiloxW1;
-  mulhilo(kPhiloxM0, b0, d2, d3);
-  mulhilo(kPhiloxM1, b2, hi1, c[1]);
-  c[0] = xor1(hi1, b1 ^ k0);
-  c[2] = xor1(b3, d2 ^ k1);
-  c[3] = splat(c1, d3);
-  philox_rounds(c, seed, 3);
+FLATLORA_INLINE void philox_rows_begin(uint32_t c0, U c1, uint32_t c2, uint32_t c3, const PhiloxKey& key, U (&c)[4]) {
+  uint32_t high0, high1, low0, low1, next0, next1;
+  U high, low;
+  mulhilo(kPhiloxM0, c0, high0, low0);
+  mulhilo(kPhiloxM1, c2, high1, low1);
+  mulhilo(kPhiloxM0, xor1(c1, high1 ^ key.k0[0]), high, low);
+  mulhilo(kPhiloxM1, high0 ^ c3 ^ key.k1[0], high1, next1);
+  const U third = xor1(high, low0 ^ key.k1[1]);
+  mulhilo(kPhiloxM0, high1 ^ low1 ^ key.k0[1], high0, next0);
+  mulhilo(kPhiloxM1, third, high, c[1]);
+  c[0] = xor1(high, next1 ^ key.k0[2]);
+  c[2] = xor1(low, high0 ^ key.k1[2]);
+  c[3] = splat(c1, next0);
 }
 
 template <class F>

@@ -139,14 +139,17 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
   const int64_t n0 = task * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   T* out = static_cast<T*>(args.out);
   const int64_t rs = args.out_row_stride, cs = args.out_col_stride;
-  SignWords signs;
+  Signs signs;
+  RowLanes lanes;
   for (int64_t k0 = 0; k0 < args.K; k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
     if (draw.kind == Noise::kRademacher) draw_signs(draw, n0, rows, k0, cols, signs);
     for (int64_t n = 0; n < rows; n += W) {
-      const RowLanes lanes = make_row_lanes(draw, n0 + n, rows - n, signs);
+      make_row_lanes(draw, n0 + n, rows - n, signs, lanes);
       const int64_t tile_rows = min64(W, rows - n);
       for (int64_t k = 0; k < cols; k += W) {
+        prefetch_tile(w, n0 + n, k0 + k + 8 * W);
+        for (int i = 0; i < tile_rows; ++i) __builtin_prefetch(out + (n0 + n + i) * rs + (k0 + k + 4 * W) * cs, 1, 2);
         F r[W];
         perturbed_tile<kLanesN>(w, draw, lanes, signs, n0 + n, k0 + k, k, r);
         const int64_t tile_cols = min64(W, cols - k);
@@ -164,12 +167,13 @@ void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
   const Draw draw = make_draw(args.noise, 0);
   const int64_t n0 = task * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   auto* out = static_cast<double*>(args.out);
-  SignWords signs;
+  Signs signs;
+  RowLanes lanes;
   for (int64_t k0 = 0; k0 < args.K; k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
     if (draw.kind == Noise::kRademacher) draw_signs(draw, n0, rows, k0, cols, signs);
     for (int64_t n = 0; n < rows; n += W) {
-      const RowLanes lanes = make_row_lanes(draw, n0 + n, rows - n, signs);
+      make_row_lanes(draw, n0 + n, rows - n, signs, lanes);
       for (int64_t k = 0; k < cols; k += W) {
         F r[W];
         perturbed_tile<false>(zero, draw, lanes, signs, n0 + n, k0 + k, k, r);

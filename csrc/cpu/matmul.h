@@ -147,11 +147,13 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
                  int64_t stride, int pack, Panel* panel) {
   const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
   const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
-  SignWords signs;
+  Signs signs;
+  RowLanes lanes;
   if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
   for (int64_t n = 0; n < rows; n += W) {
-    const RowLanes lanes = make_row_lanes(d, n0 + n, rows - n, signs);
+    make_row_lanes(d, n0 + n, rows - n, signs, lanes);
     for (int64_t k = 0; k < cols; k += W) {
+      prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       F r[W];
       perturbed_tile<!kInputGrad>(w, d, lanes, signs, n0 + n, k0 + k, k, r);
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
@@ -168,10 +170,11 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
   const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
   const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
   const Weight<float> zero = {nullptr, 0, 0, w.N, w.K};
-  SignWords signs;
+  Signs signs;
+  RowLanes lanes;
   if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
   for (int64_t n = 0; n < rows; n += W) {
-    const RowLanes lanes = make_row_lanes(d, n0 + n, rows - n, signs);
+    make_row_lanes(d, n0 + n, rows - n, signs, lanes);
     for (int64_t k = 0; k < cols; k += W) {
       F r[W];
       perturbed_tile<false>(zero, d, lanes, signs, n0 + n, k0 + k, k, r);

@@ -90,7 +90,19 @@ SIMD F flip_sign(F x, I word) {  // x ^ (word & top bit)
 SIMD I iota() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 SIMD I load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 SIMD void store_words(uint32_t* p, I x) { _mm512_storeu_si512(p, x.v); }
-SIMD I gather(const uint32_t* p, I index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }
+// The 32-bit word at each byte offset.
+SIMD I gather(const uint8_t* p, I offset) { return {_mm512_i32gather_epi32(offset.v, p, 1)}; }
+// Byte i of each word to row i of `p`.
+SIMD void store_bytes(uint8_t* p, int64_t stride, I x) {
+  for (int i = 0; i < 4; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * stride), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x.v, 8 * i)));
+}
+// x in every lane, negated where the lane's bit is set.
+SIMD F flip_signs(float x, const uint8_t* bits) {
+  uint16_t mask;
+  memcpy(&mask, bits, 2);
+  return {_mm512_mask_blend_ps(mask, _mm512_set1_ps(x), _mm512_set1_ps(-x))};
+}
 SIMD I shift_left(I x, I count) { return {_mm512_sllv_epi32(x.v, count.v)}; }
 
 SIMD Words split(I x) { return {x.v, _mm512_srli_epi64(x.v, 32)}; }
@@ -212,8 +224,13 @@ SIMD F flip_sign(F x, I word) {
 SIMD I iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 SIMD I load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 SIMD void store_words(uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
-SIMD I gather(const uint32_t* p, I index) {
-  return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), index.v, 4)};
+SIMD I gather(const uint8_t* p, I offset) {
+  return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), offset.v, 1)};
+}
+SIMD F flip_signs(float x, const uint8_t* bits) {
+  const __m256i lifted =
+      _mm256_sllv_epi32(_mm256_set1_epi32(*bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+  return flip_sign({_mm256_set1_ps(x)}, {lifted});
 }
 SIMD I shift_left(I x, I count) { return {_mm256_sllv_epi32(x.v, count.v)}; }
 
@@ -318,7 +335,13 @@ SIMD F flip_sign(F x, I word) { MAP(F, scalar::flip_sign(x.v[i], word.v[i])); }
 SIMD I iota() { MAP(I, uint32_t(i)); }
 SIMD I load_words(const uint32_t* p) { MAP(I, p[i]); }
 SIMD void store_words(uint32_t* p, I x) { LANES p[i] = x.v[i]; }
-SIMD I gather(const uint32_t* p, I index) { MAP(I, p[index.v[i]]); }
+SIMD uint32_t word_at(const uint8_t* p) {
+  uint32_t word;
+  memcpy(&word, p, 4);
+  return word;
+}
+SIMD I gather(const uint8_t* p, I offset) { MAP(I, word_at(p + offset.v[i])); }
+SIMD F flip_signs(float x, const uint8_t* bits) { MAP(F, scalar::flip_sign(x, uint32_t(*bits) << (31 - i))); }
 SIMD I shift_left(I x, I count) { MAP(I, x.v[i] << count.v[i]); }
 
 SIMD Words split(I x) { MAP(Words, x.v[i]); }
@@ -356,6 +379,12 @@ SIMD float sum(F x) {
 #endif
 
 #if !defined(__AVX512F__)
+SIMD void store_bytes(uint8_t* p, int64_t stride, I x) {
+  uint32_t words[kWidth];
+  store_words(words, x);
+  for (int i = 0; i < 4; ++i)
+    for (int lane = 0; lane < kWidth; ++lane) p[i * stride + lane] = uint8_t(words[lane] >> 8 * i);
+}
 // The first n lanes; the others are zero.
 template <class T>
 SIMD F load(const T* p, int n) {

@@ -17,7 +17,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The noise of one row group.
 struct Draw {
   Noise kind;
-  uint64_t seed;
+  PhiloxKey key;
   uint32_t stream, sample;
   float sign;
   uint32_t row_offset, col_offset;
@@ -27,86 +27,110 @@ struct Draw {
 
 inline Draw make_draw(const NoiseArgs& noise, int64_t group) {
   const int64_t sample = noise.sample_offset + group;
-  Draw d;
-  d.kind = Noise(noise.kind);
-  d.seed = d.kind == Noise::kNone ? 0 : uint64_t(*noise.seed);
-  d.stream = uint32_t(noise.stream);
-  d.sample = uint32_t(noise.antithetic ? sample >> 1 : sample);
-  d.sign = noise.antithetic && (sample & 1) ? -1.0f : 1.0f;
-  d.row_offset = uint32_t(noise.row_offset);
-  d.col_offset = uint32_t(noise.col_offset);
-  d.scale = noise.scale;
-  d.scale_stride = noise.scale_stride;
-  return d;
+  const bool drawn = Noise(noise.kind) != Noise::kNone;
+  return {Noise(noise.kind),
+          PhiloxKey(drawn ? uint64_t(*noise.seed) : 0),
+          uint32_t(noise.stream),
+          uint32_t(noise.antithetic ? sample >> 1 : sample),
+          noise.antithetic && (sample & 1) ? -1.0f : 1.0f,
+          uint32_t(noise.row_offset),
+          uint32_t(noise.col_offset),
+          noise.scale,
+          noise.scale_stride};
 }
 
-// Rademacher words of a region of at most kRegionRows x kRegionCols, or the other way round: one call of Philox covers
-// 16 rows x 8 columns, so they are drawn with lanes across calls and picked apart by row.
-constexpr int kRegionLong = 256, kRegionShort = 64;
-struct SignWords {
-  static constexpr int kCapacity = 192;  // >= (64/16 + 1) * 256/8 and (256/16 + 1) * 64/8, a multiple of kWidth
-  uint32_t words[4][kCapacity];
-  uint32_t first_group, blocks;
+// The Rademacher signs of a region of at most kRegionLong rows x kRegionShort columns, or the other way round: a byte
+// per row and block of 8 columns, as the words hold them. One call of Philox covers 16 rows of a block, so they are
+// drawn with lanes across blocks.
+constexpr int64_t kRegionLong = 256, kRegionShort = 64;
+struct Signs {
+  // Rows of whole groups times blocks of whole vectors, and what a 32-bit gather reads past the last byte.
+  uint8_t bytes[(kRegionLong + 32) * 16 + 4];
+  uint32_t first_row, stride;
 };
 
-inline void draw_signs(const Draw& d, int64_t n0, int64_t rows, int64_t k0, int64_t cols, SignWords& out) {
-  const uint32_t first_row = d.row_offset + uint32_t(n0), first_block = (d.col_offset + uint32_t(k0)) >> 3;
-  out.first_group = first_row >> 4;
-  out.blocks = uint32_t(ceil_div(cols, 8));
-  const uint32_t groups = ((first_row + uint32_t(rows) - 1) >> 4) - out.first_group + 1;
-  const uint32_t count = groups * out.blocks;
-  for (uint32_t t = 0; t < count; t += W) {
-    uint32_t c0[W], c1[W];
-    for (uint32_t i = 0; i < W; ++i) {
-      c0[i] = first_block + (t + i) % out.blocks;
-      c1[i] = out.first_group + (t + i) / out.blocks;
+inline void draw_signs(const Draw& d, int64_t n0, int64_t rows, int64_t k0, int64_t cols, Signs& out) {
+  const uint32_t first = d.row_offset + uint32_t(n0), first_block = (d.col_offset + uint32_t(k0)) >> 3;
+  const uint32_t blocks = uint32_t(ceil_div(cols, 8)), first_group = first >> 4;
+  const uint32_t groups = ((first + uint32_t(rows) - 1) >> 4) - first_group + 1;
+  out.first_row = first_group << 4;
+  out.stride = uint32_t(ceil_div(blocks, W)) * W;
+  for (uint32_t g = 0; g < groups; ++g)
+    for (uint32_t b = 0; b < blocks; b += W) {
+      const I block = add(iota(), splat(I(), first_block + b));
+      Words c[4] = {split(block), splat(Words(), first_group + g), splat(Words(), d.stream), splat(Words(), d.sample)};
+      philox_rounds(c, d.key);
+      for (int q = 0; q < 4; ++q) store_bytes(out.bytes + (g * 16 + 4 * q) * out.stride + b, out.stride, join(c[q]));
     }
-    Words c[4] = {split(load_words(c0)), split(load_words(c1)), splat(Words(), d.stream), splat(Words(), d.sample)};
-    philox_rounds(c, d.seed);
-    for (int q = 0; q < 4; ++q) store_words(&out.words[q][t], join(c[q]));
-  }
 }
 
 // What kWidth consecutive rows have in common along k.
 struct RowLanes {
-  F scale;      // zero past the last row
-  Words rows;   // gaussian: global row indices
-  I index, up;  // rademacher: where a row's word lies, and the shift that lifts its byte to the top
+  F scale;            // zero past the last row
+  float scales[W];    // the same
+  Words rows;         // gaussian: global row indices
+  I offsets;          // rademacher: where a row's signs lie
+  uint32_t signs[W];  // the same
 };
 
-inline RowLanes make_row_lanes(const Draw& d, int64_t n0, int64_t rows, const SignWords& signs) {
-  RowLanes lanes;
-  if (d.kind == Noise::kNone) return lanes;
-  float scale[W];
-  for (int i = 0; i < W; ++i) scale[i] = i < rows ? d.sign * d.scale[(n0 + i) * d.scale_stride] : 0.0f;
-  lanes.scale = load(scale);
+inline void make_row_lanes(const Draw& d, int64_t n0, int64_t rows, const Signs& signs, RowLanes& lanes) {
+  if (d.kind == Noise::kNone) return;
+  for (int i = 0; i < W; ++i) lanes.scales[i] = i < rows ? d.sign * d.scale[(n0 + i) * d.scale_stride] : 0.0f;
+  lanes.scale = load(lanes.scales);
   const uint32_t first = d.row_offset + uint32_t(n0);
   if (d.kind == Noise::kGaussian) {
     lanes.rows = split(add(iota(), splat(I(), first)));
   } else {
-    uint32_t index[W], up[W];
-    for (uint32_t i = 0; i < W; ++i) {
-      // Rows past the end may belong to a group that was not drawn: any word will do, their scale is zero.
-      const uint32_t n = i < rows ? first + i : first;
-      index[i] = ((n & 15) >> 2) * SignWords::kCapacity + ((n >> 4) - signs.first_group) * signs.blocks;
-      up[i] = 24 - 8 * (n & 3);
-    }
-    lanes.index = load_words(index);
-    lanes.up = load_words(up);
+    // Rows past the end may not have been drawn: any signs will do, their scale is zero.
+    for (int i = 0; i < W; ++i) lanes.signs[i] = (first - signs.first_row + (i < rows ? i : 0)) * signs.stride;
+    lanes.offsets = load_words(lanes.signs);
   }
-  return lanes;
 }
 
-// eps of kWidth rows (the lanes) and the 8 columns of local block `block`, which begins at column 8 * block of the
-// region that `signs` was drawn for, and at `k` of the weight.
-SIMD void eps_block(const Draw& d, const RowLanes& lanes, const SignWords& signs, int64_t k, uint32_t block, F* e) {
+// The blocks of a tile's width, side by side: their rounds interleave, where one alone would wait for its multiplies.
+struct Blocks {
+  Words block[W / 8];
+};
+SIMD void mulhilo(uint32_t m, const Blocks& x, Blocks& hi, Blocks& lo) {
+  for (int b = 0; b < W / 8; ++b) mulhilo(m, x.block[b], hi.block[b], lo.block[b]);
+}
+SIMD Blocks xor3(const Blocks& x, const Blocks& y, uint32_t key) {
+  Blocks result;
+  for (int b = 0; b < W / 8; ++b) result.block[b] = xor3(x.block[b], y.block[b], key);
+  return result;
+}
+
+// eps of kWidth rows and kWidth columns from `k` of the weight, `region_col` of the signs: e[j] is a column, with lanes
+// along n.
+SIMD void eps_columns(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col,
+                      F (&e)[W]) {
   if (d.kind == Noise::kGaussian) {
-    Words c[4];
-    philox_rows((d.col_offset + uint32_t(k)) >> 3, lanes.rows, d.stream, d.sample, d.seed, c);
-    for (int q = 0; q < 4; ++q) gaussian_pair(join(c[q]), lanes.scale, e[2 * q], e[2 * q + 1]);
+    const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
+    Blocks c[4];
+    for (int b = 0; b < W / 8; ++b) {
+      Words begun[4];
+      philox_rows_begin(block + b, lanes.rows, d.stream, d.sample, d.key, begun);
+      for (int i = 0; i < 4; ++i) c[i].block[b] = begun[i];
+    }
+    philox_rounds(c, d.key, 3);
+    for (int b = 0; b < W / 8; ++b)
+      for (int q = 0; q < 4; ++q)
+        gaussian_pair(join(c[q].block[b]), lanes.scale, e[8 * b + 2 * q], e[8 * b + 2 * q + 1]);
   } else {
-    const I top = shift_left(gather(signs.words[0], add(lanes.index, splat(I(), block))), lanes.up);
-    for (uint32_t j = 0; j < 8; ++j) e[j] = flip_sign(lanes.scale, shift_left(top, splat(I(), 7 - j)));
+    const I bits = gather(signs.bytes + (region_col >> 3), lanes.offsets);
+    for (uint32_t j = 0; j < W; ++j) e[j] = flip_sign(lanes.scale, shift_left(bits, splat(I(), 31 - j)));
+  }
+}
+
+// The same tile with lanes along k: e[i] is a row.
+SIMD void eps_rows(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col,
+                   F (&e)[W]) {
+  if (d.kind == Noise::kGaussian) {
+    eps_columns(d, lanes, signs, k, region_col, e);
+    transpose(e);
+  } else {
+    const uint8_t* bytes = signs.bytes + (region_col >> 3);
+    for (int i = 0; i < W; ++i) e[i] = flip_signs(lanes.scales[i], bytes + lanes.signs[i]);
   }
 }
 
@@ -151,10 +175,21 @@ SIMD void load_cols(const Weight<T>& w, int64_t n0, int64_t k0, F (&r)[W]) {
   }
 }
 
+// Asks for the tile at (n0, k0) ahead of its use: rows far apart defeat the hardware's prefetcher.
+template <class T>
+SIMD void prefetch_tile(const Weight<T>& w, int64_t n0, int64_t k0) {
+  if (w.data == nullptr || n0 >= w.N || k0 >= w.K) return;
+  const bool column_major = w.row_stride == 1 && w.col_stride != 1;
+  const T* p = w.data + n0 * w.row_stride + k0 * w.col_stride;
+  const int64_t stride = column_major ? w.col_stride : w.row_stride;
+  const int64_t lines = min64(W, column_major ? w.K - k0 : w.N - n0);
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + i * stride, 0, 2);
+}
+
 // The tile of W + eps at (n0, k0). kLanesN: r[j] is column k0 + j with lanes along n, else r[i] is row n0 + i with
 // lanes along k. `region_col`: k0 less the first column of the region of `signs`.
 template <bool kLanesN, class T>
-SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lanes, const SignWords& signs, int64_t n0,
+SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t n0,
                          int64_t k0, int64_t region_col, F (&r)[W]) {
   const bool column_major = w.row_stride == 1 && w.col_stride != 1;
   const bool load_lanes_n = w.data != nullptr && (kLanesN || column_major);
@@ -167,8 +202,11 @@ SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lane
   }
   if (d.kind != Noise::kNone) {
     F e[W];
-    for (int b = 0; b < W / 8; ++b) eps_block(d, lanes, signs, k0 + 8 * b, uint32_t(region_col >> 3) + b, e + 8 * b);
-    if (!kLanesN && !load_lanes_n) transpose(e);
+    if (kLanesN || load_lanes_n) {
+      eps_columns(d, lanes, signs, k0, region_col, e);
+    } else {
+      eps_rows(d, lanes, signs, k0, region_col, e);
+    }
     for (int i = 0; i < W; ++i) r[i] = add(r[i], e[i]);
   }
   if (!kLanesN && load_lanes_n) transpose(r);
