@@ -1,17 +1,18 @@
 """The one tolerance rule, and the problems it is applied to.
 
-A result is compared with the same formula in float64 (float64 itself with NumPy's long double), given the backend's *own* eps (from `materialize_noise`), so
-that the error of drawing eps is judged by the noise tests alone. Its error may be at most `factor` times (2 for
-outputs, 3 for gradients) that of the plain implementation in the same dtype, which rounds W + eps once and calls
-`torch.matmul`, plus a floor for the case that the plain one is lucky:
+A result is compared with the same formula in float64 (float64 itself in NumPy's long double), given
+the backend's *own* eps (from `materialize_noise`), so that the error of drawing eps is judged by the noise
+tests alone. Its error may be at most `factor` times (2 for outputs, 3 for gradients) that of the plain
+implementation in the same dtype, which rounds W + eps once and calls `torch.matmul`, plus a floor for the case that the plain
+one is lucky:
 
     max |error|  <=  factor * max |plain error|  +  ulp * max(scale)
     rms  error   <=  factor * rms  plain error   +  ulp * rms(scale) / sqrt(number of elements)
 
-`ulp` is `torch.finfo(dtype).eps` and `scale` the root of the sum of the squared terms that a result is summed from:
-the size of its partial sums, so that rounding one of them costs at most ulp / 2 * scale. The floor is two such
-roundings at the worst element. The luck of a mean over many elements is smaller by the root of their number, and so
-is the floor of the second rule: that one tells a wrong accumulation from a right one.
+`ulp` is `torch.finfo(dtype).eps` and `scale` the root of the sum of the squared terms that a result is
+summed from: the size of its partial sums, so that rounding one of them costs at most ulp / 2 * scale. The floor is
+two such roundings at the worst element. The luck of a mean over many elements is smaller by the root of
+their number, and so is the floor of the second rule: that one tells a wrong accumulation from a right one.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def problem(
     place = {"dtype": dtype, "device": device}
     adapter = {"dtype": adapter_dtype or dtype, "device": device}
     if noisy:
-        scale = 0.2 / math.sqrt(max(K, 1)) * (0.5 + torch.rand(N, generator=torch.Generator().manual_seed(seed + 9)))
+        scale = (
+            0.2
+            / math.sqrt(max(K, 1))
+            * (0.5 + torch.rand(N, generator=torch.Generator().manual_seed(seed + 9)))
+        )
         options = {"noise_scale": scale.to(device), "seed": 0x9E3779B97F4A7C15 + seed, "stream": 3, **options}
     return Problem(
         x=randn(M, K, seed=seed + 1, **place),
@@ -111,7 +116,7 @@ def run(target: Target, p: Problem, **more: Any) -> dict[str, Tensor]:
 
 
 def plain(p: Problem, eps: list[Tensor]) -> dict[str, Tensor]:
-    """The op written out in torch, every matrix, product and sum in the dtype of `x`, gradients by autograd."""
+    """The op written out in torch, all in the dtype of `x`, gradients by autograd."""
     inputs = {k: None if t is None else t.detach().requires_grad_() for k, t in p.inputs.items()}
     dtype = p.x.dtype
     x, weight, lora_A, lora_B, bias, lora_x = (None if t is None else t.to(dtype) for t in inputs.values())
@@ -144,7 +149,9 @@ def exact_and_scale(p: Problem, eps: list[Tensor]) -> tuple[dict[str, Any], dict
     exact = formula(inputs, weights, dy, scaling)
     # Squares in place of every value: the sum of squared terms.
     squares = {k: None if t is None else t.astype(np.float64) ** 2 for k, t in inputs.items()}
-    squared = formula(squares, [w.astype(np.float64) ** 2 for w in weights], dy.astype(np.float64) ** 2, scaling**2)
+    squared = formula(
+        squares, [w.astype(np.float64) ** 2 for w in weights], dy.astype(np.float64) ** 2, scaling**2
+    )
     return exact, {k: np.sqrt(v) for k, v in squared.items()}
 
 
@@ -184,11 +191,14 @@ def check(name: str, got: Tensor, exact: Any, ordinary: Tensor, scale: Any, ulp:
     error, plain_error = np.abs(got - exact), np.abs(ordinary - exact)
     limit = factor * plain_error.max() + ulp * scale.max()
     assert error.max() <= limit, (
-        f"{name}: max error {error.max():.3g} > {limit:.3g}; plain {plain_error.max():.3g}, scale {scale.max():.3g}"
+        f"{name}: max error {error.max():.3g} > {limit:.3g}, "
+        f"plain {plain_error.max():.3g}, scale {scale.max():.3g}"
     )
     rms, plain_rms, scale_rms = (np.sqrt(np.mean(t**2)) for t in (error, plain_error, scale))
     limit = factor * plain_rms + ulp * scale_rms / math.sqrt(exact.size)
-    assert rms <= limit, f"{name}: rms error {rms:.3g} > {limit:.3g}; plain {plain_rms:.3g}, scale {scale_rms:.3g}"
+    assert rms <= limit, (
+        f"{name}: rms error {rms:.3g} > {limit:.3g}; plain {plain_rms:.3g}, scale {scale_rms:.3g}"
+    )
 
 
 def assert_close(got: Tensor, expected: Tensor, message: str = "", ulp: float = 0) -> None:
@@ -214,6 +224,8 @@ def check_problem(target: Target, p: Problem, **more: Any) -> dict[str, Tensor]:
     for name, value in got.items():
         like = ordinary[name]
         assert value.dtype == like.dtype, f"{name}: expected {like.dtype}, got {value.dtype}"
-        assert value.shape == like.shape, f"{name}: expected shape {tuple(like.shape)}, got {tuple(value.shape)}"
+        assert value.shape == like.shape, (
+            f"{name}: expected shape {tuple(like.shape)}, got {tuple(value.shape)}"
+        )
         check(name, value, exact[name], like, scale[name], torch.finfo(dtype).eps)
     return got

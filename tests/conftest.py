@@ -1,6 +1,6 @@
-"""The matrix: a test that asks for `target` runs on every backend and device, one that asks for `dtype` as well on
-every type that backend takes. A backend that cannot run here is skipped with the reason it gives, or fails where
-FLATLORA_REQUIRE_BACKENDS (comma-separated names) lists it."""
+"""The matrix: a test that asks for `target` runs on every backend and device, one that asks for `dtype`
+as well on every type that backend takes. A backend that cannot run here is skipped with the reason it gives, or fails
+where FLATLORA_REQUIRE_BACKENDS (comma-separated names) lists it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _parameter(target: Target, *more: object, tag: str = "") -> object:
     marks = [pytest.mark.gpu] if target.device == "cuda" else []
-    return pytest.param(*((target, *more) if more else (target,)), id=f"{target.backend}-{target.device}{tag}", marks=marks)
+    return pytest.param(
+        *((target, *more) if more else (target,)), id=f"{target.backend}-{target.device}{tag}", marks=marks
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

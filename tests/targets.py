@@ -36,7 +36,9 @@ class Target(NamedTuple):
     def plans(self) -> list[dict[str, str]]:
         """Keyword arguments of every strategy and noise_accum that the backend implements."""
         return [
-            {"strategy": s, "noise_accum": a} for s in self.module.STRATEGIES for a in self.module.NOISE_ACCUMS
+            {"strategy": s, "noise_accum": a}
+            for s in self.module.STRATEGIES
+            for a in self.module.NOISE_ACCUMS
         ]
 
     @property
@@ -59,7 +61,7 @@ class Target(NamedTuple):
         return fk.materialize_noise(noise_scale, num_cols, backend=self.backend, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -53,7 +53,7 @@ def test_many_tiles(target: Target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("K", [4096, 16391])
 def test_long_sums(target: Target, dtype: torch.dtype, K: int) -> None:
-    """Many panels in one sum: a 16-bit accumulator anywhere on the way would show. N is the long one for dX."""
+    """Many panels in one sum, over K for y and over N for dX: a 16-bit accumulator on the way would show."""
     check_problem(target, problem(3, 24, K, dtype, target.device))
     check_problem(target, problem(3, K, 24, dtype, target.device))
 
@@ -84,7 +84,9 @@ def test_antithetic_pairs_cancel(target: Target) -> None:
 def test_float32_adapter_beside_16_bit_input(target: Target, dtype16: torch.dtype) -> None:
     check_problem(
         target,
-        problem(10, 24, 40, dtype16, target.device, rank=4, bias=True, lora_x=True, adapter_dtype=torch.float32),
+        problem(
+            10, 24, 40, dtype16, target.device, rank=4, bias=True, lora_x=True, adapter_dtype=torch.float32
+        ),
     )
 
 
@@ -184,7 +186,7 @@ def test_zero_rows_with_samples(target: Target) -> None:
 
 
 def test_matches_functional_linear(target: Target, dtype: torch.dtype) -> None:
-    """At sigma=0, its default, nothing is drawn: no seed needed, and F.linear's value within its own rounding."""
+    """At sigma=0, its default, nothing is drawn: no seed needed, and F.linear's value within rounding."""
     p = problem(7, 33, 40, dtype, target.device, bias=True, noisy=False)
     y = target.linear(p.x, p.weight, bias=p.bias)
     assert_close(y, F.linear(p.x, p.weight, p.bias))
@@ -199,7 +201,11 @@ def test_sigma_is_noise_scale_of_the_whole_weight(target: Target, dtype: torch.d
     scale = (0.3 * full.norm(dim=1) / 40**0.5).float()
     expected = target.linear(**common, noise_scale=scale)
     assert_close(target.linear(**common, sigma=0.3), expected, ulp=2**-23)
-    for sigma in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), torch.nn.Parameter(torch.tensor(0.3))):
+    for sigma in (
+        torch.tensor(0.3),
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.nn.Parameter(torch.tensor(0.3)),
+    ):
         assert_close(target.linear(**common, sigma=sigma.to(target.device)), expected, ulp=2**-23)
     # noise_scale wins over sigma, and zeros of either draw nothing.
     assert torch.equal(target.linear(**common, noise_scale=scale, sigma=7.0), expected)
@@ -238,7 +244,9 @@ def test_weight_is_never_written(target: Target, dtype: torch.dtype, make) -> No
         assert tensor._version == before[name][1], name
 
 
-@pytest.mark.parametrize("wanted", [{n} for n in compare.INPUTS] + [{"lora_A", "lora_B"}, {"x", "bias"}], ids="-".join)
+@pytest.mark.parametrize(
+    "wanted", [{n} for n in compare.INPUTS] + [{"lora_A", "lora_B"}, {"x", "bias"}], ids="-".join
+)
 def test_only_needed_gradients(target: Target, wanted: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(7, 33, 40, device=target.device, rank=4, bias=True, lora_x=True)
     everything = compare.run(target, p)
