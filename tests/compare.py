@@ -1,18 +1,19 @@
 """The one tolerance rule, and the problems it is applied to.
 
-A result is compared with the same formula in float64 (float64 itself in NumPy's long double), given
-the backend's *own* eps (from `materialize_noise`), so that the error of drawing eps is judged by the noise
+A result is compared with the same formula in float64 (float64 itself in NumPy's long double), given the
+backend's *own* eps (from `materialize_noise`), so that the error of drawing eps is judged by the noise
 tests alone. Its error may be at most `factor` times (2 for outputs, 3 for gradients) that of the plain
-implementation in the same dtype, which rounds W + eps once and calls `torch.matmul`, plus a floor for the case that the plain
-one is lucky:
+implementation in the same dtype, which rounds W + eps once and calls `torch.matmul`, plus a floor for the
+case that the plain one is lucky:
 
     max |error|  <=  factor * max |plain error|  +  ulp * max(scale)
     rms  error   <=  factor * rms  plain error   +  ulp * rms(scale) / sqrt(number of elements)
 
 `ulp` is `torch.finfo(dtype).eps` and `scale` the root of the sum of the squared terms that a result is
-summed from: the size of its partial sums, so that rounding one of them costs at most ulp / 2 * scale. The floor is
-two such roundings at the worst element. The luck of a mean over many elements is smaller by the root of
-their number, and so is the floor of the second rule: that one tells a wrong accumulation from a right one.
+summed from: the size of its partial sums, so that rounding one of them costs at most ulp / 2 * scale. The
+floor is two such roundings at the worst element. The luck of a mean over many elements is smaller by the
+root of their number, and so is the floor of the second rule: that one tells a wrong accumulation from a
+right one.
 """
 
 from __future__ import annotations

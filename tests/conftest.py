@@ -1,6 +1,7 @@
-"""The matrix: a test that asks for `target` runs on every backend and device, one that asks for `dtype`
-as well on every type that backend takes. A backend that cannot run here is skipped with the reason it gives, or fails
-where FLATLORA_REQUIRE_BACKENDS (comma-separated names) lists it."""
+"""The matrix: a test that asks for `target` runs on every backend and device, one that asks for `dtype` as
+well on every type that backend takes. A backend that cannot run here is skipped with the reason it gives,
+or fails where FLATLORA_REQUIRE_BACKENDS (comma-separated names) lists it.
+"""
 
 from __future__ import annotations
 
