@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
 from .backends.reference import matmul
 
@@ -20,40 +22,49 @@ _TWICE = (
 )
 
 
-def linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest = inputs
-    u = output[1]
-    ctx.mark_non_differentiable(u)
-    ctx.set_materialize_grads(False)
-    need_x, need_W, need_A, need_B, need_bias, need_lora_x = ctx.needs_input_grad[:6]
-    ctx.save_for_backward(
-        x if need_W or (need_A and lora_x is None) else None,
-        weight if need_x else None,
-        lora_A if need_x or need_lora_x else None,
-        lora_B if need_x or need_A or need_lora_x else None,
-        lora_x if need_A else None,
-        u if need_B else None,
-        noise_scale if need_x else None,
-        seed if need_x else None,
-    )
-    ctx.scaling = scaling
-    ctx.rest = rest
-    ctx.separate_branch = lora_x is not None
-    # Parameters may be float32 beside a 16-bit x.
-    ctx.dtypes = [None if t is None else t.dtype for t in (weight, lora_A, lora_B, bias)]
+class LinearFunction(torch.autograd.Function):
+    """The autograd kernel of `flatlora::linear`; its arguments are the op's.
 
+    `torch.library.register_autograd` would make the same from two functions, at 90 us a call more.
+    """
 
-def linear_backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest_of_inputs = (None,) * (3 + len(ctx.rest))
-    if grad_y is None:
-        return (None,) * 6 + rest_of_inputs
-    with torch.no_grad():
-        grads = _gradients(ctx, grad_y)
-    if torch.is_grad_enabled():  # create_graph=True: fine until somebody differentiates the result
-        given = [g for g in grads if g is not None]
-        marked = iter(_NoSecondDerivative.apply(*(g.requires_grad_() for g in given)))
-        grads = tuple(None if g is None else next(marked) for g in grads)
-    return grads + rest_of_inputs
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest = inputs
+        with below_autograd():
+            y, u = torch.ops.flatlora.linear(*inputs)
+        ctx.mark_non_differentiable(u)
+        ctx.set_materialize_grads(False)
+        need_x, need_W, need_A, need_B, _, need_lora_x = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(
+            x if need_W or (need_A and lora_x is None) else None,
+            weight if need_x else None,
+            lora_A if need_x or need_lora_x else None,
+            lora_B if need_x or need_A or need_lora_x else None,
+            lora_x if need_A else None,
+            u if need_B else None,
+            noise_scale if need_x else None,
+            seed if need_x else None,
+        )
+        ctx.scaling = scaling
+        ctx.rest = rest
+        ctx.separate_branch = lora_x is not None
+        # Parameters may be float32 beside a 16-bit x.
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, lora_A, lora_B, bias)]
+        return y, u
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest_of_inputs = (None,) * (3 + len(ctx.rest))
+        if grad_y is None:
+            return (None,) * 6 + rest_of_inputs
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_y)
+        if torch.is_grad_enabled():  # create_graph=True: fine until somebody differentiates the result
+            given = [g for g in grads if g is not None]
+            marked = iter(_NoSecondDerivative.apply("linear", *(g.requires_grad_() for g in given)))
+            grads = tuple(None if g is None else next(marked) for g in grads)
+        return grads + rest_of_inputs
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,7 +79,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         v = matmul(dy, lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (M, r)
     if need_x:
         A, v_x = (None, None) if ctx.separate_branch or v is None else (lora_A, v)
-        dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
+        with below_autograd():
+            dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
     if need_lora_x:
         dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])
     if need_A:
@@ -84,16 +96,35 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx: Any, name: str, *results: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(r.view_as(r) for r in results)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(_TWICE.format("linear"))
+        raise RuntimeError(_TWICE.format(ctx.name))
 
 
-def no_second_derivative(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(_TWICE.format(name))
+def _differentiates(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
-    return backward
+
+def linear(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Autograd kernel of `flatlora::linear`."""
+    if _differentiates(inputs[:6]):
+        return LinearFunction.apply(*inputs)
+    with below_autograd():
+        return torch.ops.flatlora.linear(*inputs)
+
+
+def first_order_only(name: str) -> Callable[..., Tensor]:
+    """Autograd kernel of an op whose result says clearly that it has no derivative, once it is differentiated."""
+
+    def kernel(*inputs: Any) -> Tensor:
+        with below_autograd():
+            result = getattr(torch.ops.flatlora, name)(*inputs)
+        if _differentiates(inputs):
+            (result,) = _NoSecondDerivative.apply(name, result.requires_grad_())
+        return result
+
+    return kernel

@@ -97,8 +97,6 @@ def _perturb_fake(*args):  # type: ignore[no-untyped-def]
     return None
 
 
-torch.library.register_autograd(
-    "flatlora::linear", autograd.linear_backward, setup_context=autograd.linear_setup_context, lib=_lib
-)
+_lib.impl("linear", autograd.linear, "Autograd")
 for _name in ("linear_input_grad", "row_sq_norms"):
-    torch.library.register_autograd(f"flatlora::{_name}", autograd.no_second_derivative(_name), lib=_lib)
+    _lib.impl(_name, autograd.first_order_only(_name), "Autograd")
