@@ -11,15 +11,20 @@ from .functional import (
     perturb_weight,
     row_sq_norms,
 )
+from .nn import FlatLoraLinear, NoiseSeed, apply_flat_lora, print_trainable_parameters
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlatLoraLinear",
+    "NoiseSeed",
+    "apply_flat_lora",
     "backend_info",
     "flat_noise_scale",
     "fused_flat_lora_linear",
     "materialize_noise",
     "perturb_weight",
+    "print_trainable_parameters",
     "row_sq_norms",
     "use_backend",
     "use_strategy",
