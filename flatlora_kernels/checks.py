@@ -117,7 +117,7 @@ def sigma(value: Any, W: Tensor) -> None:
         _device("sigma", value, "weight", W)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _type_error("sigma", type(value).__name__, "a float or a 0-d tensor")
-    elif not (math.isfinite(value) and value >= 0):
+    elif not 0 <= value < math.inf:  # also where torch.compile traces it as a symbol
         raise _value_error("sigma", value, "a finite float >= 0")
 
 

@@ -90,7 +90,7 @@ def fused_flat_lora_linear(
     backend, strategy, noise_accum = backends.resolve(
         backend, strategy, noise_accum, device.type, x.dtype, N * K
     )
-    checks.sample_range(samples, sample_offset, x.shape[:-1].numel())
+    checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
     if noise_scale is not None:
         checks.noise_scale(noise_scale, N, device)
     drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
@@ -252,7 +252,11 @@ def _row_sq_norms(
 ) -> Tensor:
     if lora_A is not None:
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
-    return torch.ops.flatlora.row_sq_norms(weight.detach(), lora_A, lora_B, scaling, backend)
+    arguments = (weight.detach(), lora_A, lora_B, scaling, backend)
+    if torch.is_autocast_enabled(weight.device.type):  # a product in 16 bits would miss the precision promised
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.ops.flatlora.row_sq_norms(*arguments)
+    return torch.ops.flatlora.row_sq_norms(*arguments)
 
 
 def _noise_scale(

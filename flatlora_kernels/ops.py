@@ -11,6 +11,8 @@ positional argument, `backend` by name, so that the forward's choice travels wit
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,8 @@ for _name, _kernel in (
 @torch.library.register_fake("flatlora::linear", lib=_lib)
 def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    u = x.new_empty(0 if lora_A is None else (x.shape[:-1].numel(), lora_A.shape[0]))
+    # prod, because Size.numel() would fix a symbolic size.
+    u = x.new_empty(0 if lora_A is None else (math.prod(x.shape[:-1]), lora_A.shape[0]))
     return y, u
 
 

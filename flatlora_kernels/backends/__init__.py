@@ -152,7 +152,9 @@ def resolve(
         strategy = getattr(_context, "strategy", None) or os.environ.get("FLATLORA_STRATEGY") or None
         if strategy is not None:
             _check_name("FLATLORA_STRATEGY", strategy, _STRATEGIES)
-    return _select_once(backend, source, strategy, noise_accum, device_type, dtype, weight_numel >= _LARGE)
+    # A branch, because torch.compile turns it into a plain bool where sizes are symbols.
+    large = True if weight_numel >= _LARGE else False
+    return _select_once(backend, source, strategy, noise_accum, device_type, dtype, large)
 
 
 @contextlib.contextmanager
