@@ -64,6 +64,7 @@ struct LinearPlan {
   int64_t block;  // outputs per task
   int64_t chunk;  // contraction length of a panel
   int64_t rows;   // rows of `a` per pass over the weight
+  int64_t parts;  // tasks that share the rows of a group
   int64_t tasks;
   int64_t threads;
   int64_t workspace;  // bytes per thread

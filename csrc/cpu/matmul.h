@@ -303,7 +303,7 @@ LinearPlan plan_mode(const LinearArgs& args, int64_t threads) {
   const int64_t whole = ceil_div(max64(C, 1), W) * W;
   // Few rows: a panel that stays in L1. Many: long enough that carrying the sums costs nothing.
   const int64_t usual = min64(whole, M <= 32 ? 64 : 256);
-  LinearPlan plan = {kMaxBlock, usual, M, 0, threads, 0};
+  LinearPlan plan = {kMaxBlock, usual, M, 1, 0, threads, 0};
   const auto fits = [&](int64_t block, int64_t chunk, int64_t rows) {
     return workspace_bytes<Mode, T>(args, block, chunk, rows) <= limit;
   };
@@ -329,6 +329,11 @@ LinearPlan plan_mode(const LinearArgs& args, int64_t threads) {
     }
   }
   plan.tasks = samples * ceil_div(outputs, plan.block);
+  if (plan.tasks < threads) {
+    // More cores than blocks: tasks share the rows, and each draws the block for itself.
+    plan.parts = max64(1, min64(ceil_div(threads, plan.tasks), M / (16 * kRows)));
+    plan.tasks *= plan.parts;
+  }
   plan.workspace = workspace_bytes<Mode, T>(args, plan.block, plan.chunk, plan.rows);
   return plan;
 }
@@ -339,9 +344,10 @@ void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, v
   using Acc = typename Mode::Acc;
   using LoraMode = typename LoraModeOf<Acc>::type;
   const int64_t C = kInputGrad ? args.N : args.K, outputs = kInputGrad ? args.K : args.N, rank = args.rank;
-  const int64_t blocks = ceil_div(outputs, plan.block), group = task / blocks;
+  const int64_t blocks = ceil_div(outputs, plan.block), o0 = task % blocks * plan.block;
+  const int64_t part = task / blocks % plan.parts, group = task / blocks / plan.parts;
   const int64_t group_rows = args.M / max64(args.noise.samples, 1);
-  const int64_t o0 = task % blocks * plan.block;
+  const int64_t part_rows = ceil_div(ceil_div(group_rows, plan.parts), kRows) * kRows;
   const Strips s = make_strips(min64(plan.block, outputs - o0));
   const int64_t strip = s.strip(), tile = kRows * strip;
   const Draw draw = make_draw(args.noise, group);
@@ -370,8 +376,9 @@ void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, v
   const T* u = static_cast<const T*>(args.u) + group * group_rows * rank;
   T* y = static_cast<T*>(args.y) + group * group_rows * outputs + o0;
 
-  for (int64_t m0 = 0; m0 < group_rows; m0 += plan.rows) {
-    const int64_t m1 = min64(group_rows, m0 + plan.rows);
+  const int64_t part_end = min64(group_rows, (part + 1) * part_rows);
+  for (int64_t m0 = part * part_rows; m0 < part_end; m0 += plan.rows) {
+    const int64_t m1 = min64(part_end, m0 + plan.rows);
     int64_t c0 = 0;
     do {
       const int64_t steps = min64(plan.chunk, C - c0), lda_packed = ceil_div(steps, Mode::kPack) * Mode::kPack;
