@@ -1,0 +1,169 @@
+"""The command line of `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatlora_kernels.noise import KINDS
+
+from . import compare, environment, overhead, providers, results, run, shapes, table
+from .results import Results
+from .shapes import MODES, SETS, Case
+
+_LOCAL = Path(__file__).parent / "results" / "local"
+_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times the fused noisy linear against its rivals; without arguments, the quick set.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    p = add("run", "time a set of cases (this is what happens without a command)")
+    p.add_argument("--set", default="quick", choices=SETS, help="which cases; a model: all its layers")
+    p.add_argument("--m", type=int, nargs="+", help="take these rows of x in place of the set's")
+    p.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16", "float32", "float64"))
+    p.add_argument("--modes", nargs="+", choices=MODES)
+    p.add_argument("--rank", type=int, nargs="+", help="of the adapter, 0 = none; in place of the set's")
+    p.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS))
+    p.add_argument("--providers", nargs="+", help="only these and plain; fused: all backends")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: not in quick")
+    p.add_argument(
+        "--memory",
+        choices=("none", "first", "largest", "all"),
+        help="where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
+    )
+    p.add_argument("--budget", type=float, help="seconds for each provider of a case")
+    p.add_argument("--min-rounds", type=int, default=5, help="also where that takes longer than the budget")
+    p.add_argument("--time-limit", type=float, help="seconds, no case is begun after; default 40 in quick")
+    _place(p)
+    p = add("overhead", "time per call over F.linear on a layer of 8 x 8")
+    _place(p)
+    p = add("list", "sets, layers and providers, and why a provider cannot run here")
+    p.add_argument("--device", choices=("cpu", "cuda"))
+    p = add("table", "Markdown of a run")
+    p.add_argument("file", type=Path)
+    p.add_argument("--long", action="store_true", help="a line to every provider, with percentiles")
+    p = add("plot", "PNGs of a run: ratio to plain against M")
+    p.add_argument("file", type=Path)
+    p.add_argument("--out", type=Path, help="folder; default that of the file")
+    p = add("compare", "two runs side by side")
+    p.add_argument("a", type=Path)
+    p.add_argument("b", type=Path)
+    return parser
+
+
+def _place(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    p.add_argument("--threads", type=int, help="of torch, on a CPU")
+    p.add_argument("--out", type=Path, default=_LOCAL, help="folder of the CSV and JSON")
+    p.add_argument("--name", help="of the files; default set, device and time")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0] not in _COMMANDS and given[0] not in ("-h", "--help")):
+        given.insert(0, "run")
+    parser = _parser()
+    args = parser.parse_args(given)
+    if args.command == "table":
+        print(table.summary(results.load(args.file), args.long))
+    elif args.command == "plot":
+        from . import plot  # matplotlib is wanted here alone
+
+        for path in plot.plot(results.load(args.file), args.out or args.file.parent, args.file.stem):
+            print(path)
+    elif args.command == "compare":
+        print(compare.compare(results.load(args.a), results.load(args.b)))
+    else:
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here")
+        if args.command == "list":
+            print(_list(device))
+            return 0
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        return _overhead(args, device) if args.command == "overhead" else _run(args, device)
+    return 0
+
+
+def _cases(args: argparse.Namespace, device: str) -> list[Case]:
+    fields = {"M": args.m, "dtype": args.dtypes, "mode": args.modes, "rank": args.rank}
+    cases = shapes.cases(args.set, device)
+    for field, values in fields.items():
+        if values:
+            cases = [c._replace(**{field: value}) for c in cases for value in values]
+    return list(dict.fromkeys(cases))
+
+
+def _memory_cases(which: str, cases: list[Case]) -> set[Case]:
+    if which == "none":
+        return set()
+    if which == "largest":
+        return set({case._replace(M=0): case for case in sorted(cases, key=lambda c: c.M)}.values())
+    return set(cases if which == "all" else cases[:1])
+
+
+def _run(args: argparse.Namespace, device: str) -> int:
+    quick = args.set == "quick"
+
+    def default(value: Any, in_quick: Any, otherwise: Any) -> Any:
+        return value if value is not None else in_quick if quick else otherwise
+
+    settings = run.Settings(
+        device=device,
+        noises=tuple(args.noise),
+        providers=tuple(args.providers) if args.providers else None,
+        compiled=default(args.compile, False, True),
+        # It takes seconds: of interest in quick only where it is all there is.
+        reference=not quick,
+        budget=default(args.budget, 0.15, 1.0),
+        min_rounds=args.min_rounds,
+        time_limit=default(args.time_limit, 40.0, math.inf),
+    )
+    cases = _cases(args, device)
+    meta = environment.describe(device)
+    bench = run.run(settings, cases, _memory_cases(default(args.memory, "first", "largest"), cases))
+    return _finish(args, meta, Results(meta, bench.rows, bench.failures, list(bench.skipped)), args.set)
+
+
+def _overhead(args: argparse.Namespace, device: str) -> int:
+    meta = environment.describe(device)
+    usable = [name for name, reason in providers.available_backends(device).items() if reason is None]
+    return _finish(args, meta, Results(meta, overhead.measure(usable, device), [], []), "overhead")
+
+
+def _finish(args: argparse.Namespace, meta: dict[str, Any], found: Results, what: str) -> int:
+    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    meta["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("FLATLORA_", "OMP_", "MKL_"))}
+    meta["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    name = args.name or f"{what}-{meta['device']}-{meta['date'].replace(':', '').split('+')[0]}"
+    print(table.summary(found))
+    print("\n" + "\n".join(f"Written: {path}" for path in results.save(found, args.out / name)))
+    return 1 if found.failures else 0
+
+
+def _list(device: str) -> str:
+    lines = ["Sets: " + ", ".join(SETS), "", "Layers, (out_features, in_features):"]
+    for name, model in shapes.MODELS.items():
+        layers = ", ".join(f"{layer.name} ({layer.N}, {layer.K})" for layer in model.layers)
+        lines.append(f"  {name}: {layers}; M {', '.join(map(str, model.rows))}; {model.note}")
+    lines += ["", f"Providers on {device}:"]
+    lines += [f"  {p.name}: {p.what}" for p in providers.every(device)]
+    missing = {k: v for k, v in providers.available_backends(device).items() if v}
+    lines += [f"  not here, fused:{name}: {reason}" for name, reason in missing.items()]
+    return "\n".join(lines)

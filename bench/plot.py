@@ -1,0 +1,92 @@
+"""PNGs of one run: time as a multiple of plain against M, one file per layer, mode and rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .results import Results, Row
+from .table import case_name
+
+# Okabe and Ito's palette, which holds for colour-blind readers. What a name begins with decides, so that a
+# provider looks the same in every plot; the op's backends are drawn boldest.
+_COLOURS = {
+    "fused:cpu": "#0072B2", "fused:triton": "#D55E00", "fused:cuda": "#009E73", "fused": "#56B4E9",
+    "perturb": "#E69F00", "eager": "#CC79A7", "inplace": "#7F7F7F", "compile": "#8C6D31", "lora": "#000000",
+    "peft": "#B0B000",
+}  # fmt: skip
+_MARKERS = {"perturb": "s", "eager": "^", "inplace": "v", "compile": "D", "lora": "x", "peft": "+"}
+
+
+def _style(provider: str) -> dict[str, object]:
+    family = provider.partition(":")[0]
+    colour = _COLOURS.get(provider) or _COLOURS.get(family, "#A52A2A")
+    if family == "fused":
+        return {"color": colour, "marker": "o", "linewidth": 2.4, "zorder": 3}
+    return {"color": colour, "marker": _MARKERS.get(family, "."), "linewidth": 1.2, "zorder": 2}
+
+
+def plot(results: Results, folder: Path, stem: str) -> list[Path]:
+    """Writes the PNGs and returns their paths. Bands reach from the 20th to the 80th percentile."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RuntimeError("plot: matplotlib is not installed (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in results.rows:
+        if row["kind"] == "linear" and row.get("to_plain") is not None:
+            groups.setdefault((case_name(row), row["mode"]), []).append(row)
+    paths = []
+    for (name, mode), rows in groups.items():
+        safe = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{stem}-{name}-{mode}")
+        paths.append(folder / f"{safe}.png")
+        _figure(rows, f"{name}, {mode}", results, paths[-1])
+    return paths
+
+
+def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    noises = [n for n in dict.fromkeys(r["noise"] for r in rows) if n != "none"] or ["none"]
+    Ms = sorted({r["M"] for r in rows})
+    size = (3.6 * len(noises) + 2.0, 3.1 * len(dtypes) + 0.9)
+    fig, axes = plt.subplots(
+        len(dtypes), len(noises), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
+    for dtype, line in zip(dtypes, axes, strict=True):
+        for noise, ax in zip(noises, line, strict=True):
+            here = [r for r in rows if r["dtype"] == dtype and r["noise"] in (noise, "none")]
+            for provider in dict.fromkeys(r["provider"] for r in here):
+                points = sorted((r for r in here if r["provider"] == provider), key=lambda r: r["M"])
+                M = [r["M"] for r in points]
+                style = _style(provider)
+                low, high = ([r[f"to_plain_{p}"] for r in points] for p in ("p20", "p80"))
+                ax.plot(M, [r["to_plain"] for r in points], label=provider, markersize=5, **style)
+                if len(points) > 1:
+                    ax.fill_between(M, low, high, color=style["color"], alpha=0.18, linewidth=0)
+                else:
+                    ax.vlines(M, low, high, color=style["color"], alpha=0.5, linewidth=4)
+            ax.axhline(1, color="black", linewidth=0.8, linestyle=":", zorder=1)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.set_xticks(Ms, map(str, Ms))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.grid(True, color="0.9", linewidth=0.6)
+            ax.set_title(f"{dtype}, {noise} noise", fontsize=10)
+            ax.tick_params(labelsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("M, rows of x")
+    for line in axes:
+        line[0].set_ylabel("time / plain x @ W.T")
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, frameon=False)
+    meta = results.meta
+    fig.suptitle(f"{title}\n{meta.get('hardware')}, torch {meta.get('torch')}", fontsize=11)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

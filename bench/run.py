@@ -1,0 +1,259 @@
+"""The run itself: gate, time, make rows."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import flatlora_kernels as fk
+from flatlora_kernels.noise import KINDS
+
+from . import gate, memory, overhead, providers, timing
+from .problem import SCALING, SIGMA, Problem
+from .providers import NOISELESS, REFERENCE, Provider, Run, Unfit
+from .results import Row
+from .shapes import Case
+from .timing import Spread
+
+COPIES = 3  # of the inputs, used in turn
+GENERATOR_SHAPES = ((128, 512), (2048, 2048))  # in a core's cache, and from memory
+
+
+class Settings(NamedTuple):
+    device: str
+    noises: tuple[str, ...] = KINDS
+    providers: tuple[str, ...] | None = None  # names, or what a name begins with; None = all
+    compiled: bool = True
+    reference: bool = True  # also where another backend runs; it can take seconds a call
+    budget: float = 0.5  # seconds for each provider of a case
+    min_rounds: int = 5
+    max_rounds: int = 200
+    time_limit: float = math.inf  # seconds; no case is begun after it
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a line per step."""
+
+    def __init__(self, total: int, stream: Any = None) -> None:
+        self.total, self.done, self.stream = total, 0, stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.start = 0.0
+
+    def step(self, what: str) -> None:
+        self.start = self.start or time.perf_counter()
+        elapsed = time.perf_counter() - self.start
+        left = f", about {elapsed / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        self.done += 1
+        self.note(f"[{self.done}/{self.total}] {elapsed:.0f} s{left}: {what}")
+
+    def note(self, text: str) -> None:
+        self.stream.write(f"\r\033[K{text[:150]}" if self.live else f"{text}\n")
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
+
+    def close(self) -> None:
+        if self.live:
+            self.stream.write("\r\033[K")
+
+
+class Bench:
+    """Collects the rows, what failed and what was left out."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.timer = timing.timer(settings.device)
+        self.rows: list[Row] = []
+        self.failures: list[str] = []
+        self.skipped: dict[str, None] = {}  # in order, each once
+        for name, reason in providers.available_backends(settings.device).items():
+            if reason is not None:
+                self.skip(f"fused:{name}: {reason}")
+        self.providers = _wanted(providers.every(settings.device), settings)
+
+    def skip(self, what: str) -> None:
+        if what not in self.skipped:
+            self.skipped[what] = None
+
+    def fail(self, what: str) -> None:
+        self.failures.append(what)
+        self.progress.say(f"FAILED {what}")
+
+    def linear(self, case: Case, measure_memory: bool) -> None:
+        """One case: every provider through the gate, then all that passed against the clock."""
+        problem = Problem(case, self.settings.device, COPIES)
+        runs: dict[str, tuple[Provider, str, Run, gate.Verdict]] = {}
+        for p in self.providers:
+            if p.needs_rank and not case.rank:
+                continue
+            for noise in p.noises:
+                if noise != NOISELESS and noise not in self.settings.noises:
+                    continue
+                label = f"{p.name} {noise}"
+                try:
+                    run = p.make(problem, noise)
+                    verdict = gate.check(run)
+                except (Unfit, NotImplementedError) as reason:
+                    self.skip(f"{p.name}: {reason}")
+                    continue
+                except Exception as error:  # one broken provider must not cost the others their numbers
+                    self.fail(f"{case}, {label}: {type(error).__name__}: {error}")
+                    traceback.print_exc(limit=-3)
+                    continue
+                if verdict.passed:
+                    runs[label] = (p, noise, run, verdict)
+                else:
+                    self.fail(f"{case}, {label}: gate: {verdict.detail}")
+        if not runs:
+            return
+        s = self.settings
+        rounds = timing.interleaved(
+            {label: run.step for label, (_, _, run, _) in runs.items()},
+            self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds,
+        )  # fmt: skip
+        times = {label: Spread.of(timing.seconds(rounds, label)) for label in runs}
+        for label, (p, noise, _, verdict) in runs.items():
+            row: Row = {"kind": "linear", **case._asdict(), "provider": p.name, "noise": noise}
+            row |= _times(rounds, label)
+            row["error_over_limit"] = verdict.error_over_limit
+            rivals = [n for n, (q, k, _, _) in runs.items() if k == noise != NOISELESS and not q.fused]
+            bases = {"plain": f"plain {NOISELESS}", "lora": f"lora {NOISELESS}"}
+            if p.fused and rivals:
+                bases["rival"] = min(rivals, key=lambda name: times[name].median)
+                row["rival"] = bases["rival"].split()[0]
+            for base, name in bases.items():
+                if name in runs and name != label:
+                    row |= _ratio(base, timing.paired_ratio(rounds, label, name))
+            if measure_memory:
+                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, s.device, p.name, noise)
+            self.rows.append(row)
+
+    def noise_scale(self, case: Case) -> None:
+        """What a refresh of `noise_scale` costs: it is not part of the other times."""
+        problem = Problem(case._replace(M=1, mode="forward"), self.settings.device, COPIES)
+
+        def torch_only(copy: int) -> None:
+            i = problem.inputs[copy]
+            merged = i.weight
+            if i.lora_A is not None:
+                merged = torch.addmm(merged, i.lora_B, i.lora_A, alpha=SCALING)
+            torch.linalg.vector_norm(merged, dim=1, dtype=torch.float32).mul_(SIGMA * case.K**-0.5)
+
+        def backend(name: str) -> timing.Call:
+            def refresh(copy: int) -> None:
+                i = problem.inputs[copy]
+                fk.flat_noise_scale(i.weight, i.lora_A, i.lora_B, scaling=SCALING, sigma=SIGMA, backend=name)
+
+            return refresh
+
+        about = {"model": case.model, "layer": case.layer, "N": case.N, "K": case.K, "dtype": case.dtype}
+        calls = {"torch": torch_only, **self._backends(problem, backend)}
+        self._simple(calls, {"kind": "noise_scale", **about, "rank": case.rank, "noise": NOISELESS})
+
+    def generator(self, N: int, K: int, dtype: str) -> None:
+        """The noise alone, as one-pass perturb_weight into memory that is there, and by torch's generator."""
+        case = Case("", "", 1, N, K, dtype, "forward", 0)
+        problem = Problem(case, self.settings.device, COPIES)
+        out = torch.empty_like(problem.inputs[0].weight)
+        own = torch.Generator(self.settings.device)
+        for noise in self.settings.noises:
+
+            def backend(name: str, noise: str = noise) -> timing.Call:
+                def perturb(copy: int) -> None:
+                    i = problem.inputs[copy]
+                    fk.perturb_weight(
+                        i.weight, i.noise_scale, seed=i.seed, noise=noise, out=out, backend=name
+                    )
+
+                return perturb
+
+            calls: dict[str, timing.Call] = self._backends(problem, backend)
+            if noise == "gaussian":
+                calls["torch"] = lambda copy: out.normal_(generator=own)
+            else:
+                calls["torch"] = lambda copy: out.random_(0, 2, generator=own)
+            about = {"kind": "noise", "N": N, "K": K, "dtype": dtype, "noise": noise}
+            for row in self._simple(calls, about):
+                if self.settings.device == "cpu":
+                    row["ns_per_value_core"] = row["median_us"] * 1e3 * torch.get_num_threads() / (N * K)
+
+    def _backends(self, problem: Problem, make: Callable[[str], timing.Call]) -> dict[str, timing.Call]:
+        """Of the fused providers that fit, by backend name, after a first call."""
+        calls = {}
+        for p in self.providers:
+            if p.fused:
+                name = p.name.partition(":")[2]
+                try:
+                    p.make(problem, self.settings.noises[0])
+                    calls[name] = make(name)
+                    calls[name](0)
+                except (Unfit, NotImplementedError) as reason:
+                    calls.pop(name, None)
+                    self.skip(f"{p.name}: {reason}")
+        return calls
+
+    def _simple(self, calls: dict[str, timing.Call], about: Row) -> list[Row]:
+        s = self.settings
+        rounds = timing.interleaved(calls, self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds)
+        rows = [{**about, "provider": name, **_times(rounds, name)} for name in calls]
+        self.rows += rows
+        return rows
+
+
+def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:
+    if settings.providers is not None:
+        names = {"plain", *settings.providers}
+        return [p for p in every if p.name in names or p.name.partition(":")[0] in names]
+    unwanted = set()
+    if not settings.compiled:
+        unwanted |= {p.name for p in every if p.compiled}
+    if not settings.reference and sum(p.fused for p in every) > 1:
+        unwanted.add(f"fused:{REFERENCE}")
+    return [p for p in every if p.name not in unwanted]
+
+
+def run(settings: Settings, cases: Sequence[Case], memory_cases: set[Case]) -> Bench:
+    """Everything there is to measure in `cases`."""
+    started = time.perf_counter()
+    layers = list(dict.fromkeys(c._replace(M=1, mode="forward") for c in cases))
+    dtypes = list(dict.fromkeys(c.dtype for c in cases))
+    progress = Progress(len(cases))
+    bench = Bench(settings, progress)
+    progress.note("overhead per call")
+    backends = [p.name.partition(":")[2] for p in bench.providers if p.fused]
+    bench.rows += overhead.measure(backends, settings.device)
+    for dtype in dtypes:
+        progress.note(f"noise generator, {dtype}")
+        for N, K in GENERATOR_SHAPES:
+            bench.generator(N, K, dtype)
+    for layer in layers:
+        progress.note(f"noise_scale, {layer.model} {layer.layer}, {layer.dtype}, rank {layer.rank}")
+        bench.noise_scale(layer)
+    for number, case in enumerate(cases):
+        if time.perf_counter() - started > settings.time_limit:
+            bench.skip(f"the last {len(cases) - number} of {len(cases)} cases, for time (--time-limit)")
+            break
+        progress.step(str(case))
+        bench.linear(case, case in memory_cases)
+        gc.collect()
+    progress.close()
+    return bench
+
+
+def _times(rounds: list[timing.Round], name: str) -> Row:
+    samples = timing.seconds(rounds, name)
+    median, p20, p80 = (1e6 * t for t in Spread.of(samples))
+    return {"rounds": len(samples), "median_us": median, "p20_us": p20, "p80_us": p80}
+
+
+def _ratio(base: str, ratio: Spread) -> Row:
+    return {f"to_{base}": ratio.median, f"to_{base}_p20": ratio.p20, f"to_{base}_p80": ratio.p80}

@@ -1,0 +1,118 @@
+"""Interleaved timing.
+
+All calls take turns in every round, in an order shuffled anew each time, so that a machine that slows down
+for a while slows them all, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+_L2_FLUSH_BYTES = 256 << 20
+
+Round = dict[str, float]  # seconds per call; a slow call sits out some rounds
+Call = Callable[[int], object]  # takes the number of the input copy to use
+
+
+class Spread(NamedTuple):
+    """Median and 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(
+            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        )
+        return cls(median.item(), p20.item(), p80.item())
+
+
+class CpuTimer:
+    def __call__(self, call: Call, copy: int) -> float:
+        start = time.perf_counter()
+        call(copy)
+        return time.perf_counter() - start
+
+
+class CudaTimer:
+    """Device time between two events, from a cold L2. The launches run ahead while the flush is under way."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, call: Call, copy: int) -> float:
+        self.flush.zero_()
+        self.start.record()
+        call(copy)
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+Timer = CpuTimer | CudaTimer
+
+
+def timer(device: str) -> Timer:
+    return CudaTimer() if device == "cuda" else CpuTimer()
+
+
+def every_nth(
+    estimates: Mapping[str, float], budget: float, min_rounds: int, max_rounds: int
+) -> tuple[int, dict[str, int]]:
+    """How many rounds, and which call takes part in every how many of them.
+
+    Each call gets about `budget` seconds. Steps are powers of two, so that the rounds of a slow call are
+    among those of every faster one and a ratio of the two can be taken in each.
+    """
+    wanted = {name: min(max(budget / max(t, 1e-9), min_rounds), max_rounds) for name, t in estimates.items()}
+    rounds = int(max(wanted.values()))
+    steps = {}
+    for name, count in wanted.items():
+        step = 1
+        while rounds // (2 * step) >= count:
+            step *= 2
+        steps[name] = step
+    return rounds, steps
+
+
+def interleaved(
+    calls: Mapping[str, Call], timer: Timer, copies: int, budget: float, min_rounds: int, max_rounds: int
+) -> list[Round]:
+    """Seconds per call and round, after a warm-up.
+
+    Args:
+        copies: of the inputs; consecutive calls take different ones.
+        budget: seconds for each of `calls`, more where `min_rounds` of them take longer.
+    """
+    estimates = {}
+    for name, call in calls.items():
+        first = timer(call, 0)
+        estimates[name] = first if first > budget else timer(call, copies - 1)
+    rounds, steps = every_nth(estimates, budget, min_rounds, max_rounds)
+    order, shuffle, turn, result = list(calls), random.Random(0), 0, []
+    for j in range(rounds):
+        shuffle.shuffle(order)
+        seconds: Round = {}
+        for name in order:
+            if j % steps[name] == 0:
+                seconds[name] = timer(calls[name], turn % copies)
+                turn += 1
+        result.append(seconds)
+    return result
+
+
+def seconds(rounds: list[Round], name: str) -> list[float]:
+    return [r[name] for r in rounds if name in r]
+
+
+def paired_ratio(rounds: list[Round], name: str, base: str) -> Spread:
+    """Of the ratios ``name / base`` within each round that has both."""
+    return Spread.of([r[name] / r[base] for r in rounds if name in r and base in r])

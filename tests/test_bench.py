@@ -1,0 +1,236 @@
+"""`python -m bench`: the gate, the rows, the files and what reads them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import cli, gate, memory, providers, results, shapes, table, timing  # noqa: E402
+from bench.problem import Problem  # noqa: E402
+from bench.shapes import Case, Layer, Model  # noqa: E402
+
+TINY = Case("tiny", "square", 5, 24, 40, "float32", "forward+backward", 2)
+FAST = ["--set", "tiny", "--device", "cpu"]
+FAST += ["--providers", "fused:reference", "lora", "inplace", "eager", "perturb"]
+FAST += ["--budget", "0.001", "--memory", "none", "--name", "tiny", "--dtypes", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of one small layer, and small shapes for the noise alone."""
+    monkeypatch.setitem(shapes.MODELS, "tiny", Model((Layer("square", 24, 40),), (1, 5), "for tests"))
+    monkeypatch.setattr(cli, "SETS", (*shapes.SETS, "tiny"))
+    monkeypatch.setattr("bench.run.GENERATOR_SHAPES", ((16, 16),))
+    monkeypatch.setattr("bench.overhead._LOOP", 2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of a whole run."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.__wrapped__(patch)  # type: ignore[attr-defined]
+        assert cli.main([*FAST, "--out", str(folder)]) == 0
+    return folder / "tiny.json"
+
+
+def run(provider: str, case: Case = TINY, noise: str = "gaussian") -> providers.Run:
+    chosen = next(p for p in providers.every("cpu") if p.name == provider)
+    return chosen.make(Problem(case, "cpu", 2), noise if chosen.noisy else providers.NOISELESS)
+
+
+def test_rows_say_everything(finished: Path) -> None:
+    found = results.load(finished)
+    assert found.failures == []
+    for name in ("date", "device", "hardware", "threads", "python", "torch", "commit", "dirty", "config"):
+        assert found.meta[name] is not None, name
+    assert "triton" in found.meta
+    linear = [r for r in found.rows if r["kind"] == "linear"]
+    expected = {
+        (p, noise, M, rank, mode)
+        for p, noises in (
+            ("plain", ("none",)),
+            ("lora", ("none",)),
+            *((p, ("gaussian", "rademacher")) for p in ("fused:reference", "inplace", "eager")),
+        )
+        for noise in noises
+        for M in (1, 5)
+        for rank in (0, 16)
+        for mode in shapes.MODES
+        if p != "lora" or rank
+    }
+    assert expected <= {(r["provider"], r["noise"], r["M"], r["rank"], r["mode"]) for r in linear}
+    for row in linear:
+        assert row["rounds"] >= 5
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert 0 < row["error_over_limit"] <= 1
+        assert ("to_plain" in row) == (row["provider"] != "plain")
+        if row["provider"].startswith("fused"):
+            assert row["rival"].partition(":")[0] in ("inplace", "eager", "perturb")
+            assert row["to_rival_p20"] <= row["to_rival"] <= row["to_rival_p80"]
+    others = {(r["kind"], r["provider"]) for r in found.rows if r["kind"] != "linear"}
+    assert {("noise_scale", "torch"), ("noise_scale", "reference"), ("noise", "reference")} <= others
+    assert {("overhead", "F.linear"), ("overhead", "fused:reference")} <= others
+
+
+def test_csv_holds_what_the_json_does(finished: Path) -> None:
+    whole, flat = results.load(finished), results.load(finished.with_suffix(".csv"))
+    assert len(flat.rows) == len(whole.rows)
+    for a, b in zip(whole.rows, flat.rows, strict=True):
+        assert {k: v for k, v in a.items() if v not in (None, "")} == b
+    assert flat.meta["commit"] == str(whole.meta["commit"])
+
+
+def test_table_and_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["table", str(finished)]) == 0
+    text = capsys.readouterr().out
+    rows = results.load(finished).rows
+    row = next(r for r in rows if r["provider"] == "eager" and r["rank"] and r["M"] == 5)
+    forward = text.split("**")[2].splitlines()
+    line = next(line for line in forward if "r16" in line and "gaussian" in line and " 5 " in line)
+    assert table.ratio(row["to_plain"]) in line
+    for part in ("forward+backward", "Refresh", "ns per value", "over F.linear", "plain `x @ W.T`"):
+        assert part in text
+    assert cli.main(["table", str(finished), "--long"]) == 0
+    assert " to " in capsys.readouterr().out
+
+    # The same run, with the op twice as slow.
+    data = json.loads(finished.read_text())
+    for row in data["rows"]:
+        if row["provider"] == "fused:reference":
+            for name in [n for n in row if n.endswith("_us") or n.startswith("to_")]:
+                row[name] *= 2 if row[name] else 1
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps(data))
+    assert cli.main(["compare", str(finished), str(slower)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fused = [line for line in lines if "fused:reference" in line and "overhead" not in line]
+    assert fused
+    assert all(line.count("2.00") >= 2 for line in fused)
+    assert not any("2.00 *" in line for line in lines if "| eager" in line)
+
+
+def test_plot(finished: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("needs matplotlib")
+    assert cli.main(["plot", str(finished), "--out", str(tmp_path)]) == 0
+    pictures = list(tmp_path.glob("*.png"))
+    assert len(pictures) == 4  # two ranks, two modes
+    assert all(p.stat().st_size > 10_000 for p in pictures)
+
+
+@pytest.mark.parametrize("provider", ["fused:reference", "plain", "lora", "inplace", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gate_passes_what_is_right(provider: str, dtype: str) -> None:
+    verdict = gate.check(run(provider, TINY._replace(dtype=dtype)))
+    assert verdict.passed, verdict.detail
+    assert verdict.error_over_limit > 0
+
+
+def wrong_output(y: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = y.clone()
+    y[3, 17] += 1e-3
+    return (y, *grads)
+
+
+WRONG = {
+    "y": wrong_output,
+    "y is not finite everywhere": lambda y, *g: (torch.full_like(y, math.nan), *g),
+    "grad of x": lambda y, dx, *g: (y, dx * 1.001, *g),
+    "grad of lora_A": lambda y, dx, dA, dB: (y, dx, dA * 1.001, dB),
+    "grad of lora_B": lambda y, dx, dA, dB: (y, dx, dA, dB + 1e-3),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_gate_catches(what: str) -> None:
+    wrong = run("fused:reference")
+    right = wrong.step(0)
+    wrong.step = lambda copy: WRONG[what](*right)  # type: ignore[method-assign]
+    verdict = gate.check(wrong)
+    assert not verdict.passed
+    assert verdict.detail.startswith(what)
+
+
+def test_gate_catches_noise_of_the_wrong_sign_and_missing_noise() -> None:
+    noisy = run("fused:reference")
+    drawn = noisy.eps(0)
+    noisy.eps = lambda copy: -drawn  # type: ignore[method-assign]
+    assert not gate.check(noisy).passed
+    noisy.eps = lambda copy: None  # type: ignore[method-assign]
+    assert not gate.check(noisy).passed
+
+
+def test_a_wrong_provider_is_not_timed_and_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = providers.Eager.forward
+    monkeypatch.setattr(providers.Eager, "forward", lambda self, copy: right(self, copy) * 1.01)
+    monkeypatch.setattr(providers.InPlace, "forward", lambda self, copy: 1 / 0)
+    assert cli.main([*FAST, "--m", "5", "--rank", "0", "--out", str(tmp_path)]) == 1
+    found = results.load(tmp_path / "tiny.json")
+    assert len(found.failures) == 8  # two providers, noises and modes
+    assert any("eager gaussian: gate: y:" in f for f in found.failures)
+    assert any("inplace rademacher: ZeroDivisionError" in f for f in found.failures)
+    timed = {r["provider"] for r in found.rows if r["kind"] == "linear"}
+    assert timed >= {"plain", "fused:reference"}
+    assert not timed & {"eager", "inplace"}
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_inplace_restores_the_weight() -> None:
+    inplace: Any = run("inplace")
+    before = inplace.weights[1].clone()
+    inplace.step(1)
+    torch.testing.assert_close(inplace.weights[1], before, rtol=0, atol=1e-6)
+
+
+def test_slow_calls_sit_out_rounds_but_share_theirs() -> None:
+    rounds, steps = timing.every_nth({"fast": 1e-3, "half": 2e-3, "slow": 10.0}, 0.1, 3, 100)
+    assert rounds == 100
+    assert steps == {"fast": 1, "half": 2, "slow": 32}  # 4 rounds, the fewest by halves that is at least 3
+    calls = {"a": lambda copy: None, "b": lambda copy: None}
+    seen = timing.interleaved(calls, lambda call, copy: {"a": 2.0, "b": 4.0}[
+        next(n for n, c in calls.items() if c is call)
+    ], 2, 8.0, 1, 100)  # fmt: skip
+    assert len(seen) == 4
+    assert timing.seconds(seen, "b") == [4.0, 4.0]
+    assert timing.paired_ratio(seen, "b", "a") == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_of_eager_and_plain() -> None:
+    case = Case("", "", 1, 1024, 2048, "float32", "forward", 0)
+    weight = 1024 * 2048 * 4
+    plain = memory.peak_extra_bytes(case, "cpu", "plain", "none")
+    eager = memory.peak_extra_bytes(case, "cpu", "eager", "gaussian")
+    assert plain is not None and eager is not None
+    assert plain < weight / 4
+    assert 1.9 * weight < eager < 2.6 * weight  # eps and W + eps
+
+
+def test_list_names_every_provider(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    every = (
+        "fused:reference",
+        "plain",
+        "lora",
+        "inplace",
+        "eager",
+        "compile",
+        "perturb:",
+        "peft",
+        "square2048",
+    )
+    for name in every:
+        assert name in text
