@@ -176,6 +176,17 @@ def test_values_in_tensors_are_not_read(target: Target, given: str, fake: Any) -
         assert fk.perturb_weight(W, scale, seed=seed, backend=target.backend).shape == (5, 16)
 
 
+def test_meta_tensors_give_shapes() -> None:
+    """Without naming a backend, as code that sizes a model does."""
+    with torch.device("meta"):
+        x, W, A, B = fake_layer()
+        y = fk.fused_flat_lora_linear(x, W, A, B, sigma=0.1, seed=1)
+        assert (y.shape, y.device.type) == ((2, 3, 5), "meta")
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert fk.materialize_noise(torch.ones(5), 7, seed=1).shape == (5, 7)
+
+
 def test_reading_a_fake_tensor_is_an_error(fake: Any) -> None:
     """The control of the test above."""
     with pytest.raises(RuntimeError):
