@@ -72,7 +72,7 @@ def fused_flat_lora_linear(
     Gradients flow to `x`, `weight`, `lora_A`, `lora_B`, `bias` and `lora_x`, each only where needed; `noise_scale`,
     `sigma` and eps are constants. Source: Li et al., Flat-LoRA, ICML 2025, arXiv 2409.14396, eq. (7) to (9).
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and _autocasts(x.device.type):
         device_type = x.device.type
         x, weight, lora_A, lora_B, bias, lora_x = _autocast(
             torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias, lora_x
@@ -231,6 +231,10 @@ def perturb_weight(
     return out
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast for meta
+
+
 def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     """Casts what `F.linear` would under autocast: floating point, but not float64."""
     return [
@@ -253,7 +257,7 @@ def _row_sq_norms(
     if lora_A is not None:
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
     arguments = (weight.detach(), lora_A, lora_B, scaling, backend)
-    if torch.is_autocast_enabled(weight.device.type):  # a product in 16 bits would miss the precision promised
+    if _autocasts(weight.device.type):  # a product in 16 bits would miss the precision promised
         with torch.autocast(weight.device.type, enabled=False):
             return torch.ops.flatlora.row_sq_norms(*arguments)
     return torch.ops.flatlora.row_sq_norms(*arguments)
