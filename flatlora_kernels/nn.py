@@ -335,7 +335,7 @@ class FlatLoraLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         seed = self.noise_seed
-        return torch.tensor([_signed(seed.base), seed.step, self.stream], dtype=torch.int64)
+        return torch.tensor([_signed(seed.base), seed.step, self.stream], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         base, step, self.stream = state.tolist()
