@@ -13,6 +13,7 @@ from targets import Target
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "nvcc: needs the CUDA compiler")
 
 
 def _parameter(target: Target, *more: object, tag: str = "") -> object:

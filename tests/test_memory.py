@@ -88,7 +88,7 @@ pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/
 
 
 @pytest.mark.parametrize(
-    ("dtype", "N", "K", "layout"),
+    ("name", "N", "K", "layout"),
     [
         ("float32", 8192, 4096, "row_major"),
         ("float32", 8192, 4096, "column_major"),
@@ -97,10 +97,10 @@ pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/
         ("float16", 8192, 8192, "row_major"),
     ],
 )
-def test_workspace_is_bounded(target: Target, dtype: str, N: int, K: int, layout: str) -> None:
+def test_workspace_is_bounded(target: Target, name: str, N: int, K: int, layout: str) -> None:
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
-    found = in_child(target.backend, dtype, N, K, layout, "fused")
+    found = in_child(target.backend, name, N, K, layout, "fused")
     assert found["weight"] >= 128 * MIB
     assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
 
