@@ -100,6 +100,39 @@ SIMD Blocks xor3(const Blocks& x, const Blocks& y, uint32_t key) {
   return result;
 }
 
+// Several words at once through gaussian_pair: one load of a constant serves all, and their chains overlap.
+constexpr int kAtOnce = 2;
+#define EACH for (int i = 0; i < kAtOnce; ++i)
+template <class V>
+struct Several {
+  V v[kAtOnce];
+};
+using Floats = Several<F>;
+using Ints = Several<I>;
+#define MAP(TYPE, EXPRESSION)       \
+  TYPE result;                      \
+  EACH result.v[i] = EXPRESSION;    \
+  return result
+SIMD Floats splat(const Floats&, float x) { MAP(Floats, splat(F(), x)); }
+SIMD Ints splat(const Ints&, uint32_t x) { MAP(Ints, splat(I(), x)); }
+SIMD Floats add(const Floats& x, const Floats& y) { MAP(Floats, add(x.v[i], y.v[i])); }
+SIMD Floats mul(const Floats& x, const Floats& y) { MAP(Floats, mul(x.v[i], y.v[i])); }
+SIMD Floats fma(const Floats& x, const Floats& y, const Floats& z) { MAP(Floats, fma(x.v[i], y.v[i], z.v[i])); }
+SIMD Floats sqrt(const Floats& x) { MAP(Floats, sqrt(x.v[i])); }
+SIMD Floats as_float(const Ints& x) { MAP(Floats, as_float(x.v[i])); }
+SIMD Ints as_int(const Floats& x) { MAP(Ints, as_int(x.v[i])); }
+SIMD Ints add(const Ints& x, const Ints& y) { MAP(Ints, add(x.v[i], y.v[i])); }
+SIMD Ints and_or(const Ints& x, const Ints& mask, const Ints& bits) {
+  MAP(Ints, and_or(x.v[i], mask.v[i], bits.v[i]));
+}
+template <int kBits>
+SIMD Ints shift_right(const Ints& x) {
+  MAP(Ints, shift_right<kBits>(x.v[i]));
+}
+SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
+SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
+#undef MAP
+
 // eps of kWidth rows and kWidth columns from `k` of the weight, `region_col` of the signs: e[j] is a column, with lanes
 // along n.
 SIMD void eps_columns(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col,
@@ -114,8 +147,15 @@ SIMD void eps_columns(const Draw& d, const RowLanes& lanes, const Signs& signs, 
     }
     philox_rounds(c, d.key, 3);
     for (int b = 0; b < W / 8; ++b)
-      for (int q = 0; q < 4; ++q)
-        gaussian_pair(join(c[q].block[b]), lanes.scale, e[8 * b + 2 * q], e[8 * b + 2 * q + 1]);
+      for (int q = 0; q < 4; q += kAtOnce) {
+        Ints word;
+        Floats scale, even, odd;
+        EACH word.v[i] = join(c[q + i].block[b]);
+        EACH scale.v[i] = lanes.scale;
+        gaussian_pair(word, scale, even, odd);
+        EACH e[8 * b + 2 * (q + i)] = even.v[i];
+        EACH e[8 * b + 2 * (q + i) + 1] = odd.v[i];
+      }
   } else {
     const I bits = gather(signs.bytes + (region_col >> 3), lanes.offsets);
     for (uint32_t j = 0; j < W; ++j) e[j] = flip_sign(lanes.scale, shift_left(bits, splat(I(), 31 - j)));
