@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .results import Results, Row
-from .table import case_name
+from .table import case_name, provider_names
 
 # Okabe and Ito's palette, which holds for colour-blind readers. What a name begins with decides, so that a
 # provider looks the same in every plot; the op's backends are drawn boldest.
@@ -59,7 +59,7 @@ def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
     for dtype, line in zip(dtypes, axes, strict=True):
         for noise, ax in zip(noises, line, strict=True):
             here = [r for r in rows if r["dtype"] == dtype and r["noise"] in (noise, "none")]
-            for provider in dict.fromkeys(r["provider"] for r in here):
+            for provider in provider_names(here):
                 points = sorted((r for r in here if r["provider"] == provider), key=lambda r: r["M"])
                 M = [r["M"] for r in points]
                 style = _style(provider)
@@ -87,6 +87,8 @@ def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, frameon=False)
     meta = results.meta
-    fig.suptitle(f"{title}\n{meta.get('hardware')}, torch {meta.get('torch')}", fontsize=11)
+    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
+    where = f"{meta.get('hardware')}{threads}, torch {meta.get('torch')}; bands: 20th to 80th percentile"
+    fig.suptitle(f"{title}\n{where}", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -18,7 +18,7 @@ _RATIOS = tuple(
 COLUMNS = (
     *KEYS, *_TIMES, *_RATIOS,
     "rival",  # the strongest unfused provider with noise in this case, which `to_rival` refers to
-    "ns_per_value_core",  # kind noise: median times threads over N x K
+    "ns_per_value_core",  # kind noise: less what a call for 8 values takes, times threads
     "over_linear_us",  # kind overhead: more than torch's F.linear
     "peak_extra_bytes", "error_over_limit",
 )  # fmt: skip

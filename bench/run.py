@@ -115,11 +115,7 @@ class Bench:
                     self.fail(f"{case}, {label}: gate: {verdict.detail}")
         if not runs:
             return
-        s = self.settings
-        rounds = timing.interleaved(
-            {label: run.step for label, (_, _, run, _) in runs.items()},
-            self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds,
-        )  # fmt: skip
+        rounds = self._time({label: run.step for label, (_, _, run, _) in runs.items()})
         times = {label: Spread.of(timing.seconds(rounds, label)) for label in runs}
         for label, (p, noise, _, verdict) in runs.items():
             row: Row = {"kind": "linear", **case._asdict(), "provider": p.name, "noise": noise}
@@ -134,7 +130,7 @@ class Bench:
                 if name in runs and name != label:
                     row |= _ratio(base, timing.paired_ratio(rounds, label, name))
             if measure_memory:
-                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, s.device, p.name, noise)
+                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, self.settings.device, p.name, noise)
             self.rows.append(row)
 
     def noise_scale(self, case: Case) -> None:
@@ -157,34 +153,46 @@ class Bench:
 
         about = {"model": case.model, "layer": case.layer, "N": case.N, "K": case.K, "dtype": case.dtype}
         calls = {"torch": torch_only, **self._backends(problem, backend)}
-        self._simple(calls, {"kind": "noise_scale", **about, "rank": case.rank, "noise": NOISELESS})
+        about |= {"kind": "noise_scale", "rank": case.rank, "noise": NOISELESS}
+        rounds = self._time(calls)
+        self.rows += [{**about, "provider": name, **_times(rounds, name)} for name in calls]
 
     def generator(self, N: int, K: int, dtype: str) -> None:
         """The noise alone, as one-pass perturb_weight into memory that is there, and by torch's generator."""
-        case = Case("", "", 1, N, K, dtype, "forward", 0)
-        problem = Problem(case, self.settings.device, COPIES)
-        out = torch.empty_like(problem.inputs[0].weight)
-        own = torch.Generator(self.settings.device)
+        small, large = (
+            Problem(Case("", "", 1, *size, dtype, "forward", 0), self.settings.device, copies=1)
+            for size in ((1, 8), (N, K))
+        )
+        torch_generator = torch.Generator(self.settings.device)
+        out = torch.empty_like(large.inputs[0].weight)
+
+        def backend_call(problem: Problem, noise: str) -> Callable[[str], timing.Call]:
+            i = problem.inputs[0]
+            into = torch.empty_like(i.weight)
+            return lambda name: (
+                lambda _: fk.perturb_weight(
+                    i.weight, i.noise_scale, seed=i.seed, noise=noise, out=into, backend=name
+                )
+            )
+
         for noise in self.settings.noises:
-
-            def backend(name: str, noise: str = noise) -> timing.Call:
-                def perturb(copy: int) -> None:
-                    i = problem.inputs[copy]
-                    fk.perturb_weight(
-                        i.weight, i.noise_scale, seed=i.seed, noise=noise, out=out, backend=name
-                    )
-
-                return perturb
-
-            calls: dict[str, timing.Call] = self._backends(problem, backend)
+            calls = self._backends(large, backend_call(large, noise))
+            empty = self._backends(small, backend_call(small, noise))
             if noise == "gaussian":
-                calls["torch"] = lambda copy: out.normal_(generator=own)
+                calls["torch"] = lambda _: out.normal_(generator=torch_generator)
+                empty["torch"] = lambda _: out[:1, :8].normal_(generator=torch_generator)
             else:
-                calls["torch"] = lambda copy: out.random_(0, 2, generator=own)
+                calls["torch"] = lambda _: out.random_(0, 2, generator=torch_generator)
+                empty["torch"] = lambda _: out[:1, :8].random_(0, 2, generator=torch_generator)
+            rounds = self._time(calls | {f"empty {name}": call for name, call in empty.items()})
             about = {"kind": "noise", "N": N, "K": K, "dtype": dtype, "noise": noise}
-            for row in self._simple(calls, about):
+            for name in calls:
+                row = {**about, "provider": name, **_times(rounds, name)}
                 if self.settings.device == "cpu":
-                    row["ns_per_value_core"] = row["median_us"] * 1e3 * torch.get_num_threads() / (N * K)
+                    both = [r for r in rounds if name in r and f"empty {name}" in r]
+                    net = Spread.of([r[name] - r[f"empty {name}"] for r in both]).median
+                    row["ns_per_value_core"] = net * 1e9 * torch.get_num_threads() / (N * K)
+                self.rows.append(row)
 
     def _backends(self, problem: Problem, make: Callable[[str], timing.Call]) -> dict[str, timing.Call]:
         """Of the fused providers that fit, by backend name, after a first call."""
@@ -201,12 +209,9 @@ class Bench:
                     self.skip(f"{p.name}: {reason}")
         return calls
 
-    def _simple(self, calls: dict[str, timing.Call], about: Row) -> list[Row]:
+    def _time(self, calls: dict[str, timing.Call]) -> list[timing.Round]:
         s = self.settings
-        rounds = timing.interleaved(calls, self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds)
-        rows = [{**about, "provider": name, **_times(rounds, name)} for name in calls]
-        self.rows += rows
-        return rows
+        return timing.interleaved(calls, self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds)
 
 
 def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:

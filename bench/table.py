@@ -38,6 +38,12 @@ def case_name(row: Row) -> str:
     return f"{name} {row['N']}x{row['K']}" + (f" r{row['rank']}" if row["rank"] else "")
 
 
+def provider_names(rows: list[Row]) -> list[str]:
+    """In the order of the rows, the op's backends first also where the gate kept one out of some cases."""
+    names = dict.fromkeys(r["provider"] for r in rows)
+    return sorted(names, key=lambda name: not name.startswith("fused"))
+
+
 def summary(results: Results, long: bool = False) -> str:
     """All parts of a run that it has rows for; `long` gives a line to every row, not to every case."""
     meta = results.meta
@@ -70,7 +76,7 @@ def _pivot(
     rows: list[Row], head: Callable[[Row], tuple[str, ...]], cell: Callable[[Row], str]
 ) -> tuple[list[str], list[list[str]]]:
     """Names of the providers, which are columns, and a line for each `head`."""
-    names = list(dict.fromkeys(r["provider"] for r in rows))
+    names = provider_names(rows)
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         lines.setdefault(head(row), {})[row["provider"]] = cell(row)
@@ -91,7 +97,7 @@ def _by_case(rows: list[Row]) -> str:
             noisy[row["provider"]] = ratio(row.get("to_plain"))
             if row.get("to_rival") is not None:
                 noisy["best"] = min(noisy.get("best", float("inf")), row["to_rival"])
-    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n != "plain"]
+    names = [n for n in provider_names(rows) if n != "plain"]
     body = []
     for case, entry in lines.items():
         for noise, cells in (entry["noises"] or {"none": {}}).items():
