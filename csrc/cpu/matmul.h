@@ -18,6 +18,8 @@ constexpr int kMaxVectors = 4;  // 6 x 4 accumulators of 32 registers
 #else
 constexpr int kMaxVectors = 2;  // of 16 registers
 #endif
+// Partial sums of so many steps: one chain of all K roundings errs 2 to 6 times as much as a vendor product.
+constexpr int64_t kSumSteps = 64;
 constexpr int64_t kMaxBlock = kRegionShort;
 
 // A way to multiply: what `a` and a panel hold, and what is summed in. kPack contraction steps share one panel entry.
@@ -30,18 +32,23 @@ struct Float32 {
   template <int kR, int kV>
   static void multiply(const A* a, int64_t lda, const Panel* p, int64_t steps, Acc* acc) {
     F sums[kR][kV];
-    for (int m = 0; m < kR; ++m)
-      for (int v = 0; v < kV; ++v) sums[m][v] = load(acc + (m * kV + v) * W);
-    for (int64_t c = 0; c < steps; ++c, p += kV * W) {
-      F b[kV];
-      for (int v = 0; v < kV; ++v) b[v] = load(p + v * W);
-      for (int m = 0; m < kR; ++m) {
-        const F x = splat(F(), a[m * lda + c]);
-        for (int v = 0; v < kV; ++v) sums[m][v] = fma(x, b[v], sums[m][v]);
+    for (int64_t c0 = 0; c0 < steps; c0 += kSumSteps) {
+      for (int m = 0; m < kR; ++m)
+        for (int v = 0; v < kV; ++v) sums[m][v] = splat(F(), 0.0f);
+      for (int64_t c = c0; c < min64(steps, c0 + kSumSteps); ++c, p += kV * W) {
+        F b[kV];
+        for (int v = 0; v < kV; ++v) b[v] = load(p + v * W);
+        for (int m = 0; m < kR; ++m) {
+          const F x = splat(F(), a[m * lda + c]);
+          for (int v = 0; v < kV; ++v) sums[m][v] = fma(x, b[v], sums[m][v]);
+        }
       }
+      for (int m = 0; m < kR; ++m)
+        for (int v = 0; v < kV; ++v) {
+          Acc* sum = acc + (m * kV + v) * W;
+          store(sum, add(load(sum), sums[m][v]));
+        }
     }
-    for (int m = 0; m < kR; ++m)
-      for (int v = 0; v < kV; ++v) store(acc + (m * kV + v) * W, sums[m][v]);
   }
 };
 
@@ -53,9 +60,13 @@ struct Float64 {
 
   template <int kR, int kV>
   static void multiply(const A* a, int64_t lda, const Panel* p, int64_t steps, Acc* acc) {
-    for (int64_t c = 0; c < steps; ++c, p += kV * W)
-      for (int m = 0; m < kR; ++m)
-        for (int i = 0; i < kV * W; ++i) acc[m * kV * W + i] += a[m * lda + c] * p[i];
+    for (int64_t c0 = 0; c0 < steps; c0 += kSumSteps) {
+      Acc sums[kR * kV * W] = {};
+      for (int64_t c = c0; c < min64(steps, c0 + kSumSteps); ++c, p += kV * W)
+        for (int m = 0; m < kR; ++m)
+          for (int i = 0; i < kV * W; ++i) sums[m * kV * W + i] += a[m * lda + c] * p[i];
+      for (int i = 0; i < kR * kV * W; ++i) acc[i] += sums[i];
+    }
   }
 };
 
@@ -299,18 +310,25 @@ template <class Mode, class T>
 LinearPlan plan_mode(const LinearArgs& args, int64_t threads) {
   const int64_t C = args.input_grad ? args.N : args.K, outputs = args.input_grad ? args.K : args.N;
   const int64_t samples = max64(args.noise.samples, 1), M = max64(args.M / samples, 1);
-  const int64_t limit = args.workspace_limit / threads;
   const int64_t whole = ceil_div(max64(C, 1), W) * W;
+  // Too little workspace for all threads is a matter of small weights: fewer threads, so that sums group the same on
+  // every machine.
+  const int64_t least = workspace_bytes<Mode, T>(args, W, min64(whole, kSumSteps), kRows);
+  threads = max64(1, min64(threads, args.workspace_limit / least));
+  const int64_t limit = args.workspace_limit / threads;
   // Few rows: a panel that stays in L1. Many: long enough that carrying the sums costs nothing.
   const int64_t usual = min64(whole, M <= 32 ? 64 : 256);
   LinearPlan plan = {kMaxBlock, usual, M, 1, 0, threads, 0};
   const auto fits = [&](int64_t block, int64_t chunk, int64_t rows) {
     return workspace_bytes<Mode, T>(args, block, chunk, rows) <= limit;
   };
+  // Whole groups of kSumSteps; less only where one thread alone has no room for one.
+  const auto halve = [](int64_t chunk, int64_t unit) { return max64(unit, chunk / 2 / unit * unit); };
   while (plan.block > 2 * W && samples * ceil_div(outputs, plan.block) < 3 * threads) plan.block /= 2;
   if (kCarryInY<T>) {
-    while (!fits(plan.block, plan.chunk, M) && plan.chunk > W) plan.chunk = max64(W, plan.chunk / 2 / W * W);
+    while (!fits(plan.block, plan.chunk, M) && plan.chunk > kSumSteps) plan.chunk = halve(plan.chunk, kSumSteps);
     while (!fits(plan.block, plan.chunk, M) && plan.block > W) plan.block /= 2;
+    while (!fits(plan.block, plan.chunk, M) && plan.chunk > W) plan.chunk = halve(plan.chunk, W);
   } else if (M > 512 || !fits(plan.block, plan.chunk, M)) {
     // A panel of the whole contraction carries nothing; a narrower one still draws each value once.
     for (int64_t block = plan.block; block >= W; block /= 2) {
@@ -321,8 +339,10 @@ LinearPlan plan_mode(const LinearArgs& args, int64_t threads) {
       }
     }
     if (plan.chunk < whole) {
-      while (!fits(plan.block, plan.chunk, 16 * kRows) && plan.chunk > W) plan.chunk = max64(W, plan.chunk / 2 / W * W);
+      while (!fits(plan.block, plan.chunk, 16 * kRows) && plan.chunk > kSumSteps)
+        plan.chunk = halve(plan.chunk, kSumSteps);
       while (!fits(plan.block, plan.chunk, kRows) && plan.block > W) plan.block /= 2;
+      while (!fits(plan.block, plan.chunk, kRows) && plan.chunk > W) plan.chunk = halve(plan.chunk, W);
       const int64_t fixed = workspace_bytes<Mode, T>(args, plan.block, plan.chunk, 0);
       const int64_t per_row = plan.block * int64_t(sizeof(typename Mode::Acc));
       plan.rows = min64(M, max64(kRows, (limit - fixed) / per_row / kRows * kRows));
