@@ -1,0 +1,130 @@
+"""Builds the compiled libraries with CMake; the rest of the metadata is in pyproject.toml.
+
+FLATLORA_BUILD        auto (default): what the tools found here can build; none, cpu, cuda: exactly that, or an error
+MAX_JOBS              compiler processes at a time; default: one per core
+TORCH_CUDA_ARCH_LIST  GPU architectures, as torch reads it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+def sources() -> dict[str, list[str]]:
+    """csrc/sources.txt: files by what they are for."""
+    found: dict[str, list[str]] = {"cpu": [], "cpu-level": [], "cuda": [], "header": []}
+    for line in (ROOT / "csrc/sources.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            kind, path = line.split()
+            found[kind].append(path)
+    return found
+
+
+def missing_tool() -> str | None:
+    if sys.platform == "win32":
+        return "the kernels are not ported to Windows"
+    if not shutil.which("cmake"):
+        return "cmake is missing (pip install cmake ninja)"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX", "").split() or ("c++", "g++", "clang++"))))):
+        return "a C++17 compiler is missing (install g++ or clang, or set CXX)"
+    return None
+
+
+def extensions() -> list[Extension]:
+    mode = os.environ.get("FLATLORA_BUILD") or "auto"
+    files = sources()
+    if mode not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"FLATLORA_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
+    if mode == "none":
+        return []
+    if mode == "cuda" and not files["cuda"]:
+        sys.exit("FLATLORA_BUILD=cuda: this release has no CUDA kernels; FLATLORA_BUILD=cpu builds those it has")
+    if reason := missing_tool():
+        if mode == "auto":
+            print(f"flatlora_kernels: built without its compiled kernels, because {reason}", file=sys.stderr)
+            return []
+        sys.exit(f"FLATLORA_BUILD={mode}: {reason}")
+    wanted = {"cpu": files["cpu"] + files["cpu-level"]}
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+    if mode == "cuda" and not nvcc:
+        sys.exit("FLATLORA_BUILD=cuda: nvcc is missing; put it on PATH or set CUDACXX")
+    if files["cuda"] and mode != "cpu":
+        if nvcc:
+            wanted["cuda"] = files["cuda"]
+        else:
+            print("flatlora_kernels: built without its CUDA kernels, because nvcc is missing", file=sys.stderr)
+    depends = [*files["header"], "csrc/sources.txt", "CMakeLists.txt"]
+    return [Extension(f"flatlora_kernels.lib.libflatlora_{n}", s, depends=depends) for n, s in wanted.items()]
+
+
+class BuildLibraries(build_ext):
+    """One CMake project; each extension is one of its targets and is loaded by ctypes, not imported."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + SUFFIX
+
+    def run(self) -> None:
+        # In a checkout CMake's folder stays, so that building again after an edit compiles only what changed.
+        # setuptools clears `inplace` while it builds.
+        self.cmake_folder = Path(self.build_temp).resolve() / "cmake"
+        if self.inplace:
+            self.cmake_folder = ROOT / "build/cmake"
+            (ROOT / "flatlora_kernels/lib").mkdir(exist_ok=True)
+        super().run()
+
+    def build_extensions(self) -> None:
+        output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
+        targets = [extension.name.rpartition(".lib")[2] for extension in self.extensions]
+        cuda = "flatlora_cuda" in targets
+        configure = [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DFLATLORA_BUILD={'cuda' if cuda else 'cpu'}",
+        ]
+        if ninja := shutil.which("ninja"):
+            # Named, because under build isolation last time's ninja is gone.
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = os.environ.get("MAX_JOBS") or str(cores or 1)
+        if not jobs.isdecimal() or int(jobs) < 1:
+            sys.exit(f"MAX_JOBS: expected a whole number from 1, got {jobs!r}")
+        self.cmake("-S", str(ROOT), "-B", str(self.cmake_folder), *configure)
+        self.cmake("--build", str(self.cmake_folder), "--parallel", jobs, "--target", *targets)
+
+    def cmake(self, *arguments: str) -> None:
+        try:
+            subprocess.run(["cmake", *arguments], check=True)
+        except subprocess.CalledProcessError:
+            sys.exit(
+                "flatlora_kernels: the compiled kernels could not be built, see the output of cmake above;"
+                " FLATLORA_BUILD=none installs without them"
+            )
+
+
+class AnyPython(bdist_wheel):
+    """Nothing in the libraries depends on the version of Python, nor on that of torch."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=[
+        *find_packages(include=["flatlora_kernels", "flatlora_kernels.*"]),
+        *(f"flatlora_kernels.{name}" for name in find_packages(include=["triton_kernels", "triton_kernels.*"])),
+    ],
+    package_dir={"flatlora_kernels.triton_kernels": "triton_kernels"},
+    package_data={"flatlora_kernels": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
+)
