@@ -1,0 +1,99 @@
+"""``python -m flatlora_kernels``: what was built, what runs here and, for what does not, why."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import __version__, backend_info
+
+_HERE = Path(__file__).parent
+
+
+def _triton() -> str:
+    try:
+        return f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "no triton"
+
+
+def _gpus() -> list[str]:
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else None
+    if torch.version.hip:
+        built_for = f"ROCm {torch.version.hip}"
+    if built_for is None:
+        return ["none that torch can use: this torch was built for the CPU alone"]
+    if not torch.cuda.is_available():
+        return [f"none that torch can use: it was built for {built_for} and finds no device or driver"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        found.append(f"{device.name}, {device.major}.{device.minor}, {memory:.0f} GiB, torch built for {built_for}")
+    return found
+
+
+def _nvcc() -> str:
+    path = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+    if path is None:
+        return "not found"
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path} does not run: {error}"
+    version = re.search(r"release ([\d.]+)", text)
+    return f"{version[1] if version else 'of unknown version'}, {path}"
+
+
+def _libraries() -> list[str]:
+    """What each compiled library says it was built for, and by which compiler."""
+    lines = []
+    for path in sorted((_HERE / "lib").glob("libflatlora_*")):
+        name = path.stem.removeprefix("lib")
+        try:
+            info = getattr(ctypes.CDLL(str(path)), f"{name}_build_info")
+        except OSError as error:
+            lines.append(f"{path.name}: cannot be loaded: {error}")
+        except AttributeError:
+            lines.append(f"{path.name}: not built by this project's CMakeLists.txt")
+        else:
+            info.restype = ctypes.c_char_p
+            lines.append(f"{path.name}: {info().decode()}")
+    return lines or ["none; install with a C++17 compiler at hand and FLATLORA_BUILD=cpu to have one"]
+
+
+def report() -> str:
+    """The text that the command prints."""
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("FLATLORA_")]
+    rows: list[tuple[str, list[str]]] = [
+        ("package", [f"flatlora_kernels {__version__}, {_HERE}"]),
+        ("python", [f"{platform.python_version()}, torch {torch.__version__}, {_triton()}"]),
+        ("system", [platform.platform()]),
+        ("processor", [f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads in torch's pool"]),
+        ("gpu", _gpus()),
+        ("nvcc", [_nvcc()]),
+        ("libraries", _libraries()),
+        ("settings", settings or ["none (no FLATLORA_... in the environment)"]),
+    ]
+    lines = [f"{name if i == 0 else '':<12}{value}" for name, values in rows for i, value in enumerate(values)]
+    lines += ["", "backends, the automatic choice's favourite first:"]
+    for name, info in backend_info().items():
+        reason = info["unavailable"]
+        lines.append(f"  {name:<10}{'runs here' if reason is None else 'does not run here'}: {info['description']}")
+        if reason is not None:
+            lines.append(f"  {'':<10}because {reason}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
+    sys.exit(0)
