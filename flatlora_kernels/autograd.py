@@ -82,7 +82,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         with below_autograd():
             dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
     if need_lora_x:
-        dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])
+        dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
     if need_A:
         dA = matmul(v.t(), (lora_x if ctx.separate_branch else x).flatten(0, -2)).to(dtype_A)
     if need_B:

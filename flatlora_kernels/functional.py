@@ -97,7 +97,7 @@ def fused_flat_lora_linear(
     if drawn or seed is not None:
         checks.seed(seed, device)
     if drawn:
-        seed = _seed_tensor(seed, device)
+        seed = _seed_tensor(seed, device)  # type: ignore[arg-type]
         if noise_scale is None:
             noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, backend)
     else:

@@ -449,7 +449,7 @@ def _matches(name: str, pattern: str | tuple[str, ...]) -> bool:
 def _frozen(tensor: Tensor) -> nn.Parameter:
     if not isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=False)
-    return tensor.requires_grad_(False)
+    return tensor.requires_grad_(False)  # type: ignore[return-value]
 
 
 def _check_sigma(value: Any, weight: Tensor) -> None:

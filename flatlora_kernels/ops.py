@@ -61,9 +61,9 @@ def _row_sq_norms(
     return backends.get(backend).row_sq_norms(weight, lora_A, lora_B, scaling)
 
 
-def _perturb(
+def _perturb(  # type: ignore[no-untyped-def]
     weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out
-):  # type: ignore[no-untyped-def]
+):
     draw = Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset)
     backends.get(backend).perturb(weight, draw, out)
 

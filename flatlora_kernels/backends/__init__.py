@@ -98,7 +98,7 @@ def _select(
 
 
 def _select_once(*arguments: object) -> tuple[str, str, str]:
-    return _select(*arguments)  # type: ignore[arg-type]
+    return _select(*arguments)
 
 
 # torch.compile evaluates the choice while it traces. (torch.compiler.assume_constant_result sets this very mark,

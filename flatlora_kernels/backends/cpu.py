@@ -72,7 +72,7 @@ def _load() -> _Loaded | str:
     library.flatlora_cpu_init.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
     if library.flatlora_cpu_init(level.encode(), *pool):
         return f"FLATLORA_CPU_ISA={level!r} does not run here, expected one of {', '.join(levels)}"
-    calls = [library.flatlora_cpu_linear, library.flatlora_cpu_row_sq_norms, library.flatlora_cpu_perturb]
+    calls = (library.flatlora_cpu_linear, library.flatlora_cpu_row_sq_norms, library.flatlora_cpu_perturb)
     for call in calls:
         call.argtypes = [ctypes.c_char_p]
     return _Loaded(*calls, levels, level)
@@ -172,7 +172,8 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
     """See `reference.row_sq_norms`."""
     N, K = weight.shape
     out = weight.new_empty(N, dtype=torch.float32)
-    A_fields = B_fields = (0, 0, 0, 0)
+    A_fields: tuple[int, ...] = (0, 0, 0, 0)
+    B_fields = A_fields
     rank = 0
     if lora_A is not None:
         rank = lora_A.shape[0]
