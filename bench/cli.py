@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("none", "first", "largest", "all"),
         help="where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
     )
-    p.add_argument("--budget", type=float, help="seconds for each provider of a case")
+    p.add_argument(
+        "--budget", type=float, help="seconds for each provider of a case; 0.15 in quick, else 0.5"
+    )
     p.add_argument("--min-rounds", type=int, default=5, help="also where that takes longer than the budget")
     p.add_argument("--time-limit", type=float, help="seconds, no case is begun after; default 40 in quick")
     _place(p)
@@ -131,7 +133,7 @@ def _run(args: argparse.Namespace, device: str) -> int:
         compiled=default(args.compile, False, True),
         # It takes seconds: of interest in quick only where it is all there is.
         reference=not quick,
-        budget=default(args.budget, 0.15, 1.0),
+        budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
     )

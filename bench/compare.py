@@ -15,7 +15,7 @@ def compare(a: Results, b: Results) -> str:
     notes = [
         f"{name}: A has {a.meta.get(name)}, B has {b.meta.get(name)}"
         for name in ("hardware", "threads", "torch", "triton", "python", "commit", "dirty")
-        if str(a.meta.get(name)) != str(b.meta.get(name))
+        if _text(a.meta.get(name)) != _text(b.meta.get(name))
     ]
     of_b = {key(r): r for r in b.rows}
     both = [(r, of_b.pop(key(r))) for r in a.rows if key(r) in of_b]
@@ -25,6 +25,11 @@ def compare(a: Results, b: Results) -> str:
     header = ["what", "M", "dtype", "mode", "noise", "provider", "A", "B", "B / A"]
     header += ["A to plain", "B to plain", "B / A"]
     return "\n\n".join([*notes, markdown(header, [_line(ra, rb) for ra, rb in both])])
+
+
+def _text(value: object) -> str:
+    """As a CSV has it."""
+    return "" if value is None else str(value)
 
 
 def _line(a: Row, b: Row) -> list[str]:

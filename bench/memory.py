@@ -76,8 +76,8 @@ def _peak_on_gpu(case: Case, device: str, provider: str, noise: str) -> int:
 
 def _child(sender: Connection, case: Case, provider: str, noise: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    # Thread pools, autograd's engine and the libraries of the provider come up on a small problem.
-    warm = case._replace(M=8, N=16, K=16, rank=min(case.rank, 4))
+    # Thread pools, autograd's engine and the code that libraries generate come up on a smaller problem.
+    warm = case._replace(M=min(case.M, 64), N=min(case.N, 256), K=min(case.K, 256))
     problem, chosen = _step(warm, "cpu", provider, noise)
     chosen.make(problem, noise).step(0)
     problem, chosen = _step(case, "cpu", provider, noise)

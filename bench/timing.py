@@ -95,7 +95,7 @@ def interleaved(
     estimates = {}
     for name, call in calls.items():
         first = timer(call, 0)
-        estimates[name] = first if first > budget else timer(call, copies - 1)
+        estimates[name] = first if first > budget / min_rounds else timer(call, copies - 1)
     rounds, steps = every_nth(estimates, budget, min_rounds, max_rounds)
     order, shuffle, turn, result = list(calls), random.Random(0), 0, []
     for j in range(rounds):

@@ -103,6 +103,9 @@ def test_table_and_compare(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["table", str(finished), "--long"]) == 0
     assert " to " in capsys.readouterr().out
 
+    assert cli.main(["compare", str(finished), str(finished.with_suffix(".csv"))]) == 0
+    assert capsys.readouterr().out.startswith("| what")  # nothing differs
+
     # The same run, with the op twice as slow.
     data = json.loads(finished.read_text())
     for row in data["rows"]:
