@@ -36,7 +36,7 @@ def missing_tool() -> str | None:
         return "the kernels are not ported to Windows"
     if not shutil.which("cmake"):
         return "cmake is missing (pip install cmake ninja)"
-    if not any(map(shutil.which, filter(None, (os.environ.get("CXX", "").split() or ("c++", "g++", "clang++"))))):
+    if not any(map(shutil.which, os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"])):
         return "a C++17 compiler is missing (install g++ or clang, or set CXX)"
     return None
 
@@ -49,7 +49,9 @@ def extensions() -> list[Extension]:
     if mode == "none":
         return []
     if mode == "cuda" and not files["cuda"]:
-        sys.exit("FLATLORA_BUILD=cuda: this release has no CUDA kernels; FLATLORA_BUILD=cpu builds those it has")
+        sys.exit(
+            "FLATLORA_BUILD=cuda: this release has no CUDA kernels; FLATLORA_BUILD=cpu builds those it has"
+        )
     if reason := missing_tool():
         if mode == "auto":
             print(f"flatlora_kernels: built without its compiled kernels, because {reason}", file=sys.stderr)
@@ -63,7 +65,9 @@ def extensions() -> list[Extension]:
         if nvcc:
             wanted["cuda"] = files["cuda"]
         else:
-            print("flatlora_kernels: built without its CUDA kernels, because nvcc is missing", file=sys.stderr)
+            print(
+                "flatlora_kernels: built without its CUDA kernels, because nvcc is missing", file=sys.stderr
+            )
     depends = [*files["header"], "csrc/sources.txt", "CMakeLists.txt"]
     return [Extension(f"flatlora_kernels.lib.libflatlora_{n}", s, depends=depends) for n, s in wanted.items()]
 
@@ -121,7 +125,10 @@ class AnyPython(bdist_wheel):
 setup(
     packages=[
         *find_packages(include=["flatlora_kernels", "flatlora_kernels.*"]),
-        *(f"flatlora_kernels.{name}" for name in find_packages(include=["triton_kernels", "triton_kernels.*"])),
+        *(
+            f"flatlora_kernels.{name}"
+            for name in find_packages(include=["triton_kernels", "triton_kernels.*"])
+        ),
     ],
     package_dir={"flatlora_kernels.triton_kernels": "triton_kernels"},
     package_data={"flatlora_kernels": ["py.typed"]},

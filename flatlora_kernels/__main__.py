@@ -38,7 +38,9 @@ def _gpus() -> list[str]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
-        found.append(f"{device.name}, {device.major}.{device.minor}, {memory:.0f} GiB, torch built for {built_for}")
+        found.append(
+            f"{device.name}, {device.major}.{device.minor}, {memory:.0f} GiB, torch built for {built_for}"
+        )
     return found
 
 
@@ -78,17 +80,24 @@ def report() -> str:
         ("package", [f"flatlora_kernels {__version__}, {_HERE}"]),
         ("python", [f"{platform.python_version()}, torch {torch.__version__}, {_triton()}"]),
         ("system", [platform.platform()]),
-        ("processor", [f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads in torch's pool"]),
+        (
+            "processor",
+            [f"{torch.backends.cpu.get_cpu_capability()}, torch uses {torch.get_num_threads()} threads"],
+        ),
         ("gpu", _gpus()),
         ("nvcc", [_nvcc()]),
         ("libraries", _libraries()),
         ("settings", settings or ["none (no FLATLORA_... in the environment)"]),
     ]
-    lines = [f"{name if i == 0 else '':<12}{value}" for name, values in rows for i, value in enumerate(values)]
+    lines = [
+        f"{name if i == 0 else '':<12}{value}" for name, values in rows for i, value in enumerate(values)
+    ]
     lines += ["", "backends, the automatic choice's favourite first:"]
     for name, info in backend_info().items():
         reason = info["unavailable"]
-        lines.append(f"  {name:<10}{'runs here' if reason is None else 'does not run here'}: {info['description']}")
+        lines.append(
+            f"  {name:<10}{'runs here' if reason is None else 'does not run here'}: {info['description']}"
+        )
         if reason is not None:
             lines.append(f"  {'':<10}because {reason}")
     return "\n".join(lines)

@@ -1,8 +1,10 @@
 """The autograd formula of `flatlora::linear`: the backward draws the forward's eps again.
 
-    dX  = dY (W + eps) + scaling (dY B) A      (the second term goes to lora_x where it is given)
+    dX  = dY (W + eps) + scaling (dY B) A
     dA  = scaling (dY B)^T x                   dB = scaling dY^T u,  u = x A^T
     dbias = sum dY                             dW = dY^T x
+
+The second term of dX goes to lora_x where that is given.
 """
 
 from __future__ import annotations

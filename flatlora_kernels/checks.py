@@ -66,7 +66,9 @@ def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
 
 def _parameter_dtype(name: str, value: Tensor, W: Tensor) -> None:
     if value.dtype != W.dtype and not (value.dtype == torch.float32 and W.dtype.itemsize == 2):
-        raise _type_error(name, value.dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight")
+        raise _type_error(
+            name, value.dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight"
+        )
 
 
 def scaling(value: Any) -> None:
@@ -130,7 +132,9 @@ def noise_scale(value: Any, num_rows: int | None, device: torch.device | None) -
         raise _value_error("noise_scale", f"shape {tuple(value.shape)}", f"shape {letters}")
     if value.requires_grad:
         raise _value_error(
-            "noise_scale", "a tensor that requires grad", "a constant; eps is not differentiated: pass .detach()"
+            "noise_scale",
+            "a tensor that requires grad",
+            "a constant; eps is not differentiated: pass .detach()",
         )
     if device is not None and value.device != device:
         raise _value_error("noise_scale", value.device, f"the device of weight, {device}")
@@ -170,7 +174,9 @@ def sample_range(samples: Any, sample_offset: Any, num_rows: int) -> None:
     if samples < 1 or num_rows % samples:
         raise _value_error("samples", samples, f"an int >= 1 that divides the {num_rows} rows of x")
     if sample_offset + samples > _UINT32:
-        raise _value_error("sample_offset", f"{sample_offset} with samples={samples}", "a sum of at most 2**32")
+        raise _value_error(
+            "sample_offset", f"{sample_offset} with samples={samples}", "a sum of at most 2**32"
+        )
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -185,4 +191,6 @@ def out(value: Any, W: Tensor) -> None:
         raise _type_error("out", value.dtype, f"{W.dtype}, the type of weight")
     _device("out", value, "weight", W)
     if value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
-        raise _value_error("out", "a tensor that shares memory with weight", "memory of its own: weight is not written")
+        raise _value_error(
+            "out", "a tensor that shares memory with weight", "memory of its own: weight is not written"
+        )

@@ -227,12 +227,15 @@ def perturb_weight(
         out = torch.empty_like(weight)
     else:
         checks.out(out, weight)
-    _perturb(weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out)
+    _perturb(
+        weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out
+    )
     return out
 
 
 def _autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast for meta
+    # torch knows no autocast for meta.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:

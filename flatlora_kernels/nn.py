@@ -1,5 +1,7 @@
 """`FlatLoraLinear`, the seed its layers share, and the helper that puts it into a model.
 
+In a training loop:
+
     noise_seed = apply_flat_lora(model, target_modules=["query", "value"], r=8, sigma=0.05)
     for batch in batches:
         loss(model, batch).backward()   # any number of micro-batches: all see the same noise

@@ -34,7 +34,9 @@ _lib.define(
 _lib.define(
     f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}) -> Tensor"
 )
-_lib.define("row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor")
+_lib.define(
+    "row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor"
+)
 _lib.define(
     "perturb(Tensor? weight, Tensor noise_scale, Tensor seed, int stream, str noise, int sample, bool antithetic, "
     "int row_offset, int col_offset, str backend, Tensor(a!) out) -> ()"

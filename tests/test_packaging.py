@@ -35,7 +35,9 @@ def python(*arguments: str, folder: Path, **variables: str) -> subprocess.Comple
 def bare(tmp_path: Path) -> Path:
     """A folder with the package as it is where nothing could be compiled."""
     shutil.copytree(
-        Path(backends.__file__).parent.parent, tmp_path / "flatlora_kernels", ignore=shutil.ignore_patterns("lib")
+        Path(backends.__file__).parent.parent,
+        tmp_path / "flatlora_kernels",
+        ignore=shutil.ignore_patterns("lib"),
     )
     return tmp_path
 
@@ -124,7 +126,9 @@ def listed_sources() -> set[str]:
 
 
 def test_source_list_is_complete() -> None:
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} - {"csrc/sources.txt"}
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} - {
+        "csrc/sources.txt"
+    }
     assert listed_sources() == files
 
 
@@ -137,7 +141,10 @@ def setup(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.
     ("variables", "sentence"),
     [
         ({"FLATLORA_BUILD": "gpu"}, "FLATLORA_BUILD: expected auto, cpu, cuda or none, got 'gpu'"),
-        ({"FLATLORA_BUILD": "cpu", "PATH": ""}, "FLATLORA_BUILD=cpu: cmake is missing (pip install cmake ninja)"),
+        (
+            {"FLATLORA_BUILD": "cpu", "PATH": ""},
+            "FLATLORA_BUILD=cpu: cmake is missing (pip install cmake ninja)",
+        ),
         (
             {"FLATLORA_BUILD": "cpu", "CXX": "no-such-compiler"},
             "FLATLORA_BUILD=cpu: a C++17 compiler is missing (install g++ or clang, or set CXX)",
@@ -145,7 +152,9 @@ def setup(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.
     ],
     ids=["unknown", "no-cmake", "no-compiler"],
 )
-def test_what_is_missing_is_said_in_one_sentence(variables: dict[str, str], sentence: str, fakes: Path) -> None:
+def test_what_is_missing_is_said_in_one_sentence(
+    variables: dict[str, str], sentence: str, fakes: Path
+) -> None:
     done = setup("--name", **{"PATH": f"{fakes}", **variables})
     assert done.returncode != 0
     assert done.stderr.strip() == sentence
@@ -182,7 +191,7 @@ with open(here / "log", "a") as log:
 if sys.argv[1] == "--build":
     output = (here / "output").read_text()
     for target in sys.argv[sys.argv.index("--target") + 1:]:
-        pathlib.Path(output, f"lib{{target}}{'.dylib' if sys.platform == 'darwin' else '.so'}").write_text("")
+        pathlib.Path(output, f"lib{{target}}{".dylib" if sys.platform == "darwin" else ".so"}").write_text("")
 else:
     output = next(a for a in sys.argv if "LIBRARY_OUTPUT" in a).partition("=")[2]
     pathlib.Path(output).mkdir(parents=True, exist_ok=True)
@@ -199,7 +208,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     # From a copy, because setuptools writes beside what it reads.
-    leave = shutil.ignore_patterns(".*_cache", ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "local")
+    leave = shutil.ignore_patterns(
+        ".*_cache", ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "local"
+    )
     shutil.copytree(ROOT, folder / "checkout", ignore=leave)
     code = "import setuptools.build_meta as b; print('made', b.build_sdist('..'))"
     done = python("-c", code, folder=folder / "checkout")
@@ -221,7 +232,13 @@ def wheel(source: Path, out: Path, **variables: str) -> Path:
 @needs_setuptools
 def test_sdist_has_all_that_building_and_testing_take(sdist: Path) -> None:
     files = {str(p.relative_to(sdist)) for p in sdist.rglob("*") if p.is_file()}
-    expected = listed_sources() | {"csrc/sources.txt", "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"}
+    expected = listed_sources() | {
+        "csrc/sources.txt",
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+    }
     expected |= {f"tests/{Path(__file__).name}", "bench/__main__.py", "Makefile"}
     assert expected <= files
     assert not [f for f in files if f.endswith((".so", ".dylib", ".pyc"))]

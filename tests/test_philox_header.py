@@ -54,7 +54,15 @@ def test_scalar_and_vector_code_agree_to_the_bit(program, kind):
         pytest.skip("the baseline level has no fused multiply-add, so its gaussian bits differ")
     tile = {"kind": kind, "seed": 99, "stream": 3, "sample": 2, "rows": [7, 60], "cols": [16, 150]}
     z = flatlora_kernels.materialize_noise(
-        torch.ones(53), 134, seed=99, stream=3, sample=2, noise=kind, row_offset=7, col_offset=16, backend="cpu"
+        torch.ones(53),
+        134,
+        seed=99,
+        stream=3,
+        sample=2,
+        noise=kind,
+        row_offset=7,
+        col_offset=16,
+        backend="cpu",
     )
     assert torch.equal(z, draw(program, tile))
 

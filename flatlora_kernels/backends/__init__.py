@@ -31,19 +31,19 @@ _STRATEGIES = ("fused", "panel")
 _context = threading.local()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def names() -> tuple[str, ...]:
     """Backend names, the automatic choice's favourite first."""
     found = [m.name for m in pkgutil.iter_modules(__path__)]
     return tuple(sorted(found, key=lambda name: -get(name).PRIORITY))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unavailable(name: str) -> str | None:
     """Why `name` cannot run on this machine, or None."""
     return get(name).unavailable()
@@ -73,7 +73,7 @@ def _check_name(what: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _select(
     name: str | None,
     source: str,
@@ -126,7 +126,9 @@ def _automatic(
                     stacklevel=6,
                 )
             return name
-    raise NotImplementedError("; ".join(lacking + passed_over) or f"no backend takes {dtype} on {device_type}")
+    raise NotImplementedError(
+        "; ".join(lacking + passed_over) or f"no backend takes {dtype} on {device_type}"
+    )
 
 
 def resolve(

@@ -46,7 +46,7 @@ class _Loaded(NamedTuple):
     level: str  # the one in use
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load() -> _Loaded | str:
     """The library, or one sentence on why there is none."""
     folder = Path(__file__).parent.parent / "lib"
@@ -65,7 +65,9 @@ def _load() -> _Loaded | str:
             for name in ("torch_parallel_for", "torch_get_num_threads")
         ]
     except (OSError, AttributeError, StopIteration) as error:
-        return f"its library could not be loaded: {error} (torch {torch.__version__}, 2.10 or later is needed)"
+        return (
+            f"its library could not be loaded: {error} (torch {torch.__version__}, 2.10 or later is needed)"
+        )
     library.flatlora_cpu_levels.restype = ctypes.c_char_p
     levels = tuple(library.flatlora_cpu_levels().decode().split())
     level = os.environ.get("FLATLORA_CPU_ISA") or levels[0]
@@ -92,7 +94,9 @@ def describe() -> str:
 
 def _call(function: str, arguments: bytes) -> None:
     if error := getattr(_load(), function)(arguments):
-        raise RuntimeError(f"backend 'cpu': {function} failed with code {error}" + " (out of memory)" * (error == 2))
+        raise RuntimeError(
+            f"backend 'cpu': {function} failed with code {error}" + " (out of memory)" * (error == 2)
+        )
 
 
 def _noise(draw: Draw | None) -> tuple[int, ...]:
@@ -124,7 +128,9 @@ def _fused(
     a2 = a if a.dim() == 2 else a.flatten(0, -2)
     M, rank = a2.shape[0], 0 if u is None else u.shape[1]
     limit = min(_WORKSPACE, N * K * weight.element_size() // 4)
-    lora_fields = (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
+    lora_fields = (
+        (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
+    )
     bias_fields = (0, 0, 0) if bias is None else (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
     arguments = _LINEAR.pack(
         input_grad, _DTYPE[a.dtype], M, N, K, rank, a2.data_ptr(), *a2.stride(), weight.data_ptr(), *weight.stride(),

@@ -54,7 +54,9 @@ def linear(
     noise_accum: str,
 ) -> tuple[Tensor, Tensor]:
     """``y = x (W + eps)^T + scaling u B^T + bias`` and ``u = lora_x A^T``; (..., N) and (M, r)."""
-    groups = [matmul(x_g, perturbed_weight(weight, draw, g).t()) for g, x_g in enumerate(_row_groups(x, draw))]
+    groups = [
+        matmul(x_g, perturbed_weight(weight, draw, g).t()) for g, x_g in enumerate(_row_groups(x, draw))
+    ]
     y = torch.cat(groups)
     u = x.new_empty(0)
     if lora_A is not None:
@@ -75,7 +77,9 @@ def linear_input_grad(
     noise_accum: str,
 ) -> Tensor:
     """``dX = dY (W + eps) + v A`` with the `eps` of the forward pass; (..., K)."""
-    groups = [matmul(dy_g, perturbed_weight(weight, draw, g)) for g, dy_g in enumerate(_row_groups(grad_y, draw))]
+    groups = [
+        matmul(dy_g, perturbed_weight(weight, draw, g)) for g, dy_g in enumerate(_row_groups(grad_y, draw))
+    ]
     grad_x = torch.cat(groups)
     if v is not None:
         grad_x = grad_x + matmul(v, lora_A.to(v.dtype))
