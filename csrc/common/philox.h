@@ -133,7 +133,7 @@ FLATLORA_INLINE F poly(F x, const float* c, int degree) {
 template <class F, class I>
 FLATLORA_INLINE void gaussian_pair(I word, F scale, F& even, F& odd) {
   // -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
-  constexpr float kLog[7] = {-2.00000191f, 1.00002229f,   -0.666290164f, 0.498194903f,
+  constexpr float kLog[7] = {-2.00000191f,  1.00002229f,  -0.666290164f, 0.498194903f,
                              -0.409926623f, 0.373357028f, -0.237921908f};
   // -sin(pi/2 t) / t and cos(pi/2 t) in t^2, on [0, 1]
   constexpr float kSin[5] = {-1.57079625f, 0.645963371f, -0.079688482f, 0.00467223302f, -0.000150822641f};

@@ -65,8 +65,7 @@ inline double row_square(const Weight<double>& w, int64_t n, int64_t k0, int64_t
                          int64_t gap, int64_t strip) {
   double total = 0;
   for (int64_t k = 0; k < cols; ++k) {
-    const double x =
-        w.data[n * w.row_stride + (k0 + k) * w.col_stride] + low_rank[k / strip * gap + k % strip];
+    const double x = w.data[n * w.row_stride + (k0 + k) * w.col_stride] + low_rank[k / strip * gap + k % strip];
     total += x * x;
   }
   return total;

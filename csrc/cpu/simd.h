@@ -126,9 +126,7 @@ SIMD F load(const bfloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-SIMD F load(const float16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+SIMD F load(const float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 SIMD F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
 SIMD F load(const bfloat16* p, int n) {
   const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
@@ -228,8 +226,7 @@ SIMD I gather(const uint8_t* p, I offset) {
   return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), offset.v, 1)};
 }
 SIMD F flip_signs(float x, const uint8_t* bits) {
-  const __m256i lifted =
-      _mm256_sllv_epi32(_mm256_set1_epi32(*bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+  const __m256i lifted = _mm256_sllv_epi32(_mm256_set1_epi32(*bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
   return flip_sign({_mm256_set1_ps(x)}, {lifted});
 }
 SIMD I shift_left(I x, I count) { return {_mm256_sllv_epi32(x.v, count.v)}; }
@@ -310,8 +307,8 @@ struct Words {
   uint32_t v[8];
 };
 
-#define MAP(TYPE, EXPRESSION)  \
-  TYPE result;                 \
+#define MAP(TYPE, EXPRESSION)     \
+  TYPE result;                    \
   LANES result.v[i] = EXPRESSION; \
   return result
 
@@ -346,9 +343,7 @@ SIMD I shift_left(I x, I count) { MAP(I, x.v[i] << count.v[i]); }
 
 SIMD Words split(I x) { MAP(Words, x.v[i]); }
 SIMD I join(Words x) { MAP(I, x.v[i]); }
-SIMD void mulhilo(uint32_t m, Words x, Words& hi, Words& lo) {
-  LANES scalar::mulhilo(m, x.v[i], hi.v[i], lo.v[i]);
-}
+SIMD void mulhilo(uint32_t m, Words x, Words& hi, Words& lo) { LANES scalar::mulhilo(m, x.v[i], hi.v[i], lo.v[i]); }
 SIMD Words xor1(Words a, uint32_t key) { MAP(Words, a.v[i] ^ key); }
 SIMD Words xor3(Words a, Words b, uint32_t key) { MAP(Words, a.v[i] ^ b.v[i] ^ key); }
 

@@ -109,9 +109,9 @@ struct Several {
 };
 using Floats = Several<F>;
 using Ints = Several<I>;
-#define MAP(TYPE, EXPRESSION)       \
-  TYPE result;                      \
-  EACH result.v[i] = EXPRESSION;    \
+#define MAP(TYPE, EXPRESSION)    \
+  TYPE result;                   \
+  EACH result.v[i] = EXPRESSION; \
   return result
 SIMD Floats splat(const Floats&, float x) { MAP(Floats, splat(F(), x)); }
 SIMD Ints splat(const Ints&, uint32_t x) { MAP(Ints, splat(I(), x)); }
@@ -122,9 +122,7 @@ SIMD Floats sqrt(const Floats& x) { MAP(Floats, sqrt(x.v[i])); }
 SIMD Floats as_float(const Ints& x) { MAP(Floats, as_float(x.v[i])); }
 SIMD Ints as_int(const Floats& x) { MAP(Ints, as_int(x.v[i])); }
 SIMD Ints add(const Ints& x, const Ints& y) { MAP(Ints, add(x.v[i], y.v[i])); }
-SIMD Ints and_or(const Ints& x, const Ints& mask, const Ints& bits) {
-  MAP(Ints, and_or(x.v[i], mask.v[i], bits.v[i]));
-}
+SIMD Ints and_or(const Ints& x, const Ints& mask, const Ints& bits) { MAP(Ints, and_or(x.v[i], mask.v[i], bits.v[i])); }
 template <int kBits>
 SIMD Ints shift_right(const Ints& x) {
   MAP(Ints, shift_right<kBits>(x.v[i]));
@@ -163,8 +161,7 @@ SIMD void eps_columns(const Draw& d, const RowLanes& lanes, const Signs& signs, 
 }
 
 // The same tile with lanes along k: e[i] is a row.
-SIMD void eps_rows(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col,
-                   F (&e)[W]) {
+SIMD void eps_rows(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col, F (&e)[W]) {
   if (d.kind == Noise::kGaussian) {
     eps_columns(d, lanes, signs, k, region_col, e);
     transpose(e);
