@@ -43,11 +43,11 @@ def check(run: Run, copy: int = 0) -> Verdict:
         A, B = (i.lora_A, i.lora_B) if run.adapter else (None, None)
         W64 = i.weight.double() if eps is None else i.weight.double() + eps.double()
         Wd = i.weight if eps is None else (i.weight.to(torch.promote_types(i.x.dtype, torch.float32)) + eps)
-        tensors = [None if t is None else t.double() for t in (i.x, A, B, i.grad_y)]
-        exact = _formula(W64, *tensors, SCALING, rows)
+        x64, A64, B64, dy64 = (None if t is None else t.double() for t in (i.x, A, B, i.grad_y))
+        exact = _formula(W64, x64, A64, B64, dy64, SCALING, rows)
         plain = _formula(Wd.to(i.x.dtype), i.x, A, B, i.grad_y, SCALING, rows)
-        squares = [None if t is None else t.square() for t in tensors]
-        scale = _formula(W64.square(), *squares, SCALING**2, rows)
+        x2, A2, B2, dy2 = (None if t is None else t.square() for t in (x64, A64, B64, dy64))
+        scale = _formula(W64.square(), x2, A2, B2, dy2, SCALING**2, rows)
         verdicts = []
         for name, value in got.items():
             value = value[rows] if name in ("y", "grad of x") else value

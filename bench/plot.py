@@ -1,8 +1,9 @@
-"""PNGs of one run: time as a multiple of plain against M, one file per layer, mode and rank."""
+"""PNGs of one run: time as a multiple of plain against M, one file for each layer, mode and rank."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .results import Results, Row
 from .table import case_name, provider_names
@@ -47,48 +48,89 @@ def plot(results: Results, folder: Path, stem: str) -> list[Path]:
 
 def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     noises = [n for n in dict.fromkeys(r["noise"] for r in rows) if n != "none"] or ["none"]
     Ms = sorted({r["M"] for r in rows})
-    size = (3.6 * len(noises) + 2.0, 3.1 * len(dtypes) + 0.9)
+    curves = len(Ms) > 1
+    names = provider_names(rows)
+    height = 3.1 if curves else 0.35 * len(names) + 0.8
+    size = (3.6 * len(noises) + 2.0, height * len(dtypes) + 0.9)
     fig, axes = plt.subplots(
-        len(dtypes), len(noises), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+        len(dtypes),
+        len(noises),
+        figsize=size,
+        squeeze=False,
+        sharex=True,
+        sharey="row" if curves else True,
+        layout="constrained",
     )
     for dtype, line in zip(dtypes, axes, strict=True):
         for noise, ax in zip(noises, line, strict=True):
             here = [r for r in rows if r["dtype"] == dtype and r["noise"] in (noise, "none")]
-            for provider in provider_names(here):
-                points = sorted((r for r in here if r["provider"] == provider), key=lambda r: r["M"])
-                M = [r["M"] for r in points]
-                style = _style(provider)
-                low, high = ([r[f"to_plain_{p}"] for r in points] for p in ("p20", "p80"))
-                ax.plot(M, [r["to_plain"] for r in points], label=provider, markersize=5, **style)
-                if len(points) > 1:
-                    ax.fill_between(M, low, high, color=style["color"], alpha=0.18, linewidth=0)
-                else:
-                    ax.vlines(M, low, high, color=style["color"], alpha=0.5, linewidth=4)
-            ax.axhline(1, color="black", linewidth=0.8, linestyle=":", zorder=1)
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            ax.set_xticks(Ms, map(str, Ms))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            (_curves(ax, here, Ms) if curves else _points(ax, here, names))
             ax.grid(True, color="0.9", linewidth=0.6)
             ax.set_title(f"{dtype}, {noise} noise", fontsize=10)
             ax.tick_params(labelsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("M, rows of x")
-    for line in axes:
-        line[0].set_ylabel("time / plain x @ W.T")
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, frameon=False)
+    if curves:
+        for ax in axes[-1]:
+            ax.set_xlabel("M, rows of x")
+        for line in axes:
+            line[0].set_ylabel("time / plain x @ W.T")
+        every = {
+            label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        shown = [n for n in names if n in every]
+        fig.legend([every[n] for n in shown], shown, loc="outside right upper", fontsize=9, frameon=False)
+    else:
+        title += f", M = {Ms[0]}"
+        for ax in axes[-1]:
+            ax.set_xlabel("time / plain x @ W.T")
     meta = results.meta
     threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     where = f"{meta.get('hardware')}{threads}, torch {meta.get('torch')}; bands: 20th to 80th percentile"
     fig.suptitle(f"{title}\n{where}", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def _log_ticks(axis: Any) -> None:
+    """Labels that a reader of ratios wants, also where the axis spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high / low > 6 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _curves(ax: Any, rows: list[Row], Ms: list[int]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    for name in provider_names(rows):
+        points = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["M"])
+        M, style = [r["M"] for r in points], _style(name)
+        ax.plot(M, [r["to_plain"] for r in points], label=name, markersize=5, **style)
+        low, high = ([r[f"to_plain_{p}"] for r in points] for p in ("p20", "p80"))
+        ax.fill_between(M, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(Ms, map(str, Ms))
+    ax.xaxis.set_minor_locator(NullLocator())
+    _log_ticks(ax.yaxis)
+
+
+def _points(ax: Any, rows: list[Row], names: list[str]) -> None:
+    """One M alone: a line to each provider."""
+    for row in rows:
+        style, y = _style(row["provider"]), names.index(row["provider"])
+        ax.hlines(y, row["to_plain_p20"], row["to_plain_p80"], color=style["color"], alpha=0.35, linewidth=7)
+        ax.plot(row["to_plain"], y, color=style["color"], marker=style["marker"], markersize=7)
+    ax.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    _log_ticks(ax.xaxis)

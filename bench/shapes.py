@@ -48,7 +48,7 @@ MODELS = {
             Layer("down", 4096, 14336),
         ),
         (1, 256, 2048, 8192),
-        "Llama-3-8B; decoding, then 1 to 8 sequences of 1024 tokens",
+        "Llama-3-8B; one token, and batches of 256 to 8192",
     ),
 }
 
