@@ -102,7 +102,12 @@ class BuildLibraries(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(cores or 1)
         if not jobs.isdecimal() or int(jobs) < 1:
             sys.exit(f"MAX_JOBS: expected a whole number from 1, got {jobs!r}")
-        self.cmake("-S", str(ROOT), "-B", str(self.cmake_folder), *configure)
+        configure = ["-S", str(ROOT), "-B", str(self.cmake_folder), *configure]
+        if (self.cmake_folder / "CMakeCache.txt").exists():
+            # A cache of another place, generator or compiler is of no use.
+            if subprocess.run(["cmake", *configure], check=False).returncode:
+                shutil.rmtree(self.cmake_folder)
+        self.cmake(*configure)
         self.cmake("--build", str(self.cmake_folder), "--parallel", jobs, "--target", *targets)
 
     def cmake(self, *arguments: str) -> None:
