@@ -36,7 +36,7 @@ void linear(const LinearArgs& args, const LinearPlan& plan, int64_t task, void* 
 
 // Rows per task, and columns of W + scaling B A that are formed at a time: directly, because expanding the square
 // cancels where B A is close to -W.
-constexpr int64_t kNormRows = 48, kNormCols = 64, kNormRank = 64;
+constexpr int64_t kNormRows = 96, kNormCols = 64, kNormRank = 64;
 
 int64_t row_norms_tasks(const RowNormsArgs& args) { return ceil_div(args.N, kNormRows); }
 
@@ -71,11 +71,38 @@ inline double row_square(const Weight<double>& w, int64_t n, int64_t k0, int64_t
   return total;
 }
 
+// The same of a whole contiguous row, without an adapter: four sums, because one would wait for its own additions.
+template <class T>
+double row_square(const T* p, int64_t cols) {
+  double total = 0;
+  int64_t k = 0;
+  while (cols - k >= 4 * W) {
+    F squares[4] = {splat(F(), 0.0f), splat(F(), 0.0f), splat(F(), 0.0f), splat(F(), 0.0f)};
+    for (const int64_t end = min64(cols, k + 64 * W); k + 4 * W <= end; k += 4 * W)
+      for (int i = 0; i < 4; ++i) {
+        const F x = load(p + k + i * W);
+        squares[i] = fma(x, x, squares[i]);
+      }
+    total += sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+  }
+  for (; k < cols; ++k) total += double(to_float(p[k])) * to_float(p[k]);
+  return total;
+}
+inline double row_square(const double* p, int64_t cols) {
+  double total = 0;
+  for (int64_t k = 0; k < cols; ++k) total += p[k] * p[k];
+  return total;
+}
+
 template <class Mode, class T>
 void row_norms_task(const RowNormsArgs& args, int64_t task) {
   using Acc = typename Mode::Acc;
   const Weight<T> w = make_weight<T>(args.weight, args.N, args.K);
   const int64_t n0 = task * kNormRows, rows = min64(kNormRows, args.N - n0);
+  if (args.rank == 0 && w.col_stride == 1) {
+    for (int64_t n = n0; n < n0 + rows; ++n) args.out[n] = float(row_square(w.data + n * w.row_stride, args.K));
+    return;
+  }
   alignas(64) Acc tile[kNormRows * kNormCols], A[kNormRank * kNormCols], B[kNormRows * kNormRank];
   double total[kNormRows] = {};
   constexpr int kV = kMaxVectors, kStrip = kV * W;
@@ -91,7 +118,8 @@ void row_norms_task(const RowNormsArgs& args, int64_t task) {
           A[k / kStrip * rank * kStrip + j * kStrip + k % kStrip] =
               k < cols ? Acc(args.scaling * scalar_at(args.lora_A, args.A_dtype, index)) : Acc(0);
         }
-      for (int64_t n = 0; n < rows; ++n)
+      // One chunk of ranks stays packed for all columns.
+      for (int64_t n = 0; n < (k0 == 0 || args.rank > kNormRank ? rows : 0); ++n)
         for (int64_t j = 0; j < rank; ++j)
           B[n * rank + j] =
               Acc(scalar_at(args.lora_B, args.B_dtype, (n0 + n) * args.B_row_stride + (j0 + j) * args.B_rank_stride));
