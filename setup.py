@@ -13,9 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"flatlora_kernels: building needs setuptools 77 or later, found {setuptools.__version__};"
+        " pip install -U setuptools, or leave out --no-build-isolation"
+    )
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"

@@ -171,6 +171,15 @@ def test_cuda_is_refused_while_there_are_no_kernels(fakes: Path) -> None:
 
 
 @needs_setuptools
+def test_old_setuptools_is_named(tmp_path: Path) -> None:
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'")
+    done = setup("--name", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.startswith("flatlora_kernels: building needs setuptools 77 or later, found 65.5.0;")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@needs_setuptools
 def test_auto_without_tools_goes_on_and_says_so() -> None:
     done = setup("--name", PATH="")
     assert done.returncode == 0
