@@ -23,6 +23,7 @@ HERE := $(shell $(PY) -I -c 'import importlib.metadata as m, json, pathlib as p,
   url = json.loads(m.distribution("flatlora_kernels").read_text("direct_url.json"))["url"]; \
   print(p.Path(u.unquote(u.urlparse(url).path)).resolve() == p.Path.cwd().resolve())' 2>/dev/null)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.txt csrc/*/*)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp)
 LINT := build/lint/bin
 
 .DEFAULT_GOAL := test
@@ -74,13 +75,13 @@ build/lint/.installed: requirements-lint.txt
 lint: lint-tools install
 	$(LINT)/ruff check .
 	$(LINT)/ruff format --check .
-	$(LINT)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(LINT)/clang-format --dry-run --Werror $(CPP)
 	$(LINT)/mypy --python-executable $(PY)
 
 format: lint-tools
 	$(LINT)/ruff check --fix .
 	$(LINT)/ruff format .
-	$(LINT)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(LINT)/clang-format -i $(CPP)
 
 # Downloads gigabytes. Built beside a CUDA build of torch, every library must load without a GPU, and the op run.
 CUDA_PY := build/check-cuda/bin/python

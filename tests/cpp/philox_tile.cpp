@@ -10,7 +10,8 @@
 __global__ void tile_kernel(uint64_t seed, float scale, float* z) {
   uint32_t c[4] = {threadIdx.x, blockIdx.x, 0, 0};
   flatlora::philox_rounds(c, flatlora::PhiloxKey(seed));
-  for (int q = 0; q < 4; ++q) flatlora::gaussian_pair(c[q], scale, z[8 * threadIdx.x + 2 * q], z[8 * threadIdx.x + 2 * q + 1]);
+  for (int q = 0; q < 4; ++q)
+    flatlora::gaussian_pair(c[q], scale, z[8 * threadIdx.x + 2 * q], z[8 * threadIdx.x + 2 * q + 1]);
 }
 #endif
 
