@@ -229,24 +229,25 @@ template <bool kLanesN, class T>
 SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t n0,
                          int64_t k0, int64_t region_col, F (&r)[W]) {
   const bool column_major = w.row_stride == 1 && w.col_stride != 1;
-  const bool load_lanes_n = w.data != nullptr && (kLanesN || column_major);
+  // Signs are cheapest along k, where they are masks; gaussian lanes come along n.
+  const bool lanes_n = column_major || (kLanesN && d.kind != Noise::kRademacher);
   if (w.data == nullptr) {
     for (int i = 0; i < W; ++i) r[i] = splat(F(), 0.0f);
-  } else if (load_lanes_n) {
+  } else if (lanes_n) {
     load_cols(w, n0, k0, r);
   } else {
     load_rows(w, n0, k0, r);
   }
   if (d.kind != Noise::kNone) {
     F e[W];
-    if (kLanesN || load_lanes_n) {
+    if (lanes_n) {
       eps_columns(d, lanes, signs, k0, region_col, e);
     } else {
       eps_rows(d, lanes, signs, k0, region_col, e);
     }
     for (int i = 0; i < W; ++i) r[i] = add(r[i], e[i]);
   }
-  if (!kLanesN && load_lanes_n) transpose(r);
+  if (lanes_n != kLanesN) transpose(r);
 }
 
 }  // namespace FLATLORA_ISA
