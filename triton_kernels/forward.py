@@ -1,0 +1,235 @@
+"""y = x (W + eps)^T + scaling u lora_B^T + bias, with eps drawn in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .launch import descriptor, draw_arguments, launch, machine_of, precision, rank_block
+from .split import add_splits
+from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "rows_per_sample",
+        "scaling",
+        "stream",
+        "sample_offset",
+        "row_offset",
+        "col_offset",
+    ]
+)
+def _linear_forward_kernel(
+    x,  # (M, K), or its descriptor
+    weight,  # (N, K)
+    u,  # (M, r), contiguous
+    lora_B,  # (N, r)
+    bias,  # (N,)
+    noise_scale,  # (N,)
+    seed,
+    y,  # (M, N), or with SPLIT_K float32 partial sums (SPLIT_K, M, N); contiguous
+    M,
+    N,
+    K,
+    rank,
+    rows_per_sample,
+    steps_per_split,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    stride_scale,
+    scaling,
+    stream,
+    sample_offset,
+    row_offset,
+    col_offset,
+    NOISE: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # 0 = no adapter
+    SPLIT_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_per_sample = tl.cdiv(rows_per_sample, BLOCK_M)
+    num_m = M // rows_per_sample * tiles_per_sample
+    pid_m, pid_n = tile_of(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    split = tl.program_id(1)
+    group = pid_m // tiles_per_sample
+    first_m = group * rows_per_sample + pid_m % tiles_per_sample * BLOCK_M
+    last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
+    first_n = pid_n * BLOCK_N
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    # Beyond the edge the last row is read again; it is not stored.
+    m = tl.minimum(offs_m, last_m - 1).to(tl.int64)
+    n = tl.minimum(offs_n, N - 1).to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BLOCK_R > 0:
+        if split == 0:
+            for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                u_r = tl.load(u + m[:, None] * rank + offs_r[None, :], mask=offs_r[None, :] < rank, other=0)
+                B_r = tl.load(
+                    lora_B + n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+                    mask=offs_r[:, None] < rank,
+                    other=0,
+                )
+                acc = dot(u_r, round_to(B_r.to(tl.float32), DTYPE), acc, PRECISION)
+            acc *= scaling
+
+    begin = split * steps_per_split * BLOCK_K
+    end = tl.minimum(begin + steps_per_split * BLOCK_K, K)
+    if not USE_DESCRIPTOR:
+        offs_xk = tl.arange(0, BLOCK_K)
+        x_tile = x + m[:, None] * stride_xm + offs_xk[None, :] * stride_xk
+
+    # The noise of one tile is drawn while the tensor cores multiply by the one before.
+    w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, NOISE), N - 1)
+    w_cols = tl.arange(0, BLOCK_K)[None, :]
+    w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols * stride_wk
+    scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
+    rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
+    first_row = tl.cast(first_n, tl.int64) + row_offset
+    col_offset = tl.cast(col_offset, tl.int64)
+    sample, negate = sample_of(group, sample_offset, ANTITHETIC)
+    seed = tl.load(seed)
+
+    k = begin
+    if EVEN_K:
+        w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk)
+    else:
+        w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=w_cols < K - k, other=0)
+    w = perturb_tile(
+        w,
+        scale,
+        rows,
+        first_row,
+        k + col_offset,
+        stream,
+        sample,
+        negate,
+        seed,
+        NOISE,
+        ANTITHETIC,
+        ALIGNED,
+        ARITHMETIC,
+    )
+    for k in tl.range(begin, end, BLOCK_K):
+        next_k = tl.minimum(k + BLOCK_K, end - 1) // BLOCK_K * BLOCK_K  # the last tile is read twice
+        if EVEN_K:
+            next_w = tl.load(w_tile + tl.cast(next_k, tl.int64) * stride_wk)
+        else:
+            next_w = tl.load(
+                w_tile + tl.cast(next_k, tl.int64) * stride_wk, mask=w_cols < K - next_k, other=0
+            )
+        if USE_DESCRIPTOR:
+            x_k = x.load([first_m, k])
+        elif EVEN_K:
+            x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk)
+        else:
+            x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk, mask=offs_xk[None, :] < K - k, other=0)
+        acc = dot(x_k, w.T, acc, PRECISION)
+        w = perturb_tile(
+            next_w, scale, rows, first_row, next_k + col_offset, stream, sample, negate, seed,
+            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+        )  # fmt: skip
+
+    inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
+    y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
+    if SPLIT_K > 1:
+        tl.store(y, acc, mask=inside)
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias + n * stride_bias).to(tl.float32)[None, :]
+        tl.store(y, round_to(acc, DTYPE), mask=inside)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    draw: Any,
+    workspace: int,
+) -> Tensor:
+    """y = x (W + eps)^T + scaling u lora_B^T + bias, (M, N); M, N, K > 0.
+
+    x: (M, K); weight: (N, K); u: (M, r) contiguous and lora_B: (N, r), or None; bias: (N,) or None.
+    draw: `flatlora_kernels.noise.Draw`. workspace: bytes of scratch memory allowed.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    machine = machine_of(x)
+    rows = M // draw.samples
+    config = configs.linear(machine.architecture, "forward", x.element_size(), rows)
+    steps = triton.cdiv(K, config.block_in)
+    tiles = draw.samples * triton.cdiv(rows, config.block_m) * triton.cdiv(N, config.block_out)
+    splits = configs.splits(tiles, steps, 4 * M * N, workspace, machine.processors)
+    steps_per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_per_split)
+    y = x.new_empty((M, N))
+    partial = y if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
+    x_tiles = descriptor(x, (config.block_m, config.block_in)) if machine.has_descriptors else None
+    rank = 0 if u is None else u.shape[1]
+    arguments = {
+        "x": x if x_tiles is None else x_tiles,
+        "weight": weight,
+        "u": u,
+        "lora_B": lora_B,
+        "bias": bias,
+        "y": partial,
+        "M": M,
+        "N": N,
+        "K": K,
+        "rank": rank,
+        "rows_per_sample": rows,
+        "steps_per_split": steps_per_split,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
+        "stride_br": 0 if lora_B is None else lora_B.stride(1),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "scaling": scaling,
+        "sample_offset": draw.sample_offset,
+        **draw_arguments(draw, machine),
+        "PRECISION": precision(x.dtype, machine),
+        "USE_DESCRIPTOR": x_tiles is not None,
+        "EVEN_K": K % config.block_in == 0,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_R": rank_block(rank),
+        "SPLIT_K": splits,
+        "GROUP_M": configs.GROUP_M,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_out,
+        "BLOCK_K": config.block_in,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_linear_forward_kernel, (tiles, splits), x.device, arguments, options)
+    if splits > 1:
+        add_splits(partial, bias, y)
+    return y

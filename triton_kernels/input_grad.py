@@ -1,0 +1,201 @@
+"""dX = dY (W + eps) + v lora_A, with the eps of the forward pass drawn again in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .launch import descriptor, draw_arguments, launch, machine_of, precision, rank_block
+from .split import add_splits
+from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
+
+
+@triton.jit
+def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, EVEN: tl.constexpr):
+    """Rows n + `rows` of the weight, and their noise_scale; zeros beyond its edges."""
+    weight += tl.cast(n, tl.int64) * stride_wn
+    noise_scale += tl.cast(n, tl.int64) * stride_scale
+    if EVEN:
+        return tl.load(weight), tl.load(noise_scale)
+    else:
+        inside = rows < N - n
+        return tl.load(weight, mask=inside & (cols < K), other=0), tl.load(noise_scale, mask=inside, other=0)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_sample", "stream", "sample_offset", "row_offset", "col_offset"])
+def _linear_input_grad_kernel(
+    grad_y,  # (M, N), or its descriptor
+    weight,  # (N, K)
+    v,  # (M, r), contiguous; scaling dY lora_B
+    lora_A,  # (r, K)
+    noise_scale,  # (N,)
+    seed,
+    grad_x,  # (M, K), or with SPLIT_N float32 partial sums (SPLIT_N, M, K); contiguous
+    M,
+    N,
+    K,
+    rank,
+    rows_per_sample,
+    steps_per_split,
+    stride_ym,
+    stride_yn,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_scale,
+    stream,
+    sample_offset,
+    row_offset,
+    col_offset,
+    NOISE: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTOR: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
+    BLOCK_R: tl.constexpr,  # 0 = no adapter
+    SPLIT_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_per_sample = tl.cdiv(rows_per_sample, BLOCK_M)
+    num_m = M // rows_per_sample * tiles_per_sample
+    pid_m, pid_k = tile_of(tl.program_id(0), num_m, tl.cdiv(K, BLOCK_K), GROUP_M)
+    split = tl.program_id(1)
+    group = pid_m // tiles_per_sample
+    first_m = group * rows_per_sample + pid_m % tiles_per_sample * BLOCK_M
+    last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
+    first_k = pid_k * BLOCK_K
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    # Beyond the edge the last row or column is read again; it is not stored.
+    m = tl.minimum(offs_m, last_m - 1).to(tl.int64)
+    k = tl.minimum(offs_k, K - 1).to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if BLOCK_R > 0:
+        if split == 0:
+            for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                v_r = tl.load(v + m[:, None] * rank + offs_r[None, :], mask=offs_r[None, :] < rank, other=0)
+                A_r = tl.load(
+                    lora_A + offs_r[:, None] * tl.cast(stride_ar, tl.int64) + k[None, :] * stride_ak,
+                    mask=offs_r[:, None] < rank,
+                    other=0,
+                )
+                acc = dot(v_r, round_to(A_r.to(tl.float32), DTYPE), acc, PRECISION)
+
+    begin = split * steps_per_split * BLOCK_N
+    end = tl.minimum(begin + steps_per_split * BLOCK_N, N)
+    if not USE_DESCRIPTOR:
+        offs_yn = tl.arange(0, BLOCK_N)
+        y_tile = grad_y + m[:, None] * stride_ym + offs_yn[None, :] * stride_yn
+
+    # The noise of one tile is drawn while the tensor cores multiply by the one before.
+    w_rows = weight_rows(BLOCK_N, NOISE)
+    w_cols = first_k + tl.arange(0, BLOCK_K)[None, :]
+    first_col = tl.cast(first_k, tl.int64) + col_offset
+    w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
+    scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
+    sample, negate = sample_of(group, sample_offset, ANTITHETIC)
+    seed = tl.load(seed)
+    row_offset = tl.cast(row_offset, tl.int64)
+
+    n = begin
+    w, scale = _load_tile(w_tile, scale_tile, n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
+    w = perturb_tile(
+        w, scale, row_offset + n + w_rows, row_offset + n, first_col, stream, sample, negate, seed,
+        NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+    )  # fmt: skip
+    for n in tl.range(begin, end, BLOCK_N):
+        next_n = tl.minimum(n + BLOCK_N, end - 1) // BLOCK_N * BLOCK_N  # the last tile is read twice
+        next_w, scale = _load_tile(
+            w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+        )
+        if USE_DESCRIPTOR:
+            y_n = grad_y.load([first_m, n])
+        elif EVEN:
+            y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn)
+        else:
+            y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn, mask=offs_yn[None, :] < N - n, other=0)
+        acc = dot(y_n, w, acc, PRECISION)
+        w = perturb_tile(
+            next_w, scale, row_offset + next_n + w_rows, row_offset + next_n, first_col, stream, sample, negate,
+            seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+        )  # fmt: skip
+
+    grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
+    inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
+    if SPLIT_N > 1:
+        tl.store(grad_x, acc, mask=inside)
+    else:
+        tl.store(grad_x, round_to(acc, DTYPE), mask=inside)
+
+
+def linear_input_grad(
+    grad_y: Tensor, weight: Tensor, lora_A: Tensor | None, v: Tensor | None, draw: Any, workspace: int
+) -> Tensor:
+    """dX = dY (W + eps) + v lora_A, (M, K); M, N, K > 0.
+
+    grad_y: (M, N); weight: (N, K); lora_A: (r, K) and v: (M, r) contiguous, or None.
+    draw: the forward's. workspace: bytes of scratch memory allowed.
+    """
+    (M, N), K = grad_y.shape, weight.shape[1]
+    machine = machine_of(grad_y)
+    rows = M // draw.samples
+    config = configs.linear(machine.architecture, "input_grad", grad_y.element_size(), rows)
+    steps = triton.cdiv(N, config.block_in)
+    tiles = draw.samples * triton.cdiv(rows, config.block_m) * triton.cdiv(K, config.block_out)
+    splits = configs.splits(tiles, steps, 4 * M * K, workspace, machine.processors)
+    steps_per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_per_split)
+    grad_x = grad_y.new_empty((M, K))
+    partial = grad_x if splits == 1 else grad_y.new_empty((splits, M, K), dtype=torch.float32)
+    y_tiles = descriptor(grad_y, (config.block_m, config.block_in)) if machine.has_descriptors else None
+    rank = 0 if v is None else v.shape[1]
+    arguments = {
+        "grad_y": grad_y if y_tiles is None else y_tiles,
+        "weight": weight,
+        "v": v,
+        "lora_A": lora_A,
+        "grad_x": partial,
+        "M": M,
+        "N": N,
+        "K": K,
+        "rank": rank,
+        "rows_per_sample": rows,
+        "steps_per_split": steps_per_split,
+        "stride_ym": grad_y.stride(0),
+        "stride_yn": grad_y.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
+        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
+        "sample_offset": draw.sample_offset,
+        **draw_arguments(draw, machine),
+        "PRECISION": precision(grad_y.dtype, machine),
+        "USE_DESCRIPTOR": y_tiles is not None,
+        "EVEN": N % config.block_in == 0 and K % config.block_out == 0,
+        "BLOCK_R": rank_block(rank),
+        "SPLIT_N": splits,
+        "GROUP_M": configs.GROUP_M,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_in,
+        "BLOCK_K": config.block_out,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_linear_input_grad_kernel, (tiles, splits), grad_y.device, arguments, options)
+    if splits > 1:
+        add_splits(partial, None, grad_x)
+    return grad_x

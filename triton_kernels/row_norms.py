@@ -1,0 +1,102 @@
+"""|| W[n] + scaling (lora_B lora_A)[n] ||^2 per row, W read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .launch import launch, machine_of, rank_block
+from .tile import dot, to_float
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def _row_sq_norms_kernel(
+    weight,  # (N, K)
+    lora_A,  # (r, K)
+    lora_B,  # (N, r)
+    out,  # (N,) float32
+    N,
+    K,
+    rank,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    scaling,
+    ARITHMETIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_K divides K
+    BLOCK_R: tl.constexpr,  # 0 = no adapter
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    w_tile = weight + n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        cols = k + offs_k
+        if EVEN:
+            w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk)
+        else:
+            w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=cols[None, :] < K, other=0)
+        w = to_float(w, ARITHMETIC)
+        if BLOCK_R > 0:
+            product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                B_r = tl.load(
+                    lora_B + n[:, None] * stride_bn + offs_r[None, :] * stride_br,
+                    mask=offs_r[None, :] < rank,
+                    other=0,
+                )
+                A_r = tl.load(
+                    lora_A
+                    + offs_r[:, None] * tl.cast(stride_ar, tl.int64)
+                    + cols[None, :].to(tl.int64) * stride_ak,
+                    mask=(offs_r[:, None] < rank) & (cols[None, :] < K),
+                    other=0,
+                )
+                product = dot(B_r, A_r, product, PRECISION)
+            w = tl.fma(product, scaling, w)
+        squares = tl.fma(w, w, squares)
+    tl.store(out + offs_n, tl.sum(squares, axis=1), mask=offs_n < N)
+
+
+def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+    """(N,) float32 of weight (N, K), lora_A (r, K) and lora_B (N, r); the latter two of one type, or None."""
+    N, K = weight.shape
+    out = weight.new_empty(N, dtype=torch.float32)
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    config = configs.ROW_NORMS_ADAPTER if rank else configs.ROW_NORMS
+    arguments = {
+        "weight": weight,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+        "out": out,
+        "N": N,
+        "K": K,
+        "rank": rank,
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
+        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
+        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
+        "stride_br": 0 if lora_B is None else lora_B.stride(1),
+        "scaling": scaling,
+        "ARITHMETIC": machine_of(weight).arithmetic,
+        "PRECISION": "ieee",
+        "EVEN": K % config.block_k == 0,
+        "BLOCK_R": rank_block(rank),
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_row_sq_norms_kernel, (triton.cdiv(N, config.block_n),), weight.device, arguments, options)
+    return out

@@ -1,0 +1,116 @@
+"""What the kernels share: the perturbed tile, products that the interpreter gets right, and the order of tiles."""
+
+import os
+
+import triton
+import triton.language as tl
+
+from .philox import RADIUS_FACTOR, gaussian, rademacher
+
+# The interpreter multiplies bfloat16 as if it were integers, and cuts where it should round.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Two bfloat16 of one register; the compiler's own conversion takes three instructions.
+_UNPACK_PTX = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@triton.jit
+def to_float(x, ARITHMETIC: tl.constexpr):
+    if ARITHMETIC == "ptx" and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(_UNPACK_PTX, "=r,=r,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """float32 to `DTYPE`, to the nearest."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32)
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """The place of a program in the grid: GROUP_M tiles of rows share what they read of the other operand in L2."""
+    width = GROUP_M * num_n
+    first = pid // width * GROUP_M
+    size = tl.minimum(num_m - first, GROUP_M)
+    return first + pid % width % size, pid % width // size
+
+
+@triton.jit
+def sample_of(group, sample_offset, ANTITHETIC: tl.constexpr):
+    """The sample index that a row group sees, and 1 where its noise is negated, else 0."""
+    sample = tl.cast(sample_offset, tl.uint32) + tl.cast(group, tl.uint32)
+    if ANTITHETIC:
+        return sample >> 1, sample & 1
+    else:
+        return sample, sample * 0
+
+
+@triton.jit
+def weight_rows(BLOCK_N: tl.constexpr, NOISE: tl.constexpr):
+    """The order in which the rows of a tile of the weight are loaded, (BLOCK_N, 1).
+
+    A word of Rademacher signs covers four rows. They are loaded BLOCK_N / 4 places apart, which puts them into one
+    thread; `perturb_tile` puts them back in order.
+    """
+    if NOISE == "rademacher":
+        row = 4 * tl.arange(0, BLOCK_N // 4)[None, :] + tl.arange(0, 4)[:, None]
+        return tl.reshape(row, [BLOCK_N])[:, None]
+    else:
+        return tl.arange(0, BLOCK_N)[:, None]
+
+
+@triton.jit
+def perturb_tile(
+    w,  # (BLOCK_N, BLOCK_K), rows in the order of `weight_rows`
+    scale,  # (BLOCK_N, 1) float32, of its rows
+    rows,  # (BLOCK_N, 1), of all the weight
+    first_row,  # of the tile in all the weight; scalar
+    first_col,  # likewise, a multiple of 8
+    stream,
+    sample,
+    negate,
+    seed,
+    NOISE: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    ALIGNED: tl.constexpr,  # first_row is a multiple of 4
+    ARITHMETIC: tl.constexpr,
+):
+    """W + eps, rounded once to the type of W; (BLOCK_N, BLOCK_K), rows in order."""
+    BLOCK_N: tl.constexpr = w.shape[0]
+    BLOCK_K: tl.constexpr = w.shape[1]
+    blocks = (tl.cast(first_col, tl.uint32) >> 3) + tl.arange(0, BLOCK_K // 8).to(tl.uint32)
+    stream = tl.cast(stream, tl.uint32)
+    rows = rows.to(tl.uint32)
+    w_float = to_float(w, ARITHMETIC)
+    if NOISE == "gaussian":
+        c = scale * scale * RADIUS_FACTOR
+        radius, direction = gaussian(rows, blocks[None, :], stream, sample, seed, c, ARITHMETIC)
+        if ANTITHETIC:
+            radius = radius * (1 - 2 * negate.to(tl.float32))
+        return round_to(tl.fma(radius, direction, w_float), w.dtype)
+    else:
+        if ALIGNED:
+            rows = tl.cast(first_row, tl.uint32) + 4 * tl.arange(0, BLOCK_N // 4).to(tl.uint32)[None, :, None]
+        else:
+            rows = tl.reshape(rows, [4, BLOCK_N // 4, 1])
+        if ANTITHETIC:
+            scale = scale * (1 - 2 * negate.to(tl.float32))
+        sign = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED)
+        eps = (scale.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        perturbed = tl.reshape(round_to(w_float + eps, w.dtype), [4, BLOCK_N // 4, BLOCK_K])
+        return tl.reshape(tl.permute(perturbed, (1, 0, 2)), [BLOCK_N, BLOCK_K])
