@@ -15,6 +15,16 @@ from .split import add_splits
 from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
 
+@triton.jit
+def _load_weight(tile, k, cols, stride_wk, K, EVEN: tl.constexpr):
+    """Columns k + `cols` of the weight; zeros beyond its edge."""
+    tile += tl.cast(k, tl.int64) * stride_wk
+    if EVEN:
+        return tl.load(tile)
+    else:
+        return tl.load(tile, mask=cols < K - k, other=0)
+
+
 @triton.jit(
     do_not_specialize=[
         "M",
@@ -64,6 +74,7 @@ def _linear_forward_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT_K: tl.constexpr,
+    CARRY: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,7 +116,6 @@ def _linear_forward_kernel(
         offs_xk = tl.arange(0, BLOCK_K)
         x_tile = x + m[:, None] * stride_xm + offs_xk[None, :] * stride_xk
 
-    # The noise of one tile is drawn while the tensor cores multiply by the one before.
     w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, NOISE), N - 1)
     w_cols = tl.arange(0, BLOCK_K)[None, :]
     w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols * stride_wk
@@ -116,45 +126,31 @@ def _linear_forward_kernel(
     sample, negate = sample_of(group, sample_offset, ANTITHETIC)
     seed = tl.load(seed)
 
-    k = begin
-    if EVEN_K:
-        w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk)
-    else:
-        w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=w_cols < K - k, other=0)
-    w = perturb_tile(
-        w,
-        scale,
-        rows,
-        first_row,
-        k + col_offset,
-        stream,
-        sample,
-        negate,
-        seed,
-        NOISE,
-        ANTITHETIC,
-        ALIGNED,
-        ARITHMETIC,
-    )
+    # Few rows: loads of the weight are what takes time, and the compiler keeps several under way.
+    # Many: the noise of one tile is drawn while the tensor cores multiply by the one before.
+    if CARRY:
+        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN_K)
+        w = perturb_tile(
+            w, scale, rows, first_row, begin + col_offset, stream, sample, negate, seed,
+            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+        )  # fmt: skip
     for k in tl.range(begin, end, BLOCK_K):
-        next_k = tl.minimum(k + BLOCK_K, end - 1) // BLOCK_K * BLOCK_K  # the last tile is read twice
-        if EVEN_K:
-            next_w = tl.load(w_tile + tl.cast(next_k, tl.int64) * stride_wk)
-        else:
-            next_w = tl.load(
-                w_tile + tl.cast(next_k, tl.int64) * stride_wk, mask=w_cols < K - next_k, other=0
-            )
+        this_k = tl.minimum(k + BLOCK_K, end - 1) // BLOCK_K * BLOCK_K if CARRY else k  # the last one twice
+        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN_K)
         if USE_DESCRIPTOR:
             x_k = x.load([first_m, k])
         elif EVEN_K:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk)
         else:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk, mask=offs_xk[None, :] < K - k, other=0)
-        acc = dot(x_k, w.T, acc, PRECISION)
+        if CARRY:
+            acc = dot(x_k, w.T, acc, PRECISION)
         w = perturb_tile(
-            next_w, scale, rows, first_row, next_k + col_offset, stream, sample, negate, seed,
+            this_w, scale, rows, first_row, this_k + col_offset, stream, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
+        if not CARRY:
+            acc = dot(x_k, w.T, acc, PRECISION)
 
     inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
     y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
@@ -184,9 +180,10 @@ def linear_forward(
     (M, K), N = x.shape, weight.shape[0]
     machine = machine_of(x)
     rows = M // draw.samples
-    config = configs.linear(machine.architecture, "forward", x.element_size(), rows)
+    config, tiles = configs.linear(
+        machine.architecture, "forward", x.element_size(), draw.samples, rows, N, machine.processors
+    )
     steps = triton.cdiv(K, config.block_in)
-    tiles = draw.samples * triton.cdiv(rows, config.block_m) * triton.cdiv(N, config.block_out)
     splits = configs.splits(tiles, steps, 4 * M * N, workspace, machine.processors)
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
@@ -223,6 +220,7 @@ def linear_forward(
         "HAS_BIAS": bias is not None,
         "BLOCK_R": rank_block(rank),
         "SPLIT_K": splits,
+        "CARRY": config.carry,
         "GROUP_M": configs.GROUP_M,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_out,

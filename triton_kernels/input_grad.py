@@ -62,6 +62,7 @@ def _linear_input_grad_kernel(
     EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT_N: tl.constexpr,
+    CARRY: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,7 +103,6 @@ def _linear_input_grad_kernel(
         offs_yn = tl.arange(0, BLOCK_N)
         y_tile = grad_y + m[:, None] * stride_ym + offs_yn[None, :] * stride_yn
 
-    # The noise of one tile is drawn while the tensor cores multiply by the one before.
     w_rows = weight_rows(BLOCK_N, NOISE)
     w_cols = first_k + tl.arange(0, BLOCK_K)[None, :]
     first_col = tl.cast(first_k, tl.int64) + col_offset
@@ -112,16 +112,17 @@ def _linear_input_grad_kernel(
     seed = tl.load(seed)
     row_offset = tl.cast(row_offset, tl.int64)
 
-    n = begin
-    w, scale = _load_tile(w_tile, scale_tile, n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
-    w = perturb_tile(
-        w, scale, row_offset + n + w_rows, row_offset + n, first_col, stream, sample, negate, seed,
-        NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
-    )  # fmt: skip
+    # As in the forward kernel.
+    if CARRY:
+        w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
+        w = perturb_tile(
+            w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream, sample, negate, seed,
+            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+        )  # fmt: skip
     for n in tl.range(begin, end, BLOCK_N):
-        next_n = tl.minimum(n + BLOCK_N, end - 1) // BLOCK_N * BLOCK_N  # the last tile is read twice
-        next_w, scale = _load_tile(
-            w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+        this_n = tl.minimum(n + BLOCK_N, end - 1) // BLOCK_N * BLOCK_N if CARRY else n  # the last one twice
+        this_w, scale = _load_tile(
+            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
         )
         if USE_DESCRIPTOR:
             y_n = grad_y.load([first_m, n])
@@ -129,11 +130,14 @@ def _linear_input_grad_kernel(
             y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn)
         else:
             y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn, mask=offs_yn[None, :] < N - n, other=0)
-        acc = dot(y_n, w, acc, PRECISION)
+        if CARRY:
+            acc = dot(y_n, w, acc, PRECISION)
         w = perturb_tile(
-            next_w, scale, row_offset + next_n + w_rows, row_offset + next_n, first_col, stream, sample, negate,
-            seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream, sample, negate, seed,
+            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
+        if not CARRY:
+            acc = dot(y_n, w, acc, PRECISION)
 
     grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
     inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
@@ -154,9 +158,10 @@ def linear_input_grad(
     (M, N), K = grad_y.shape, weight.shape[1]
     machine = machine_of(grad_y)
     rows = M // draw.samples
-    config = configs.linear(machine.architecture, "input_grad", grad_y.element_size(), rows)
+    config, tiles = configs.linear(
+        machine.architecture, "input_grad", grad_y.element_size(), draw.samples, rows, K, machine.processors
+    )
     steps = triton.cdiv(N, config.block_in)
-    tiles = draw.samples * triton.cdiv(rows, config.block_m) * triton.cdiv(K, config.block_out)
     splits = configs.splits(tiles, steps, 4 * M * K, workspace, machine.processors)
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
@@ -189,6 +194,7 @@ def linear_input_grad(
         "EVEN": N % config.block_in == 0 and K % config.block_out == 0,
         "BLOCK_R": rank_block(rank),
         "SPLIT_N": splits,
+        "CARRY": config.carry,
         "GROUP_M": configs.GROUP_M,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_in,
