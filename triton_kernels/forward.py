@@ -30,7 +30,7 @@ def _load_weight(tile, k, cols, stride_wk, K, EVEN: tl.constexpr):
         "M",
         "rows_per_sample",
         "scaling",
-        "stream",
+        "stream_id",
         "sample_offset",
         "row_offset",
         "col_offset",
@@ -60,7 +60,7 @@ def _linear_forward_kernel(
     stride_bias,
     stride_scale,
     scaling,
-    stream,
+    stream_id,
     sample_offset,
     row_offset,
     col_offset,
@@ -131,7 +131,7 @@ def _linear_forward_kernel(
     if CARRY:
         w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN_K)
         w = perturb_tile(
-            w, scale, rows, first_row, begin + col_offset, stream, sample, negate, seed,
+            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
     for k in tl.range(begin, end, BLOCK_K):
@@ -146,7 +146,7 @@ def _linear_forward_kernel(
         if CARRY:
             acc = dot(x_k, w.T, acc, PRECISION)
         w = perturb_tile(
-            this_w, scale, rows, first_row, this_k + col_offset, stream, sample, negate, seed,
+            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
         if not CARRY:

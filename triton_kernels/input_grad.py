@@ -27,7 +27,7 @@ def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K
         return tl.load(weight, mask=inside & (cols < K), other=0), tl.load(noise_scale, mask=inside, other=0)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_sample", "stream", "sample_offset", "row_offset", "col_offset"])
+@triton.jit(do_not_specialize=["M", "rows_per_sample", "stream_id", "sample_offset", "row_offset", "col_offset"])
 def _linear_input_grad_kernel(
     grad_y,  # (M, N), or its descriptor
     weight,  # (N, K)
@@ -49,7 +49,7 @@ def _linear_input_grad_kernel(
     stride_ar,
     stride_ak,
     stride_scale,
-    stream,
+    stream_id,
     sample_offset,
     row_offset,
     col_offset,
@@ -116,7 +116,7 @@ def _linear_input_grad_kernel(
     if CARRY:
         w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
         w = perturb_tile(
-            w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream, sample, negate, seed,
+            w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
     for n in tl.range(begin, end, BLOCK_N):
@@ -133,7 +133,7 @@ def _linear_input_grad_kernel(
         if CARRY:
             acc = dot(y_n, w, acc, PRECISION)
         w = perturb_tile(
-            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream, sample, negate, seed,
+            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
         if not CARRY:

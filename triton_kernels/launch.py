@@ -76,7 +76,7 @@ def draw_arguments(draw: Any, machine: Machine) -> dict[str, Any]:
         "noise_scale": draw.noise_scale,
         "stride_scale": draw.noise_scale.stride(0),
         "seed": draw.seed,
-        "stream": draw.stream,
+        "stream_id": draw.stream,  # `stream` as a keyword is Triton's own
         "row_offset": draw.row_offset,
         "col_offset": draw.col_offset,
         "NOISE": draw.noise,

@@ -13,7 +13,7 @@ from .launch import draw_arguments, launch, machine_of
 from .tile import perturb_tile, sample_of, weight_rows
 
 
-@triton.jit(do_not_specialize=["stream", "sample", "row_offset", "col_offset"])
+@triton.jit(do_not_specialize=["stream_id", "sample", "row_offset", "col_offset"])
 def _perturb_kernel(
     weight,  # (N, K), or None
     noise_scale,  # (N,)
@@ -26,7 +26,7 @@ def _perturb_kernel(
     stride_scale,
     stride_on,
     stride_ok,
-    stream,
+    stream_id,
     sample,
     row_offset,
     col_offset,
@@ -58,7 +58,7 @@ def _perturb_kernel(
     sample, negate = sample_of(sample, 0, ANTITHETIC)
     row_offset = tl.cast(row_offset, tl.int64)
     w = perturb_tile(
-        w, scale, row_offset + rows, row_offset + first_n, tl.cast(col_offset, tl.int64) + first_k, stream, sample,
+        w, scale, row_offset + rows, row_offset + first_n, tl.cast(col_offset, tl.int64) + first_k, stream_id, sample,
         negate, tl.load(seed), NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
     )  # fmt: skip
     rows = first_n + tl.arange(0, BLOCK_N)[:, None]
