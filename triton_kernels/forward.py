@@ -103,7 +103,7 @@ def _linear_forward_kernel(
                 offs_r = r + tl.arange(0, BLOCK_R)
                 u_r = tl.load(u + m[:, None] * rank + offs_r[None, :], mask=offs_r[None, :] < rank, other=0)
                 B_r = tl.load(
-                    lora_B + n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+                    lora_B + n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
                     mask=offs_r[:, None] < rank,
                     other=0,
                 )
@@ -114,11 +114,11 @@ def _linear_forward_kernel(
     end = tl.minimum(begin + steps_per_split * BLOCK_K, K)
     if not USE_DESCRIPTOR:
         offs_xk = tl.arange(0, BLOCK_K)
-        x_tile = x + m[:, None] * stride_xm + offs_xk[None, :] * stride_xk
+        x_tile = x + m[:, None] * stride_xm + offs_xk[None, :].to(tl.int64) * stride_xk
 
     w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, NOISE), N - 1)
     w_cols = tl.arange(0, BLOCK_K)[None, :]
-    w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols * stride_wk
+    w_tile = weight + w_cols.to(tl.int64) * stride_wk + w_rows.to(tl.int64) * stride_wn
     scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
     rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
     first_row = tl.cast(first_n, tl.int64) + row_offset

@@ -91,7 +91,7 @@ def _linear_input_grad_kernel(
                 offs_r = r + tl.arange(0, BLOCK_R)
                 v_r = tl.load(v + m[:, None] * rank + offs_r[None, :], mask=offs_r[None, :] < rank, other=0)
                 A_r = tl.load(
-                    lora_A + offs_r[:, None] * tl.cast(stride_ar, tl.int64) + k[None, :] * stride_ak,
+                    lora_A + offs_r[:, None].to(tl.int64) * stride_ar + k[None, :] * stride_ak,
                     mask=offs_r[:, None] < rank,
                     other=0,
                 )
@@ -101,7 +101,7 @@ def _linear_input_grad_kernel(
     end = tl.minimum(begin + steps_per_split * BLOCK_N, N)
     if not USE_DESCRIPTOR:
         offs_yn = tl.arange(0, BLOCK_N)
-        y_tile = grad_y + m[:, None] * stride_ym + offs_yn[None, :] * stride_yn
+        y_tile = grad_y + m[:, None] * stride_ym + offs_yn[None, :].to(tl.int64) * stride_yn
 
     w_rows = weight_rows(BLOCK_N, NOISE)
     w_cols = first_k + tl.arange(0, BLOCK_K)[None, :]

@@ -38,7 +38,7 @@ def _row_sq_norms_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.minimum(offs_n, N - 1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    w_tile = weight + n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    w_tile = weight + n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in tl.range(0, K, BLOCK_K):
         cols = k + offs_k
@@ -52,13 +52,13 @@ def _row_sq_norms_kernel(
             for r in tl.range(0, rank, BLOCK_R, num_stages=1):
                 offs_r = r + tl.arange(0, BLOCK_R)
                 B_r = tl.load(
-                    lora_B + n[:, None] * stride_bn + offs_r[None, :] * stride_br,
+                    lora_B + n[:, None] * stride_bn + offs_r[None, :].to(tl.int64) * stride_br,
                     mask=offs_r[None, :] < rank,
                     other=0,
                 )
                 A_r = tl.load(
                     lora_A
-                    + offs_r[:, None] * tl.cast(stride_ar, tl.int64)
+                    + offs_r[:, None].to(tl.int64) * stride_ar
                     + cols[None, :].to(tl.int64) * stride_ak,
                     mask=(offs_r[:, None] < rank) & (cols[None, :] < K),
                     other=0,
