@@ -16,6 +16,7 @@ class Config(NamedTuple):
     num_stages: int
     carry: bool = True  # the perturbed tile goes from one step to the next, see forward.py
     fill: bool = False  # only where there are tiles enough for three quarters of the processors
+    per_processor: int = 1  # tiles that one works on at a time
 
 
 class Pass(NamedTuple):
@@ -30,82 +31,106 @@ class Pass(NamedTuple):
 GROUP_M = 8  # tiles of rows that take turns on one tile of the weight
 ANY = 1 << 62
 
-# Architecture, bytes of the type -> direction -> (most rows of x, tile): the first that fits. Rows are those that see
-# one sample of the noise. "any" is for architectures that have no row of their own for a type.
-LINEAR: dict[tuple[str, int], dict[str, tuple[tuple[int, Config], ...]]] = {
-    ("sm80", 2): {
+# Architecture, kind of product -> direction -> (most rows of x, tile): the first that fits. Rows are those that see one
+# sample of the noise. Kinds: "half" (both 16-bit types), "tf32", "single" (float32 in full, without tensor cores).
+# "any" is for architectures that have no table of their own for a kind.
+LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
+    ("sm80", "half"): {
         "forward": (
-            (16, Config(16, 64, 128, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(128, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3)),
+            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
         ),
         "input_grad": (
-            (16, Config(16, 128, 64, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(128, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3)),
+            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
         ),
     },
-    ("sm90", 2): {
+    ("sm90", "half"): {
         "forward": (
-            (16, Config(16, 64, 128, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
-            (128, Config(128, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
+            (128, Config(128, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(256, 128, 64, 8, 3, fill=True)),
             (ANY, Config(256, 64, 128, 8, 2)),
         ),
         "input_grad": (
-            (16, Config(16, 128, 64, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
-            (128, Config(128, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
+            (128, Config(128, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(256, 128, 64, 8, 3, fill=True)),
             (ANY, Config(256, 64, 128, 8, 2)),
         ),
     },
-    ("sm100", 2): {
+    ("sm100", "half"): {
         "forward": (
-            (16, Config(16, 64, 128, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3)),
+            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
         ),
         "input_grad": (
-            (16, Config(16, 128, 64, 4, 4, carry=False)),
-            (64, Config(64, 64, 64, 4, 3)),
+            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
+            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
             (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3)),
+            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
         ),
     },
-    ("gfx", 2): {
+    ("gfx", "half"): {
         "forward": (
-            (16, Config(16, 64, 64, 4, 2, carry=False)),
-            (64, Config(64, 64, 64, 4, 2)),
+            (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
+            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
             (ANY, Config(128, 128, 32, 4, 2)),
         ),
         "input_grad": (
-            (16, Config(16, 64, 64, 4, 2, carry=False)),
-            (64, Config(64, 64, 64, 4, 2)),
+            (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
+            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
             (ANY, Config(128, 128, 32, 4, 2)),
         ),
     },
-    ("any", 4): {
+    ("any", "tf32"): {
         "forward": (
-            (16, Config(16, 64, 32, 4, 2, carry=False)),
-            (ANY, Config(64, 64, 32, 4, 2, carry=False)),
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
+            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
+            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
+            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
         ),
         "input_grad": (
-            (16, Config(16, 64, 32, 4, 2, carry=False)),
-            (ANY, Config(64, 64, 32, 4, 2, carry=False)),
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
+            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
+            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
+            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
         ),
     },
-    # Small, so that small problems have several tiles.
-    ("interpreter", 2): {
-        "forward": ((16, Config(16, 32, 64, 1, 1, carry=False)), (ANY, Config(64, 64, 64, 1, 1))),
-        "input_grad": ((16, Config(16, 64, 32, 1, 1, carry=False)), (ANY, Config(64, 64, 64, 1, 1))),
+    ("any", "single"): {
+        "forward": (
+            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
+            (ANY, Config(64, 64, 16, 4, 2, carry=False, per_processor=2)),
+        ),
+        "input_grad": (
+            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
+            (ANY, Config(64, 64, 16, 4, 2, carry=False, per_processor=2)),
+        ),
+    },
+    # Small enough for small problems to have several tiles each way; calls are what takes time there, not elements.
+    ("interpreter", "any"): {
+        "forward": (
+            (16, Config(16, 64, 128, 1, 1, carry=False)),
+            (64, Config(64, 32, 64, 1, 1)),
+            (ANY, Config(64, 128, 256, 1, 1)),
+        ),
+        "input_grad": (
+            (16, Config(16, 128, 64, 1, 1, carry=False)),
+            (64, Config(64, 64, 32, 1, 1)),
+            (ANY, Config(64, 256, 128, 1, 1)),
+        ),
     },
 }
 PERTURB = Pass(32, 64, 4)
+PERTURB_INTERPRETER = Pass(64, 128, 1)
 ROW_NORMS = Pass(16, 256, 4)
 ROW_NORMS_ADAPTER = Pass(32, 128, 4)
 ADD_SPLITS_BLOCK = 1024
@@ -115,16 +140,14 @@ _FAMILIES |= {"sm103": "sm100", "sm120": "sm80", "sm121": "sm80", "interpreter":
 
 
 def linear(
-    architecture: str, direction: str, itemsize: int, samples: int, rows: int, outputs: int, processors: int
+    architecture: str, kind: str, direction: str, samples: int, rows: int, outputs: int, processors: int
 ) -> tuple[Config, int]:
     """The tile for `samples` times `rows` rows of x, and how many of them cover all outputs.
 
-    direction: "forward" or "input_grad". rows: those that see one sample.
+    kind, direction: see LINEAR. rows: those that see one sample.
     """
     family = "gfx" if architecture.startswith("gfx") else _FAMILIES.get(architecture, "sm80")
-    table = LINEAR.get((family, itemsize)) or LINEAR.get(
-        (family, 2) if family == "interpreter" else ("any", itemsize)
-    )
+    table = LINEAR.get((family, kind)) or LINEAR.get((family, "any")) or LINEAR["any", kind]
     for most, config in table[direction]:
         tiles = samples * -(-rows // config.block_m) * -(-outputs // config.block_out)
         if rows <= most and (not config.fill or 4 * tiles >= 3 * processors):
@@ -132,12 +155,15 @@ def linear(
     raise AssertionError(f"configs.LINEAR has no tile for {rows} rows on {architecture}")
 
 
-def splits(tiles: int, steps: int, output_bytes: int, workspace: int, processors: int) -> int:
-    """Into how many parts to cut the contraction, so that all processors have work.
+def splits(
+    config: Config, tiles: int, length: int, output_bytes: int, workspace: int, processors: int
+) -> tuple[int, int]:
+    """Into how many parts to cut a contraction, so that all processors have work, and the tiles in each.
 
-    tiles: of the output. steps: of the contraction. output_bytes: of one partial sum in float32. workspace: bytes
+    tiles: of the output. length: of the contraction. output_bytes: of one partial sum in float32. workspace: bytes
     that partial sums may take.
     """
-    if tiles >= processors:
-        return 1
-    return max(1, min(processors // tiles, steps // 4, workspace // max(output_bytes, 1)))
+    steps = -(-length // config.block_in)
+    wanted = processors * config.per_processor // tiles
+    steps_per_split = -(-steps // max(1, min(wanted, steps // 4, workspace // output_bytes)))
+    return -(-steps // steps_per_split), steps_per_split

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import descriptor, draw_arguments, launch, machine_of, precision, rank_block
+from .launch import descriptor, draw_arguments, launch, plan, rank_block
 from .split import add_splits
 from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
@@ -29,6 +29,7 @@ def _load_weight(tile, k, cols, stride_wk, K, EVEN: tl.constexpr):
     do_not_specialize=[
         "M",
         "rows_per_sample",
+        "steps_per_split",
         "scaling",
         "stream_id",
         "sample_offset",
@@ -44,7 +45,7 @@ def _linear_forward_kernel(
     bias,  # (N,)
     noise_scale,  # (N,)
     seed,
-    y,  # (M, N), or with SPLIT_K float32 partial sums (SPLIT_K, M, N); contiguous
+    y,  # (M, N), or with SPLIT float32 partial sums (splits, M, N); contiguous
     M,
     N,
     K,
@@ -73,7 +74,7 @@ def _linear_forward_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0 = no adapter
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     CARRY: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -154,7 +155,7 @@ def _linear_forward_kernel(
 
     inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
     y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
-    if SPLIT_K > 1:
+    if SPLIT:
         tl.store(y, acc, mask=inside)
     else:
         if HAS_BIAS:
@@ -178,18 +179,10 @@ def linear_forward(
     draw: `flatlora_kernels.noise.Draw`. workspace: bytes of scratch memory allowed.
     """
     (M, K), N = x.shape, weight.shape[0]
-    machine = machine_of(x)
-    rows = M // draw.samples
-    config, tiles = configs.linear(
-        machine.architecture, "forward", x.element_size(), draw.samples, rows, N, machine.processors
-    )
-    steps = triton.cdiv(K, config.block_in)
-    splits = configs.splits(tiles, steps, 4 * M * N, workspace, machine.processors)
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    p = plan("forward", x, N, draw.samples, workspace)
     y = x.new_empty((M, N))
-    partial = y if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    x_tiles = descriptor(x, (config.block_m, config.block_in)) if machine.has_descriptors else None
+    partial = y if p.splits == 1 else x.new_empty((p.splits, M, N), dtype=torch.float32)
+    x_tiles = descriptor(x, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
     rank = 0 if u is None else u.shape[1]
     arguments = {
         "x": x if x_tiles is None else x_tiles,
@@ -202,8 +195,8 @@ def linear_forward(
         "N": N,
         "K": K,
         "rank": rank,
-        "rows_per_sample": rows,
-        "steps_per_split": steps_per_split,
+        "rows_per_sample": p.rows_per_sample,
+        "steps_per_split": p.steps_per_split,
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
         "stride_wn": weight.stride(0),
@@ -213,21 +206,21 @@ def linear_forward(
         "stride_bias": 0 if bias is None else bias.stride(0),
         "scaling": scaling,
         "sample_offset": draw.sample_offset,
-        **draw_arguments(draw, machine),
-        "PRECISION": precision(x.dtype, machine),
+        **draw_arguments(draw, p.machine),
+        "PRECISION": p.precision,
         "USE_DESCRIPTOR": x_tiles is not None,
-        "EVEN_K": K % config.block_in == 0,
+        "EVEN_K": K % p.config.block_in == 0,
         "HAS_BIAS": bias is not None,
         "BLOCK_R": rank_block(rank),
-        "SPLIT_K": splits,
-        "CARRY": config.carry,
+        "SPLIT": p.splits > 1,
+        "CARRY": p.config.carry,
         "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_out,
-        "BLOCK_K": config.block_in,
+        "BLOCK_M": p.config.block_m,
+        "BLOCK_N": p.config.block_out,
+        "BLOCK_K": p.config.block_in,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_linear_forward_kernel, (tiles, splits), x.device, arguments, options)
-    if splits > 1:
+    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
+    launch(_linear_forward_kernel, (p.tiles, p.splits), x.device, arguments, options)
+    if p.splits > 1:
         add_splits(partial, bias, y)
     return y

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import descriptor, draw_arguments, launch, machine_of, precision, rank_block
+from .launch import descriptor, draw_arguments, launch, plan, rank_block
 from .split import add_splits
 from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
@@ -27,7 +27,17 @@ def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K
         return tl.load(weight, mask=inside & (cols < K), other=0), tl.load(noise_scale, mask=inside, other=0)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_sample", "stream_id", "sample_offset", "row_offset", "col_offset"])
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "rows_per_sample",
+        "steps_per_split",
+        "stream_id",
+        "sample_offset",
+        "row_offset",
+        "col_offset",
+    ]
+)
 def _linear_input_grad_kernel(
     grad_y,  # (M, N), or its descriptor
     weight,  # (N, K)
@@ -35,7 +45,7 @@ def _linear_input_grad_kernel(
     lora_A,  # (r, K)
     noise_scale,  # (N,)
     seed,
-    grad_x,  # (M, K), or with SPLIT_N float32 partial sums (SPLIT_N, M, K); contiguous
+    grad_x,  # (M, K), or with SPLIT float32 partial sums (splits, M, K); contiguous
     M,
     N,
     K,
@@ -61,7 +71,7 @@ def _linear_input_grad_kernel(
     USE_DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
-    SPLIT_N: tl.constexpr,
+    SPLIT: tl.constexpr,
     CARRY: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -133,15 +143,15 @@ def _linear_input_grad_kernel(
         if CARRY:
             acc = dot(y_n, w, acc, PRECISION)
         w = perturb_tile(
-            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate, seed,
-            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
+            seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
         if not CARRY:
             acc = dot(y_n, w, acc, PRECISION)
 
     grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
     inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
-    if SPLIT_N > 1:
+    if SPLIT:
         tl.store(grad_x, acc, mask=inside)
     else:
         tl.store(grad_x, round_to(acc, DTYPE), mask=inside)
@@ -156,18 +166,10 @@ def linear_input_grad(
     draw: the forward's. workspace: bytes of scratch memory allowed.
     """
     (M, N), K = grad_y.shape, weight.shape[1]
-    machine = machine_of(grad_y)
-    rows = M // draw.samples
-    config, tiles = configs.linear(
-        machine.architecture, "input_grad", grad_y.element_size(), draw.samples, rows, K, machine.processors
-    )
-    steps = triton.cdiv(N, config.block_in)
-    splits = configs.splits(tiles, steps, 4 * M * K, workspace, machine.processors)
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    p = plan("input_grad", grad_y, K, draw.samples, workspace)
     grad_x = grad_y.new_empty((M, K))
-    partial = grad_x if splits == 1 else grad_y.new_empty((splits, M, K), dtype=torch.float32)
-    y_tiles = descriptor(grad_y, (config.block_m, config.block_in)) if machine.has_descriptors else None
+    partial = grad_x if p.splits == 1 else grad_y.new_empty((p.splits, M, K), dtype=torch.float32)
+    y_tiles = descriptor(grad_y, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
     rank = 0 if v is None else v.shape[1]
     arguments = {
         "grad_y": grad_y if y_tiles is None else y_tiles,
@@ -179,8 +181,8 @@ def linear_input_grad(
         "N": N,
         "K": K,
         "rank": rank,
-        "rows_per_sample": rows,
-        "steps_per_split": steps_per_split,
+        "rows_per_sample": p.rows_per_sample,
+        "steps_per_split": p.steps_per_split,
         "stride_ym": grad_y.stride(0),
         "stride_yn": grad_y.stride(1),
         "stride_wn": weight.stride(0),
@@ -188,20 +190,20 @@ def linear_input_grad(
         "stride_ar": 0 if lora_A is None else lora_A.stride(0),
         "stride_ak": 0 if lora_A is None else lora_A.stride(1),
         "sample_offset": draw.sample_offset,
-        **draw_arguments(draw, machine),
-        "PRECISION": precision(grad_y.dtype, machine),
+        **draw_arguments(draw, p.machine),
+        "PRECISION": p.precision,
         "USE_DESCRIPTOR": y_tiles is not None,
-        "EVEN": N % config.block_in == 0 and K % config.block_out == 0,
+        "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
         "BLOCK_R": rank_block(rank),
-        "SPLIT_N": splits,
-        "CARRY": config.carry,
+        "SPLIT": p.splits > 1,
+        "CARRY": p.config.carry,
         "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_in,
-        "BLOCK_K": config.block_out,
+        "BLOCK_M": p.config.block_m,
+        "BLOCK_N": p.config.block_in,
+        "BLOCK_K": p.config.block_out,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_linear_input_grad_kernel, (tiles, splits), grad_y.device, arguments, options)
-    if splits > 1:
+    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
+    launch(_linear_input_grad_kernel, (p.tiles, p.splits), grad_y.device, arguments, options)
+    if p.splits > 1:
         add_splits(partial, None, grad_x)
     return grad_x

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import configs
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -86,15 +88,32 @@ def draw_arguments(draw: Any, machine: Machine) -> dict[str, Any]:
     }
 
 
-def precision(dtype: torch.dtype, machine: Machine) -> str:
-    """The `input_precision` of products of `dtype`: float32 as torch's own products of it."""
-    if (
-        dtype == torch.float32
-        and machine.arithmetic == "ptx"
-        and torch.get_float32_matmul_precision() != "highest"
-    ):
-        return "tf32"
-    return "ieee"
+class Plan(NamedTuple):
+    """How the product of the forward or of the input gradient is cut into tiles."""
+
+    machine: Machine
+    config: configs.Config
+    rows_per_sample: int
+    tiles: int  # of the output
+    splits: int  # of the contraction
+    steps_per_split: int
+    precision: str  # `input_precision` of its products: float32 as torch's own products of it
+
+
+def plan(direction: str, a: Tensor, outputs: int, samples: int, workspace: int) -> Plan:
+    """Of `a` (M, contraction) times a matrix with so many outputs; see configs.py."""
+    machine = machine_of(a)
+    kind = "half"
+    if a.dtype == torch.float32:
+        tf32 = machine.arithmetic == "ptx" and torch.get_float32_matmul_precision() != "highest"
+        kind = "tf32" if tf32 else "single"
+    M, length = a.shape
+    rows = M // samples
+    config, tiles = configs.linear(
+        machine.architecture, kind, direction, samples, rows, outputs, machine.processors
+    )
+    splits, steps = configs.splits(config, tiles, length, 4 * M * outputs, workspace, machine.processors)
+    return Plan(machine, config, rows, tiles, splits, steps, "tf32" if kind == "tf32" else "ieee")
 
 
 def rank_block(rank: int) -> int:

@@ -71,7 +71,8 @@ def _perturb_kernel(
 def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
     """out = weight + eps, or eps where `weight` is None; both (N, K), N, K > 0, of one type."""
     N, K = out.shape
-    config = configs.PERTURB
+    machine = machine_of(out)
+    config = configs.PERTURB_INTERPRETER if machine.architecture == "interpreter" else configs.PERTURB
     arguments = {
         "weight": weight,
         "out": out,
@@ -82,7 +83,7 @@ def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
         "stride_on": out.stride(0),
         "stride_ok": out.stride(1),
         "sample": draw.sample_offset,
-        **draw_arguments(draw, machine_of(out)),
+        **draw_arguments(draw, machine),
         "HAS_WEIGHT": weight is not None,
         "EVEN": K % config.block_k == 0,
         "BLOCK_N": config.block_n,

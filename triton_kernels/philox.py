@@ -30,27 +30,22 @@ _GAUSSIAN_PTX = tl.constexpr(
 
 
 @triton.jit
-def _mulhilo(MULTIPLIER: tl.constexpr, x):
-    product = x.to(tl.uint64) * MULTIPLIER
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
 def philox(c0, c1, c2, c3, seed):
     """Four uint32 words per counter. Counters of different shapes broadcast as late as the rounds allow, so that what
     rows or columns share is computed once."""
-    key0 = seed.to(tl.uint32)
-    key1 = (seed >> 32).to(tl.uint32)
+    # Written out, because calls are what takes time in the interpreter; sums of 64 bits, because it warns where 32
+    # overflow.
+    key0 = seed.to(tl.uint32).to(tl.uint64)
+    key1 = (seed >> 32).to(tl.uint32).to(tl.uint64)
     for r in tl.static_range(10):
-        hi0, lo0 = _mulhilo(0xD2511F53, c0)
-        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
-        # 64-bit sums, because the interpreter warns where 32 bits overflow.
-        round_key0 = (key0.to(tl.uint64) + (r * 0x9E3779B9) % 0x100000000).to(tl.uint32)
-        round_key1 = (key1.to(tl.uint64) + (r * 0xBB67AE85) % 0x100000000).to(tl.uint32)
-        c0 = hi1 ^ (c1 ^ round_key0)
-        c1 = lo1
-        c2 = hi0 ^ (c3 ^ round_key1)
-        c3 = lo0
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        round_key0 = (key0 + (r * 0x9E3779B9) % 0x100000000).to(tl.uint32)
+        round_key1 = (key1 + (r * 0xBB67AE85) % 0x100000000).to(tl.uint32)
+        c0 = (product1 >> 32).to(tl.uint32) ^ (c1 ^ round_key0)
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ (c3 ^ round_key1)
+        c3 = product0.to(tl.uint32)
     return c0, c1, c2, c3
 
 
