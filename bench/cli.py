@@ -14,7 +14,7 @@ import torch
 
 from flatlora_kernels.noise import KINDS
 
-from . import compare, environment, overhead, providers, results, run, shapes, table
+from . import compare, environment, overhead, providers, results, run, shapes, table, timing
 from .results import Results
 from .shapes import MODES, SETS, Case
 
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=int, nargs="+", help="of the adapter, 0 = none; in place of the set's")
     p.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS))
     p.add_argument("--providers", nargs="+", help="only these and plain; fused: all backends")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: not in quick")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="default: not in quick and square4096"
+    )
     p.add_argument(
         "--memory",
         choices=("none", "first", "largest", "all"),
@@ -51,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--min-rounds", type=int, default=5, help="also where that takes longer than the budget")
     p.add_argument("--time-limit", type=float, help="seconds, no case is begun after; default 40 in quick")
+    p.add_argument(
+        "--graph",
+        choices=("none", "small", "all"),
+        help=f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
+    )
     _place(p)
     p = add("overhead", "time per call over F.linear on a layer of 8 x 8")
     _place(p)
@@ -97,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "list":
             print(_list(device))
             return 0
+        if device == "cpu" and getattr(args, "graph", None) not in (None, "none"):
+            parser.error(f"--graph {args.graph}: CUDA graphs need --device cuda, got cpu")
         if args.threads:
             torch.set_num_threads(args.threads)
         return _overhead(args, device) if args.command == "overhead" else _run(args, device)
@@ -130,16 +139,19 @@ def _run(args: argparse.Namespace, device: str) -> int:
         device=device,
         noises=tuple(args.noise),
         providers=tuple(args.providers) if args.providers else None,
-        compiled=default(args.compile, False, True),
-        # It takes seconds: of interest in quick only where it is all there is.
-        reference=not quick,
+        compiled=args.compile if args.compile is not None else args.set not in ("quick", "square4096"),
+        # It takes seconds: of interest in these sets only where it is all there is.
+        reference=args.set not in ("quick", "square4096"),
         budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
+        graph=args.graph or ("small" if device == "cuda" else "none"),
     )
     cases = _cases(args, device)
     meta = environment.describe(device)
     bench = run.run(settings, cases, _memory_cases(default(args.memory, "first", "largest"), cases))
+    if isinstance(bench.timer, timing.CudaTimer):
+        meta["launched_late"] = f"{bench.timer.late} of {bench.timer.calls} calls"
     return _finish(args, meta, Results(meta, bench.rows, bench.failures, list(bench.skipped)), args.set)
 
 

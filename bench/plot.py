@@ -37,7 +37,8 @@ def plot(results: Results, folder: Path, stem: str) -> list[Path]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         if row["kind"] == "linear" and row.get("to_plain") is not None:
-            groups.setdefault((case_name(row), row["mode"]), []).append(row)
+            mode = row["mode"] + (" as a CUDA graph" if row.get("launch") == "graph" else "")
+            groups.setdefault((case_name(row), mode), []).append(row)
     paths = []
     for (name, mode), rows in groups.items():
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{stem}-{name}-{mode}")

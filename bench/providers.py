@@ -1,7 +1,8 @@
 """What is timed. A rival is a class under `@provider`; the backends of the package come by themselves.
 
 A provider computes ``x @ (W + eps)^T + SCALING * (x @ A^T) @ B^T`` (A, B where the case has a rank; eps where
-the provider is noisy) for one copy of the inputs, and can say which eps it used.
+the provider is noisy) for one copy of the inputs, and can say which eps it used. In mode input_grad it computes
+``dY @ (W + eps) + SCALING * (dY @ B) @ A`` instead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Run:
     """A provider at work on one problem. Raises `Unfit` from its constructor where it cannot."""
 
     adapter = True  # computes the adapter's share, where the case has one
+    capturable = True  # by a CUDA graph; a generator of torch cannot be seeded inside one
 
     def __init__(self, problem: Problem, noise: str) -> None:
         self.problem = problem
@@ -42,6 +44,10 @@ class Run:
     def forward(self, copy: int) -> Tensor:
         """(M, N)."""
         raise NotImplementedError
+
+    def input_grad(self, copy: int) -> Tensor:
+        """dX, (M, K), from dY alone."""
+        raise Unfit("has no input gradient without a forward pass")
 
     def finish(self, copy: int) -> None:
         """What is left to do after the backward pass."""
@@ -55,12 +61,14 @@ class Run:
         return self.inputs[copy].leaves if self.adapter else [self.inputs[copy].x]
 
     def step(self, copy: int) -> tuple[Tensor, ...]:
-        """The output and, in mode forward+backward, the gradients of x, lora_A and lora_B."""
+        """The output and, in mode forward+backward, the gradients of x, lora_A and lora_B; or dX alone."""
         if not self.problem.backward:
             with torch.no_grad():
-                y = self.forward(copy)
+                result = (
+                    self.input_grad(copy) if self.problem.case.mode == "input_grad" else self.forward(copy)
+                )
             self.finish(copy)
-            return (y,)
+            return (result,)
         y = self.forward(copy)
         grads = torch.autograd.grad(y, self.leaves(copy), self.inputs[copy].grad_y)
         self.finish(copy)
@@ -132,6 +140,14 @@ def _add_adapter(y: Tensor, i: Inputs) -> Tensor:
     return torch.addmm(y, i.x @ i.lora_A.t(), i.lora_B.t(), alpha=SCALING)
 
 
+def _input_grad(perturbed: Tensor, i: Inputs) -> Tensor:
+    """By a weight that is in memory."""
+    dx = i.grad_y @ perturbed
+    if i.lora_A is None:
+        return dx
+    return torch.addmm(dx, i.grad_y @ i.lora_B, i.lora_A, alpha=SCALING)
+
+
 def _draw(out: Tensor, noise: str, noise_scale: Tensor, generator: torch.Generator) -> Tensor:
     """eps by torch's own generator, in as few passes as eager torch can."""
     if noise == "gaussian":
@@ -154,6 +170,14 @@ class Fused(Run):
             noise_scale=i.noise_scale, backend=self.backend,
         )  # fmt: skip
 
+    def input_grad(self, copy: int) -> Tensor:
+        """As the backward pass of the op does it."""
+        i, module = self.inputs[copy], backends.get(self.backend)
+        v = None if i.lora_B is None else (i.grad_y @ i.lora_B).mul_(SCALING)
+        draw = (i.noise_scale, i.seed, 0, self.noise, 1, 0, False, 0, 0)
+        choice = (module.STRATEGIES[0], module.NOISE_ACCUMS[0], self.backend)
+        return torch.ops.flatlora.linear_input_grad(i.grad_y, i.weight, i.lora_A, v, *draw, *choice)
+
     def eps(self, copy: int) -> Tensor:
         return _own_eps(self.inputs[copy], self.noise, self.backend)
 
@@ -171,12 +195,18 @@ class Perturb(Run):
         self.backend = backend
         self.scratch = torch.empty_like(problem.inputs[0].weight)
 
-    def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        perturbed = fk.perturb_weight(
+    def _perturbed(self, i: Inputs) -> Tensor:
+        return fk.perturb_weight(
             i.weight, i.noise_scale, seed=i.seed, noise=self.noise, out=self.scratch, backend=self.backend
         )
-        return _add_adapter(i.x @ perturbed.t(), i)
+
+    def forward(self, copy: int) -> Tensor:
+        i = self.inputs[copy]
+        return _add_adapter(i.x @ self._perturbed(i).t(), i)
+
+    def input_grad(self, copy: int) -> Tensor:
+        i = self.inputs[copy]
+        return _input_grad(self._perturbed(i), i)
 
     def eps(self, copy: int) -> Tensor:
         return _own_eps(self.inputs[copy], self.noise, self.backend)
@@ -184,13 +214,16 @@ class Perturb(Run):
 
 @provider("plain", noisy=False)
 class Plain(Run):
-    """x @ W.T, no adapter and no noise: what the ratios are to"""
+    """x @ W.T (input_grad: dY @ W), no adapter and no noise: what the ratios are to"""
 
     adapter = False
 
     def forward(self, copy: int) -> Tensor:
         i = self.inputs[copy]
         return i.x @ i.weight.t()
+
+    def input_grad(self, copy: int) -> Tensor:
+        return self.inputs[copy].grad_y @ self.inputs[copy].weight
 
 
 @provider("lora", noisy=False, needs_rank=True)
@@ -200,6 +233,9 @@ class Lora(Run):
     def forward(self, copy: int) -> Tensor:
         i = self.inputs[copy]
         return _add_adapter(i.x @ i.weight.t(), i)
+
+    def input_grad(self, copy: int) -> Tensor:
+        return _input_grad(self.inputs[copy].weight, self.inputs[copy])
 
 
 @provider("peft", noisy=False, needs_rank=True)
@@ -239,6 +275,8 @@ class InPlace(Run):
 
     # github.com/nblt/Flat-LoRA, logTrainer.py, with the row norms at hand and no (N, K) tensor of them.
 
+    capturable = False
+
     def __init__(self, problem: Problem, noise: str) -> None:
         super().__init__(problem, noise)
         self.weights = problem.writable_weights
@@ -254,6 +292,10 @@ class InPlace(Run):
         weight.add_(self.eps(copy))
         return _add_adapter(i.x @ weight.t(), i)
 
+    def input_grad(self, copy: int) -> Tensor:
+        self.weights[copy].add_(self.eps(copy))
+        return _input_grad(self.weights[copy], self.inputs[copy])
+
     def finish(self, copy: int) -> None:
         self.weights[copy].sub_(self.eps(copy))
 
@@ -261,6 +303,8 @@ class InPlace(Run):
 @provider("eager", noisy=True)
 class Eager(Run):
     """eps by torch's generator, W + eps in memory of its own, matmul"""
+
+    capturable = False
 
     def __init__(self, problem: Problem, noise: str) -> None:
         super().__init__(problem, noise)
@@ -275,6 +319,9 @@ class Eager(Run):
         i = self.inputs[copy]
         return _add_adapter(i.x @ (i.weight + self.eps(copy)).t(), i)
 
+    def input_grad(self, copy: int) -> Tensor:
+        return _input_grad(self.inputs[copy].weight + self.eps(copy), self.inputs[copy])
+
 
 def _eps_in_torch(weight: Tensor, noise_scale: Tensor, noise: str) -> Tensor:
     if noise == "gaussian":
@@ -288,10 +335,15 @@ def _linear_in_torch(i: Inputs, noise: str) -> Tensor:
     return _add_adapter(i.x @ (i.weight + _eps_in_torch(i.weight, i.noise_scale, noise)).t(), i)
 
 
+def _input_grad_in_torch(i: Inputs, noise: str) -> Tensor:
+    return _input_grad(i.weight + _eps_in_torch(i.weight, i.noise_scale, noise), i)
+
+
 @provider("compile", noisy=True, compiled=True)
 class Compile(Run):
     """torch.compile of `eager`, with the generator that the compiler puts into its kernels"""
 
+    capturable = False
     _compiled_for: weakref.ref[Problem] | None = None
 
     def __init__(self, problem: Problem, noise: str) -> None:
@@ -300,11 +352,16 @@ class Compile(Run):
             torch.compiler.reset()  # static graphs of many shapes would run into the limit of recompilations
             Compile._compiled_for = weakref.ref(problem)
         self.linear = torch.compile(_linear_in_torch, fullgraph=True, dynamic=False)
+        self.gradient = torch.compile(_input_grad_in_torch, fullgraph=True, dynamic=False)
         self.draw = torch.compile(_eps_in_torch, fullgraph=True, dynamic=False)
 
     def forward(self, copy: int) -> Tensor:
         torch.manual_seed(copy)
         return self.linear(self.inputs[copy], self.noise)
+
+    def input_grad(self, copy: int) -> Tensor:
+        torch.manual_seed(copy)
+        return self.gradient(self.inputs[copy], self.noise)
 
     def eps(self, copy: int) -> Tensor:
         # The values go by the seed and the place in the weight, so a graph of its own draws the same.

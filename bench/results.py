@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 # What a row is about. `kind`: "linear", "noise_scale" (its refresh), "noise" (the generator) or "overhead".
-KEYS = ("kind", "model", "layer", "M", "N", "K", "dtype", "mode", "rank", "noise", "provider")
+# `launch`: "graph" where a CUDA graph was replayed, else missing.
+KEYS = ("kind", "model", "layer", "M", "N", "K", "dtype", "mode", "rank", "noise", "provider", "launch")
 _TIMES = ("rounds", "median_us", "p20_us", "p80_us")
 _RATIOS = tuple(
     f"to_{base}{suffix}" for base in ("plain", "lora", "rival") for suffix in ("", "_p20", "_p80")

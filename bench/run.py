@@ -23,7 +23,9 @@ from .shapes import Case
 from .timing import Spread
 
 COPIES = 3  # of the inputs, used in turn
-GENERATOR_SHAPES = ((128, 512), (2048, 2048))  # in a core's cache, and from memory
+# In a core's cache, and from memory.
+GENERATOR_SHAPES = {"cpu": ((128, 512), (2048, 2048)), "cuda": ((2048, 2048), (4096, 4096))}
+GRAPH_ROWS = 512  # "small": with so few rows of x, launching may take longer than computing
 
 
 class Settings(NamedTuple):
@@ -36,6 +38,7 @@ class Settings(NamedTuple):
     min_rounds: int = 5
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
+    graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
 
 
 class Progress:
@@ -115,8 +118,41 @@ class Bench:
                     self.fail(f"{case}, {label}: gate: {verdict.detail}")
         if not runs:
             return
-        rounds = self._time({label: run.step for label, (_, _, run, _) in runs.items()})
+        for row in self._rows(case, runs, {label: run.step for label, (_, _, run, _) in runs.items()}):
+            if measure_memory:
+                name, noise = row["provider"], row["noise"]
+                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, self.settings.device, name, noise)
+            self.rows.append(row)
+        if self.settings.graph == "all" or (self.settings.graph == "small" and case.M <= GRAPH_ROWS):
+            self._graphs(case, {label: entry for label, entry in runs.items() if entry[2].capturable})
+
+    def _graphs(self, case: Case, runs: dict[str, tuple[Provider, str, Run, gate.Verdict]]) -> None:
+        """The same by replaying CUDA graphs, through the gate as well."""
+        replays = {}
+        for label, (_, _, run, _) in runs.items():
+            try:
+                replay = timing.graphed(run.step, COPIES)
+                verdict = gate.check(run, step=replay)
+            except Exception as error:
+                self.fail(f"{case}, {label}, graph: {type(error).__name__}: {error}")
+                continue
+            if verdict.passed:
+                replays[label] = replay
+            else:
+                self.fail(f"{case}, {label}, graph: gate: {verdict.detail}")
+        if replays:
+            runs = {label: runs[label] for label in replays}
+            self.rows += [{**row, "launch": "graph"} for row in self._rows(case, runs, replays)]
+
+    def _rows(
+        self,
+        case: Case,
+        runs: dict[str, tuple[Provider, str, Run, gate.Verdict]],
+        calls: dict[str, timing.Call],
+    ) -> list[Row]:
+        rounds = self._time(calls)
         times = {label: Spread.of(timing.seconds(rounds, label)) for label in runs}
+        rows = []
         for label, (p, noise, _, verdict) in runs.items():
             row: Row = {"kind": "linear", **case._asdict(), "provider": p.name, "noise": noise}
             row |= _times(rounds, label)
@@ -129,9 +165,8 @@ class Bench:
             for base, name in bases.items():
                 if name in runs and name != label:
                     row |= _ratio(base, timing.paired_ratio(rounds, label, name))
-            if measure_memory:
-                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, self.settings.device, p.name, noise)
-            self.rows.append(row)
+            rows.append(row)
+        return rows
 
     def noise_scale(self, case: Case) -> None:
         """What a refresh of `noise_scale` costs: it is not part of the other times."""
@@ -238,7 +273,7 @@ def run(settings: Settings, cases: Sequence[Case], memory_cases: set[Case]) -> B
     bench.rows += overhead.measure(backends, settings.device)
     for dtype in dtypes:
         progress.note(f"noise generator, {dtype}")
-        for N, K in GENERATOR_SHAPES:
+        for N, K in GENERATOR_SHAPES[settings.device]:
             bench.generator(N, K, dtype)
     for layer in layers:
         progress.note(f"noise_scale, {layer.model} {layer.layer}, {layer.dtype}, rank {layer.rank}")

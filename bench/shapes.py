@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-MODES = ("forward", "forward+backward")
+TRAINING = ("forward", "forward+backward")
+MODES = (*TRAINING, "input_grad")  # the last: dX alone, from a dY that is there
 
 
 class Layer(NamedTuple):
@@ -25,6 +26,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "square2048": Model((Layer("square", 2048, 2048),), (1, 16, 64, 256, 1024), "cases with stated targets"),
+    "square4096": Model(
+        (Layer("square", 4096, 4096),), (16, 256, 2048, 8192), "cases with stated targets on a GPU, rank 16"
+    ),
     "minilm": Model(
         (Layer("attention", 384, 384), Layer("up", 1536, 384), Layer("down", 384, 1536)),
         (32, 1024),
@@ -77,7 +81,7 @@ class Grid(NamedTuple):
     layers: tuple[str, ...] | None = None
     rows: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = TRAINING
     ranks: tuple[int, ...] = (0,)
 
     def cases(self) -> Iterator[Case]:
@@ -99,7 +103,7 @@ QUICK = {
         Grid("square2048", rows=(256,), dtypes=("float32",), modes=("forward+backward",)),
     ),
     "cuda": (
-        Grid("llama3-8b", ("q,o",), (2048,), ("bfloat16",), MODES, (0, 16)),
+        Grid("llama3-8b", ("q,o",), (2048,), ("bfloat16",), TRAINING, (0, 16)),
         Grid("square2048", rows=(1, 16, 256, 1024), dtypes=("bfloat16",), modes=("forward",)),
         Grid("llama3-8b", ("gate,up",), (1, 2048, 8192), ("bfloat16",), ("forward",)),
         Grid("t5-base", ("up",), (4096,), ("bfloat16",), ("forward+backward",), (16,)),
@@ -107,16 +111,26 @@ QUICK = {
     ),
 }
 FULL = {
-    "cpu": tuple(Grid(m, rows=(1, 256) if m == "llama3-8b" else None, ranks=(0, 16)) for m in MODELS),
+    "cpu": tuple(
+        Grid(m, rows=(1, 256) if m == "llama3-8b" else None, ranks=(0, 16))
+        for m in MODELS
+        if m != "square4096"
+    ),
     "cuda": tuple(Grid(m, dtypes=("bfloat16", "float16", "float32"), ranks=(0, 16)) for m in MODELS),
+}
+# Sets that are not all of a model.
+NAMED = {
+    "square4096": (
+        Grid("square4096", dtypes=("bfloat16", "float16"), modes=("forward", "input_grad"), ranks=(16,)),
+    ),
 }
 SETS = ("quick", "full", *MODELS)
 
 
 def cases(name: str, device: str) -> list[Case]:
-    """The cases of set `name`: "quick", "full" or all of one model."""
+    """The cases of set `name`: "quick", "full", or of one model."""
     if name in MODELS:
-        grids: tuple[Grid, ...] = (Grid(name, ranks=(0, 16)),)
+        grids: tuple[Grid, ...] = NAMED.get(name) or (Grid(name, ranks=(0, 16)),)
     else:
         grids = {"quick": QUICK, "full": FULL}[name][device]
     return list(dict.fromkeys(case for grid in grids for case in grid.cases()))

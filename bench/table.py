@@ -53,12 +53,14 @@ def summary(results: Results, long: bool = False) -> str:
     versions += f", Python {meta.get('python')}"
     parts = [f"{meta.get('hardware')}{threads}; {versions}; {commit}; {meta.get('date')}"]
     linear = [r for r in results.rows if r["kind"] == "linear"]
-    for mode in dict.fromkeys(r["mode"] for r in linear):
-        rows = [r for r in linear if r["mode"] == mode]
+    for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
+        rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
+        how = ", replayed as a CUDA graph" if launch == "graph" else ""
         if long:
-            parts.append(f"**{mode}**, median and 20th to 80th percentile\n\n{_long(rows)}")
+            parts.append(f"**{mode}**{how}, median and 20th to 80th percentile\n\n{_long(rows)}")
         else:
-            parts.append(f"**{mode}**, time as a multiple of plain `x @ W.T`\n\n{_by_case(rows)}")
+            plain = "dY @ W" if mode == "input_grad" else "x @ W.T"
+            parts.append(f"**{mode}**{how}, time as a multiple of plain `{plain}`\n\n{_by_case(rows)}")
     for kind, title, make in (
         ("noise_scale", "Refresh of `noise_scale`, once per step and layer", _by_layer),
         ("noise", "One-pass `W + eps` (ns per value and core); torch: its generator alone", _noise),
@@ -66,6 +68,8 @@ def summary(results: Results, long: bool = False) -> str:
     ):
         if rows := [r for r in results.rows if r["kind"] == kind]:
             parts.append(f"**{title}**\n\n{make(rows)}")
+    if meta.get("launched_late"):
+        parts.append(f"Launched late, so that times hold some of the host's: {meta['launched_late']}")
     if rows := [r for r in linear if r.get("peak_extra_bytes") is not None]:
         parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{_memory(rows)}")
     parts += [f"Skipped: {s}" for s in results.skipped] + [f"FAILED: {f}" for f in results.failures]
@@ -95,16 +99,19 @@ def _by_case(rows: list[Row]) -> str:
         else:
             noisy = entry["noises"].setdefault(row["noise"], {})
             noisy[row["provider"]] = ratio(row.get("to_plain"))
-            if row.get("to_rival") is not None:
-                noisy["best"] = min(noisy.get("best", float("inf")), row["to_rival"])
+            for base in ("to_lora", "to_rival"):
+                if row["provider"].startswith("fused") and row.get(base) is not None:
+                    noisy[base] = min(noisy.get(base, float("inf")), row[base])
     names = [n for n in provider_names(rows) if n != "plain"]
+    bases = {"to_lora": "fused / lora", "to_rival": "fused / best unfused"}
+    bases = {b: name for b, name in bases.items() if any(r.get(b) is not None for r in rows)}
     body = []
     for case, entry in lines.items():
         for noise, cells in (entry["noises"] or {"none": {}}).items():
             values = {**entry["shared"], **cells}
-            best = ratio(values.get("best"))
-            body.append([*case, noise, entry["plain"], *(values.get(n, "") for n in names), best])
-    header = ["layer", "M", "dtype", "noise", "plain", *names, "fused / best unfused"]
+            best = [ratio(values.get(base)) for base in bases]
+            body.append([*case, noise, entry["plain"], *(values.get(n, "") for n in names), *best])
+    header = ["layer", "M", "dtype", "noise", "plain", *names, *bases.values()]
     return markdown(header, body)
 
 

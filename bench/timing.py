@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 _L2_FLUSH_BYTES = 256 << 20
+_CLOCK = 2e9  # of the device, at least: cycles of a sleep in a second
+_MAX_SLEEP = 1e-3
 
 Round = dict[str, float]  # seconds per call; a slow call sits out some rounds
 Call = Callable[[int], object]  # takes the number of the input copy to use
@@ -42,22 +44,61 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Device time between two events, from a cold L2. The launches run ahead while the flush is under way."""
+    """Device time between two events, from a cold L2.
+
+    The device is kept busy, so that all launches of a call are queued before it comes to the first event; `late`
+    counts the calls where it was there earlier, and whose times hold some of the host's. The cache is flushed by
+    reading, which leaves no lines that would be written back during the call.
+    """
 
     def __init__(self) -> None:
-        self.flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.flush = torch.zeros(_L2_FLUSH_BYTES // 4, device="cuda")
+        self.sink = torch.zeros((), device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.host = 0.0  # seconds that recent calls took to launch
+        self.calls = self.late = 0
 
     def __call__(self, call: Call, copy: int) -> float:
-        self.flush.zero_()
+        torch.cuda._sleep(int(_CLOCK * min(1.5 * self.host, _MAX_SLEEP)))
+        torch.sum(self.flush, dim=0, out=self.sink)
         self.start.record()
+        begin = time.perf_counter()
         call(copy)
         self.end.record()
+        late = self.start.query()
+        self.host = max(time.perf_counter() - begin, 0.95 * min(self.host, _MAX_SLEEP))
         self.end.synchronize()
+        self.calls += 1
+        self.late += late
         return self.start.elapsed_time(self.end) / 1e3
 
 
 Timer = CpuTimer | CudaTimer
+
+
+def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
+    """`step` as CUDA graphs, one for each copy of the inputs: whatever it does, replaying it is one launch.
+
+    Every replay returns the same tensors, filled anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set up outside of the capture what they need
+        for copy in range(copies):
+            step(copy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs, results = [], []
+    for copy in range(copies):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(step(copy))
+        graphs.append(graph)
+
+    def replay(copy: int) -> Any:
+        graphs[copy].replay()
+        return results[copy]
+
+    return replay
 
 
 def timer(device: str) -> Timer:

@@ -16,12 +16,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import cli, gate, memory, providers, results, shapes, table, timing  # noqa: E402
 from bench.problem import Problem  # noqa: E402
+from bench.run import GRAPH_ROWS, Bench, Progress, Settings  # noqa: E402
 from bench.shapes import Case, Layer, Model  # noqa: E402
 
 TINY = Case("tiny", "square", 5, 24, 40, "float32", "forward+backward", 2)
 FAST = ["--set", "tiny", "--device", "cpu"]
 FAST += ["--providers", "fused:reference", "lora", "inplace", "eager", "perturb"]
-FAST += ["--budget", "0.001", "--memory", "none", "--name", "tiny", "--dtypes", "float32"]
+FAST += [
+    "--budget",
+    "0.001",
+    "--memory",
+    "none",
+    "--name",
+    "tiny",
+    "--dtypes",
+    "float32",
+    "--modes",
+    *shapes.MODES,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set of one small layer, and small shapes for the noise alone."""
     monkeypatch.setitem(shapes.MODELS, "tiny", Model((Layer("square", 24, 40),), (1, 5), "for tests"))
     monkeypatch.setattr(cli, "SETS", (*shapes.SETS, "tiny"))
-    monkeypatch.setattr("bench.run.GENERATOR_SHAPES", ((16, 16),))
+    monkeypatch.setattr("bench.run.GENERATOR_SHAPES", {"cpu": ((16, 16),)})
     monkeypatch.setattr("bench.overhead._LOOP", 2)
 
 
@@ -98,7 +110,14 @@ def test_table_and_compare(finished: Path, tmp_path: Path, capsys: pytest.Captur
     forward = text.split("**")[2].splitlines()
     line = next(line for line in forward if "r16" in line and "gaussian" in line and " 5 " in line)
     assert table.ratio(row["to_plain"]) in line
-    for part in ("forward+backward", "Refresh", "ns per value", "over F.linear", "plain `x @ W.T`"):
+    for part in (
+        "forward+backward",
+        "plain `dY @ W`",
+        "Refresh",
+        "ns per value",
+        "over F.linear",
+        "plain `x @ W.T`",
+    ):
         assert part in text
     assert cli.main(["table", str(finished), "--long"]) == 0
     assert " to " in capsys.readouterr().out
@@ -127,7 +146,7 @@ def test_plot(finished: Path, tmp_path: Path) -> None:
         pytest.skip("needs matplotlib")
     assert cli.main(["plot", str(finished), "--out", str(tmp_path)]) == 0
     pictures = list(tmp_path.glob("*.png"))
-    assert len(pictures) == 4  # two ranks, two modes
+    assert len(pictures) == 6  # two ranks, three modes
     assert all(p.stat().st_size > 10_000 for p in pictures)
 
 
@@ -164,6 +183,60 @@ def test_gate_catches(what: str) -> None:
     assert verdict.detail.startswith(what)
 
 
+@pytest.mark.parametrize("provider", ["fused:reference", "plain", "lora", "inplace", "eager", "perturb"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_input_grad_alone(provider: str, rank: int) -> None:
+    found = [p for p in providers.every("cpu") if p.name.startswith(provider)][0]
+    if found.needs_rank and not rank:
+        pytest.skip("needs an adapter")
+    alone = run(found.name, TINY._replace(mode="input_grad", rank=rank))
+    (dx,) = alone.step(1)
+    assert dx.shape == (TINY.M, TINY.K)
+    verdict = gate.check(alone, copy=1)
+    assert verdict.passed, verdict.detail
+    wrong = gate.check(alone, copy=1, step=lambda copy: (dx * 1.001,))
+    assert not wrong.passed
+    assert wrong.detail.startswith("grad of x")
+    if provider == "fused:reference":  # the same dX as that of a whole training step
+        both = run(provider, TINY._replace(rank=rank))
+        alone.problem.inputs = both.inputs
+        alone.inputs = both.inputs
+        torch.testing.assert_close(alone.step(0)[0].detach(), both.step(0)[1], rtol=0, atol=0)
+
+
+def test_graphs_have_rows_of_their_own_and_pass_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With calls in place of replays: what is captured, gated and reported."""
+
+    def stand_in(step: Any, copies: int) -> Any:
+        if isinstance(step.__self__, providers.Lora):
+            raise RuntimeError("cannot capture")
+        if isinstance(step.__self__, providers.Plain):
+            return lambda copy: tuple(1.01 * t for t in step(copy))
+        return step
+
+    monkeypatch.setattr(timing, "graphed", stand_in)
+    settings = Settings(
+        "cpu", providers=("fused:reference", "lora", "inplace", "perturb"), budget=0.001, graph="small"
+    )
+    bench = Bench(settings, Progress(1))
+    bench.linear(TINY, measure_memory=False)
+    captured = {r["provider"].partition(":")[0] for r in bench.rows if r.get("launch") == "graph"}
+    assert captured == {"fused", "perturb"}  # torch's generators cannot be seeded in a graph
+    assert len(bench.failures) == 2
+    assert any("lora none, graph: RuntimeError: cannot capture" in f for f in bench.failures)
+    assert any("plain none, graph: gate: y:" in f for f in bench.failures)
+    text = table.summary(results.Results({}, bench.rows, bench.failures, []))
+    assert "replayed as a CUDA graph" in text
+    rows = len(bench.rows)
+    bench.linear(TINY._replace(M=GRAPH_ROWS + 1), measure_memory=False)
+    assert not any(r.get("launch") for r in bench.rows[rows:])
+    with pytest.raises(SystemExit):
+        cli.main([*FAST, "--graph", "all"])
+    assert "--graph all: CUDA graphs need" in capsys.readouterr().err
+
+
 def test_gate_catches_noise_of_the_wrong_sign_and_missing_noise() -> None:
     noisy = run("fused:reference")
     drawn = noisy.eps(0)
@@ -179,7 +252,8 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(
     right = providers.Eager.forward
     monkeypatch.setattr(providers.Eager, "forward", lambda self, copy: right(self, copy) * 1.01)
     monkeypatch.setattr(providers.InPlace, "forward", lambda self, copy: 1 / 0)
-    assert cli.main([*FAST, "--m", "5", "--rank", "0", "--out", str(tmp_path)]) == 1
+    modes = ["--modes", *shapes.TRAINING]
+    assert cli.main([*FAST, *modes, "--m", "5", "--rank", "0", "--out", str(tmp_path)]) == 1
     found = results.load(tmp_path / "tiny.json")
     assert len(found.failures) == 8  # two providers, noises and modes
     assert any("eager gaussian: gate: y:" in f for f in found.failures)
