@@ -14,12 +14,12 @@ import torch
 
 from flatlora_kernels.noise import KINDS
 
-from . import compare, environment, overhead, providers, results, run, shapes, table, timing
+from . import compare, environment, overhead, precompile, providers, results, run, shapes, table, timing
 from .results import Results
 from .shapes import MODES, SETS, Case
 
 _LOCAL = Path(__file__).parent / "results" / "local"
-_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare")
+_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +58,26 @@ def _parser() -> argparse.ArgumentParser:
         choices=("none", "small", "all"),
         help=f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
     )
+    p.add_argument(
+        "--processes", type=int, help="that compile Triton kernels before anything is timed; 0 = none"
+    )
     _place(p)
+    p = add("tune", "search tiles for the Triton kernels on this GPU and print a table for configs.py")
+    p.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float16"], choices=("float16", "bfloat16", "float32", "tf32"),
+        help="16-bit types, float32 or tf32: the table has a part for each",
+    )  # fmt: skip
+    p.add_argument(
+        "--time-limit", type=float, default=270.0, help="seconds; the most telling cases come first"
+    )
+    p.add_argument("--candidates", type=int, default=16, help="tiles to try for each line of the table")
+    p.add_argument("--processes", type=int, help="that compile; default one for every core but two")
+    p.add_argument(
+        "--dry-run", action="store_true", help="in Triton's interpreter, where no time means anything"
+    )
+    p.add_argument("--table", action="store_true", help="print the table after a dry run, too")
+    p.add_argument("--out", type=Path, default=_LOCAL, help="folder of the CSV and JSON")
+    p.add_argument("--name", help="of the files; default tune, device and time")
     p = add("overhead", "time per call over F.linear on a layer of 8 x 8")
     _place(p)
     p = add("list", "sets, layers and providers, and why a provider cannot run here")
@@ -97,6 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
     elif args.command == "compare":
         print(compare.compare(results.load(args.a), results.load(args.b)))
+    elif args.command == "tune":
+        from . import tune
+
+        try:
+            return tune.main(
+                args.dtypes, args.time_limit, args.candidates, args.processes, args.out, args.name, args.dry_run,
+                args.table,
+            )  # fmt: skip
+        except ValueError as error:
+            parser.error(str(error))
     else:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and not torch.cuda.is_available():
@@ -149,6 +178,13 @@ def _run(args: argparse.Namespace, device: str) -> int:
     )
     cases = _cases(args, device)
     meta = environment.describe(device)
+    if (
+        device == "cuda"
+        and args.processes != 0
+        and providers.available_backends(device).get("triton", "") is None
+    ):
+        for line in precompile.run(precompile.table_jobs(cases, settings.noises), args.processes):
+            print(f"compiling: {line}", file=sys.stderr)
     bench = run.run(settings, cases, _memory_cases(default(args.memory, "first", "largest"), cases))
     if isinstance(bench.timer, timing.CudaTimer):
         meta["launched_late"] = f"{bench.timer.late} of {bench.timer.calls} calls"

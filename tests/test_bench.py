@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import cli, gate, memory, providers, results, shapes, table, timing  # noqa: E402
+from bench import cli, gate, memory, precompile, providers, results, shapes, table, timing, tune  # noqa: E402
+from bench.precompile import Outcome  # noqa: E402
 from bench.problem import Problem  # noqa: E402
 from bench.run import GRAPH_ROWS, Bench, Progress, Settings  # noqa: E402
 from bench.shapes import Case, Layer, Model  # noqa: E402
@@ -311,3 +315,173 @@ def test_list_names_every_provider(capsys: pytest.CaptureFixture[str]) -> None:
     )
     for name in every:
         assert name in text
+
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch) -> tune.Tuner:
+    """As on an H100, but that the `cpu` backend does the work."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    from flatlora_kernels.triton_kernels import launch
+
+    monkeypatch.setattr(launch, "machine_of", lambda tensor: launch.Machine("sm90", 132))
+    monkeypatch.setattr(
+        tune, "Fused", lambda problem, noise, backend: providers.Fused(problem, noise, "reference")
+    )
+    monkeypatch.setattr(tune, "LAYERS", ((24, 40), (16, 40)))
+    made = tune.Tuner("cpu", ["bfloat16", "float16"], candidates=5, limit=60)
+    lines = made.lines()
+    small = [line._replace(cases=tuple((c._replace(M=3), n) for c, n in line.cases)) for line in lines]
+    monkeypatch.setattr(made, "lines", lambda: small)
+    return made
+
+
+class Workers:
+    """In place of the pool: says what became of each tile at once."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome, self.jobs = outcome, []
+
+    def submit(self, work: Any, job: precompile.Job) -> Any:
+        self.jobs.append(job)
+        future: Any = concurrent.futures.Future()
+        future.set_result(self.outcome(job))
+        return future
+
+    def shutdown(self, **options: bool) -> None:
+        pass
+
+
+def test_tune_has_what_the_table_has_in_its_space(tuner: tune.Tuner) -> None:
+    from flatlora_kernels.triton_kernels import configs
+
+    for (family, kind), part in configs.LINEAR.items():
+        for direction, entries in part.items():
+            for most, tile in entries:
+                s = tune.space(most, family)
+                plain = tile._replace(fill=False)
+                if family in ("sm80", "sm90", "sm100") and kind == "half":
+                    values = (*plain[:6], plain.per_processor)
+                    assert all(v in allowed for v, allowed in zip(values, s, strict=True)), (direction, tile)
+    tuner.count = 16
+    for line in tuner.lines():
+        candidates = tuner.candidates(line)
+        assert candidates[0] == line.tile
+        assert len(candidates) == len(set(candidates)) == 16
+        assert all(c.fill == line.tile.fill for c in candidates)
+
+
+def test_tune_prints_a_table_and_says_what_it_dropped(
+    tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from flatlora_kernels.triton_kernels import configs
+
+    bad = {0: Outcome("OutOfResources: shared memory"), 1: Outcome(None, 255, 6, 1000)}
+    order: dict[Any, int] = {}
+
+    def outcome(job: precompile.Job) -> Outcome:
+        number = order.setdefault((job.case.mode, job.case.M, job.tile), len(order))
+        return bad.get(number, Outcome(None, 200, 0, 1000))
+
+    workers = Workers(outcome)
+    monkeypatch.setattr(precompile, "pool", lambda processes: workers)
+    # The third tile of the first line is wrong, and the fourth raises.
+    first = tuner.lines()[0]
+    third, fourth = tuner.candidates(first)[2:4]
+    check = gate.check
+    used: list[Any] = []
+
+    def checked(run: Any, step: Any) -> gate.Verdict:
+        def under_the_tile(copy: int) -> Any:
+            result = step(copy)
+            tile = used[-1]
+            if tile == fourth:
+                raise RuntimeError("illegal address")
+            return tuple(1.1 * t for t in result) if tile == third else result
+
+        return check(run, step=under_the_tile)
+
+    using = tune.using
+
+    def recorded(tile: Any) -> Any:
+        used.append(tile)
+        return using(tile)
+
+    monkeypatch.setattr(tune, "using", recorded)
+    monkeypatch.setattr(gate, "check", checked)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tuner.run()
+    dropped = "\n".join(tuner.dropped)
+    for reason in (
+        "OutOfResources: shared memory",
+        "spills 6 words",
+        "wrong: y:",
+        "RuntimeError: illegal address",
+    ):
+        assert reason in dropped
+    table = eval("{" + tuner.text() + "}", {"Config": configs.Config, "ANY": configs.ANY})["sm90", "half"]
+    present = configs.LINEAR["sm90", "half"]
+    assert table.keys() == present.keys()
+    for direction, entries in table.items():
+        assert [most for most, _ in entries] == [most for most, _ in present[direction]]
+        assert [t.fill for _, t in entries] == [t.fill for _, t in present[direction]]
+    assert not set(tuner.candidates(first)[:4]) & {
+        t for (d, p), (t, _) in tuner.winners.items() if (d, p) == first[:2]
+    }
+    timed = [row for row in tuner.rows if row.get("median_us")]
+    assert {(r["noise"], r["dtype"], r["N"]) for r in timed} == {
+        ("gaussian", "bfloat16", 24), ("rademacher", "bfloat16", 24), ("gaussian", "float16", 24),
+        ("gaussian", "bfloat16", 16),
+    }  # fmt: skip
+    assert all(0 < r["error_over_limit"] <= 1 for r in timed)
+    assert all("median_us" not in r for r in tuner.rows if r["error"])
+    written = tune.save(tuner, {"date": "now"}, tmp_path / "t")
+    assert json.loads(written[1].read_text())["rows"] == tuner.rows
+    assert len(written[0].read_text().splitlines()) == len(tuner.rows) + 1
+
+
+def test_tune_keeps_the_present_tiles_where_time_is_out(
+    tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flatlora_kernels.triton_kernels import configs
+
+    monkeypatch.setattr(precompile, "pool", lambda processes: Workers(lambda job: Outcome()))
+    tuner.end = 0
+    tuner.run()
+    assert not tuner.winners and not tuner.rows
+    assert tuner.text().count("# not measured") == sum(map(len, configs.LINEAR["sm90", "half"].values()))
+
+
+def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatlora_kernels import backends
+
+    monkeypatch.setattr(backends, "unavailable", lambda name: "torch sees no GPU")
+    with pytest.raises(SystemExit):
+        cli.main(["tune"])
+    assert "tune needs backend triton, which cannot run here: torch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+def test_tune_dry_run(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    root = Path(__file__).parent.parent
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "bench", "tune", *arguments], cwd=root, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )  # fmt: skip
+
+    done = command(
+        "--dry-run", "--candidates", "2", "--dtypes", "bfloat16", "--out", str(tmp_path), "--name", "t"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("times are no result of any kind") == 2
+    assert "For LINEAR" not in done.stdout  # the table only where it is asked for
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {r["direction"] for r in rows} == {"forward", "input_grad"}
+    assert all(r["error_over_limit"] <= 1 for r in rows if r["error"] is None)
+    refused = command()
+    assert refused.returncode == 2
+    assert "tune needs a GPU, and TRITON_INTERPRET=1" in refused.stderr

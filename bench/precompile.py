@@ -1,0 +1,139 @@
+"""Compiles kernels of the Triton backend before anything is timed, in several processes at once.
+
+What they compile lies in Triton's cache on disk afterwards, where the process that measures finds it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import inspect
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .shapes import Case
+
+
+class Job(NamedTuple):
+    """The kernels of one case."""
+
+    case: Case
+    noise: str
+    tile: Any = None  # triton_kernels.configs.Config; None = what the table says
+    precision: str = "highest"  # of torch.set_float32_matmul_precision
+
+
+class Outcome(NamedTuple):
+    """The worst of a job's kernels; numbers are None where nothing was compiled."""
+
+    error: str | None = None
+    registers: int | None = None  # of a thread
+    spilled: int | None = None  # 4-byte words of a thread in local memory
+    shared: int | None = None  # bytes of a block
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def using(tile: Any) -> Iterator[None]:
+    """Products of the Triton backend inside are cut by this tile, whatever the table says; None = by the table."""
+    if tile is None:
+        yield
+        return
+    from flatlora_kernels.triton_kernels import configs
+
+    rule = configs.linear
+    signature = inspect.signature(rule)
+
+    def linear(*args: Any, **kwargs: Any) -> tuple[Any, int]:
+        given = signature.bind(*args, **kwargs).arguments
+        rows, outputs = -(-given["rows"] // tile.block_m), -(-given["outputs"] // tile.block_out)
+        return tile, given["samples"] * rows * outputs
+
+    configs.linear = linear
+    try:
+        yield
+    finally:
+        configs.linear = rule
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Launches of Triton kernels inside are compiled, not run; yields the compiled kernels."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    seen: list[Any] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        yield seen
+    finally:
+        JITFunction.run = run
+
+
+@functools.lru_cache(1)
+def _problem(case: Case) -> Any:
+    from .problem import Problem
+
+    return Problem(case, "cuda", copies=1)
+
+
+def work(job: Job) -> Outcome:
+    """In a process of the pool. Nothing is launched: a wrong kernel does no harm here."""
+    from .providers import Fused
+
+    start = time.perf_counter()
+    torch.set_float32_matmul_precision(job.precision)
+    try:
+        with using(job.tile), compiling() as kernels:
+            Fused(_problem(job.case), job.noise, "triton").step(0)
+            for kernel in kernels:
+                kernel._init_handles()  # says what the driver would say on launching
+        if not kernels:
+            return Outcome("nothing was compiled", seconds=time.perf_counter() - start)
+        numbers = [(k.n_regs, k.n_spills, k.metadata.shared) for k in kernels]
+    except Exception as error:  # whatever the compiler comes up with
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return Outcome(text, seconds=time.perf_counter() - start)
+    return Outcome(None, *map(max, *numbers, (0, 0, 0)), seconds=time.perf_counter() - start)
+
+
+def pool(processes: int | None = None) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that take `work`, each with a CUDA context of its own; one core is left to whoever measures."""
+    count = processes or max(1, min(len(os.sched_getaffinity(0)) - 2, 14))
+    return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
+def table_jobs(cases: list[Case], noises: tuple[str, ...]) -> list[Job]:
+    """Of all kernels that the cases need with the tiles of the table, a job for each different one."""
+    precision = torch.get_float32_matmul_precision()
+    return [Job(case, noise, None, precision) for case in dict.fromkeys(cases) for noise in noises]
+
+
+def run(jobs: list[Job], processes: int | None = None, time_limit: float = 120.0) -> list[str]:
+    """Lines on what went wrong; at the limit what is not begun is left to whoever needs it."""
+    found = []
+    with pool(processes) as workers:
+        futures = {workers.submit(work, job): job for job in jobs}
+        done, pending = concurrent.futures.wait(futures, timeout=time_limit)
+        for future in done:
+            job, outcome = futures[future], future.result()
+            if outcome.error or outcome.spilled:
+                found.append(
+                    f"{job.case}, {job.noise}: {outcome.error or f'{outcome.spilled} words spilled'}"
+                )
+        if pending:
+            found.append(f"{len(pending)} of {len(jobs)} not compiled in {time_limit:.0f} s")
+            workers.shutdown(wait=False, cancel_futures=True)
+    return found
