@@ -1,0 +1,288 @@
+"""What the compiler makes of the Triton kernels: docs/kernels.md, and the program that reads machine code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import targets
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import machine_code, offline  # noqa: E402
+
+REQUIRED = "triton" in targets.REQUIRED
+
+
+def sass(*lines: str) -> list[machine_code.Instruction]:
+    """A listing in which a line that ends in a colon is a label."""
+    listing = ['\t.section\t.text.other,"ax"', "        /*0000*/   BRA `(.L_other) ;", ".L_other:"]
+    listing += [
+        '\t.section\t.text.kernel,"ax",@progbits',
+        '\t.sectionflags\t@"SHF_BARRIERS=1"',
+        ".text.kernel:",
+    ]
+    listing += [
+        line if line.endswith(":") else f"        /*{0x10 * i:04x}*/   {line} ;"
+        for i, line in enumerate(lines)
+    ]
+    return machine_code.sass("\n".join(listing), "kernel")
+
+
+def texts(code: list[machine_code.Instruction], loop: machine_code.Loop) -> list[str]:
+    return [code[i].text for i in loop.body]
+
+
+# The shape of a kernel for sm_90: the adapter's loop, the main loop with a wait whose code lies behind the end, and
+# the padding after it.
+KERNEL = (
+    "MOV R1, R2",
+    "@P0 BRA `(.L_x_1)",
+    ".L_x_0:",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    "@!P0 BRA `(.L_x_0)",
+    ".L_x_1:",
+    "IMAD.WIDE.U32 R4, R5, -0x2daee0ad, RZ",
+    ".L_x_2:",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R6",
+    "@!P0 BRA `(.L_x_4)",
+    ".L_x_3:",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
+    "IMAD.WIDE.U32 R4, R5, -0x326172a9, RZ",
+    "MUFU.LG2 R7, R8",
+    "BRA.U UP0, `(.L_x_2)",
+    "@!P1 EXIT",
+    "STG.E [R2], R4",
+    "EXIT",
+    ".L_x_4:",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R9",
+    "@!P0 BRA `(.L_x_4)",
+    "BRA `(.L_x_3)",
+    ".L_x_5:",
+    "BRA `(.L_x_5)",
+    "NOP",
+)
+MAIN = [*KERNEL[9:11], *KERNEL[12:16], *KERNEL[20:23]]
+MAIN = [line.removeprefix("@!P0 ") for line in MAIN]
+
+
+def test_loop_includes_the_code_that_waits_far_behind() -> None:
+    code = sass(*KERNEL)
+    found = machine_code.loops(code)
+    assert sorted(len(loop.body) for loop in found) == [2, 3, 9]
+    assert texts(code, max(found, key=lambda loop: len(loop.body))) == MAIN
+
+
+def test_main_loop_is_the_innermost_with_products_and_philox() -> None:
+    code = sass(*KERNEL)
+
+    def wanted(body: list[machine_code.Instruction]) -> bool:
+        return any("HGMMA" in i.text for i in body) and any("IMAD.WIDE" in i.text for i in body)
+
+    loop = machine_code.innermost(code, machine_code.loops(code), wanted)
+    assert texts(code, loop) == MAIN
+    with pytest.raises(ValueError, match="expected one main loop, got 0"):
+        machine_code.innermost(code, machine_code.loops(code), lambda body: False)
+    with pytest.raises(ValueError, match="expected one main loop, got 2"):
+        machine_code.innermost(code, machine_code.loops(code), lambda body: len(body) < 4)
+
+
+def test_innermost_of_nested_loops() -> None:
+    code = sass(
+        ".L_x_0:", "FADD R1, R2, R3", ".L_x_1:", "HMMA R4, R5, R6", "@P0 BRA `(.L_x_1)", "@P1 BRA `(.L_x_0)", "EXIT"
+    )  # fmt: skip
+    loop = machine_code.innermost(
+        code, machine_code.loops(code), lambda body: any("HMMA" in i.text for i in body)
+    )
+    assert texts(code, loop) == ["HMMA R4, R5, R6", "BRA `(.L_x_1)"]
+
+
+def test_code_that_cannot_run_is_not_counted() -> None:
+    code = sass(*KERNEL)
+    assert [code[i].text for i in range(len(code)) if i not in machine_code.reachable(code)] == [
+        "BRA `(.L_x_5)",
+        "NOP",
+    ]
+
+
+@pytest.mark.parametrize(
+    "branch, after",
+    [
+        ("BRA `(.L_x_0)", (0,)),
+        ("@PT BRA `(.L_x_0)", (0,)),
+        ("@!P3 BRA `(.L_x_0)", (0, 2)),
+        ("BRA P2, `(.L_x_0)", (0, 2)),
+        ("BRA.U !UP1, `(.L_x_0)", (0, 2)),
+        ("BRA.DIV UR4, `(.L_x_0)", (0, 2)),
+        ("EXIT", ()),
+        ("@P0 EXIT", (2,)),
+        ("RET.REL.NODEC R4 `(kernel)", ()),
+        ("WARPSYNC.COLLECTIVE R16, `(.L_x_0)", (2,)),
+        ("CALL.REL.NOINC `(.L_x_0)", (2,)),
+    ],
+)
+def test_what_may_come_after_a_branch(branch: str, after: tuple[int, ...]) -> None:
+    assert sass(".L_x_0:", "NOP", branch, "EXIT")[1].after == after
+
+
+def test_branches_that_are_not_understood_are_errors() -> None:
+    for branch in ("BRX R4 -0x10", "JMP R2", "BREAK B0"):
+        with pytest.raises(ValueError, match="cannot be followed"):
+            sass(branch, "EXIT")
+    sass(
+        "BSSY B0, `(.L_x_0)", "@P0 BRA `(.L_x_1)", "FADD R1, R1, R1", ".L_x_1:", "BSYNC B0", ".L_x_0:", "EXIT"
+    )
+    with pytest.raises(ValueError, match="not followed by the target"):
+        sass("BSSY B0, `(.L_x_0)", "BSYNC B0", "FADD R1, R1, R1", ".L_x_0:", "EXIT")
+
+
+def test_cycle_with_two_entries_is_an_error() -> None:
+    code = sass("@P0 BRA `(.L_x_1)", ".L_x_0:", "NOP", ".L_x_1:", "NOP", "@P1 BRA `(.L_x_0)", "EXIT")
+    with pytest.raises(ValueError, match="two entries"):
+        machine_code.loops(code)
+
+
+def test_loop_of_amd_assembly() -> None:
+    code = machine_code.amdgcn(
+        "other:\n\ts_branch .LBB1_0\nkernel:                 ; @kernel\n.Lfunc_begin0:\n; %bb.16:\n"
+        '\t.file\t1 "a.py"\n\ts_mov_b32 s0, 0\n\ts_cbranch_scc1 .LBB0_2\n.LBB0_1:   ; in Loop\n'
+        "\t.loc\t1 39 0\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n.Ltmp1:\n"
+        "\ts_cbranch_scc0 .LBB0_1\n.LBB0_2:\n\ts_endpgm\n.Lfunc_end0:\n\t.set a, 1\n\tv_nop\n",
+        "kernel",
+    )
+    assert [i.opcode for i in code] == [
+        "s_mov_b32", "s_cbranch_scc1", "v_mfma_f32_32x32x8_bf16", "s_cbranch_scc0", "s_endpgm"
+    ]  # fmt: skip
+    assert [loop.body for loop in machine_code.loops(code)] == [(2, 3)]
+
+
+def test_hidden_special_functions() -> None:
+    def hidden(*lines: str) -> int | None:
+        return offline._hidden(sass(*lines, "EXIT"))
+
+    product, wait, special = "HGMMA.64x128x16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.LG2 R1, R2"
+    assert hidden(special, product, special, product, special, wait, special) == 2
+    assert hidden(special, wait, special, product, special, special) == 3  # the wait is in the next round
+    assert hidden(special, "HMMA.16816 R1", special) is None
+    assert hidden("HGMMA R1", special) is None
+
+
+# The table
+
+
+def row(**changed: object) -> offline.Row:
+    base = offline.Row(
+        "forward", "sm90", "bfloat16", "gaussian", "256x128x64, 8 warps, 3 stages", "8192 rows",
+        15.9, "8 HGMMA", 64, 52, 240, 114712, 8192, (),
+    )  # fmt: skip
+    return base._replace(**changed)  # type: ignore[arg-type]
+
+
+def outcome(*rows: offline.Row, version: str = "3.6.0") -> offline.Outcome:
+    return offline.Outcome(version, list(rows), [])
+
+
+def test_table_round_trip() -> None:
+    rows = [row(), row(target="sm80", hidden=None, shared=49152, tensor="16 HMMA")]
+    tables = offline.committed(offline.document([outcome(*rows), outcome(*rows, version="3.9.0")]))
+    assert list(tables) == ["3.6.0", "3.9.0"]
+    assert tables["3.6.0"] == {
+        rows[0].key: offline.Committed(15.9, 64, 112.0),
+        rows[1].key: offline.Committed(15.9, 64, 48.0),
+    }
+    assert offline.compare(outcome(*rows), tables) == []
+
+
+def test_figures_may_only_go_down() -> None:
+    tables = offline.committed(offline.document([outcome(row())]))
+    assert offline.compare(outcome(row(instructions=10.0, special=60, registers=250)), tables) == []
+    assert offline.compare(outcome(row(instructions=15.9 * 1.069)), tables) == []
+    (problem,) = offline.compare(outcome(row(instructions=15.9 * 1.071)), tables)
+    assert "instr" in problem and "may only go down" in problem
+    assert "special" in offline.compare(outcome(row(special=69)), tables)[0]
+    assert "KiB" in offline.compare(outcome(row(shared=130000)), tables)[0]
+    assert offline.compare(outcome(row(instructions=15.91)), tables, slack=1.0)
+
+
+def test_rows_must_match_the_configurations() -> None:
+    tables = offline.committed(offline.document([outcome(row())]))
+    new = row(tile="128x128x64, 8 warps, 3 stages")
+    problems = offline.compare(outcome(new), tables)
+    assert len(problems) == 2 and all(offline.REGENERATE in problem for problem in problems)
+    assert "not in docs/kernels.md" in problems[0] and "nothing compiles" in problems[1]
+
+
+def test_version_without_a_table_is_held_to_the_others() -> None:
+    older, newer = outcome(row(instructions=15.0)), outcome(row(instructions=16.0), version="3.9.0")
+    tables = offline.committed(offline.document([older, newer]))
+    assert offline.compare(outcome(row(instructions=17.0), version="3.10.0"), tables) == []
+    assert offline.compare(outcome(row(instructions=17.2), version="3.10.0"), tables)
+    assert offline.compare(older, {}) == [f"no table in docs/kernels.md; {offline.REGENERATE}"]
+
+
+@pytest.mark.parametrize(
+    "changed, problem",
+    [
+        ({"instructions": 17.01}, "the budget is 17.0"),
+        ({"kernel": "input_grad", "instructions": 18.51}, "the budget is 18.5"),
+        ({"kernel": "perturb", "instructions": 15.21, "rows": 0}, "the budget is 15.2"),
+        ({"noise": "rademacher", "instructions": 12.6}, "the budget is 12.5"),
+        ({"hidden": 39}, "expected 40 of 64"),
+        ({"hidden": None}, "expected 40 of 64"),
+        ({"shared": (227 << 10) + 1}, "bytes of shared memory"),
+        ({"registers": 256}, "registers"),
+        ({"tensor": "16 HMMA"}, "expected HGMMA"),
+        ({"target": "sm100", "hidden": None}, "expected UTCHMMA"),
+        ({"target": "sm80", "tensor": "8 HMMA", "shared": 100 << 10}, "101376 fit"),
+    ],
+)
+def test_what_must_hold_of_every_row(changed: dict[str, object], problem: str) -> None:
+    arguments = {"num_warps": 8, "BLOCK_M": 256}
+    assert offline._problems(row(), arguments) == []
+    assert problem in "; ".join(offline._problems(row(**changed), arguments))
+
+
+# The kernels
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, offline.Outcome]:
+    """Those of the versions that are here, by the names that tests have for them."""
+    folders = {"oldest": offline.OLDEST_FOLDER, "environment": None}
+    if offline.environment_version() in (None, offline.OLDEST):
+        folders.pop("environment")
+    if offline.environment_version() == offline.OLDEST:
+        folders["oldest"] = None
+    here = {
+        name: folder for name, folder in folders.items() if folder is None or (folder / "triton").is_dir()
+    }
+    return dict(zip(here, offline.measure_all(list(here.values())), strict=True))
+
+
+@pytest.fixture(params=["oldest", "environment"])
+def compiled(request: pytest.FixtureRequest, outcomes: dict[str, offline.Outcome]) -> offline.Outcome:
+    if found := outcomes.get(request.param):
+        return found
+    if request.param == "environment" and offline.environment_version() == offline.OLDEST:
+        pytest.skip(f"the environment's Triton is the oldest supported, {offline.OLDEST}")
+    reason = {
+        "oldest": f"Triton {offline.OLDEST} is not in {offline.OLDEST_FOLDER.name}: make test-compile puts it there",
+        "environment": "triton is not installed: pip install triton",
+    }[request.param]
+    if REQUIRED:
+        pytest.fail(f"backend 'triton' is required: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.mark.slow
+def test_no_spills_tensor_cores_and_budgets(compiled: offline.Outcome) -> None:
+    assert compiled.rows
+    assert not compiled.problems(), "\n".join(["", *compiled.problems()])
+
+
+@pytest.mark.slow
+def test_matches_the_committed_table(compiled: offline.Outcome) -> None:
+    problems = offline.compare(compiled, offline.committed(offline.TABLE.read_text()))
+    assert not problems, "\n".join(["", *problems])
