@@ -14,12 +14,24 @@ import torch
 
 from flatlora_kernels.noise import KINDS
 
-from . import compare, environment, overhead, precompile, providers, results, run, shapes, table, timing
+from . import (
+    compare,
+    environment,
+    offline,
+    overhead,
+    precompile,
+    providers,
+    results,
+    run,
+    shapes,
+    table,
+    timing,
+)
 from .results import Results
 from .shapes import MODES, SETS, Case
 
 _LOCAL = Path(__file__).parent / "results" / "local"
-_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune")
+_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune", "offline")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     p = add("plot", "PNGs of a run: ratio to plain against M")
     p.add_argument("file", type=Path)
     p.add_argument("--out", type=Path, help="folder; default that of the file")
+    p = add(
+        "offline", "compile the Triton kernels without a GPU and print what came out; see docs/kernels.md"
+    )
+    offline.add_arguments(p)
     p = add("compare", "two runs side by side")
     p.add_argument("a", type=Path)
     p.add_argument("b", type=Path)
@@ -116,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
     elif args.command == "compare":
         print(compare.compare(results.load(args.a), results.load(args.b)))
+    elif args.command == "offline":
+        return offline.main(args)
     elif args.command == "tune":
         from . import tune
 
