@@ -32,6 +32,15 @@ LINT := build/lint/bin
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+# What compilers make of the Triton kernels, without a GPU: the oldest supported Triton, and the environment's.
+.PHONY: test-compile
+test-compile: install build/triton-3.6.0/.installed
+	FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_compile.py
+build/triton-3.6.0/.installed: | install
+	rm -rf $(@D)
+	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
+	@touch $@
+
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)
 
