@@ -27,10 +27,20 @@ CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.c
 LINT := build/lint/bin
 
 .DEFAULT_GOAL := test
-.PHONY: test bench doctor install example-deps test-example lint lint-tools format check-cuda-build clean force
+.PHONY: test test-interpreter interpret-products interpret-rest bench doctor install example-deps test-example lint \
+  lint-tools format check-cuda-build clean force
 
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Triton kernels without a GPU. One core runs test_linear.py, another the rest.
+INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error
+test-interpreter: install
+	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-products interpret-rest
+interpret-products:
+	$(INTERPRET) $(PYTEST_ARGS) tests/test_linear.py
+interpret-rest:
+	$(INTERPRET) $(PYTEST_ARGS) --ignore=tests/test_linear.py
 
 # What compilers make of the Triton kernels, without a GPU: the oldest supported Triton, and the environment's.
 .PHONY: test-compile

@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _parameter(target: Target, *more: object, tag: str = "") -> object:
     marks = [pytest.mark.gpu] if target.device == "cuda" else []
+    if target.interpreted:
+        marks.append(pytest.mark.interpreter)
     return pytest.param(
         *((target, *more) if more else (target,)), id=f"{target.backend}-{target.device}{tag}", marks=marks
     )
@@ -33,6 +35,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("target, dtype", cases, indirect=["target"])
     else:
         metafunc.parametrize("target", [_parameter(t) for t in every], indirect=True)
+
+
+# What backend `triton` leaves out in the interpreter, by parts of a test's name, and why. Besides, two tests of
+# test_noise_spec.py draw fewer tiles there.
+NOT_INTERPRETED = {
+    ("-float16", "test_layouts"): "bfloat16 and float32 take the same way",
+    ("-float16", "test_samples"): "bfloat16 and float32 take the same way",
+    ("-float16", "test_adapter_and_bias"): "bfloat16 and float32 take the same way",
+    ("-float16", "test_forward_and_backward_see"): "bfloat16 and float32 take the same way",
+    ("test_many_tiles",): "smaller problems have several tiles each way there",
+    ("test_linear.py", "test_large_column_major"): "smaller problems have several tiles each way there",
+    ("test_tile_of_a_large_matrix",): "smaller problems have several tiles each way there",
+    ("test_long_sums", "16391"): "4096 steps do",
+    ("test_memory.py",): "memory of a GPU is not that of NumPy",
+    ("thread_counts",): "programs run one after the other",
+    ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        chosen = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        if chosen and chosen.interpreted:
+            for parts, reason in NOT_INTERPRETED.items():
+                if all(part in item.nodeid for part in parts):
+                    item.add_marker(pytest.mark.skip(reason=f"too much for the interpreter: {reason}"))
 
 
 @pytest.fixture

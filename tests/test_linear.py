@@ -279,6 +279,7 @@ def test_no_gradient_wanted(target: Target) -> None:
         assert not target.linear(**leaves(p), **p.options).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 6, 40])
 @pytest.mark.parametrize("noisy", [False, True])
@@ -299,6 +300,7 @@ def test_non_finite_input(target: Target, dtype: torch.dtype, value: float, colu
     assert_close(y[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 32])
 def test_non_finite_gradient(target: Target, dtype: torch.dtype, value: float, column: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,15 @@ SEEDS = [0, 1, 2**32, 2**63, 2**64 - 1, 0x0123456789ABCDEF, -1, 3 * 2**64 + 5]
 @pytest.mark.parametrize("seed", SEEDS, ids=hex)
 def test_backend_matches_oracle_at_the_ends_of_every_range(target: Target, seed: int, noise: str) -> None:
     worst = 0.0
-    for stream in (0, 1, TOP - 1):
-        for sample in (0, 1, TOP - 1):
-            for row in (0, 2**31 - 7, TOP - 19):
-                for col in (0, 2**31 - 8, TOP - 24):
-                    draw = {"seed": seed, "stream": stream, "sample": sample, "noise": noise}
-                    tile = (row, row + 19), (col, col + 21)
-                    error = (backend_tile(target, *tile, **draw).double() - oracle_tile(*tile, **draw)).abs()
-                    worst = max(worst, error.max().item())
+    for i, j, k, m in itertools.product(range(3), repeat=4):
+        if target.interpreted and ((i + j + k) % 3 or (i + 2 * j + m) % 3):
+            continue  # nine of 81, in which any two of the four still meet at all their ends
+        stream, sample = (0, 1, TOP - 1)[i], (0, 1, TOP - 1)[j]
+        row, col = (0, 2**31 - 7, TOP - 19)[k], (0, 2**31 - 8, TOP - 24)[m]
+        draw = {"seed": seed, "stream": stream, "sample": sample, "noise": noise}
+        tile = (row, row + 19), (col, col + 21)
+        error = (backend_tile(target, *tile, **draw).double() - oracle_tile(*tile, **draw)).abs()
+        worst = max(worst, error.max().item())
     assert worst <= (target.gaussian_atol if noise == "gaussian" else 0)
 
 
@@ -128,7 +130,7 @@ def test_any_tile_has_the_bits_of_the_whole(target: Target, origin: tuple[int, i
     n, k = origin
     whole = backend_tile(target, (n, n + rows), (k, k + cols), **draw)
     g = generator(origin[0] + len(noise))
-    for _ in range(40):
+    for _ in range(8 if target.interpreted else 40):
         a = int(torch.randint(0, rows, (), generator=g))
         b = int(torch.randint(a + 1, rows + 1, (), generator=g))
         c = 8 * int(torch.randint(0, cols // 8, (), generator=g))

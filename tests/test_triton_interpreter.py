@@ -1,0 +1,223 @@
+"""What only GPUs choose, run in Triton's interpreter: every tile of every architecture's table, loads through tensor
+descriptors, sums split over programs, and the arithmetic of NVIDIA (its PTX emulated) and AMD.
+
+The rest of the suite runs there too, on backend `triton` with tensors on the CPU: `make test-interpreter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ptx
+import pytest
+import torch
+from compare import check_problem, problem
+from targets import INTERPRETED, Target, randn
+
+from flatlora_kernels import noise as oracle
+
+pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from flatlora_kernels.triton_kernels import (  # noqa: E402
+    configs,
+    forward,
+    input_grad,
+    launch,
+    perturb,
+    philox,
+    row_norms,
+)
+from triton.runtime.interpreter import TensorHandle  # noqa: E402
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: make test-interpreter"),
+]
+TRITON = Target("triton", "cpu")
+
+
+def inline_asm(
+    asm: Any, constraints: Any, args: list[Any], dtype: Any, is_pure: Any, pack: Any, **_: Any
+) -> Any:
+    """`tl.inline_asm_elementwise` by ptx.py, errors of the instructions left out."""
+    outputs = str(constraints).count("=")
+    shape = args[0].handle.data.shape
+    inputs = []
+    for arg in args:
+        data = np.ascontiguousarray(arg.handle.data)
+        assert data.shape == shape
+        assert data.itemsize * int(pack) == 4, "one register of 32 bits"
+        inputs.append(data.reshape(-1).view(np.uint32))
+    registers = [bits.view(np.float32) for bits in ptx.run(asm.value, outputs, *inputs)]
+    if not isinstance(dtype, tuple):  # `pack` registers hold one tensor's values, taken in turn
+        assert outputs == int(pack)
+        registers, dtype = [np.stack(registers, -1)], (dtype,)
+    assert len(registers) == len(dtype)
+    results = [
+        tl.tensor(TensorHandle(r.reshape(shape), t), tl.block_type(t, list(shape)))
+        for r, t in zip(registers, dtype, strict=True)
+    ]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the kernels believe that they run on another machine."""
+
+    def use(architecture: str, processors: int = 4) -> None:
+        machine = launch.Machine(architecture, processors)
+        for module in (launch, forward, input_grad, perturb, row_norms):
+            if hasattr(module, "machine_of"):
+                monkeypatch.setattr(module, "machine_of", lambda tensor: machine)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", inline_asm)
+    turn = 2 * np.pi
+    for name, function in {
+        "_amdgcn_log2": lambda x: tl.log2(x),
+        "_amdgcn_sqrt": lambda x: tl.sqrt(x),
+        "_amdgcn_cos": lambda x: tl.cos(x * turn),
+        "_amdgcn_sin": lambda x: tl.sin(x * turn),
+    }.items():
+        monkeypatch.setattr(philox, name, function)
+    return use
+
+
+def every_config(direction: str) -> list[Any]:
+    """(config, dtype) of all tables, each once."""
+    found = {
+        config._replace(fill=False): torch.bfloat16 if kind == "half" else torch.float32
+        for (family, kind), table in configs.LINEAR.items()
+        if family != "interpreter"
+        for _, config in table[direction]
+    }
+    return [pytest.param(c, d, id="x".join(map(str, c))) for c, d in found.items()]
+
+
+def only(monkeypatch: pytest.MonkeyPatch, direction: str, config: Any) -> None:
+    table = configs.LINEAR["interpreter", "any"]
+    monkeypatch.setitem(table, direction, ((configs.ANY, config),))
+
+
+# Two tiles each way, one more for the steps, and a rest everywhere.
+
+
+@pytest.mark.parametrize(("config", "dtype"), every_config("forward"))
+def test_forward_tiles(config: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "forward", config)
+    p = problem(config.block_m + 3, config.block_out + 5, 2 * config.block_in + 9, dtype, rank=5, bias=True)
+    p.x.requires_grad_(False)
+    check_problem(TRITON, p)
+
+
+@pytest.mark.parametrize(("config", "dtype"), every_config("input_grad"))
+def test_input_grad_tiles(config: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "input_grad", config)
+    shape = (config.block_m + 3, 2 * config.block_in + 9, config.block_out + 5)
+    check_problem(TRITON, problem(*shape, dtype, rank=5, noise="rademacher"))
+
+
+def count_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many partial sums each product is added up from, where it is more than one."""
+    seen: list[int] = []
+    for module in (forward, input_grad):
+        monkeypatch.setattr(
+            module,
+            "add_splits",
+            lambda partial, *rest, original=module.add_splits: (
+                seen.append(partial.shape[0]),
+                original(partial, *rest),
+            ),
+        )
+    return seen
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize(
+    ("samples", "processors", "noise"), [(1, 16, "gaussian"), (2, 200, "rademacher")], ids=str
+)
+def test_split_sums(
+    carry: bool, samples: int, processors: int, noise: str, on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over K for y, over N for dX; the last part is shorter than the others, and the last step a rest."""
+    on("interpreter", processors)
+    config = configs.Config(16, 128, 16, 1, 1, carry=carry)
+    only(monkeypatch, "forward", config)
+    only(monkeypatch, "input_grad", config)
+    seen = count_splits(monkeypatch)
+    options = {"samples": samples, "noise": noise, "row_offset": 6, "antithetic": samples > 1}
+    check_problem(TRITON, problem(3 * samples, 139, 171, torch.bfloat16, rank=4, bias=True, **options))
+    assert len(seen) == 2
+    assert all(n > 1 for n in seen)
+
+
+@pytest.mark.parametrize(
+    ("shape", "samples", "described", "noise"),
+    [
+        ((5, 264, 136), 1, 2, "gaussian"),
+        ((130, 136, 200), 1, 2, "rademacher"),
+        ((60, 72, 136), 3, 2, "gaussian"),  # a tile that begins in one sample's rows ends in the next one's
+        ((1, 72, 264), 1, 2, "rademacher"),
+        ((7, 33, 136), 1, 1, "gaussian"),  # rows of dY are not aligned
+        ((7, 33, 41), 1, 0, "gaussian"),
+    ],
+    ids=str,
+)
+def test_tensor_descriptors(
+    shape: tuple[int, ...],
+    samples: int,
+    described: int,
+    noise: str,
+    on: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on("sm90")
+    made = []
+    for module in (forward, input_grad):
+        monkeypatch.setattr(
+            module, "descriptor", lambda *args: made.append(launch.descriptor(*args)) or made[-1]
+        )
+    p = problem(*shape, torch.bfloat16, rank=4, bias=True, samples=samples, sample_offset=1, noise=noise)
+    check_problem(TRITON, p)
+    assert [d is not None for d in made].count(True) == described
+
+
+def test_descriptor_of_a_part_of_a_matrix(on: Any) -> None:
+    """Rows of a wider matrix: what lies beside them is neither read nor multiplied by zero."""
+    on("sm90")
+    p = problem(21, 72, 136, torch.bfloat16)
+    for name in ("x", "grad_y"):
+        inside = getattr(p, name)
+        wide = torch.full((inside.shape[0] + 16, inside.shape[1] + 24), float("nan"), dtype=inside.dtype)
+        part = wide[8:-8, 8 : 8 + inside.shape[1]]
+        setattr(p, name, part.copy_(inside))
+        assert launch.descriptor(part, (16, 64)) is not None
+    check_problem(TRITON, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "gfx942"])
+def test_products_with_the_arithmetic_of(architecture: str, dtype: torch.dtype, on: Any) -> None:
+    on(architecture)
+    check_problem(TRITON, problem(20, 72, 104, dtype, rank=4, bias=True, lora_x=True))
+
+
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_noise_with_the_arithmetic_of(architecture: str, on: Any) -> None:
+    """Its constants and the use of its outputs; test_gpu_noise.py adds the errors of the instructions."""
+    on(architecture)
+    z = TRITON.noise(256, 512, seed=77, row_offset=3)
+    expected = oracle.standard_noise(256, 512, seed=torch.tensor(77), row_offset=3)
+    torch.testing.assert_close(z.double(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_row_norms_with_the_arithmetic_of(architecture: str, on: Any) -> None:
+    on(architecture)
+    W = randn(33, 300, dtype=torch.bfloat16)
+    A, B = randn(5, 300, seed=1, dtype=torch.bfloat16), randn(33, 5, seed=2, dtype=torch.bfloat16)
+    for adapter, full in (((None, None), W.double()), ((A, B), W.double() + 0.5 * B.double() @ A.double())):
+        got = TRITON.module.row_sq_norms(W, *adapter, 0.5)
+        torch.testing.assert_close(got.double(), full.square().sum(1), rtol=1e-5, atol=0)
