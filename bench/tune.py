@@ -106,6 +106,8 @@ class Tuner:
         self.table = tables.get((self.family, self.kind)) or tables.get((self.family, "any"))
         self.table = self.table or tables["any", self.kind]
         self.timer = timing.timer(device)
+        # Seconds for each call in the search and in the confirmation, and rounds at least.
+        self.budgets, self.min_rounds = ((0.0, 0.0), 1) if self.interpreted else ((0.03, 0.1), 15)
         self.rows: list[dict[str, Any]] = []
         self.dropped: dict[str, None] = {}
         self.winners: dict[
@@ -225,7 +227,9 @@ class Tuner:
     ) -> None:
         case, noise = line.cases[0]
         say(f"{line}: {len(outcomes)} candidates on {case}, {noise}")
-        scores = {tile: [ratio] for tile, ratio in self._time(line, case, noise, outcomes, 0.03).items()}
+        scores = {
+            tile: [ratio] for tile, ratio in self._time(line, case, noise, outcomes, self.budgets[0]).items()
+        }
         best = sorted(scores, key=lambda tile: scores[tile][0])[:FINALISTS]
         if line.tile in scores:
             best = list(dict.fromkeys([*best, line.tile]))
@@ -241,7 +245,7 @@ class Tuner:
                     tile: workers.submit(precompile.work, self._job(case, noise, tile)) for tile in finals
                 }
                 outcomes = self._results(line, futures)
-            ratios = self._time(line, case, noise, outcomes, 0.1)
+            ratios = self._time(line, case, noise, outcomes, self.budgets[1])
             finals = {tile: [*finals[tile], ratios[tile]] for tile in finals if tile in ratios}
             confirmed += bool(finals)
         if not finals:
@@ -265,7 +269,7 @@ class Tuner:
         plain = Plain(problem, "none").step
         calls = {"plain": plain if self.device == "cpu" else timing.graphed(plain, COPIES)}
         calls |= {text_of(c.tile): c.call for c in tried if c.call is not None}
-        rounds = timing.interleaved(calls, self.timer, COPIES, budget, 1 if self.interpreted else 15, 200)
+        rounds = timing.interleaved(calls, self.timer, COPIES, budget, self.min_rounds, 200)
         ratios = {}
         for c in tried:
             name = text_of(c.tile)
