@@ -6,6 +6,10 @@ The rest of the suite runs there too, on backend `triton` with tensors on the CP
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from compare import check_problem, problem
 from targets import INTERPRETED, Target, randn
 
+import flatlora_kernels as fk
 from flatlora_kernels import noise as oracle
 
 pytest.importorskip("triton")
@@ -197,6 +202,61 @@ def test_descriptor_of_a_part_of_a_matrix(on: Any) -> None:
     check_problem(TRITON, p)
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_perturb_tiles(noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of the table, of which a program draws several, against the interpreter's own."""
+    columns = 2 * configs.PERTURB.steps * configs.PERTURB.block_k + 13
+    draw = {"seed": 3, "noise": noise, "row_offset": 5, "col_offset": 16}
+    scale = torch.rand(configs.PERTURB.block_n + 3)
+    weight = randn(len(scale), columns)
+    expected = fk.perturb_weight(weight, scale, backend="triton", **draw)
+    monkeypatch.setattr(configs, "PERTURB_INTERPRETER", configs.PERTURB)
+    assert torch.equal(fk.perturb_weight(weight, scale, backend="triton", **draw), expected)
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose last byte is the last before a page that nobody may touch."""
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    size = tensor.numel() * tensor.element_size()
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + page)
+    kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+kept: list[mmap.mmap] = []
+
+
+def stay_inside() -> None:
+    """In the child: one touch beyond the end of an argument ends it."""
+    for noise in ("gaussian", "rademacher"):
+        for shape in ((1, 33, 41), (5, 67, 130), (70, 9, 7)):
+            p = problem(*shape, torch.bfloat16, rank=5, bias=True, lora_x=True, noise=noise)
+            scale = p.options.pop("noise_scale")
+            inputs = {k: guarded(t).requires_grad_() for k, t in p.inputs.items()}
+            y = TRITON.linear(**inputs, **p.options, noise_scale=guarded(scale))
+            torch.autograd.grad(y, list(inputs.values()), guarded(p.grad_y))
+            W, A, B = (inputs[name].detach() for name in ("weight", "lora_A", "lora_B"))
+            fk.row_sq_norms(W, A, B, backend="triton")
+            fk.row_sq_norms(W, backend="triton")
+            fk.perturb_weight(W, guarded(scale), seed=1, noise=noise, out=guarded(p.weight), backend="triton")
+    if "beyond" in sys.argv:
+        W.as_strided((8, 9), W.stride(), W.storage_offset() + W.numel() - 70).clone()
+    print("inside")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
+@pytest.mark.parametrize("beyond", [False, True], ids=["the kernels", "control"])
+def test_nothing_beyond_the_end_is_touched(beyond: bool) -> None:
+    command = [sys.executable, __file__, *(["beyond"] if beyond else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ("inside" in done.stdout) == (not beyond), done.stderr
+    assert (done.returncode == 0) == (not beyond), done.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("architecture", ["sm80", "sm90", "gfx942"])
 def test_products_with_the_arithmetic_of(architecture: str, dtype: torch.dtype, on: Any) -> None:
@@ -221,3 +281,7 @@ def test_row_norms_with_the_arithmetic_of(architecture: str, on: Any) -> None:
     for adapter, full in (((None, None), W.double()), ((A, B), W.double() + 0.5 * B.double() @ A.double())):
         got = TRITON.module.row_sq_norms(W, *adapter, 0.5)
         torch.testing.assert_close(got.double(), full.square().sum(1), rtol=1e-5, atol=0)
+
+
+if __name__ == "__main__":
+    stay_inside()
