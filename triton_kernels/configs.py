@@ -25,14 +25,16 @@ class Pass(NamedTuple):
     block_n: int
     block_k: int
     num_warps: int
-    num_stages: int = 3
+    num_stages: int = 1
+    steps: int = 1  # tiles of columns that one program goes through
 
 
 GROUP_M = 8  # tiles of rows that take turns on one tile of the weight
 ANY = 1 << 62
 
 # Architecture, kind of product -> direction -> (most rows of x, tile): the first that fits. Rows are those that see one
-# sample of the noise. Kinds: "half" (both 16-bit types), "tf32", "single" (float32 in full, without tensor cores).
+# sample of the noise. Kinds: "half" (both 16-bit types), "ragged" (the same where the weight is not row-major or N or K is
+# not a multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged).
 # "any" is for architectures that have no table of their own for a kind.
 LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
     ("sm80", "half"): {
@@ -91,6 +93,19 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
             (ANY, Config(128, 128, 32, 4, 2)),
         ),
     },
+    ("sm100", "tf32"): {
+        "forward": (
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
+            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
+            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
+            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
+        ),
+        "input_grad": (
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
+            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
+            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
+        ),
+    },
     ("any", "tf32"): {
         "forward": (
             (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
@@ -103,6 +118,16 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
             (64, Config(64, 64, 32, 4, 3, per_processor=2)),
             (ANY, Config(128, 128, 32, 8, 3, fill=True)),
             (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
+        ),
+    },
+    ("any", "ragged"): {
+        "forward": (
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
+            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
+        ),
+        "input_grad": (
+            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
+            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
         ),
     },
     ("any", "single"): {
@@ -118,21 +143,22 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
     # Small enough for small problems to have several tiles each way; calls are what takes time there, not elements.
     ("interpreter", "any"): {
         "forward": (
-            (16, Config(16, 64, 128, 1, 1, carry=False)),
+            (16, Config(16, 64, 256, 1, 1, carry=False)),
             (64, Config(64, 32, 64, 1, 1)),
             (ANY, Config(64, 128, 256, 1, 1)),
         ),
         "input_grad": (
-            (16, Config(16, 128, 64, 1, 1, carry=False)),
+            (16, Config(16, 256, 64, 1, 1, carry=False)),
             (64, Config(64, 64, 32, 1, 1)),
             (ANY, Config(64, 256, 128, 1, 1)),
         ),
     },
 }
-PERTURB = Pass(32, 64, 4)
-PERTURB_INTERPRETER = Pass(64, 128, 1)
-ROW_NORMS = Pass(16, 256, 4)
-ROW_NORMS_ADAPTER = Pass(32, 128, 4)
+PERTURB = Pass(64, 64, 4, 1, steps=8)
+PERTURB_INTERPRETER = Pass(64, 256, 1)
+ROW_NORMS = Pass(16, 256, 4, 3)
+ROW_NORMS_ADAPTER = Pass(16, 256, 4, 2)
+ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank
 ADD_SPLITS_BLOCK = 1024
 
 _FAMILIES = {"sm80": "sm80", "sm86": "sm80", "sm87": "sm80", "sm89": "sm80", "sm90": "sm90", "sm100": "sm100"}

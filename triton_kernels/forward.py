@@ -12,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .launch import descriptor, draw_arguments, launch, plan, rank_block
 from .split import add_splits
-from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
+from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
 
 @triton.jit
@@ -71,7 +71,9 @@ def _linear_forward_kernel(
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_K divides K
+    N_MULTIPLE: tl.constexpr,  # 8 or 1 divides N
+    K_MULTIPLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT: tl.constexpr,
@@ -90,6 +92,8 @@ def _linear_forward_kernel(
     last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
     first_n = pid_n * BLOCK_N
     DTYPE: tl.constexpr = weight.dtype.element_ty
+    N = N // N_MULTIPLE * N_MULTIPLE  # so that the compiler knows, and masks eight at a time
+    K = K // K_MULTIPLE * K_MULTIPLE
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -130,28 +134,28 @@ def _linear_forward_kernel(
     # Few rows: loads of the weight are what takes time, and the compiler keeps several under way.
     # Many: the noise of one tile is drawn while the tensor cores multiply by the one before.
     if CARRY:
-        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN_K)
+        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN)
         w = perturb_tile(
             w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
     for k in tl.range(begin, end, BLOCK_K):
         this_k = tl.minimum(k + BLOCK_K, end - 1) // BLOCK_K * BLOCK_K if CARRY else k  # the last one twice
-        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN_K)
+        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN)
         if USE_DESCRIPTOR:
             x_k = x.load([first_m, k])
-        elif EVEN_K:
+        elif EVEN:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk)
         else:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk, mask=offs_xk[None, :] < K - k, other=0)
         if CARRY:
-            acc = dot(x_k, w.T, acc, PRECISION)
+            acc = dot(x_k, in_order(w, NOISE).T, acc, PRECISION)
         w = perturb_tile(
             this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
         if not CARRY:
-            acc = dot(x_k, w.T, acc, PRECISION)
+            acc = dot(x_k, in_order(w, NOISE).T, acc, PRECISION)
 
     inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
     y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
@@ -179,7 +183,7 @@ def linear_forward(
     draw: `flatlora_kernels.noise.Draw`. workspace: bytes of scratch memory allowed.
     """
     (M, K), N = x.shape, weight.shape[0]
-    p = plan("forward", x, N, draw.samples, workspace)
+    p = plan("forward", x, weight, N, draw.samples, workspace)
     y = x.new_empty((M, N))
     partial = y if p.splits == 1 else x.new_empty((p.splits, M, N), dtype=torch.float32)
     x_tiles = descriptor(x, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
@@ -209,7 +213,9 @@ def linear_forward(
         **draw_arguments(draw, p.machine),
         "PRECISION": p.precision,
         "USE_DESCRIPTOR": x_tiles is not None,
-        "EVEN_K": K % p.config.block_in == 0,
+        "EVEN": K % p.config.block_in == 0,
+        "N_MULTIPLE": 8 if N % 8 == 0 else 1,
+        "K_MULTIPLE": 8 if K % 8 == 0 else 1,
         "HAS_BIAS": bias is not None,
         "BLOCK_R": rank_block(rank),
         "SPLIT": p.splits > 1,

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .launch import descriptor, draw_arguments, launch, plan, rank_block
 from .split import add_splits
-from .tile import dot, perturb_tile, round_to, sample_of, tile_of, weight_rows
+from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
 
 @triton.jit
@@ -70,6 +70,8 @@ def _linear_input_grad_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
+    N_MULTIPLE: tl.constexpr,  # 8 or 1 divides N
+    K_MULTIPLE: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT: tl.constexpr,
     CARRY: tl.constexpr,
@@ -87,6 +89,8 @@ def _linear_input_grad_kernel(
     last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
     first_k = pid_k * BLOCK_K
     DTYPE: tl.constexpr = weight.dtype.element_ty
+    N = N // N_MULTIPLE * N_MULTIPLE  # so that the compiler knows, and masks eight at a time
+    K = K // K_MULTIPLE * K_MULTIPLE
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = first_k + tl.arange(0, BLOCK_K)
@@ -141,13 +145,13 @@ def _linear_input_grad_kernel(
         else:
             y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn, mask=offs_yn[None, :] < N - n, other=0)
         if CARRY:
-            acc = dot(y_n, w, acc, PRECISION)
+            acc = dot(y_n, in_order(w, NOISE), acc, PRECISION)
         w = perturb_tile(
             this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
             seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
         )  # fmt: skip
         if not CARRY:
-            acc = dot(y_n, w, acc, PRECISION)
+            acc = dot(y_n, in_order(w, NOISE), acc, PRECISION)
 
     grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
     inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
@@ -166,7 +170,7 @@ def linear_input_grad(
     draw: the forward's. workspace: bytes of scratch memory allowed.
     """
     (M, N), K = grad_y.shape, weight.shape[1]
-    p = plan("input_grad", grad_y, K, draw.samples, workspace)
+    p = plan("input_grad", grad_y, weight, K, draw.samples, workspace)
     grad_x = grad_y.new_empty((M, K))
     partial = grad_x if p.splits == 1 else grad_y.new_empty((p.splits, M, K), dtype=torch.float32)
     y_tiles = descriptor(grad_y, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
@@ -194,6 +198,8 @@ def linear_input_grad(
         "PRECISION": p.precision,
         "USE_DESCRIPTOR": y_tiles is not None,
         "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
+        "N_MULTIPLE": 8 if N % 8 == 0 else 1,
+        "K_MULTIPLE": 8 if K % 8 == 0 else 1,
         "BLOCK_R": rank_block(rank),
         "SPLIT": p.splits > 1,
         "CARRY": p.config.carry,

@@ -100,20 +100,24 @@ class Plan(NamedTuple):
     precision: str  # `input_precision` of its products: float32 as torch's own products of it
 
 
-def plan(direction: str, a: Tensor, outputs: int, samples: int, workspace: int) -> Plan:
-    """Of `a` (M, contraction) times a matrix with so many outputs; see configs.py."""
+def plan(direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, workspace: int) -> Plan:
+    """Of `a` (M, contraction) times `weight` or its transpose, with so many outputs; see configs.py."""
     machine = machine_of(a)
-    kind = "half"
-    if a.dtype == torch.float32:
-        tf32 = machine.arithmetic == "ptx" and torch.get_float32_matmul_precision() != "highest"
-        kind = "tf32" if tf32 else "single"
     M, length = a.shape
+    # Eight elements of a row are loaded at once.
+    regular = weight.stride(1) == 1 and not any(n % 8 for n in (*weight.shape, weight.stride(0)))
+    precision = "ieee"
+    kind = "half" if regular else "ragged"
+    if a.dtype == torch.float32:
+        if machine.arithmetic == "ptx" and torch.get_float32_matmul_precision() != "highest":
+            precision = "tf32"
+        kind = "tf32" if regular and precision == "tf32" else "single"
     rows = M // samples
     config, tiles = configs.linear(
         machine.architecture, kind, direction, samples, rows, outputs, machine.processors
     )
     splits, steps = configs.splits(config, tiles, length, 4 * M * outputs, workspace, machine.processors)
-    return Plan(machine, config, rows, tiles, splits, steps, "tf32" if kind == "tf32" else "ieee")
+    return Plan(machine, config, rows, tiles, splits, steps, precision)
 
 
 def rank_block(rank: int) -> int:

@@ -36,36 +36,43 @@ def _perturb_kernel(
     ALIGNED: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
+    STEPS: tl.constexpr,  # tiles of columns that a program goes through
+    STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    num_k = tl.cdiv(K, BLOCK_K)
+    num_k = tl.cdiv(K, STEPS * BLOCK_K)
     first_n = tl.program_id(0) // num_k * BLOCK_N
-    first_k = tl.program_id(0) % num_k * BLOCK_K
+    begin = tl.program_id(0) % num_k * STEPS * BLOCK_K
     DTYPE: tl.constexpr = out.dtype.element_ty
     rows = first_n + weight_rows(BLOCK_N, NOISE)
-    cols = first_k + tl.arange(0, BLOCK_K)[None, :]
+    cols = tl.arange(0, BLOCK_K)[None, :]
     n = tl.minimum(rows, N - 1).to(tl.int64)
-    if HAS_WEIGHT:
-        w_tile = weight + n * stride_wn + cols.to(tl.int64) * stride_wk
-        if EVEN:
-            w = tl.load(w_tile)
-        else:
-            w = tl.load(w_tile, mask=cols < K, other=0)
-    else:
-        w = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
     scale = tl.load(noise_scale + n * stride_scale)
+    seed = tl.load(seed)
     sample, negate = sample_of(sample, 0, ANTITHETIC)
     row_offset = tl.cast(row_offset, tl.int64)
-    w = perturb_tile(
-        w, scale, row_offset + rows, row_offset + first_n, tl.cast(col_offset, tl.int64) + first_k, stream_id, sample,
-        negate, tl.load(seed), NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
-    )  # fmt: skip
-    rows = first_n + tl.arange(0, BLOCK_N)[:, None]
-    inside = rows < N
-    if not EVEN:
-        inside = inside & (cols < K)
-    tl.store(out + rows.to(tl.int64) * stride_on + cols.to(tl.int64) * stride_ok, w, mask=inside)
+    first_col = tl.cast(col_offset, tl.int64)
+    w_tile = weight
+    if HAS_WEIGHT:
+        w_tile = weight + cols.to(tl.int64) * stride_wk + n * stride_wn
+    out_tile = out + cols.to(tl.int64) * stride_ok + rows.to(tl.int64) * stride_on
+    for k in tl.range(begin, tl.minimum(begin + STEPS * BLOCK_K, K), BLOCK_K, num_stages=STAGES):
+        k_long = tl.cast(k, tl.int64)
+        if not HAS_WEIGHT:
+            w = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
+        elif EVEN:
+            w = tl.load(w_tile + k_long * stride_wk)
+        else:
+            w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
+        w = perturb_tile(
+            w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample, negate, seed,
+            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC,
+        )  # fmt: skip
+        inside = rows < N
+        if not EVEN:
+            inside = inside & (cols < K - k)
+        tl.store(out_tile + k_long * stride_ok, w, mask=inside)
 
 
 def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
@@ -86,9 +93,11 @@ def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
         **draw_arguments(draw, machine),
         "HAS_WEIGHT": weight is not None,
         "EVEN": K % config.block_k == 0,
+        "STEPS": config.steps,
+        "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)
+    options = {"num_warps": config.num_warps}
+    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(K, config.steps * config.block_k),)
     launch(_perturb_kernel, grid, out.device, arguments, options)

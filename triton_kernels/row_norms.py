@@ -12,6 +12,23 @@ from .launch import launch, machine_of, rank_block
 from .tile import dot, to_float
 
 
+@triton.jit
+def _load_B(lora_B, n, r, rank, stride_bn, stride_br, BLOCK_R: tl.constexpr):
+    offs_r = r + tl.arange(0, BLOCK_R)[None, :]
+    offsets = n[:, None] * stride_bn + offs_r.to(tl.int64) * stride_br
+    return tl.load(lora_B + offsets, mask=offs_r < rank, other=0)  # (BLOCK_N, BLOCK_R)
+
+
+@triton.jit
+def _load_A(lora_A, r, cols, rank, K, stride_ar, stride_ak, EVEN: tl.constexpr, BLOCK_R: tl.constexpr):
+    offs_r = r + tl.arange(0, BLOCK_R)[:, None]
+    offsets = offs_r.to(tl.int64) * stride_ar + cols[None, :].to(tl.int64) * stride_ak
+    inside = offs_r < rank
+    if not EVEN:
+        inside = inside & (cols[None, :] < K)
+    return tl.load(lora_A + offsets, mask=inside, other=0)  # (BLOCK_R, BLOCK_K)
+
+
 @triton.jit(do_not_specialize=["scaling"])
 def _row_sq_norms_kernel(
     weight,  # (N, K)
@@ -29,42 +46,38 @@ def _row_sq_norms_kernel(
     stride_br,
     scaling,
     ARITHMETIC: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
+    LONG_R: tl.constexpr,  # rank > BLOCK_R
+    STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.minimum(offs_n, N - 1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    w_tile = weight + n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    w_tile = weight + offs_k[None, :].to(tl.int64) * stride_wk + n[:, None] * stride_wn
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in tl.range(0, K, BLOCK_K):
-        cols = k + offs_k
+    if BLOCK_R > 0 and not LONG_R:
+        B = _load_B(lora_B, n, 0, rank, stride_bn, stride_br, BLOCK_R)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN:
             w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk)
         else:
-            w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=cols[None, :] < K, other=0)
-        w = to_float(w, ARITHMETIC)
+            w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=offs_k[None, :] < K - k, other=0)
         if BLOCK_R > 0:
             product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-            for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-                offs_r = r + tl.arange(0, BLOCK_R)
-                B_r = tl.load(
-                    lora_B + n[:, None] * stride_bn + offs_r[None, :].to(tl.int64) * stride_br,
-                    mask=offs_r[None, :] < rank,
-                    other=0,
-                )
-                A_r = tl.load(
-                    lora_A
-                    + offs_r[:, None].to(tl.int64) * stride_ar
-                    + cols[None, :].to(tl.int64) * stride_ak,
-                    mask=(offs_r[:, None] < rank) & (cols[None, :] < K),
-                    other=0,
-                )
-                product = dot(B_r, A_r, product, PRECISION)
-            w = tl.fma(product, scaling, w)
+            if LONG_R:
+                for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                    B = _load_B(lora_B, n, r, rank, stride_bn, stride_br, BLOCK_R)
+                    A = _load_A(lora_A, r, k + offs_k, rank, K, stride_ar, stride_ak, EVEN, BLOCK_R)
+                    product = dot(B, A, product, "ieee")
+            else:
+                A = _load_A(lora_A, 0, k + offs_k, rank, K, stride_ar, stride_ak, EVEN, BLOCK_R)
+                product = dot(B, A, product, "ieee")
+            w = tl.fma(product, scaling, to_float(w, ARITHMETIC))
+        else:
+            w = to_float(w, ARITHMETIC)
         squares = tl.fma(w, w, squares)
     tl.store(out + offs_n, tl.sum(squares, axis=1), mask=offs_n < N)
 
@@ -74,7 +87,10 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
     N, K = weight.shape
     out = weight.new_empty(N, dtype=torch.float32)
     rank = 0 if lora_A is None else lora_A.shape[0]
-    config = configs.ROW_NORMS_ADAPTER if rank else configs.ROW_NORMS
+    config = configs.ROW_NORMS
+    if rank:
+        long = rank > rank_block(rank) or lora_A.dtype == torch.float32
+        config = configs.ROW_NORMS_LONG_ADAPTER if long else configs.ROW_NORMS_ADAPTER
     arguments = {
         "weight": weight,
         "lora_A": lora_A,
@@ -91,12 +107,13 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
         "stride_br": 0 if lora_B is None else lora_B.stride(1),
         "scaling": scaling,
         "ARITHMETIC": machine_of(weight).arithmetic,
-        "PRECISION": "ieee",
         "EVEN": K % config.block_k == 0,
         "BLOCK_R": rank_block(rank),
+        "LONG_R": rank > rank_block(rank),
+        "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps}
     launch(_row_sq_norms_kernel, (triton.cdiv(N, config.block_n),), weight.device, arguments, options)
     return out

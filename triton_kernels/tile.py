@@ -65,7 +65,7 @@ def weight_rows(BLOCK_N: tl.constexpr, NOISE: tl.constexpr):
     """The order in which the rows of a tile of the weight are loaded, (BLOCK_N, 1).
 
     A word of Rademacher signs covers four rows. They are loaded BLOCK_N / 4 places apart, which puts them into one
-    thread; `perturb_tile` puts them back in order.
+    thread; `in_order` puts them back.
     """
     if NOISE == "rademacher":
         row = 4 * tl.arange(0, BLOCK_N // 4)[None, :] + tl.arange(0, 4)[:, None]
@@ -90,7 +90,7 @@ def perturb_tile(
     ALIGNED: tl.constexpr,  # first_row is a multiple of 4
     ARITHMETIC: tl.constexpr,
 ):
-    """W + eps, rounded once to the type of W; (BLOCK_N, BLOCK_K), rows in order."""
+    """W + eps, rounded once to the type of W; (BLOCK_N, BLOCK_K), rows still in the order of `weight_rows`."""
     BLOCK_N: tl.constexpr = w.shape[0]
     BLOCK_K: tl.constexpr = w.shape[1]
     blocks = (tl.cast(first_col, tl.uint32) >> 3) + tl.arange(0, BLOCK_K // 8).to(tl.uint32)
@@ -112,5 +112,14 @@ def perturb_tile(
             scale = scale * (1 - 2 * negate.to(tl.float32))
         sign = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED)
         eps = (scale.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        perturbed = tl.reshape(round_to(w_float + eps, w.dtype), [4, BLOCK_N // 4, BLOCK_K])
-        return tl.reshape(tl.permute(perturbed, (1, 0, 2)), [BLOCK_N, BLOCK_K])
+        return round_to(w_float + eps, w.dtype)
+
+
+@triton.jit
+def in_order(w, NOISE: tl.constexpr):
+    """The rows of a tile that were loaded in the order of `weight_rows`."""
+    if NOISE == "rademacher":
+        quads = tl.reshape(w, [4, w.shape[0] // 4, w.shape[1]])
+        return tl.reshape(tl.permute(quads, (1, 0, 2)), [w.shape[0], w.shape[1]])
+    else:
+        return w
