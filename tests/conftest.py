@@ -50,6 +50,7 @@ NOT_INTERPRETED = {
     ("test_long_sums", "16391"): "4096 steps do",
     ("test_memory.py",): "memory of a GPU is not that of NumPy",
     ("thread_counts",): "programs run one after the other",
+    ("test_five_runs",): "programs run one after the other",
     ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
 }
 

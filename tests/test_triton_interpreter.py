@@ -93,7 +93,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def every_config(direction: str) -> list[Any]:
     """(config, dtype) of all tables, each once."""
     found = {
-        config._replace(fill=False): torch.bfloat16 if kind == "half" else torch.float32
+        config._replace(fill=False): torch.bfloat16 if kind in ("half", "ragged") else torch.float32
         for (family, kind), table in configs.LINEAR.items()
         if family != "interpreter"
         for _, config in table[direction]
