@@ -55,6 +55,7 @@ _BUDGETS = {
     **{("perturb", target, "gaussian"): 15.2 for target in ("sm80", "sm90", "sm100")},
     **{("row_sq_norms", target, "none"): 5.5 for target in ("sm80", "sm90", "sm100")},
 }
+_MANY = 8192  # rows of x
 _HIDDEN = 40 / 64  # of the special functions: under the tensor cores, with tiles of 256 rows
 
 
@@ -110,45 +111,56 @@ def cases() -> list[Case]:
     """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
     found = []
     for architecture in ("sm80", "sm90", "sm100", "gfx942"):
-        nvidia = architecture != "gfx942"
-        for kernel in ("forward", "input_grad"):
-            main = Case(kernel, architecture, "bfloat16")
-            tiles = _reached(main)
-            found += [main._replace(rows=rows) for rows in tiles]
-            few, many = main._replace(rows=min(tiles)), main._replace(rows=max(tiles))
-            odd = many._replace(rows=8193, N=4095, K=4097, variant="odd")
-            found += [many._replace(noise="rademacher"), many._replace(dtype="float16"), odd]
-            found.append(many._replace(variant="samples", rank=0))
+        both = [Case(kernel, architecture, "bfloat16") for kernel in ("forward", "input_grad")]
+        for main in both:
+            found += [main._replace(rows=rows) for rows in _reached(main)]
+            many = main._replace(rows=_MANY)
+            odd = many._replace(rows=_MANY + 1, N=4095, K=4097, variant="odd")
+            found.append(many._replace(noise="rademacher"))
+            if architecture in ("sm80", "sm90") or main.kernel == "forward":
+                found.append(odd)
             if architecture == "sm90":
-                found += [main._replace(rows=rows, noise="rademacher") for rows in tiles]
-                found += [odd._replace(noise="rademacher"), odd._replace(rows=15)]
-                found += [many._replace(N=4104, K=4104, variant="ragged"), many._replace(variant="columns")]
-                found += [
-                    many._replace(rank=64),
-                    few._replace(N=16384, K=16384),
-                ]  # so wide that nothing is split
-            for dtype in ("float32", "tf32") if nvidia else ("float32",):
-                full = main._replace(dtype=dtype)
-                found += [full._replace(rows=rows) for rows in _reached(full)]
+                ragged = many._replace(N=4104, K=4104, variant="ragged")
+                found += [ragged, many._replace(variant="columns"), many._replace(variant="samples", rank=0)]
+                found.append(many._replace(dtype="float16"))
+            # Tables for any architecture: every tile on one of them, that of many rows on the others.
+            full = main._replace(dtype="float32")
+            found += [full._replace(rows=rows) for rows in _reached(full, architecture in ("sm90", "gfx942"))]
+            if architecture != "gfx942":
+                tf32 = main._replace(dtype="tf32")
+                found += [tf32._replace(rows=rows) for rows in _reached(tf32, architecture != "sm90")]
+        if architecture == "sm90":
+            few = both[0]._replace(rows=16)
+            found += [
+                few._replace(rows=15, N=4095, K=4097, variant="odd"),
+                both[0]._replace(rows=_MANY, rank=64),
+            ]
+            found += [
+                few._replace(N=1 << 16, K=1 << 12),
+                few._replace(noise="rademacher"),
+            ]  # the former is not split
+        if architecture == "gfx942":
+            found += [both[0]._replace(rows=_MANY, dtype="float16")]
+            found += [both[0]._replace(rows=_MANY, variant="samples", rank=0)]
         perturb = Case("perturb", architecture, "bfloat16")
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
         found += [perturb, perturb._replace(noise="rademacher"), norms, norms._replace(rank=0)]
-        if architecture in ("sm90", "gfx942"):
+        if architecture == "sm90":
             found.append(perturb._replace(N=4095, K=4097, variant="odd"))
             found.append(perturb._replace(dtype="float32", variant="noise"))
             found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
     # Takes the tiles of sm_80, with descriptors and less shared memory.
-    for kernel in ("forward", "input_grad"):
-        main = Case(kernel, "sm120", "bfloat16")
-        found += [main._replace(rows=rows) for rows in _reached(main)]
+    found += [Case(kernel, "sm120", "bfloat16", _MANY) for kernel in ("forward", "input_grad")]
     return list(dict.fromkeys(found))
 
 
-def _reached(case: Case) -> list[int]:
+def _reached(case: Case, all_tiles: bool = True) -> list[int]:
     """Rows of x, a number for each tile that `case` can get by them: the most of those tried."""
+    if not all_tiles:
+        return [_MANY]
     reached: dict[int, int] = {}
     with _launches(lambda *_: None), _tiles() as tiles:
-        for rows in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
+        for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
             _call(case._replace(rows=rows))
             reached.setdefault(id(tiles[-1]), rows)
     return sorted(reached.values())
@@ -333,6 +345,8 @@ def _work(only: str, listings: str) -> dict[str, Any]:
                 kernel: Any, arguments: dict[str, Any], build: Callable[[], Any], case: Case = case
             ) -> None:
                 key = _key(case, kernel.__name__, arguments)
+                if any(key[:2] == other[:2] for other in launches) and key[0] == "add_splits":
+                    return
                 if key in launches or not all(word in " ".join(key) for word in only.split()):
                     return
                 try:
@@ -752,13 +766,14 @@ machine code is read: nvdisasm's listing for NVIDIA, the compiler's assembly for
 dominators in the graph of its branches: the innermost natural loop that contains the products and the multiplies of
 Philox, with all code that leads back into it, wherever that lies.
 
-Compiled are, for sm_80, sm_90, sm_100 and gfx942, all tiles of `triton_kernels/configs.py` that the architecture can
-get, in bfloat16, tf32 and full float32 with gaussian noise and an adapter of rank 16, sizes that are multiples of the
-tile; for sm_120 the bfloat16 ones. Besides, with many rows on each of the four: Rademacher noise, float16, odd sizes
-and offsets (no descriptors, nothing aligned, masks), antithetic samples with bias and without an adapter; on sm_90
-also Rademacher noise with every tile, sizes that leave masks but aligned rows, column-major operands, rank 64, few
-rows of an odd call and of one that is not split. `perturb`, `row_sq_norms` and the sum of partial products are on all
-four.
+Compiled are, for sm_80, sm_90, sm_100 and gfx942, all 16-bit tiles of `triton_kernels/configs.py` that the
+architecture can get, in bfloat16 with gaussian noise and an adapter of rank 16, sizes that are multiples of the tile;
+the tiles of tf32 and full float32, where any architecture takes the same, on one of NVIDIA's (the latter on AMD too)
+and the one for many rows on all. With many rows, on all four: Rademacher noise, and odd sizes and offsets (no
+descriptors, nothing aligned, masks; input gradient on sm_80 and sm_90). On sm_90 also float16, sizes that leave masks
+but aligned rows, column-major operands, antithetic samples with bias and without an adapter, rank 64, few rows of an
+odd call, with Rademacher noise and without a split; on gfx942 forward in float16 and with samples; on sm_120 the tiles
+of many rows. `perturb`, `row_sq_norms` and the sum of partial products (one call) are on all four.
 
 Of each, these must hold: no spills, no stack, no local memory; shared memory within a block's limit (163 KiB on sm_80
 and 99 KiB for its tiles, which sm_86, sm_89 and sm_120 get too; 227 KiB on sm_90 and sm_100; 64 KiB on gfx942);
