@@ -33,8 +33,8 @@ GROUP_M = 8  # tiles of rows that take turns on one tile of the weight
 ANY = 1 << 62
 
 # Architecture, kind of product -> direction -> (most rows of x, tile): the first that fits. Rows are those that see one
-# sample of the noise. Kinds: "half" (both 16-bit types), "ragged" (the same where the weight is not row-major or N or K is
-# not a multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged).
+# sample of the noise. Kinds: "half" (both 16-bit types), "ragged" (the same where x or the weight is not row-major or a
+# size or stride is no multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged).
 # "any" is for architectures that have no table of their own for a kind.
 LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
     ("sm80", "half"): {

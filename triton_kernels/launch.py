@@ -88,6 +88,12 @@ def draw_arguments(draw: Any, machine: Machine) -> dict[str, Any]:
     }
 
 
+def _by_eight(tensor: Tensor) -> bool:
+    """Eight elements of a row can be loaded at once."""
+    aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or tensor.shape[0] == 1)
+    return tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0 and aligned
+
+
 class Plan(NamedTuple):
     """How the product of the forward or of the input gradient is cut into tiles."""
 
@@ -104,8 +110,7 @@ def plan(direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, 
     """Of `a` (M, contraction) times `weight` or its transpose, with so many outputs; see configs.py."""
     machine = machine_of(a)
     M, length = a.shape
-    # Eight elements of a row are loaded at once.
-    regular = weight.stride(1) == 1 and not any(n % 8 for n in (*weight.shape, weight.stride(0)))
+    regular = _by_eight(a) and _by_eight(weight) and outputs % 8 == 0
     precision = "ieee"
     kind = "half" if regular else "ragged"
     if a.dtype == torch.float32:
