@@ -1,0 +1,501 @@
+"""Backend `triton` on a GPU: what the shared tests cannot see, or see at small sizes only.
+
+With TRITON_INTERPRET=1 the same bodies run on the CPU at smaller sizes, in place of what a CPU does not have: a graph's
+replay is then a call, another stream is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import compare
+import pytest
+import targets
+import torch
+from compare import problem
+from targets import Target, randn
+from torch import Tensor
+
+import flatlora_kernels as fk
+from flatlora_kernels import backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MIB = 1 << 20
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+CPU = pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter")
+
+
+@pytest.fixture(params=[CPU] if INTERPRETED else [GPU])
+def device(request: pytest.FixtureRequest) -> str:
+    target = Target("triton", request.param)
+    if reason := target.missing():
+        if "triton" in targets.REQUIRED:
+            pytest.fail(f"backend 'triton' is required and cannot run: {reason}")
+        pytest.skip(f"backend 'triton' on {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def triton(device: str) -> Target:
+    return Target("triton", device)
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[str], None]]:
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def size(device: str, on_gpu: int, in_interpreter: int) -> int:
+    return on_gpu if device == "cuda" else in_interpreter
+
+
+NOISES = ("gaussian", "rademacher")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DRAWS = [
+    {"seed": 0},
+    {"seed": 2**63 + 5, "stream": 2**32 - 1, "sample": 2**32 - 1, "row_offset": 5, "col_offset": 24},
+    {"seed": -1, "stream": 2**31, "sample": 3, "row_offset": 2**32 - 400, "col_offset": 2**32 - 1024},
+    {"seed": 2**32, "row_offset": 16, "col_offset": 2**31, "antithetic": True, "sample": 7},
+]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("draw", DRAWS, ids=str)
+def test_noise_is_that_of_the_cpu(triton: Target, noise: str, draw: dict[str, Any]) -> None:
+    other = "reference" if backends.unavailable("cpu") else "cpu"
+    rows, cols = size(triton.device, 333, 67), size(triton.device, 1000, 132)
+    scale = torch.ones(rows)
+    expected = fk.materialize_noise(scale, cols, noise=noise, backend=other, **draw)
+    got = fk.materialize_noise(scale.to(triton.device), cols, noise=noise, backend="triton", **draw).cpu()
+    if noise == "rademacher":
+        assert torch.equal(got, expected)
+    else:
+        assert (got - expected).abs().max() <= 1e-4
+        assert not torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 48, 128, 300, 2048])
+def test_forward_and_input_grad_see_the_noise_that_is_materialised(
+    triton: Target, dtype: torch.dtype, noise: str, rows: int, precision: Callable[[str], None]
+) -> None:
+    """Rows of the identity read W + eps out of either product, every bit of it."""
+    precision("highest")
+    device = triton.device
+    N, K = size(device, 520, 72), size(device, 776, 104)
+    rows = min(rows, size(device, 2048, 80))
+    weight = (randn(N, K, seed=1) / 10).to(dtype).to(device)
+    scale = (0.01 + torch.rand(N, generator=targets.generator(2)) / 10).to(device)
+    draw = {
+        "seed": torch.tensor(77, device=device),
+        "stream": 3,
+        "noise": noise,
+        "row_offset": 5,
+        "col_offset": 8,
+    }
+    perturbed = fk.perturb_weight(weight, scale, backend="triton", **draw)
+    eps = fk.materialize_noise(scale, K, backend="triton", **draw)
+    # Multiplied and added in one rounding there, in two here.
+    torch.testing.assert_close(
+        perturbed.float(), weight.float() + eps, rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
+    unit = torch.eye(K, dtype=dtype, device=device)[torch.arange(rows) * 7 % K].requires_grad_()
+    y = triton.linear(unit, weight, noise_scale=scale, **draw)
+    assert torch.equal(y, perturbed.t()[torch.arange(rows) * 7 % K])
+    grad_y = torch.eye(N, dtype=dtype, device=device)[torch.arange(rows) * 5 % N]
+    dx = torch.autograd.grad(y, unit, grad_y)[0]
+    assert torch.equal(dx, perturbed[torch.arange(rows) * 5 % N])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("rows", [16, 64, 128, 256, 2048])
+def test_many_runs_give_the_same_bits(triton: Target, noise: str, rows: int) -> None:
+    rows, n = min(rows, size(triton.device, 2048, 20)), size(triton.device, 2048, 48)
+    p = problem(rows, n, n, torch.bfloat16, triton.device, rank=16, bias=True, noise=noise)
+    first = compare.run(triton, p)
+    for _ in range(size(triton.device, 20, 1)):
+        again = compare.run(triton, p)
+        for name, value in first.items():
+            assert torch.equal(again[name], value), name
+
+
+def layer(device: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a layer, and the gradient of its output."""
+    N, K = size(device, 1024, 40), size(device, 2048, 48)
+    p = problem(rows, N, K, dtype, device, rank=16, bias=True)
+    return {k: t for k, t in compare.leaves(p).items() if t is not None}, p.grad_y
+
+
+def train(inputs: dict[str, Tensor], grad_y: Tensor, seed: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The output and all gradients; the weight is frozen, and noise_scale computed on the way."""
+    inputs = {**inputs, "weight": inputs["weight"].detach()}
+    y = fk.fused_flat_lora_linear(**inputs, sigma=0.2, seed=seed, backend="triton", **options)
+    leaves = [t for name, t in inputs.items() if name != "weight"]
+    return y.detach(), *torch.autograd.grad(y, leaves, grad_y)
+
+
+def captured(device: str, step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """`step` as a CUDA graph; on a CPU itself."""
+    if device != "cuda":
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> tuple[Tensor, ...]:
+        for t in results:
+            t.fill_(float("nan"))
+        graph.replay()
+        return results
+
+    return replay
+
+
+@pytest.mark.parametrize("rows", [16, 300])
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_graph_replays_with_another_seed(triton: Target, rows: int, noise: str) -> None:
+    device = triton.device
+    inputs, grad_y = layer(device, min(rows, size(device, rows, 20)))
+    seed = torch.tensor(1, device=device)
+    replay = captured(device, lambda: train(inputs, grad_y, seed, noise=noise))
+    seen = []
+    for value in (1, 2, 2**62 + 3, 1):
+        seed.fill_(value)
+        got = [t.clone() for t in replay()]
+        expected = train(inputs, grad_y, torch.tensor(value, device=device), noise=noise)
+        assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+        seen.append(got[0])
+    assert torch.equal(seen[0], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_layer_is_one_graph_with_eager_bits(triton: Target, mode: str) -> None:
+    device = triton.device
+    if device == "cpu" and mode != "default":
+        pytest.skip("CUDA graphs need a GPU")
+    inputs, grad_y = layer(device, size(device, 300, 20))
+    scale = fk.flat_noise_scale(inputs["weight"], sigma=0.2, backend="triton")
+
+    def forward(inputs: dict[str, Tensor], seed: Tensor) -> Tensor:
+        return fk.fused_flat_lora_linear(**inputs, noise_scale=scale, seed=seed, backend="triton")
+
+    def results(function: Callable[..., Tensor], seed: Tensor) -> list[Tensor]:
+        y = function(inputs, seed)
+        return [t.detach().clone() for t in (y, *torch.autograd.grad(y, inputs.values(), grad_y))]
+
+    torch._dynamo.reset()
+    try:
+        options = {"backend": "aot_eager"} if device == "cpu" else {"mode": mode}
+        fast = torch.compile(forward, fullgraph=True, **options)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for value in (1, 2, 3, 4):  # the graph is captured in the second or third
+                seed = torch.tensor(value, device=device)
+                got, expected = results(fast, seed), results(forward, seed)
+                names = ("y", *inputs)
+                for name, g, e in zip(names, got, expected, strict=True):
+                    if name in ("y", "x"):
+                        assert torch.equal(g, e), name
+                    else:  # what the compiler sums, it sums in an order of its own
+                        compare.assert_close(g, e, name)
+    finally:
+        torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def no_synchronisation(device: str) -> Iterator[None]:
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("seed", ["tensor", "int"])
+def test_nothing_waits_for_the_device(triton: Target, seed: str) -> None:
+    device = triton.device
+    inputs, grad_y = layer(device, size(device, 300, 20))
+    given = torch.tensor(5, device=device) if seed == "tensor" else 5
+    expected = train(inputs, grad_y, given)
+    with no_synchronisation(device):
+        got = train(inputs, grad_y, given)
+        eps = fk.materialize_noise(torch.ones(8, device=device), 16, seed=given, backend="triton")
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    assert eps.isfinite().all()
+    if device == "cuda":
+        with pytest.raises(RuntimeError), no_synchronisation(device):
+            eps.sum().item()  # control: the check sees one
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 4096])
+@pytest.mark.parametrize("layout", ["row_major", "column_major"])
+def test_no_memory_of_the_size_of_the_weight(triton: Target, rows: int, layout: str) -> None:
+    device, dtype = triton.device, torch.bfloat16
+    n = size(device, 8192, 64)
+    rows, rank = min(rows, size(device, 4096, 8)), 16
+    weight = torch.full((n, n), 0.01, dtype=dtype, device=device)
+    weight = weight if layout == "row_major" else weight.t().contiguous().t()
+    x, A, B = (
+        randn(*s, dtype=dtype, device=device).requires_grad_() for s in ((rows, n), (rank, n), (n, rank))
+    )
+    grad_y = randn(rows, n, dtype=dtype, device=device)
+    seed = torch.tensor(3, device=device)
+
+    def forward() -> Tensor:
+        return triton.linear(x, weight, A, B, sigma=0.1, seed=seed)
+
+    def backward() -> tuple[Tensor, ...]:
+        y = forward()
+        return (y, *torch.autograd.grad(y, (x, A, B), grad_y))
+
+    workspace = min(16 * MIB, weight.numel() * 2 // 4)
+    for step in (forward, backward):
+        step()  # the first time also pays for libraries
+        before = peak = 0
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        results = step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        results = results if isinstance(results, tuple) else (results,)
+        held = sum(t.numel() * t.element_size() for t in results)
+        small = 3 * rows * rank * 4 + 2 * rank * n * 4  # u, v and a wider copy of the adapter's gradients
+        assert peak - before <= held + small + workspace + MIB
+        del results
+
+
+def test_on_another_stream(triton: Target) -> None:
+    device = triton.device
+    inputs, grad_y = layer(device, size(device, 300, 20))
+    seed = torch.tensor(5, device=device)
+    expected = train(inputs, grad_y, seed)
+    late = inputs["x"].detach().clone()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            # On any other stream the kernels would be through before this one has written x.
+            torch.cuda._sleep(200_000_000)
+            late.mul_(2)
+            got = train({**inputs, "x": late.requires_grad_()}, grad_y, seed)
+        stream.synchronize()
+    else:
+        got = train({**inputs, "x": late.mul_(2).requires_grad_()}, grad_y, seed)
+    doubled = train({**inputs, "x": (2 * inputs["x"].detach()).requires_grad_()}, grad_y, seed)
+    assert all(torch.equal(g, e) for g, e in zip(got, doubled, strict=True))
+    assert not torch.equal(got[0], expected[0])
+
+
+@pytest.mark.gpu
+def test_on_another_device(triton: Target) -> None:
+    if triton.device != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs, grad_y = layer("cuda", 300)
+    expected = train(inputs, grad_y, torch.tensor(5, device="cuda"))
+    moved = {k: t.detach().to("cuda:1").requires_grad_() for k, t in inputs.items()}
+    got = train(moved, grad_y.to("cuda:1"), torch.tensor(5, device="cuda:1"))
+    assert torch.cuda.current_device() == 0
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert all(torch.equal(g.to("cuda:0"), e) for g, e in zip(got, expected, strict=True))
+
+
+BIG = {  # M, N, K: the tensor named has more than 2^31 elements
+    "weight": (4, 70000, 32768),
+    "weight, column-major": (4, 70000, 32768),
+    "weight, many rows of x": (300, 70000, 32768),
+    "x and dX": (70000, 48, 32768),
+    "y and dY": (70000, 32768, 48),
+}
+SMALL = {"x and dX": (70, 24, 40), "y and dY": (70, 40, 24)}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("what", BIG)
+def test_more_than_two_to_the_31_elements(triton: Target, what: str, noise: str) -> None:
+    """Outputs and gradients that depend on the far end of a tensor, against float64."""
+    device, dtype = triton.device, torch.bfloat16
+    M, N, K = BIG[what] if device == "cuda" else SMALL.get(what, (4, 70, 40))
+    if device == "cuda":
+        needed = 2 * (N * K + 2 * M * K + 2 * M * N) + 2 * 2**30
+        if torch.cuda.mem_get_info()[0] < needed:
+            pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+        torch.cuda.empty_cache()
+
+    def far(count: int) -> Tensor:
+        """Both ends, and where 2^31 elements end in a matrix with rows as long as one of the dimensions."""
+        places = {0, 1, count // 2, count - 2, count - 1}
+        places |= {min(2**31 // other + more, count - 1) for other in (M, N, K) for more in (-1, 0, 1)}
+        return torch.tensor(sorted(places), device=device)
+
+    weight = torch.empty(K, N, dtype=dtype, device=device).t() if "column" in what else None
+    weight = torch.empty(N, K, dtype=dtype, device=device) if weight is None else weight
+    weight.normal_(0, K**-0.5, generator=torch.Generator(device).manual_seed(1))
+    x = torch.empty(M, K, dtype=dtype, device=device).normal_(
+        generator=torch.Generator(device).manual_seed(2)
+    )
+    scale = (0.2 * K**-0.5 * (0.5 + torch.rand(N, generator=targets.generator(3)))).to(device)
+    draw = {"seed": torch.tensor(9, device=device), "stream": 1, "noise": noise}
+    rows, outs, ins = far(M), far(N), far(K)
+
+    def perturbed(n: Tensor) -> Tensor:
+        """These rows of W + eps, in float64, after the one rounding."""
+        some = [
+            fk.perturb_weight(weight[i : i + 1], scale[i : i + 1], row_offset=i, backend="triton", **draw)
+            for i in n.tolist()
+        ]
+        return torch.cat(some).double()
+
+    x.requires_grad_()
+    y = triton.linear(x, weight, noise_scale=scale, **draw)
+    W = perturbed(outs)
+    got, exact = y.detach()[rows][:, outs].double(), x.detach()[rows].double() @ W.t()
+    assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
+    # dY is zero but at `outs`, so that dX needs those rows of the weight alone.
+    grad_y = torch.zeros(M, N, dtype=dtype, device=device)
+    part = randn(M, len(outs), seed=5, dtype=dtype, device=device)
+    grad_y[:, outs] = part
+    del y
+    dx = triton.module.linear_input_grad(grad_y, weight, None, None, _draw(scale, draw), "fused", "folded")
+    got, exact = dx[rows][:, ins].double(), part[rows].double() @ W[:, ins]
+    assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
+    del dx, grad_y
+    norms = fk.row_sq_norms(weight, backend="triton")[outs].double()
+    torch.testing.assert_close(norms, weight[outs].double().square().sum(1), rtol=1e-4, atol=0)
+    if "weight" in what and M == 4:
+        out = fk.perturb_weight(weight, scale, backend="triton", **draw)
+        assert torch.equal(out[outs].double(), W)
+
+
+def _draw(scale: Tensor, draw: dict[str, Any]) -> Any:
+    from flatlora_kernels.noise import Draw
+
+    return Draw(scale, draw["seed"], draw["stream"], draw["noise"])
+
+
+def shifted(t: Tensor, by: int = 1) -> Tensor:
+    """The same values, `by` elements into their storage."""
+    memory = t.new_empty(t.numel() + by)
+    return memory[by:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [16, 300])
+@pytest.mark.parametrize("which", ["x", "weight", "grad_y", "all", "odd strides"])
+def test_unaligned_memory(triton: Target, dtype: torch.dtype, rows: int, which: str) -> None:
+    """Tensor descriptors need 16-byte alignment, wide loads the alignment they were compiled for."""
+    device = triton.device
+    rows, N, K = min(rows, size(device, rows, 20)), size(device, 256, 40), size(device, 384, 48)
+    p = problem(rows, N, K, dtype, device, rank=8, bias=True)
+    compare.check_problem(triton, p)  # compiles for aligned memory first: what a wrong cache key would run
+    names = (
+        ["x", "weight", "grad_y", "lora_A", "lora_B", "bias"] if which in ("all", "odd strides") else [which]
+    )
+    for name in names:
+        t = getattr(p, name)
+        if which == "odd strides":
+            if t.dim() == 2:
+                wider = t.new_empty(t.shape[0], t.shape[1] + 3)[:, : t.shape[1]]
+                setattr(p, name, wider.copy_(t))
+        else:
+            setattr(p, name, shifted(t))
+            assert getattr(p, name).data_ptr() % 16
+    compare.check_problem(triton, p)
+
+
+def test_descriptors_are_made_of_aligned_matrices_alone(device: str) -> None:
+    from flatlora_kernels.triton_kernels.launch import descriptor
+
+    good = randn(64, 72, dtype=torch.bfloat16, device=device)
+    assert descriptor(good, (16, 64)) is not None
+    assert descriptor(shifted(good), (16, 64)) is None
+    assert descriptor(shifted(good, 8), (16, 64)) is not None
+    assert descriptor(good.t(), (16, 64)) is None
+    assert descriptor(randn(64, 71, dtype=torch.bfloat16, device=device), (16, 64)) is None
+    assert descriptor(good[::2], (16, 64)) is not None
+    assert descriptor(good[:, 1:], (16, 64)) is None
+    assert descriptor(good[:1].expand(64, 72), (16, 64)) is None
+
+
+@pytest.mark.parametrize("rows", [16, 48, 300])
+def test_tf32_goes_by_torchs_setting(triton: Target, rows: int, precision: Callable[[str], None]) -> None:
+    device = triton.device
+    rows, n = min(rows, size(device, rows, 20)), size(device, 512, 48)
+    p = problem(rows, n, n, torch.float32, device, rank=16)
+    errors = {}
+    for setting in ("highest", "high", "medium"):
+        precision(setting)
+        got = compare.run(triton, p)
+        exact, _ = compare.exact_and_scale(p, compare.group_eps(triton, p))
+        errors[setting] = {
+            name: float(abs(got[name].double().cpu().numpy() - exact[name]).max() / abs(exact[name]).max())
+            for name in ("y", "grad of x")
+        }
+    for name in ("y", "grad of x"):
+        assert errors["highest"][name] < 2e-6
+        if device == "cuda" and torch.version.hip is None:
+            for setting in ("high", "medium"):
+                assert 2e-5 < errors[setting][name] < 5e-3, "tf32 was not used, or something less precise"
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_norms_of_a_large_layer(triton: Target, rank: int) -> None:
+    N, K = size(triton.device, 4096, 40), size(triton.device, 4096, 72)
+    p = problem(1, N, K, torch.bfloat16, triton.device, rank=rank)
+    got = fk.row_sq_norms(p.weight, p.lora_A, p.lora_B, scaling=2.0, backend="triton").double()
+    merged = p.weight.double()
+    if rank:
+        merged = merged + 2.0 * p.lora_B.double() @ p.lora_A.double()
+    torch.testing.assert_close(got, merged.square().sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 129, 256, 2048, 8192])
+def test_every_class_of_rows_at_full_size(triton: Target, rows: int, noise: str) -> None:
+    """All tiles of the table, split and whole, by the one tolerance rule; one row more than a tile takes as well."""
+    device = triton.device
+    n = size(device, 4096, 72)
+    rows = min(rows, size(device, 8192, 20))
+    p = problem(rows, n, n, torch.bfloat16, device, rank=16, bias=True, noise=noise)
+    got = compare.run(triton, p)
+    eps = compare.group_eps(triton, p)[0]
+    W64 = (p.weight.double() + eps.double()) if device == "cuda" else (p.weight + eps).double()
+    some = torch.arange(rows, device=device)[:: max(1, rows // 64)]
+    x, dy, A, B = (t.double() for t in (p.x[some], p.grad_y[some], p.lora_A, p.lora_B))
+    s, rounded = p.options["scaling"], (p.weight.float() + eps).to(torch.bfloat16)
+    exact = {
+        "y": x @ W64.t() + s * (x @ A.t()) @ B.t() + p.bias.double(),
+        "grad of x": dy @ W64 + s * (dy @ B) @ A,
+    }
+    ordinary = {
+        "y": p.x[some] @ rounded.t() + s * ((p.x[some] @ p.lora_A.t()) @ p.lora_B.t()) + p.bias,
+        "grad of x": p.grad_y[some] @ rounded + (s * (p.grad_y[some] @ p.lora_B)) @ p.lora_A,
+    }
+    scales = {
+        "y": x.square() @ W64.square().t() + s**2 * (x.square() @ A.square().t()) @ B.square().t(),
+        "grad of x": dy.square() @ W64.square() + s**2 * (dy.square() @ B.square()) @ A.square(),
+    }
+    for name, value in exact.items():
+        wide = scales[name].sqrt().cpu().numpy()
+        compare.check(
+            name, got[name][some], value.cpu().numpy(), ordinary[name], wide, torch.finfo(torch.bfloat16).eps
+        )
