@@ -26,7 +26,8 @@ class _Line(NamedTuple):
     text: str
 
 
-_SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?(\S.*?)\s*;")
+# What may stand before the semicolon, &req={1} ?trans5, tells when it is issued.
+_SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([^;&?]*[^;&?\s])[^;]*;")
 _SASS_LABEL = re.compile(r"\s*([.$][\w.$]+):")
 _SASS_TARGET = re.compile(r"`\(([^)]+)\)")
 _SASS_PREDICATE = re.compile(r"[\s,]!?U?P\d\b")
@@ -44,9 +45,17 @@ def sass(listing: str, kernel: str) -> list[Instruction]:
             labels[label[1]] = len(lines)
         elif inside and (found := _SASS_LINE.match(line)):
             lines.append(_Line(found[1] not in (None, "@PT", "@UPT"), found[2].split()[0], found[2]))
-    return [
+    code = [
         Instruction(line.opcode, line.text, _sass_after(i, lines, labels)) for i, line in enumerate(lines)
     ]
+    # ptxas also leaves a loop by a CALL, to code from where nothing returns.
+    for i, (guarded, opcode, text) in enumerate(lines):
+        target = _SASS_TARGET.search(text)
+        if opcode.startswith("CALL") and target is not None:
+            to = labels[target[1]]
+            if not any(code[j].opcode.startswith("RET") for j in reachable(code, to)):
+                code[i] = code[i]._replace(opcode="BRA", after=(to, *(code[i].after if guarded else ())))
+    return code
 
 
 def _sass_after(i: int, lines: list[_Line], labels: dict[str, int]) -> tuple[int, ...]:
@@ -107,9 +116,10 @@ def _gcn_after(i: int, lines: list[_Line], labels: dict[str, int]) -> tuple[int,
     return following
 
 
-def reachable(code: list[Instruction]) -> list[int]:
-    """The instructions that can run, in the order of addresses."""
-    seen = {0} if code else set()
+def reachable(code: list[Instruction], start: int = 0) -> list[int]:
+    """The instructions that can run from `start` on, in the order of addresses. A call is followed by what stands
+    behind it."""
+    seen = {start}
     waiting = list(seen)
     while waiting:
         for i in code[waiting.pop()].after:

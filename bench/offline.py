@@ -526,7 +526,6 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
     processors, most_shared, lanes, most_registers = _CHIPS[row.target]
     found = []
     if row.target == "sm80":
-        # Only float32 and the tiles of few rows differ by shared memory: all of them fit the smaller chips.
         most_shared = min(most_shared, _SMALL_SHARED)
     if row.shared > most_shared:
         found.append(f"{row.shared} bytes of shared memory, {most_shared} fit")
@@ -534,6 +533,8 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
     if row.registers > most_registers or (lanes == 32 and row.registers * threads > 65536):
         found.append(f"{row.registers} registers in {threads} threads")
     if row.kernel in ("forward", "input_grad"):
+        if row.dtype == "float32" and row.target.startswith("sm") and row.tensor != "-":
+            found.append(f"tensor cores in a product in full precision: {row.tensor}")
         wanted = _tensor_wanted(row.target, row.dtype, arguments["BLOCK_M"])
         if wanted and wanted not in row.tensor:
             found.append(f"expected {wanted} in the main loop, got {row.tensor}")

@@ -120,11 +120,32 @@ def test_code_that_cannot_run_is_not_counted() -> None:
         ("@P0 EXIT", (2,)),
         ("RET.REL.NODEC R4 `(kernel)", ()),
         ("WARPSYNC.COLLECTIVE R16, `(.L_x_0)", (2,)),
-        ("CALL.REL.NOINC `(.L_x_0)", (2,)),
+        ("CALL.ABS.NOINC R10", (2,)),
     ],
 )
 def test_what_may_come_after_a_branch(branch: str, after: tuple[int, ...]) -> None:
     assert sass(".L_x_0:", "NOP", branch, "EXIT")[1].after == after
+
+
+def test_call_that_does_not_return_is_a_branch() -> None:
+    code = sass(".L_x_0:", "NOP", "@P0 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)", ".L_x_1:", "EXIT")
+    assert (code[1].opcode, code[1].after) == ("BRA", (3, 2))
+    assert [loop.body for loop in machine_code.loops(code)] == [(0, 1, 2)]
+    code = sass(
+        "CALL.REL.NOINC `(.L_x_0)",
+        "EXIT",
+        ".L_x_0:",
+        "BPT.TRAP 0x1",
+        "@P0 EXIT",
+        "RET.REL.NODEC R4 `(kernel)",
+    )
+    assert (code[0].opcode, code[0].after) == ("CALL.REL.NOINC", (1,))
+    assert machine_code.reachable(code) == [0, 1]
+
+
+def test_when_an_instruction_is_issued_is_no_part_of_it() -> None:
+    code = sass("@!P0 BRA `(.L_x_0)      &req={4,3}   ?trans5", ".L_x_0:", "EXIT  ?trans5")
+    assert [i.text for i in code] == ["BRA `(.L_x_0)", "EXIT"]
 
 
 def test_branches_that_are_not_understood_are_errors() -> None:
