@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,13 +197,15 @@ def _run(args: argparse.Namespace, device: str) -> int:
     )
     cases = _cases(args, device)
     meta = environment.describe(device)
+    started = time.perf_counter()
     if (
         device == "cuda"
         and args.processes != 0
-        and providers.available_backends(device).get("triton", "") is None
+        and "fused:triton" in [p.name for p in providers.every(device)]
     ):
         for line in precompile.run(precompile.table_jobs(cases, settings.noises), args.processes):
             print(f"compiling: {line}", file=sys.stderr)
+    settings = settings._replace(time_limit=settings.time_limit - (time.perf_counter() - started))
     bench = run.run(settings, cases, _memory_cases(default(args.memory, "first", "largest"), cases))
     if isinstance(bench.timer, timing.CudaTimer):
         meta["launched_late"] = f"{bench.timer.late} of {bench.timer.calls} calls"

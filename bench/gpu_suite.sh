@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
-# Build, doctor, GPU tests, compute-sanitizer and benchmark on a machine with a GPU and no network, in 9 minutes.
+# All that wants a GPU, on a machine with one and no network, in 9 minutes: build, doctor, tests, benchmark,
+# compute-sanitizer, and in what time is left the shared tests and the search for tiles.
 #
-#   bench/gpu_suite.sh [--dry-run]
+#   bench/gpu_suite.sh [--dry-run] [PART...]      parts: build doctor tests bench table sanitizer shared tune
 #
-# Needs python3 (or $PYTHON) with torch and pytest; nvcc and cmake for the CUDA backend, triton for the Triton one.
-# Results go to $OUT, or to bench/results/<GPU>: suite.log, summary.txt and bench.{json,csv,md}. Pictures need no GPU:
-# python -m bench plot bench.json. A part that fails or runs out of time does not stop the rest, but the exit status
-# is 1 then.
+# Needs python3 (or $PYTHON) with torch, triton and pytest (with pytest-xdist, tests compile their kernels on all
+# cores); nvcc and cmake for the CUDA backend. Without PART all run, in that order; the first run needs build.
+# Results go to $OUT, or to bench/results/<GPU>: suite.log, summary.txt, bench.{json,csv,md}, tune.{json,csv,txt}.
+# Pictures need no GPU: python -m bench plot bench.json. A part that fails or runs out of time does not stop the rest,
+# but the exit status is 1 then. $SUITE_SECONDS is for all together, 525 where it is not given.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
+all_parts="build doctor tests bench table sanitizer shared tune"
 dry_run=false
-case "${1:-}" in
-  --dry-run) dry_run=true ;;
-  "") ;;
-  *) echo "usage: bench/gpu_suite.sh [--dry-run], got '$1'" >&2; exit 2 ;;
-esac
+wanted=" "
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry_run=true ;;
+    build | doctor | tests | bench | table | sanitizer | shared | tune) wanted="$wanted$argument " ;;
+    *) echo "usage: bench/gpu_suite.sh [--dry-run] [PART...], parts: $all_parts; got '$argument'" >&2; exit 2 ;;
+  esac
+done
+[ "$wanted" != " " ] || wanted=" $all_parts "
 
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null)
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
@@ -33,10 +40,11 @@ summary=$out/summary.txt
 
 export PATH="$PATH:/usr/local/cuda/bin" # where nvcc and compute-sanitizer often are
 export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export FLATLORA_REQUIRE_BACKENDS=triton # its tests fail where they would be skipped
 # One architecture builds in a fraction of the time of all.
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 
-total=525 # seconds for all parts together; each has a limit of its own as well
+total=${SUITE_SECONDS:-525} # for all parts together; each has a limit of its own as well
 failed=0
 if ! $dry_run; then
   mkdir -p "$out" || exit 1
@@ -44,9 +52,10 @@ if ! $dry_run; then
   { echo "$gpu, $(date -u +%FT%TZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"; } > "$summary"
 fi
 
-# part NAME SECONDS COMMAND: runs COMMAND, a shell line, and notes how it ended.
+# part NAME SECONDS COMMAND: runs COMMAND, a shell line that finds the seconds it has in $limit, and notes how it ended.
 part() {
   local name=$1 limit=$2 command=$3 left=$((total - SECONDS)) start=$SECONDS verdict
+  case "$wanted" in *" $name "*) ;; *) return ;; esac
   if $dry_run; then
     printf '%-10s %4d s  %s\n' "$name" "$limit" "$command"
     return
@@ -57,7 +66,7 @@ part() {
     verdict="not run, no time left"
     failed=1
   else
-    timeout --kill-after=5 "$limit" bash -c "$command" 2>&1 | tee -a "$log"
+    limit=$limit timeout --kill-after=5 "$limit" bash -c "$command" 2>&1 | tee -a "$log"
     case ${PIPESTATUS[0]} in
       0) verdict=passed ;;
       77) verdict="skipped, see suite.log" ;;
@@ -72,17 +81,27 @@ part() {
 # shellcheck disable=SC2016 # for the shell of the part
 none_selected='{ status=$?; [ $status = 5 ] && echo "no such tests" && exit 77; exit $status; }'
 
+# Most of the time of tests goes into compiling kernels, which several processes share.
+workers=
+if "$python" -c 'import xdist' 2>/dev/null; then workers="-n $(($(nproc) > 2 ? $(nproc) - 2 : 1))"; fi
+pytest="'$python' -m pytest -q -m gpu -p no:cacheprovider"
+
 part build 150 "'$python' -m pip install --no-build-isolation --no-deps -e . \
 || { cmake -S . -B build/gpu-suite && cmake --build build/gpu-suite --parallel; }"
 part doctor 30 "'$python' -m flatlora_kernels"
-part tests 130 "'$python' -m pytest -q -m gpu -p no:cacheprovider --durations=5 tests || $none_selected"
-# Without torch's own cache of memory, each tensor ends where its allocation ends.
-part sanitizer 60 "command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; exit 77; }; \
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-'$python' -m pytest -q -m gpu -p no:cacheprovider tests/test_linear.py \
--k '(test_plain_linear or test_adapter_and_bias) and not reference' || $none_selected"
-part bench 145 "'$python' -m bench --device cuda --out '$out' --name bench --time-limit 110"
+part tests 150 "$pytest $workers --durations=5 tests/test_gpu.py || $none_selected"
+part bench 170 "'$python' -m bench --set square4096 --budget 0.15 --device cuda --out '$out' --name bench \
+--time-limit \$((limit - 25))"
 part table 10 "'$python' -m bench table '$out/bench.json' > '$out/bench.md'"
+# Without torch's own cache of memory, each tensor ends where its allocation ends. The tests ran before: nothing is
+# compiled here.
+part sanitizer 75 "command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; exit 77; }; \
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+$pytest tests/test_gpu.py -k '(unaligned and bfloat16 and (all or odd)) or noise_is_that' || $none_selected"
+part shared 150 "$pytest $workers --durations=5 --ignore=tests/test_gpu.py tests || $none_selected"
+# shellcheck disable=SC2016 # for the shell of the part
+part tune 300 '[ "$limit" -ge 60 ] || { echo "only $limit s left, it needs 60"; exit 77; }; '"set -o pipefail; \
+'$python' -m bench tune --time-limit \$((limit - 25)) --out '$out' --name tune | tee '$out/tune.txt'"
 
 $dry_run && { echo "results would go to $out"; exit 0; }
 printf '\n'

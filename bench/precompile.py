@@ -25,6 +25,7 @@ class Job(NamedTuple):
 
     case: Case
     noise: str
+    what: str = "fused"  # provider; "noise_scale": its refresh
     tile: Any = None  # triton_kernels.configs.Config; None = what the table says
     precision: str = "highest"  # of torch.set_float32_matmul_precision
 
@@ -89,15 +90,30 @@ def _problem(case: Case) -> Any:
     return Problem(case, "cuda", copies=1)
 
 
+def _step(job: Job) -> None:
+    import flatlora_kernels as fk
+
+    from .problem import SCALING, SIGMA
+    from .providers import Fused, Perturb
+
+    problem = _problem(job.case)
+    i = problem.inputs[0]
+    if job.what == "noise_scale":
+        fk.flat_noise_scale(i.weight, i.lora_A, i.lora_B, scaling=SCALING, sigma=SIGMA, backend="triton")
+    else:
+        run = {"fused": Fused, "perturb": Perturb}[job.what](problem, job.noise, "triton")
+        run.step(0)
+        if job.tile is None:
+            run.eps(0)  # for the gate
+
+
 def work(job: Job) -> Outcome:
     """In a process of the pool. Nothing is launched: a wrong kernel does no harm here."""
-    from .providers import Fused
-
     start = time.perf_counter()
     torch.set_float32_matmul_precision(job.precision)
     try:
         with using(job.tile), compiling() as kernels:
-            Fused(_problem(job.case), job.noise, "triton").step(0)
+            _step(job)
             for kernel in kernels:
                 kernel._init_handles()  # says what the driver would say on launching
         if not kernels:
@@ -116,9 +132,15 @@ def pool(processes: int | None = None) -> concurrent.futures.ProcessPoolExecutor
 
 
 def table_jobs(cases: list[Case], noises: tuple[str, ...]) -> list[Job]:
-    """Of all kernels that the cases need with the tiles of the table, a job for each different one."""
+    """What a run of the benchmark launches: the cases, their rivals, the generator alone, noise_scale, the overhead."""
+    jobs = [Job(case, noise) for case in cases for noise in noises]
+    for case in cases:
+        one = case._replace(M=1, mode="forward", rank=0)
+        jobs += [Job(size, noise, "perturb") for size in (one, one._replace(N=1, K=8)) for noise in noises]
+        jobs.append(Job(case._replace(M=1, mode="forward"), "gaussian", "noise_scale"))
+    jobs.append(Job(Case("overhead", "", 1, 8, 8, "float32", "forward+backward", 0), "gaussian"))
     precision = torch.get_float32_matmul_precision()
-    return [Job(case, noise, None, precision) for case in dict.fromkeys(cases) for noise in noises]
+    return [job._replace(precision=precision) for job in dict.fromkeys(jobs)]
 
 
 def run(jobs: list[Job], processes: int | None = None, time_limit: float = 120.0) -> list[str]:

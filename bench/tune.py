@@ -203,7 +203,7 @@ class Tuner:
             workers.shutdown(wait=False, cancel_futures=True)
 
     def _job(self, case: Case, noise: str, tile: Any) -> Job:
-        return Job(case, noise, tile, torch.get_float32_matmul_precision())
+        return Job(case, noise, "fused", tile, torch.get_float32_matmul_precision())
 
     def _left(self) -> float:
         return self.end - time.perf_counter()
