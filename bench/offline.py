@@ -77,7 +77,7 @@ class Case(NamedTuple):
 _VARIANTS = {
     "": "",
     "odd": "odd sizes and offsets",
-    "ragged": "sizes no multiple of the tile",
+    "masks": "sizes multiples of 8 alone",
     "columns": "all operands column-major",
     "samples": "antithetic samples, bias",
     "noise": "noise alone",
@@ -111,53 +111,35 @@ def cases() -> list[Case]:
     """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
     found = []
     for architecture in ("sm80", "sm90", "sm100", "gfx942"):
-        both = [Case(kernel, architecture, "bfloat16") for kernel in ("forward", "input_grad")]
-        for main in both:
-            found += [main._replace(rows=rows) for rows in _reached(main)]
-            many = main._replace(rows=_MANY)
-            odd = many._replace(rows=_MANY + 1, N=4095, K=4097, variant="odd")
+        for kernel in ("forward", "input_grad"):
+            half = Case(kernel, architecture, "bfloat16")
+            odd = half._replace(N=4095, K=4097, variant="odd")
+            for case in (half, odd, half._replace(dtype="float32"), half._replace(dtype="tf32")):
+                if case.dtype != "tf32" or architecture != "gfx942":
+                    found += [case._replace(rows=rows) for rows in _reached(case)]
+            many = half._replace(rows=_MANY)
             found.append(many._replace(noise="rademacher"))
-            if architecture in ("sm80", "sm90") or main.kernel == "forward":
-                found.append(odd)
+            if architecture in ("sm90", "gfx942"):
+                found += [many._replace(dtype="float16"), many._replace(variant="samples", rank=0)]
             if architecture == "sm90":
-                ragged = many._replace(N=4104, K=4104, variant="ragged")
-                found += [ragged, many._replace(variant="columns"), many._replace(variant="samples", rank=0)]
-                found.append(many._replace(dtype="float16"))
-            # Tables for any architecture: every tile on one of them, that of many rows on the others.
-            full = main._replace(dtype="float32")
-            found += [full._replace(rows=rows) for rows in _reached(full, architecture in ("sm90", "gfx942"))]
-            if architecture != "gfx942":
-                tf32 = main._replace(dtype="tf32")
-                found += [tf32._replace(rows=rows) for rows in _reached(tf32, architecture != "sm90")]
-        if architecture == "sm90":
-            few = both[0]._replace(rows=16)
-            found += [
-                few._replace(rows=15, N=4095, K=4097, variant="odd"),
-                both[0]._replace(rows=_MANY, rank=64),
-            ]
-            found += [
-                few._replace(N=1 << 16, K=1 << 12),
-                few._replace(noise="rademacher"),
-            ]  # the former is not split
-        if architecture == "gfx942":
-            found += [both[0]._replace(rows=_MANY, dtype="float16")]
-            found += [both[0]._replace(rows=_MANY, variant="samples", rank=0)]
+                found += [many._replace(N=4104, K=4104, variant="masks"), many._replace(variant="columns")]
+                found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
+                found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
         perturb = Case("perturb", architecture, "bfloat16")
+        found += [perturb, perturb._replace(noise="rademacher")]
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
-        found += [perturb, perturb._replace(noise="rademacher"), norms, norms._replace(rank=0)]
+        found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
         if architecture == "sm90":
             found.append(perturb._replace(N=4095, K=4097, variant="odd"))
             found.append(perturb._replace(dtype="float32", variant="noise"))
             found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
-    # Takes the tiles of sm_80, with descriptors and less shared memory.
+    # Takes the tiles of sm_80, with less shared memory.
     found += [Case(kernel, "sm120", "bfloat16", _MANY) for kernel in ("forward", "input_grad")]
     return list(dict.fromkeys(found))
 
 
-def _reached(case: Case, all_tiles: bool = True) -> list[int]:
+def _reached(case: Case) -> list[int]:
     """Rows of x, a number for each tile that `case` can get by them: the most of those tried."""
-    if not all_tiles:
-        return [_MANY]
     reached: dict[int, int] = {}
     with _launches(lambda *_: None), _tiles() as tiles:
         for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
@@ -186,12 +168,13 @@ def _tiles() -> Iterator[list[Any]]:
         configs.linear = rule
 
 
-def _unreached(chosen: list[Any]) -> list[str]:
-    """Entries of `configs.LINEAR` that are not among those chosen."""
+def _unreached(chosen: list[Any], rows: Iterable[Row]) -> list[str]:
+    """Entries of `configs.LINEAR` that are not among those chosen, and tiles of other kernels without a row on some
+    architecture."""
     from flatlora_kernels.triton_kernels import configs
 
     used = set(map(id, chosen))
-    return [
+    found = [
         f"configs.LINEAR[{family!r}, {kind!r}][{kernel!r}]: {tile}"
         for (family, kind), table in configs.LINEAR.items()
         if family != "interpreter"
@@ -199,6 +182,16 @@ def _unreached(chosen: list[Any]) -> list[str]:
         for _, tile in entries
         if id(tile) not in used
     ]
+    passes = {
+        name: v for name, v in vars(configs).items() if isinstance(v, configs.Pass) and "INTERP" not in name
+    }
+    for name, tile in passes.items():
+        text = f"{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+        have = {row.target for row in rows if row.tile == text}
+        found += [
+            f"configs.{name} for {a}: {tile}" for a in ("sm80", "sm90", "sm100", "gfx942") if a not in have
+        ]
+    return found
 
 
 # --- In the process of one version of Triton ---
@@ -365,7 +358,11 @@ def _work(only: str, listings: str) -> dict[str, Any]:
             Path(listings).mkdir(parents=True, exist_ok=True)
             name = re.sub(r"[^\w]+", "-", " ".join(launch.key))
             Path(listings, f"{triton.__version__}-{number:03}-{name}.s").write_text(text)
-    return {"version": triton.__version__, "rows": rows, "unreached": _unreached(chosen)}
+    return {
+        "version": triton.__version__,
+        "rows": rows,
+        "unreached": _unreached(chosen, rows) if not only else [],
+    }
 
 
 _PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")
@@ -542,6 +539,7 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
             row.target == "sm90"
             and row.dtype == "bfloat16"
             and row.noise == "gaussian"
+            and _regular(row)
             and arguments["BLOCK_M"] == 256
             and (row.hidden or 0) < _HIDDEN * row.special
         ):
@@ -564,9 +562,14 @@ def _tensor_wanted(target: str, dtype: str, block_m: int) -> str:
     return "HMMA"
 
 
+def _regular(row: Row) -> bool:
+    """Whole tiles of aligned, row-major operands."""
+    return not any(_VARIANTS[variant] in row.case for variant in ("odd", "masks", "columns"))
+
+
 def budget(row: Row) -> float | None:
     """Instructions per element of W that no table may exceed."""
-    if row.dtype != "bfloat16" or "odd" in row.case or "column" in row.case or "ragged" in row.case:
+    if row.dtype != "bfloat16" or not _regular(row):
         return None
     if row.kernel in ("forward", "input_grad") and row.rows <= 128:
         return None
@@ -767,14 +770,13 @@ machine code is read: nvdisasm's listing for NVIDIA, the compiler's assembly for
 dominators in the graph of its branches: the innermost natural loop that contains the products and the multiplies of
 Philox, with all code that leads back into it, wherever that lies.
 
-Compiled are, for sm_80, sm_90, sm_100 and gfx942, all 16-bit tiles of `triton_kernels/configs.py` that the
-architecture can get, in bfloat16 with gaussian noise and an adapter of rank 16, sizes that are multiples of the tile;
-the tiles of tf32 and full float32, where any architecture takes the same, on one of NVIDIA's (the latter on AMD too)
-and the one for many rows on all. With many rows, on all four: Rademacher noise, and odd sizes and offsets (no
-descriptors, nothing aligned, masks; input gradient on sm_80 and sm_90). On sm_90 also float16, sizes that leave masks
-but aligned rows, column-major operands, antithetic samples with bias and without an adapter, rank 64, few rows of an
-odd call, with Rademacher noise and without a split; on gfx942 forward in float16 and with samples; on sm_120 the tiles
-of many rows. `perturb`, `row_sq_norms` and the sum of partial products (one call) are on all four.
+Compiled are, for sm_80, sm_90, sm_100 and gfx942, all tiles of `triton_kernels/configs.py` that the architecture can
+get: bfloat16, tf32 and full float32 with gaussian noise, an adapter of rank 16 and sizes that are multiples of the
+tile, and bfloat16 with odd sizes and offsets (nothing aligned, no descriptors, masks). With many rows, on all four:
+Rademacher noise; on sm_90 and gfx942: float16, and antithetic samples with bias and without an adapter; on sm_90: sizes
+that are multiples of 8 and not of the tile, column-major operands, rank 64; on sm_120 the tiles of many rows. With few
+rows, on sm_90: Rademacher noise, and a call that is not split. `perturb`, `row_sq_norms` (no adapter, ranks 16 and 64)
+and the sum of partial products (one call) are on all four.
 
 Of each, these must hold: no spills, no stack, no local memory; shared memory within a block's limit (163 KiB on sm_80
 and 99 KiB for its tiles, which sm_86, sm_89 and sm_120 get too; 227 KiB on sm_90 and sm_100; 64 KiB on gfx942);

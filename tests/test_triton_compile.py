@@ -265,6 +265,26 @@ def test_what_must_hold_of_every_row(changed: dict[str, object], problem: str) -
     assert problem in "; ".join(offline._problems(row(**changed), arguments))
 
 
+def test_budgets_are_for_whole_tiles_of_aligned_operands() -> None:
+    assert offline.budget(row()) == 17.0
+    for case in ("8192 rows, odd sizes and offsets", "8192 rows, all operands column-major"):
+        assert offline.budget(row(case=case)) is None
+        assert not offline._problems(
+            row(case=case, hidden=0, instructions=40.0), {"num_warps": 8, "BLOCK_M": 256}
+        )
+    assert offline.budget(row(rows=64)) is None
+    assert offline.budget(row(dtype="float16")) is None
+
+
+def test_full_float32_takes_no_tensor_cores() -> None:
+    arguments = {"num_warps": 4, "BLOCK_M": 64}
+    full = row(target="sm100", dtype="float32", tensor="-", hidden=None)
+    assert offline._problems(full, arguments) == []
+    assert "full precision" in offline._problems(full._replace(tensor="2 UTCHMMA"), arguments)[0]
+    amd = full._replace(target="gfx942", tensor="8 v_mfma_f32_32x32x2_f32", shared=0)
+    assert offline._problems(amd, arguments) == []
+
+
 # The kernels
 
 
