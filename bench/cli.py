@@ -32,7 +32,7 @@ from .results import Results
 from .shapes import MODES, SETS, Case
 
 _LOCAL = Path(__file__).parent / "results" / "local"
-_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune", "offline")
+_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune", "offline", "predict")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--table", action="store_true", help="print the table after a dry run, too")
     p.add_argument("--out", type=Path, default=_LOCAL, help="folder of the CSV and JSON")
     p.add_argument("--name", help="of the files; default tune, device and time")
+    p = add(
+        "predict",
+        "bounds on the speed of the Triton kernels from counts and data sheets; nothing is measured",
+    )
+    p.add_argument("--write", action="store_true", help="into docs/performance.md")
     p = add("overhead", "time per call over F.linear on a layer of 8 x 8")
     _place(p)
     p = add("list", "sets, layers and providers, and why a provider cannot run here")
@@ -135,6 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(compare.compare(results.load(args.a), results.load(args.b)))
     elif args.command == "offline":
         return offline.main(args)
+    elif args.command == "predict":
+        from . import predict
+
+        print(predict.report())
+        if args.write:
+            predict.write(predict.report())
     elif args.command == "tune":
         from . import tune
 

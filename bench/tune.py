@@ -176,8 +176,23 @@ class Tuner:
             if fits and m <= max(line.most, 16) and threads <= m * out:
                 found.append(tile)
         found.sort(key=lambda tile: (_distance(tile, line.tile), min(_distance(tile, t) for t in known)))
-        own = [t for t in known if t.block_m <= max(line.most, 16)]
-        return list(dict.fromkeys([line.tile, *own, *found]))[: self.count]
+        M = line.cases[0][0].M
+        own = [t for t in known if t.block_m <= max(line.most, 16) and 8 * t.block_m >= min(M, 256)]
+        different: dict[
+            Any, Any
+        ] = {}  # tiles that differ in `per_processor` alone may cut the contraction alike
+        for tile in [line.tile, *own, *found]:
+            different.setdefault((tile._replace(per_processor=1), self._parts(tile, line)), tile)
+        return list(different.values())[: self.count]
+
+    def _parts(self, tile: Any, line: Line) -> int:
+        """Of the contraction, in the case of the search."""
+        case = line.cases[0][0]
+        outputs, length = (case.N, case.K) if line.direction == "forward" else (case.K, case.N)
+        tiles = -(-case.M // tile.block_m) * -(-outputs // tile.block_out)
+        workspace = min(16 << 20, case.N * case.K * getattr(torch, case.dtype).itemsize // 4)
+        processors = self.machine.processors
+        return self.configs.splits(tile, tiles, length, 4 * case.M * outputs, workspace, processors)[0]
 
     def run(self, processes: int | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         lines = self.lines()
