@@ -76,7 +76,7 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
         ),
         "input_grad": (
             (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
+            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
             (ANY, Config(256, 128, 64, 8, 3, fill=True)),
             (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
         ),
@@ -85,12 +85,12 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
         "forward": (
             (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
             (64, Config(64, 64, 64, 4, 2, per_processor=2)),
-            (ANY, Config(128, 128, 32, 4, 2)),
+            (ANY, Config(128, 128, 32, 8, 2)),
         ),
         "input_grad": (
             (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
             (64, Config(64, 64, 64, 4, 2, per_processor=2)),
-            (ANY, Config(128, 128, 32, 4, 2)),
+            (ANY, Config(128, 128, 32, 8, 2)),
         ),
     },
     ("sm100", "tf32"): {
@@ -127,7 +127,18 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
         ),
         "input_grad": (
             (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
-            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
+            (ANY, Config(32, 64, 32, 4, 3, carry=False, per_processor=2)),
+        ),
+    },
+    # Below 64 rows, where Triton 3.6 would take tensor cores and round to tf32.
+    ("sm100", "single"): {
+        "forward": (
+            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
+            (ANY, Config(32, 64, 16, 4, 2, carry=False, per_processor=2)),
+        ),
+        "input_grad": (
+            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
+            (ANY, Config(32, 64, 16, 4, 2, carry=False, per_processor=2)),
         ),
     },
     ("any", "single"): {
@@ -155,6 +166,7 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
     },
 }
 PERTURB = Pass(64, 64, 4, 1, steps=8)
+PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
 PERTURB_INTERPRETER = Pass(64, 256, 1)
 ROW_NORMS = Pass(16, 256, 4, 3)
 ROW_NORMS_ADAPTER = Pass(16, 256, 4, 2)

@@ -72,8 +72,7 @@ def _linear_forward_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
-    N_MULTIPLE: tl.constexpr,  # 8 or 1 divides N
-    K_MULTIPLE: tl.constexpr,
+    MULTIPLE: tl.constexpr,  # 8 where that divides N, K and the strides of rows, else 1
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT: tl.constexpr,
@@ -92,8 +91,11 @@ def _linear_forward_kernel(
     last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
     first_n = pid_n * BLOCK_N
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    N = N // N_MULTIPLE * N_MULTIPLE  # so that the compiler knows, and masks eight at a time
-    K = K // K_MULTIPLE * K_MULTIPLE
+    # So that the compiler knows, and loads and masks eight elements at a time.
+    N = N // MULTIPLE * MULTIPLE
+    K = K // MULTIPLE * MULTIPLE
+    stride_xm = stride_xm // MULTIPLE * MULTIPLE
+    stride_wn = stride_wn // MULTIPLE * MULTIPLE
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -214,8 +216,7 @@ def linear_forward(
         "PRECISION": p.precision,
         "USE_DESCRIPTOR": x_tiles is not None,
         "EVEN": K % p.config.block_in == 0,
-        "N_MULTIPLE": 8 if N % 8 == 0 else 1,
-        "K_MULTIPLE": 8 if K % 8 == 0 else 1,
+        "MULTIPLE": 8 if p.regular else 1,
         "HAS_BIAS": bias is not None,
         "BLOCK_R": rank_block(rank),
         "SPLIT": p.splits > 1,

@@ -70,8 +70,7 @@ def _linear_input_grad_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
-    N_MULTIPLE: tl.constexpr,  # 8 or 1 divides N
-    K_MULTIPLE: tl.constexpr,
+    MULTIPLE: tl.constexpr,  # 8 where that divides N, K and the strides of rows, else 1
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     SPLIT: tl.constexpr,
     CARRY: tl.constexpr,
@@ -89,8 +88,11 @@ def _linear_input_grad_kernel(
     last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
     first_k = pid_k * BLOCK_K
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    N = N // N_MULTIPLE * N_MULTIPLE  # so that the compiler knows, and masks eight at a time
-    K = K // K_MULTIPLE * K_MULTIPLE
+    # So that the compiler knows, and loads and masks eight elements at a time.
+    N = N // MULTIPLE * MULTIPLE
+    K = K // MULTIPLE * MULTIPLE
+    stride_ym = stride_ym // MULTIPLE * MULTIPLE
+    stride_wn = stride_wn // MULTIPLE * MULTIPLE
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = first_k + tl.arange(0, BLOCK_K)
@@ -198,8 +200,7 @@ def linear_input_grad(
         "PRECISION": p.precision,
         "USE_DESCRIPTOR": y_tiles is not None,
         "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
-        "N_MULTIPLE": 8 if N % 8 == 0 else 1,
-        "K_MULTIPLE": 8 if K % 8 == 0 else 1,
+        "MULTIPLE": 8 if p.regular else 1,
         "BLOCK_R": rank_block(rank),
         "SPLIT": p.splits > 1,
         "CARRY": p.config.carry,

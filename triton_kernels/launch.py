@@ -29,7 +29,7 @@ class Machine(NamedTuple):
     @property
     def has_descriptors(self) -> bool:
         """Tiles are copied by the tensor memory accelerator."""
-        return self.architecture.startswith("sm") and int(self.architecture[2:]) >= 90
+        return self.architecture in ("sm90", "sm100", "sm103")
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def draw_arguments(draw: Any, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _by_eight(tensor: Tensor) -> bool:
+def by_eight(tensor: Tensor) -> bool:
     """Eight elements of a row can be loaded at once."""
     aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or tensor.shape[0] == 1)
     return tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0 and aligned
@@ -103,6 +103,7 @@ class Plan(NamedTuple):
     tiles: int  # of the output
     splits: int  # of the contraction
     steps_per_split: int
+    regular: bool  # all rows can be loaded eight elements at a time
     precision: str  # `input_precision` of its products: float32 as torch's own products of it
 
 
@@ -110,7 +111,7 @@ def plan(direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, 
     """Of `a` (M, contraction) times `weight` or its transpose, with so many outputs; see configs.py."""
     machine = machine_of(a)
     M, length = a.shape
-    regular = _by_eight(a) and _by_eight(weight) and outputs % 8 == 0
+    regular = by_eight(a) and by_eight(weight) and outputs % 8 == 0
     precision = "ieee"
     kind = "half" if regular else "ragged"
     if a.dtype == torch.float32:
@@ -122,7 +123,7 @@ def plan(direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, 
         machine.architecture, kind, direction, samples, rows, outputs, machine.processors
     )
     splits, steps = configs.splits(config, tiles, length, 4 * M * outputs, workspace, machine.processors)
-    return Plan(machine, config, rows, tiles, splits, steps, precision)
+    return Plan(machine, config, rows, tiles, splits, steps, regular, precision)
 
 
 def rank_block(rank: int) -> int:

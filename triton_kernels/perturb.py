@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import draw_arguments, launch, machine_of
+from .launch import by_eight, draw_arguments, launch, machine_of
 from .tile import perturb_tile, sample_of, weight_rows
 
 
@@ -36,11 +36,15 @@ def _perturb_kernel(
     ALIGNED: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
+    MULTIPLE: tl.constexpr,  # as in the forward kernel
     STEPS: tl.constexpr,  # tiles of columns that a program goes through
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    K = K // MULTIPLE * MULTIPLE
+    stride_wn = stride_wn // MULTIPLE * MULTIPLE
+    stride_on = stride_on // MULTIPLE * MULTIPLE
     num_k = tl.cdiv(K, STEPS * BLOCK_K)
     first_n = tl.program_id(0) // num_k * BLOCK_N
     begin = tl.program_id(0) % num_k * STEPS * BLOCK_K
@@ -79,7 +83,10 @@ def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
     """out = weight + eps, or eps where `weight` is None; both (N, K), N, K > 0, of one type."""
     N, K = out.shape
     machine = machine_of(out)
-    config = configs.PERTURB_INTERPRETER if machine.architecture == "interpreter" else configs.PERTURB
+    regular = by_eight(out) and (weight is None or by_eight(weight))
+    config = configs.PERTURB if regular else configs.PERTURB_RAGGED
+    if machine.architecture == "interpreter":
+        config = configs.PERTURB_INTERPRETER
     arguments = {
         "weight": weight,
         "out": out,
@@ -93,6 +100,7 @@ def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
         **draw_arguments(draw, machine),
         "HAS_WEIGHT": weight is not None,
         "EVEN": K % config.block_k == 0,
+        "MULTIPLE": 8 if regular else 1,
         "STEPS": config.steps,
         "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import launch, machine_of, rank_block
+from .launch import by_eight, launch, machine_of, rank_block
 from .tile import dot, to_float
 
 
@@ -49,10 +49,13 @@ def _row_sq_norms_kernel(
     EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
     LONG_R: tl.constexpr,  # rank > BLOCK_R
+    MULTIPLE: tl.constexpr,  # as in the forward kernel
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    K = K // MULTIPLE * MULTIPLE
+    stride_wn = stride_wn // MULTIPLE * MULTIPLE
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.minimum(offs_n, N - 1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
@@ -110,6 +113,7 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
         "EVEN": K % config.block_k == 0,
         "BLOCK_R": rank_block(rank),
         "LONG_R": rank > rank_block(rank),
+        "MULTIPLE": 8 if by_eight(weight) else 1,
         "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
