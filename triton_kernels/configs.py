@@ -3,6 +3,7 @@ and results must not depend on how busy a machine was. `python -m bench tune` me
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -193,6 +194,7 @@ def linear(
     raise AssertionError(f"configs.LINEAR has no tile for {rows} rows on {architecture}")
 
 
+@functools.lru_cache(maxsize=1024)
 def splits(
     config: Config, tiles: int, length: int, output_bytes: int, workspace: int, processors: int
 ) -> tuple[int, int]:
@@ -202,6 +204,11 @@ def splits(
     that partial sums may take.
     """
     steps = -(-length // config.block_in)
-    wanted = processors * config.per_processor // tiles
-    steps_per_split = -(-steps // max(1, min(wanted, steps // 4, workspace // output_bytes)))
-    return -(-steps // steps_per_split), steps_per_split
+
+    def busiest(parts: int) -> float:
+        """Steps on the processor that has most to do; two more for the beginning and end of each part."""
+        return max(-(-tiles * parts // processors), config.per_processor) * (steps / parts + 2)
+
+    parts = min(range(1, max(1, min(steps // 4, workspace // output_bytes)) + 1), key=busiest)
+    steps_per_part = -(-steps // parts)
+    return -(-steps // steps_per_part), steps_per_part
