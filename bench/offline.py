@@ -646,8 +646,21 @@ def measure(folder: Path | None, only: str = "", listings: str = "") -> Outcome:
                 )
             if only or listings:
                 return _outcome(written)
+            if _digest() != digest:
+                raise RuntimeError("the kernels changed while they were compiled: once more, please")
             written.replace(path)
     return _outcome(path)
+
+
+def _digest() -> str:
+    """Of all that decides what is compiled and how it is read."""
+    sources = [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "flatlora_kernels" / "backends" / "triton.py"]
+    sources += [
+        ROOT / "flatlora_kernels" / "noise.py",
+        Path(__file__),
+        Path(__file__).parent / "machine_code.py",
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 
 
 def _outcome(path: Path) -> Outcome:
@@ -762,8 +775,9 @@ def _figures(row: Row) -> Committed:
 
 _TEXT = f"""# What the compiler makes of the Triton kernels
 
-Written by `{REGENERATE}`; compiled without a GPU, and checked by `tests/test_triton_compile.py`. `make test-compile`
-installs Triton {OLDEST}, the oldest that is supported, beside the environment's and runs that test.
+Written by `{REGENERATE}`; compiled without a GPU, and checked by
+`tests/test_triton_compile.py`. `make test-compile` installs Triton {OLDEST}, the oldest that is supported, beside the
+environment's and runs that test.
 
 The real launchers run on tensors without memory, Triton's own JIT specialises and compiles what they launch, and the
 machine code is read: nvdisasm's listing for NVIDIA, the compiler's assembly for AMD. The main loop is found by
@@ -786,9 +800,10 @@ and no PTX. Instructions per element of W are at most 17.0 (forward) and 18.5 (i
 on sm_80, 12.5 with Rademacher noise, for bfloat16 and more than 128 rows; 15.2 in `perturb`, 5.5 in `row_sq_norms`
 without an adapter.
 
-The figures below may only go down. The test fails where `instr`, `special` or `KiB` is more than 7 % above the
-table, and where its rows are not those that are compiled; `{REGENERATE}` refuses to write a figure that went up,
-unless `--accept` says that it is meant to. A release of Triton that has no table is held to the highest of the others.
+The figures below may only go down. The test fails where `instr`, `special` or `KiB` is more than 7 % above the table,
+and where its rows are not those that are compiled. `{REGENERATE}` refuses to write a figure that went
+up, unless `--accept` says that it is meant to. A release of Triton that has no table is held to the highest of the
+others. `python -m bench offline --only sm90 forward --listings FOLDER` prints some rows and keeps their machine code.
 
 | column | |
 | --- | --- |
