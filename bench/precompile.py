@@ -131,6 +131,14 @@ def pool(processes: int | None = None) -> concurrent.futures.ProcessPoolExecutor
     return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
+def outcome_of(future: concurrent.futures.Future[Outcome]) -> Outcome:
+    """Of a future that is done; a process that died is an outcome as well."""
+    try:
+        return future.result()
+    except Exception as error:
+        return Outcome(f"{type(error).__name__}: {error}")
+
+
 def table_jobs(cases: list[Case], noises: tuple[str, ...]) -> list[Job]:
     """What a run of the benchmark launches: the cases, their rivals, the generator alone, noise_scale, the overhead."""
     jobs = [Job(case, noise) for case in cases for noise in noises]
@@ -150,7 +158,7 @@ def run(jobs: list[Job], processes: int | None = None, time_limit: float = 120.0
         futures = {workers.submit(work, job): job for job in jobs}
         done, pending = concurrent.futures.wait(futures, timeout=time_limit)
         for future in done:
-            job, outcome = futures[future], future.result()
+            job, outcome = futures[future], outcome_of(future)
             if outcome.error or outcome.spilled:
                 found.append(
                     f"{job.case}, {job.noise}: {outcome.error or f'{outcome.spilled} words spilled'}"

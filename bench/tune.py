@@ -231,7 +231,7 @@ class Tuner:
         found = {}
         for tile, future in futures.items():
             if future.done():
-                found[tile] = future.result()
+                found[tile] = precompile.outcome_of(future)
             else:
                 future.cancel()
                 found[tile] = Outcome("not compiled in time")

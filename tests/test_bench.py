@@ -659,3 +659,17 @@ def test_cuda_timer_and_graphs_in_order(monkeypatch: pytest.MonkeyPatch) -> None
     replay = timing.graphed(lambda copy: (log.append(f"call {copy}"), copy)[1], 2)
     assert [replay(1), replay(0)] == [1, 0]
     assert log == ["wait_stream", "call 0", "call 1", "wait_stream", "call 0", "call 1", "replay", "replay"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about what happens without a GPU")
+def test_processes_that_compile_report_what_failed() -> None:
+    """Through real processes; without a GPU every job fails, and says so."""
+    jobs = precompile.table_jobs([TINY._replace(M=64, N=64, K=64)], ("gaussian",))
+    assert {job.what for job in jobs} == {"fused", "perturb", "noise_scale"}
+    assert len(set(jobs)) == len(jobs)
+    said = precompile.run(jobs[:2], processes=1)
+    assert len(said) == 2
+    assert all("Error: " in line for line in said)
+    broken: Any = concurrent.futures.Future()
+    broken.set_exception(RuntimeError("a process died"))
+    assert precompile.outcome_of(broken).error == "RuntimeError: a process died"
