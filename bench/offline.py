@@ -126,11 +126,14 @@ def cases() -> list[Case]:
                 found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
                 found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
         perturb = Case("perturb", architecture, "bfloat16")
-        found += [perturb, perturb._replace(noise="rademacher")]
+        found += [
+            perturb,
+            perturb._replace(noise="rademacher"),
+            perturb._replace(N=4095, K=4097, variant="odd"),
+        ]
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
         if architecture == "sm90":
-            found.append(perturb._replace(N=4095, K=4097, variant="odd"))
             found.append(perturb._replace(dtype="float32", variant="noise"))
             found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
     # Takes the tiles of sm_80, with less shared memory.
