@@ -17,7 +17,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from compare import check_problem, problem
+from compare import check_problem, problem, run
 from targets import INTERPRETED, Target, randn
 
 import flatlora_kernels as fk
@@ -34,6 +34,7 @@ from flatlora_kernels.triton_kernels import (  # noqa: E402
     perturb,
     philox,
     row_norms,
+    tile,
 )
 from triton.runtime.interpreter import TensorHandle  # noqa: E402
 
@@ -200,6 +201,20 @@ def test_descriptor_of_a_part_of_a_matrix(on: Any) -> None:
         setattr(p, name, part.copy_(inside))
         assert launch.descriptor(part, (16, 64)) is not None
     check_problem(TRITON, p)
+
+
+def test_no_two_programs_write_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they did, the later one would win, and the results depend on their order."""
+    p = problem(21, 70, 40, torch.bfloat16, rank=4, samples=3)
+    expected = run(TRITON, p)
+
+    def backwards(pid: Any, num_m: Any, num_n: Any, group_m: Any) -> Any:
+        return tile.tile_of(num_m * num_n - 1 - pid, num_m, num_n, group_m)
+
+    for module in (forward, input_grad):
+        monkeypatch.setattr(module, "tile_of", backwards)
+    for name, value in run(TRITON, p).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
