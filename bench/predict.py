@@ -12,11 +12,14 @@ lower clock that the tensor cores run at under load, and whatever is in the way 
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-DOC = Path(__file__).parent.parent / "docs" / "performance.md"
+_DOCS = Path(__file__).parent.parent / "docs"
+DOC = _DOCS / "performance.md"
+COUNTS = _DOCS / "kernels.md"
 
 
 class Chip(NamedTuple):
@@ -41,14 +44,7 @@ CHIPS = (
     Chip("A100 SXM 80 GB", "sm80", 108, 1.41e9, 2048, 2.039e12),
 )
 
-# Instructions of the main loop per element of the weight tile: counted in the machine code that Triton 3.6 makes of
-# the tiles for many rows (docs/kernels.md). Architecture, direction -> gaussian, rademacher.
-INSTRUCTIONS = {
-    ("sm90", "forward"): {"gaussian": 14.9, "rademacher": 8.7},
-    ("sm90", "input_grad"): {"gaussian": 15.8, "rademacher": 9.1},
-    ("sm80", "forward"): {"gaussian": 17.1, "rademacher": 10.5},
-    ("sm80", "input_grad"): {"gaussian": 17.1, "rademacher": 10.5},
-}
+TRITON = "3.6.0"  # whose machine code docs/kernels.md counts
 SPECIAL = {"gaussian": 2, "rademacher": 0}  # per value: lg2, sqrt, cos and sin for two of them
 ROWS = (16, 256, 2048, 8192)
 WORKSPACE = 16 << 20  # see flatlora_kernels/backends/triton.py
@@ -89,6 +85,33 @@ class Prediction(NamedTuple):
         return names[self._units.index(max(self._units))]
 
 
+@functools.cache
+def _counts() -> dict[tuple[str, ...], float]:
+    """Instructions of the main loop per element of the weight, by kernel, target, noise and tile ("": of many rows)."""
+    found = {}
+    section = COUNTS.read_text().partition(f"## Triton {TRITON}")[2].partition("\n## ")[0]
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) < 7 or cells[2] != "bfloat16":
+            continue
+        kernel, target, _, noise, tile, call, count = cells[:7]
+        if rows := re.fullmatch(r"(\d+) rows(, split)?", call):
+            found[kernel, target, noise, tile.split(",")[0]] = float(count)
+            if rows[1] == "8192":
+                found[kernel, target, noise, ""] = float(count)
+    return found
+
+
+def instructions(architecture: str, direction: str, noise: str, tile: str) -> float:
+    """As docs/kernels.md has them; where this tile is not among them, those of the tile for many rows."""
+    key = (direction, architecture, noise)
+    counts = _counts()
+    found = counts.get((*key, tile), counts.get((*key, "")))
+    if found is None:
+        raise ValueError(f"{COUNTS} has no bfloat16 row of 8192 rows for {', '.join(key)} on Triton {TRITON}")
+    return found
+
+
 def predict(chip: Chip, direction: str, noise: str, M: int, N: int, K: int) -> Prediction:
     """bf16, one sample."""
     from flatlora_kernels.triton_kernels import configs
@@ -104,14 +127,14 @@ def predict(chip: Chip, direction: str, noise: str, M: int, N: int, K: int) -> P
     drawn = elements + each * config.block_out * config.block_in * config.carry
     cycle = 1 / chip.clock
     memory = 2 * (N * K + M * K + M * N) / chip.bandwidth
+    tile = f"{config.block_m}x{config.block_out}x{config.block_in}"
     return Prediction(
-        tile=f"{config.block_m}x{config.block_out}x{config.block_in}"
-        + (f", {splits} parts" if splits > 1 else ""),
+        tile=tile + (f", {splits} parts" if splits > 1 else ""),
         tiles=grid,
         per_processor=each,
         filled=grid / (each * chip.processors),
         tensor=cycle * elements * 2 * config.block_m / chip.flops,
-        issue=cycle * drawn * INSTRUCTIONS[chip.architecture, direction][noise] / chip.issue,
+        issue=cycle * drawn * instructions(chip.architecture, direction, noise, tile) / chip.issue,
         special=cycle * drawn * SPECIAL[noise] / chip.special,
         memory=memory,
         plain=max(2 * M * N * K / (chip.processors * chip.flops * chip.clock), memory),

@@ -571,6 +571,8 @@ def test_prediction_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatlora_kernels.triton_kernels import configs
 
     monkeypatch.setattr(configs, "linear", lambda *a: (configs.Config(64, 32, 16, 4, 3), 2 * 4))
+    counts = {("forward", "gaussian"): 14.9, ("input_grad", "rademacher"): 9.1}
+    monkeypatch.setattr(predict, "instructions", lambda _, direction, noise, tile: counts[direction, noise])
     chip = predict.Chip("", "sm90", processors=3, clock=1e9, flops=1024, bandwidth=1e12)
     p = predict.predict(chip, "forward", "gaussian", M=128, N=128, K=64)
     # 8 tiles on 3 processors: one has 3 of them, 3 x 32 x 64 = 6144 elements; with a tile drawn twice each, 7680 draws.
@@ -593,6 +595,28 @@ def test_prediction_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signs.bound == "tensor cores"
     slow = predict.predict(chip._replace(bandwidth=1e10), "forward", "gaussian", M=128, N=128, K=64)
     assert slow.best == 1 and slow.bound == "memory"
+
+
+def test_prediction_takes_the_counts_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "kernels.md"
+    page.write_text("""## Triton 3.6.0
+| forward | sm90 | bfloat16 | gaussian | 256x128x64, 8 warps | 8192 rows | 15.00 | x |
+| forward | sm90 | bfloat16 | gaussian | 256x128x64, 8 warps | 8192 rows, no adapter | 99.00 | x |
+| forward | sm90 | float16 | gaussian | 256x128x64, 8 warps | 8192 rows | 98.00 | x |
+| forward | sm90 | bfloat16 | gaussian | 16x64x64, 4 warps | 16 rows, split | 16.50 | x |
+## Triton 3.9.0
+| forward | sm90 | bfloat16 | gaussian | 256x128x64, 8 warps | 8192 rows | 97.00 | x |
+""")
+    monkeypatch.setattr(predict, "COUNTS", page)
+    predict._counts.cache_clear()
+    try:
+        assert predict.instructions("sm90", "forward", "gaussian", "256x128x64") == 15
+        assert predict.instructions("sm90", "forward", "gaussian", "16x64x64") == 16.5
+        assert predict.instructions("sm90", "forward", "gaussian", "64x64x64") == 15
+        with pytest.raises(ValueError, match="no bfloat16 row of 8192 rows for input_grad, sm90, gaussian"):
+            predict.instructions("sm90", "input_grad", "gaussian", "64x64x64")
+    finally:
+        predict._counts.cache_clear()
 
 
 def test_prediction_is_written_between_its_marks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
