@@ -94,6 +94,13 @@ LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
             (ANY, Config(128, 128, 32, 8, 2)),
         ),
     },
+    ("gfx", "ragged"): {
+        "forward": (
+            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
+            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
+        ),
+        "input_grad": ((ANY, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),),
+    },
     ("sm100", "tf32"): {
         "forward": (
             (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
@@ -170,7 +177,7 @@ PERTURB = Pass(64, 64, 4, 1, steps=8)
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
 PERTURB_INTERPRETER = Pass(64, 256, 1)
 ROW_NORMS = Pass(16, 256, 4, 3)
-ROW_NORMS_ADAPTER = Pass(16, 256, 4, 2)
+ROW_NORMS_ADAPTER = Pass(32, 128, 4, 2)
 ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank
 ADD_SPLITS_BLOCK = 1024
 
