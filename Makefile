@@ -27,20 +27,21 @@ CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.c
 LINT := build/lint/bin
 
 .DEFAULT_GOAL := test
-.PHONY: test test-interpreter interpret-products interpret-rest bench doctor install example-deps test-example lint \
+.PHONY: test test-interpreter interpret-half interpret-rest bench doctor install example-deps test-example lint \
   lint-tools format check-cuda-build clean force
 
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# Triton kernels without a GPU. One core runs test_linear.py, another the rest.
+# Triton kernels without a GPU, half of the tests on each of two cores.
+HALF := tests/test_linear.py tests/test_noise_spec.py tests/test_norms.py tests/test_op.py
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
-	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-products interpret-rest
-interpret-products:
-	$(INTERPRET) $(PYTEST_ARGS) tests/test_linear.py
+	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest
+interpret-half:
+	$(INTERPRET) $(PYTEST_ARGS) $(HALF)
 interpret-rest:
-	$(INTERPRET) $(PYTEST_ARGS) --ignore=tests/test_linear.py
+	$(INTERPRET) $(PYTEST_ARGS) $(HALF:%=--ignore=%)
 
 # What compilers make of the Triton kernels, without a GPU: the oldest supported Triton, and the environment's.
 .PHONY: test-compile
