@@ -34,7 +34,7 @@ test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
-HALF := tests/test_linear.py tests/test_noise_spec.py tests/test_norms.py tests/test_op.py
+HALF := tests/test_linear.py tests/test_noise_spec.py
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest
