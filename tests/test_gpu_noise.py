@@ -1,7 +1,7 @@
 """The Gaussian noise of GPUs without a GPU: the inline PTX of triton_kernels/philox.py, with every approximation as
 wrong as NVIDIA's documentation allows, stays within docs/noise.md's 1e-4 for all radii and all angles.
 
-AMD documents no such bounds for v_log_f32, v_sin_f32 and v_cos_f32; test_triton_interpreter.py tests that arithmetic
+For AMD's v_log_f32, v_sin_f32 and v_cos_f32 no such bounds were found; test_triton_interpreter.py tests that arithmetic
 with exact functions.
 """
 
