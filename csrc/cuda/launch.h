@@ -1,0 +1,76 @@
+// How the host starts a kernel; with FLATLORA_EMULATED, ../emulator/launch.h has the same.
+#pragma once
+
+#include "device.h"
+
+#if defined(FLATLORA_EMULATED)
+#include "../emulator/launch.h"
+#else
+
+#include <cuda_runtime.h>
+#include <cudaTypedefs.h>
+
+namespace flatlora {
+namespace gpu {
+
+using Error = int;  // cudaError_t, 0 = success
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;  // dynamic; shared_base's alignment is added here
+  void* stream;
+  int cluster = 1;  // blocks that share; divides `blocks`
+};
+
+template <class... P>
+Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
+  const int bytes = how.shared_bytes + 1024;
+  // Each call, because it costs less than to remember it per device and kernel.
+  if (cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    return e;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(how.blocks));
+  config.blockDim = dim3(unsigned(how.threads));
+  config.dynamicSmemBytes = size_t(bytes);
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute attribute = {};
+  if (how.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(how.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+}
+
+// Of a row-major (rows, columns) matrix of 16-bit elements, for boxes of (box_rows, 64) that land with 128-byte rows
+// under the 128-byte swizzle (16-byte chunk c of row r at chunk c ^ r % 8). `data` and `row_bytes`: multiples of 16.
+inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
+                               int box_rows, bool is_bf16) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) ||
+        found != cudaDriverEntryPointSuccess)
+      function = nullptr;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(row_bytes)};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace gpu
+}  // namespace flatlora
+
+#endif
