@@ -52,6 +52,17 @@ build/triton-3.6.0/.installed: | install
 	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
 	@touch $@
 
+# The CUDA kernels on the CPU; no nvcc is needed.
+.PHONY: emulator emulator-sanitized
+EMULATOR_CMAKE = cmake -S . -B $(1)/cmake -DFLATLORA_BUILD=emulator -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(1) \
+  $(2) > $(1).log && cmake --build $(1)/cmake --target flatlora_cuda_emulated --parallel 2
+emulator:
+	@mkdir -p build
+	$(call EMULATOR_CMAKE,build/emulator)
+emulator-sanitized:
+	@mkdir -p build
+	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=ON)
+
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)
 

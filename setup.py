@@ -31,7 +31,8 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 def sources() -> dict[str, list[str]]:
     """csrc/sources.txt: files by what they are for."""
-    found: dict[str, list[str]] = {"cpu": [], "cpu-level": [], "cuda": [], "header": []}
+    kinds = ("cpu", "cpu-level", "cuda", "cuda-sm90a", "emulator", "header")
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
     for line in (ROOT / "csrc/sources.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             kind, path = line.split()
@@ -71,7 +72,7 @@ def extensions() -> list[Extension]:
         sys.exit("FLATLORA_BUILD=cuda: nvcc is missing; put it on PATH or set CUDACXX")
     if files["cuda"] and mode != "cpu":
         if nvcc:
-            wanted["cuda"] = files["cuda"]
+            wanted["cuda"] = files["cuda"] + files["cuda-sm90a"]
         else:
             print(
                 "flatlora_kernels: built without its CUDA kernels, because nvcc is missing", file=sys.stderr

@@ -115,7 +115,8 @@ def plan(direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, 
     precision = "ieee"
     kind = "half" if regular else "ragged"
     if a.dtype == torch.float32:
-        if machine.arithmetic == "ptx" and torch.get_float32_matmul_precision() != "highest":
+        # torch.get_float32_matmul_precision raises where this, the newer way, was used to set it.
+        if machine.arithmetic == "ptx" and torch.backends.cuda.matmul.fp32_precision == "tf32":
             precision = "tf32"
         kind = "tf32" if regular and precision == "tf32" else "single"
     rows = M // samples

@@ -2,7 +2,7 @@
 
 The library knows no torch headers, so one build serves every torch and every Python. What it needs of torch is its
 thread pool, and it gets that at load time: the address of `torch_parallel_for` from torch's stable C interface
-(torch >= 2.10). Arguments travel as one packed struct of 8-byte fields, csrc/cpu/args.h.
+(torch >= 2.10). Arguments travel as one packed struct, see ../arguments.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..noise import Draw
 from .reference import matmul
 
@@ -25,17 +25,6 @@ DEVICE_TYPES = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STRATEGIES = ("fused",)
 NOISE_ACCUMS = ("folded",)
-
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NOISE = {"gaussian": 1, "rademacher": 2}
-_WORKSPACE = 16 << 20  # bytes for one call, all threads together; never more than a quarter of the weight
-
-_NOISE_FIELDS = "qPqPqqqqqq"
-_WEIGHT_FIELDS = "Pqq"
-_LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdq{_NOISE_FIELDS}".replace("P", "Q"))
-_ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
-_PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
-_NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
 
 
 class _Loaded(NamedTuple):
@@ -92,21 +81,11 @@ def describe() -> str:
     return f"fused C++ kernels, {loaded.level} (runs here: {', '.join(loaded.levels)})"
 
 
-def _call(function: str, arguments: bytes) -> None:
-    if error := getattr(_load(), function)(arguments):
+def _call(function: str, packed: bytes) -> None:
+    if error := getattr(_load(), function)(packed):
         raise RuntimeError(
             f"backend 'cpu': {function} failed with code {error}" + " (out of memory)" * (error == 2)
         )
-
-
-def _noise(draw: Draw | None) -> tuple[int, ...]:
-    if draw is None:
-        return _NO_NOISE
-    scale = draw.noise_scale
-    return (
-        _NOISE[draw.noise], scale.data_ptr(), scale.stride(0), draw.seed.data_ptr(), draw.stream, draw.samples,
-        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset,
-    )  # fmt: skip
 
 
 def _fused(
@@ -126,17 +105,7 @@ def _fused(
     if y.numel() == 0:
         return y
     a2 = a if a.dim() == 2 else a.flatten(0, -2)
-    M, rank = a2.shape[0], 0 if u is None else u.shape[1]
-    limit = min(_WORKSPACE, N * K * weight.element_size() // 4)
-    lora_fields = (
-        (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
-    )
-    bias_fields = (0, 0, 0) if bias is None else (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
-    arguments = _LINEAR.pack(
-        input_grad, _DTYPE[a.dtype], M, N, K, rank, a2.data_ptr(), *a2.stride(), weight.data_ptr(), *weight.stride(),
-        *lora_fields, *bias_fields, y.data_ptr(), scaling, limit, *_noise(draw),
-    )  # fmt: skip
-    _call("linear", arguments)
+    _call("linear", arguments.linear(a2, weight, input_grad, u, lora, bias, scaling, draw, y))
     return y
 
 
@@ -176,29 +145,12 @@ def linear_input_grad(
 
 def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
-    N, K = weight.shape
-    out = weight.new_empty(N, dtype=torch.float32)
-    A_fields: tuple[int, ...] = (0, 0, 0, 0)
-    B_fields = A_fields
-    rank = 0
-    if lora_A is not None:
-        rank = lora_A.shape[0]
-        A_fields = (lora_A.data_ptr(), _DTYPE[lora_A.dtype], *lora_A.stride())
-        B_fields = (lora_B.data_ptr(), _DTYPE[lora_B.dtype], *lora_B.stride())
-    arguments = _ROW_NORMS.pack(
-        _DTYPE[weight.dtype], N, K, rank, weight.data_ptr(), *weight.stride(), *A_fields, *B_fields, scaling,
-        out.data_ptr(),
-    )  # fmt: skip
-    _call("row_sq_norms", arguments)
+    out = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    _call("row_sq_norms", arguments.row_norms(weight, lora_A, lora_B, scaling, out))
     return out
 
 
 def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """See `reference.perturb`."""
-    if out.numel() == 0:
-        return
-    weight_fields = (0, 0, 0) if weight is None else (weight.data_ptr(), *weight.stride())
-    arguments = _PERTURB.pack(
-        _DTYPE[out.dtype], *out.shape, *weight_fields, out.data_ptr(), *out.stride(), *_noise(draw)
-    )
-    _call("perturb", arguments)
+    if out.numel():
+        _call("perturb", arguments.perturb(weight, draw, out))

@@ -13,8 +13,9 @@ import os
 import torch
 from torch import Tensor
 
+from .. import products
+from ..arguments import workspace_limit
 from ..noise import Draw
-from .reference import matmul
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,7 +26,6 @@ STRATEGIES = ("fused",)
 NOISE_ACCUMS = ("folded",)
 
 _MINIMUM = (3, 6)
-_WORKSPACE = 16 << 20  # bytes for one call; never more than a quarter of the weight
 
 
 def _version() -> str | None:
@@ -60,10 +60,6 @@ def describe() -> str:
     return "fused Triton kernels" + (f", triton {version}{how}" if version else "")
 
 
-def _workspace(weight: Tensor) -> int:
-    return min(_WORKSPACE, weight.numel() * weight.element_size() // 4)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -79,19 +75,10 @@ def linear(
     """See `reference.linear`."""
     from ..triton_kernels.forward import linear_forward
 
-    N, K = weight.shape
-    u = None
-    if lora_A is not None:
-        u = matmul((x if lora_x is None else lora_x).flatten(0, -2), lora_A.to(x.dtype).t())
-    x2 = x if x.dim() == 2 else x.flatten(0, -2)
-    if draw is None or 0 in (*x2.shape, N):
-        # Without noise there is nothing that a vendor's product does not do better.
-        y = matmul(x2, weight.t()) if bias is None else _addmm(bias.to(x.dtype), x2, weight.t())
-        if u is not None:
-            y = _addmm(y, u, lora_B.to(x.dtype).t(), scaling)
-    else:
-        y = linear_forward(x2, weight, u, lora_B, bias, scaling, draw, _workspace(weight))
-    return y.view(*x.shape[:-1], N), x.new_empty(0) if u is None else u
+    def fused(x, weight, *rest):  # type: ignore[no-untyped-def]
+        return linear_forward(x, weight, *rest, workspace_limit(weight))
+
+    return products.linear(fused, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw)
 
 
 def linear_input_grad(
@@ -106,22 +93,10 @@ def linear_input_grad(
     """See `reference.linear_input_grad`."""
     from ..triton_kernels.input_grad import linear_input_grad
 
-    K = weight.shape[1]
-    dy = grad_y if grad_y.dim() == 2 else grad_y.flatten(0, -2)
-    if draw is None or 0 in (*dy.shape, K):
-        dx = matmul(dy, weight)
-        if v is not None:
-            dx = _addmm(dx, v, lora_A.to(dx.dtype))
-    else:
-        v = None if v is None else v.contiguous()
-        dx = linear_input_grad(dy, weight, lora_A, v, draw, _workspace(weight))
-    return dx.view(*grad_y.shape[:-1], K)
+    def fused(dy, weight, v, lora_A, draw):  # type: ignore[no-untyped-def]
+        return linear_input_grad(dy, weight, lora_A, v, draw, workspace_limit(weight))
 
-
-def _addmm(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    if c.device.type == "cpu" and c.dtype == torch.float16:
-        return c + (alpha * matmul(a, b)).to(c.dtype)
-    return torch.addmm(c, a, b, alpha=alpha)
+    return products.linear_input_grad(fused, grad_y, weight, lora_A, v, draw)
 
 
 def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:

@@ -1,0 +1,156 @@
+// The C interface that flatlora_kernels/backends/cuda.py binds: what is known of a device, and the choice of a kernel.
+#include <atomic>
+
+#include "kernels.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace flatlora {
+
+#if !defined(FLATLORA_HAVE_SM90)  // a build for other GPUs
+bool linear_sm90_takes(const LinearArgs&, const Gpu&) { return false; }
+int64_t linear_sm90_workspace(const LinearArgs&, const Gpu&) { return 0; }
+gpu::Error linear_sm90(const LinearArgs&, const Gpu&) { return -1; }
+#endif
+
+namespace {
+
+struct Device {
+  int64_t architecture, processors, shared_limit;
+};
+
+#if defined(FLATLORA_EMULATED)
+
+gpu::Error find_device(int64_t, Device* device) {
+  gpu::emulated_device(&device->architecture, &device->processors, &device->shared_limit);
+  return 0;
+}
+
+gpu::Error enter(const Gpu&) { return 0; }
+
+const char* error_text(int error) { return gpu::error_text(error); }
+
+#else
+
+gpu::Error ask_device(int index, Device* device) {
+  const auto get = [index](cudaDeviceAttr which, int64_t* value) {
+    int found = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&found, which, index);
+    *value = found;
+    return error;
+  };
+  int64_t major, minor;
+  if (cudaError_t e = get(cudaDevAttrComputeCapabilityMajor, &major)) return e;
+  if (cudaError_t e = get(cudaDevAttrComputeCapabilityMinor, &minor)) return e;
+  device->architecture = 10 * major + minor;
+  if (cudaError_t e = get(cudaDevAttrMultiProcessorCount, &device->processors)) return e;
+  return get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_limit);
+}
+
+// Asked once for each device. Threads that ask at the same time write the same.
+gpu::Error find_device(int64_t index, Device* device) {
+  constexpr int64_t kMost = 64;
+  static Device known[kMost];
+  static std::atomic<bool> is_known[kMost];
+  if (index >= 0 && index < kMost && is_known[index].load(std::memory_order_acquire)) {
+    *device = known[index];
+    return 0;
+  }
+  if (const gpu::Error e = ask_device(int(index), device)) return e;
+  if (index < kMost && !is_known[index].load(std::memory_order_relaxed)) {
+    known[index] = *device;
+    is_known[index].store(true, std::memory_order_release);
+  }
+  return 0;
+}
+
+// Python has made the device torch's current one; a thread without a context may still be elsewhere.
+gpu::Error enter(const Gpu& gpu) {
+  int current;
+  if (cudaError_t e = cudaGetDevice(&current)) return e;
+  return current == int(gpu.device) ? 0 : cudaSetDevice(int(gpu.device));
+}
+
+const char* error_text(int error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return "the library has no code for this GPU; build it again with TORCH_CUDA_ARCH_LIST naming its compute "
+             "capability";
+    case cudaErrorInsufficientDriver:
+      return "the driver is older than the CUDA version that the library was built with; update it, or build with an "
+             "older nvcc";
+    case cudaErrorSymbolNotFound: return "the driver has no cuTensorMapEncodeTiled; version 525 or later is needed";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(error));
+  }
+}
+
+#endif
+
+gpu::Error complete(const Gpu& given, Gpu* gpu) {
+  *gpu = given;
+  Device device;
+  if (const gpu::Error e = find_device(given.device, &device)) return e;
+  gpu->architecture = device.architecture;
+  gpu->processors = device.processors;
+  gpu->shared_limit = device.shared_limit;
+  return 0;
+}
+
+constexpr int64_t kSm90Configs = 1000;  // `config` of linear_sm90 begins here
+
+// Tells whether linear_sm90 takes the call, and leaves in gpu->config the row of the chosen kernel's table.
+bool use_sm90(const LinearArgs& args, Gpu* gpu) {
+  if (gpu->architecture == 90 && (gpu->config < 0 || gpu->config >= kSm90Configs) && linear_sm90_takes(args, *gpu)) {
+    if (gpu->config >= kSm90Configs) gpu->config -= kSm90Configs;
+    return true;
+  }
+  if (gpu->config >= kSm90Configs) gpu->config = -1;
+  return false;
+}
+
+}  // namespace
+}  // namespace flatlora
+
+// compute capability (80, 90, ...), multiprocessors, bytes of shared memory that a block can have
+EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {
+  flatlora::Device device;
+  if (const int error = flatlora::find_device(index, &device)) return error;
+  out[0] = device.architecture;
+  out[1] = device.processors;
+  out[2] = device.shared_limit;
+  return 0;
+}
+
+// Of an error that one of the functions here returned.
+EXPORT const char* flatlora_cuda_error(int32_t error) { return flatlora::error_text(error); }
+
+// Bytes, or minus an error.
+EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
+  flatlora::Gpu gpu;
+  if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
+  if (flatlora::use_sm90(*args, &gpu)) return flatlora::linear_sm90_workspace(*args, gpu);
+  return flatlora::linear_sm80_workspace(*args, gpu);
+}
+
+EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
+  flatlora::Gpu gpu;
+  if (const int error = flatlora::complete(*given, &gpu)) return error;
+  if (const int error = flatlora::enter(gpu)) return error;
+  if (flatlora::use_sm90(*args, &gpu)) return flatlora::linear_sm90(*args, gpu);
+  return flatlora::linear_sm80(*args, gpu);
+}
+
+EXPORT int32_t flatlora_cuda_row_sq_norms(const flatlora::RowNormsArgs* args, const flatlora::Gpu* given) {
+  flatlora::Gpu gpu;
+  if (const int error = flatlora::complete(*given, &gpu)) return error;
+  if (const int error = flatlora::enter(gpu)) return error;
+  return flatlora::row_sq_norms(*args, gpu);
+}
+
+EXPORT int32_t flatlora_cuda_perturb(const flatlora::PerturbArgs* args, const flatlora::Gpu* given) {
+  flatlora::Gpu gpu;
+  if (const int error = flatlora::complete(*given, &gpu)) return error;
+  if (const int error = flatlora::enter(gpu)) return error;
+  return flatlora::perturb(*args, gpu);
+}

@@ -1,0 +1,87 @@
+"""Arguments of the compiled libraries: structs of 8-byte fields, in the order of csrc/common/args.h.
+
+They hold addresses: the tensors must outlive the call.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from .noise import Draw
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NOISE = {"gaussian": 1, "rademacher": 2}
+_WORKSPACE = 16 << 20  # bytes for one call; never more than a quarter of the weight
+
+_NOISE_FIELDS = "qPqPqqqqqq"
+_WEIGHT_FIELDS = "Pqq"
+_LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdq{_NOISE_FIELDS}".replace("P", "Q"))
+_ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
+_PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
+_NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
+
+
+def workspace_limit(weight: Tensor) -> int:
+    """Bytes that one call may use beside its tensors."""
+    return min(_WORKSPACE, weight.numel() * weight.element_size() // 4)
+
+
+def _noise(draw: Draw | None) -> tuple[int, ...]:
+    if draw is None:
+        return _NO_NOISE
+    scale = draw.noise_scale
+    return (
+        _NOISE[draw.noise], scale.data_ptr(), scale.stride(0), draw.seed.data_ptr(), draw.stream, draw.samples,
+        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset,
+    )  # fmt: skip
+
+
+def linear(
+    a: Tensor,
+    weight: Tensor,
+    input_grad: bool,
+    u: Tensor | None,
+    lora: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    draw: Draw | None,
+    y: Tensor,
+) -> bytes:
+    """LinearArgs of ``y = a P^T + scaling u lora^T + bias``; `a` is a matrix, `lora` (outputs, r)."""
+    lora_fields = (
+        (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
+    )
+    bias_fields = (0, 0, 0) if bias is None else (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
+    return _LINEAR.pack(
+        input_grad, _DTYPE[a.dtype], a.shape[0], *weight.shape, 0 if u is None else u.shape[1], a.data_ptr(),
+        *a.stride(), weight.data_ptr(), *weight.stride(), *lora_fields, *bias_fields, y.data_ptr(), scaling,
+        workspace_limit(weight), *_noise(draw),
+    )  # fmt: skip
+
+
+def row_norms(
+    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, out: Tensor
+) -> bytes:
+    """RowNormsArgs."""
+    A_fields: tuple[int, ...] = (0, 0, 0, 0)
+    B_fields = A_fields
+    rank = 0
+    if lora_A is not None:
+        rank = lora_A.shape[0]
+        A_fields = (lora_A.data_ptr(), _DTYPE[lora_A.dtype], *lora_A.stride())
+        B_fields = (lora_B.data_ptr(), _DTYPE[lora_B.dtype], *lora_B.stride())
+    return _ROW_NORMS.pack(
+        _DTYPE[weight.dtype], *weight.shape, rank, weight.data_ptr(), *weight.stride(), *A_fields, *B_fields,
+        scaling, out.data_ptr(),
+    )  # fmt: skip
+
+
+def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> bytes:
+    """PerturbArgs."""
+    weight_fields = (0, 0, 0) if weight is None else (weight.data_ptr(), *weight.stride())
+    return _PERTURB.pack(
+        _DTYPE[out.dtype], *out.shape, *weight_fields, out.data_ptr(), *out.stride(), *_noise(draw)
+    )

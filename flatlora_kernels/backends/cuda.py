@@ -1,0 +1,223 @@
+"""Backend `cuda`: fused CUDA C++ kernels (csrc/cuda) through a plain C interface, for NVIDIA GPUs.
+
+With FLATLORA_EMULATE=1 in the environment the same kernels run on the CPU, in the emulator (csrc/emulator) that
+`make emulator` builds: slow, for tests. FLATLORA_EMULATOR names another build of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments, products
+from ..noise import Draw
+
+_EMULATED = os.environ.get("FLATLORA_EMULATE") == "1"
+
+PRIORITY = 5 if _EMULATED else 15
+DEVICE_TYPES = ("cpu",) if _EMULATED else ("cuda",)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STRATEGIES = ("fused",)
+NOISE_ACCUMS = ("folded",)
+
+# For tests and tuning: row of the kernel's configuration table (-1 = choose; from 1000 on the sm_90a kernel's), parts
+# of the sum (0 = choose).
+configuration = (-1, 0)
+
+_GPU = struct.Struct("=qQQ7q")  # Gpu of csrc/cuda/kernels.h
+
+
+class _Loaded(NamedTuple):
+    library: Any
+    architectures: str  # "8.0 9.0+PTX"
+    compiler: str
+
+
+def _path() -> Path:
+    if not _EMULATED:
+        return Path(__file__).parent.parent / "lib/libflatlora_cuda.so"
+    built = Path(__file__).resolve().parents[2] / "build/emulator/libflatlora_cuda_emulated.so"
+    return Path(os.environ.get("FLATLORA_EMULATOR") or built)
+
+
+@functools.cache
+def _load() -> _Loaded | str:
+    """The library, or one sentence on why there is none."""
+    path = _path()
+    if not path.exists():
+        if _EMULATED:
+            return f"there is no emulator at {path}; `make emulator` in a checkout builds it"
+        return "its library was not built; install where nvcc is on PATH: FLATLORA_BUILD=cuda pip install ."
+    try:
+        library = ctypes.CDLL(str(path))
+        build_info = getattr(library, f"{path.stem.removeprefix('lib')}_build_info")
+        calls = [library.flatlora_cuda_linear, library.flatlora_cuda_linear_workspace]
+        calls += [library.flatlora_cuda_row_sq_norms, library.flatlora_cuda_perturb]
+        library.flatlora_cuda_error.argtypes = [ctypes.c_int32]
+        library.flatlora_cuda_error.restype = ctypes.c_char_p
+        library.flatlora_cuda_device.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    except (OSError, AttributeError) as error:
+        return f"its library could not be loaded: {error}"
+    for call in calls:
+        call.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
+    build_info.restype = ctypes.c_char_p
+    architectures, _, compiler = build_info().decode().partition("; ")
+    return _Loaded(library, architectures, compiler)
+
+
+def _has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a library with these has machine code, or PTX to compile, for a GPU of this compute capability."""
+    for major_minor, kind, ptx in re.findall(r"(\d+\.\d+)([af]?)(\+PTX)?", architectures):
+        major, minor = map(int, major_minor.split("."))
+        same_family = capability[0] == major and capability[1] >= minor
+        if capability == (major, minor) or (kind != "a" and same_family):
+            return True
+        if ptx and not kind and capability >= (major, minor):
+            return True
+    return False
+
+
+def unavailable() -> str | None:
+    """See `backends`."""
+    if not _EMULATED:
+        if torch.version.cuda is None:
+            built_for = "ROCm" if torch.version.hip else "the CPU alone"
+            return f"it needs a CUDA build of torch, and this torch was built for {built_for}"
+        if not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU or no driver (FLATLORA_EMULATE=1 runs the kernels on the CPU, for tests)"
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"compute capability 8.0 or later is needed, {torch.cuda.get_device_name()} has less"
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if _EMULATED:
+        return None
+    wanted = "{}.{}".format(*capability)
+    if not _has_code_for(loaded.architectures, capability):
+        return (
+            f"its library has code for {loaded.architectures} and none for {torch.cuda.get_device_name()}; "
+            f"build it again with TORCH_CUDA_ARCH_LIST={wanted}"
+        )
+    found = (ctypes.c_int64 * 3)()
+    if error := loaded.library.flatlora_cuda_device(torch.cuda.current_device(), found):
+        return loaded.library.flatlora_cuda_error(error).decode()
+    return None
+
+
+def describe() -> str:
+    loaded = _load()
+    if isinstance(loaded, str):
+        return "fused CUDA C++ kernels"
+    if _EMULATED:
+        return f"fused CUDA C++ kernels, emulated on the CPU, {_path()}"
+    return f"fused CUDA C++ kernels for {loaded.architectures}"
+
+
+def _gpu(device: torch.device, workspace: Tensor | None = None) -> bytes:
+    index = device.index or 0
+    stream = 0 if _EMULATED else torch._C._cuda_getCurrentRawStream(index)
+    where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
+    return _GPU.pack(index, stream, *where, products.allows_tf32(), *configuration, 0, 0, 0)
+
+
+def _fail(function: str, error: int) -> None:
+    text = _load().library.flatlora_cuda_error(error).decode()  # type: ignore[union-attr]
+    raise RuntimeError(f"backend 'cuda': {function} failed: {text} (error {error})")
+
+
+def _run(device: torch.device, function: str, packed: bytes) -> None:
+    library = _load().library  # type: ignore[union-attr]
+    workspace = None
+    if function == "linear":
+        needed = library.flatlora_cuda_linear_workspace(packed, _gpu(device))
+        if needed < 0:
+            _fail(function, -needed)
+        if needed:
+            workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    if error := getattr(library, f"flatlora_cuda_{function}")(packed, _gpu(device, workspace)):
+        _fail(function, error)
+
+
+def _call(device: torch.device, function: str, packed: bytes) -> None:
+    """Queues the kernels on the current stream of `device`."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(device, function, packed)
+    else:
+        _run(device, function, packed)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    draw: Draw,
+) -> Tensor:
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    _call(x.device, "linear", arguments.linear(x, weight, False, u, lora_B, bias, scaling, draw, y))
+    return y
+
+
+def _input_grad(dy: Tensor, weight: Tensor, v: Tensor | None, lora_A: Tensor | None, draw: Draw) -> Tensor:
+    dx = dy.new_empty((dy.shape[0], weight.shape[1]))
+    lora = None if lora_A is None else lora_A.t()
+    _call(dy.device, "linear", arguments.linear(dy, weight, True, v, lora, None, 1.0, draw, dx))
+    return dx
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    lora_x: Tensor | None,
+    scaling: float,
+    draw: Draw | None,
+    strategy: str,
+    noise_accum: str,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.linear`."""
+    return products.linear(_forward, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw)
+
+
+def linear_input_grad(
+    grad_y: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    v: Tensor | None,
+    draw: Draw | None,
+    strategy: str,
+    noise_accum: str,
+) -> Tensor:
+    """See `reference.linear_input_grad`."""
+    return products.linear_input_grad(_input_grad, grad_y, weight, lora_A, v, draw)
+
+
+def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+    """See `reference.row_sq_norms`."""
+    if 0 in weight.shape:
+        return weight.new_zeros(weight.shape[0], dtype=torch.float32)
+    out = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    packed = arguments.row_norms(weight, lora_A, lora_B, scaling, out)
+    _call(weight.device, "row_sq_norms", packed)
+    return out
+
+
+def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
+    """See `reference.perturb`."""
+    if out.numel():
+        _call(out.device, "perturb", arguments.perturb(weight, draw, out))
