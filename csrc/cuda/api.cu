@@ -3,6 +3,10 @@
 
 #include "kernels.h"
 
+#if defined(FLATLORA_EMULATED)
+#include "../emulator/tensors.h"
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace flatlora {
@@ -31,6 +35,11 @@ gpu::Error enter(const Gpu&) { return 0; }
 const char* error_text(int error) { return gpu::error_text(error); }
 
 #else
+
+struct Tensors {
+  template <class Args>
+  void allow(const Args&, const Gpu&) {}
+};
 
 gpu::Error ask_device(int index, Device* device) {
   const auto get = [index](cudaDeviceAttr which, int64_t* value) {
@@ -97,6 +106,16 @@ gpu::Error complete(const Gpu& given, Gpu* gpu) {
   return 0;
 }
 
+template <class Args, class Kernel>
+gpu::Error call(const Args& args, const Gpu& given, Kernel kernel) {
+  Gpu gpu;
+  if (const gpu::Error error = complete(given, &gpu)) return error;
+  if (const gpu::Error error = enter(gpu)) return error;
+  Tensors tensors;
+  tensors.allow(args, gpu);
+  return kernel(args, gpu);
+}
+
 constexpr int64_t kSm90Configs = 1000;  // `config` of linear_sm90 begins here
 
 // Tells whether linear_sm90 takes the call, and leaves in gpu->config the row of the chosen kernel's table.
@@ -133,24 +152,16 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
   return flatlora::linear_sm80_workspace(*args, gpu);
 }
 
-EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
-  flatlora::Gpu gpu;
-  if (const int error = flatlora::complete(*given, &gpu)) return error;
-  if (const int error = flatlora::enter(gpu)) return error;
-  if (flatlora::use_sm90(*args, &gpu)) return flatlora::linear_sm90(*args, gpu);
-  return flatlora::linear_sm80(*args, gpu);
+EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {
+  return flatlora::call(*args, *gpu, [](const flatlora::LinearArgs& args, flatlora::Gpu& gpu) {
+    return flatlora::use_sm90(args, &gpu) ? flatlora::linear_sm90(args, gpu) : flatlora::linear_sm80(args, gpu);
+  });
 }
 
-EXPORT int32_t flatlora_cuda_row_sq_norms(const flatlora::RowNormsArgs* args, const flatlora::Gpu* given) {
-  flatlora::Gpu gpu;
-  if (const int error = flatlora::complete(*given, &gpu)) return error;
-  if (const int error = flatlora::enter(gpu)) return error;
-  return flatlora::row_sq_norms(*args, gpu);
+EXPORT int32_t flatlora_cuda_row_sq_norms(const flatlora::RowNormsArgs* args, const flatlora::Gpu* gpu) {
+  return flatlora::call(*args, *gpu, flatlora::row_sq_norms);
 }
 
-EXPORT int32_t flatlora_cuda_perturb(const flatlora::PerturbArgs* args, const flatlora::Gpu* given) {
-  flatlora::Gpu gpu;
-  if (const int error = flatlora::complete(*given, &gpu)) return error;
-  if (const int error = flatlora::enter(gpu)) return error;
-  return flatlora::perturb(*args, gpu);
+EXPORT int32_t flatlora_cuda_perturb(const flatlora::PerturbArgs* args, const flatlora::Gpu* gpu) {
+  return flatlora::call(*args, *gpu, flatlora::perturb);
 }

@@ -131,12 +131,12 @@ def _gpu(device: torch.device, workspace: Tensor | None = None) -> bytes:
 
 
 def _fail(function: str, error: int) -> None:
-    text = _load().library.flatlora_cuda_error(error).decode()  # type: ignore[union-attr]
+    text = _load().library.flatlora_cuda_error(error).decode()
     raise RuntimeError(f"backend 'cuda': {function} failed: {text} (error {error})")
 
 
 def _run(device: torch.device, function: str, packed: bytes) -> None:
-    library = _load().library  # type: ignore[union-attr]
+    library = _load().library
     workspace = None
     if function == "linear":
         needed = library.flatlora_cuda_linear_workspace(packed, _gpu(device))

@@ -1,0 +1,166 @@
+// || W[n] + scaling (lora_B lora_A)[n] ||^2 per row. W is read once; the low-rank part is formed where it is added, so
+// that nothing cancels.
+#pragma once
+
+#include "noise.h"
+
+namespace flatlora {
+
+// --- Without an adapter: a warp for each row, 16 bytes of it at a time ---
+
+constexpr int kNormThreads = 128;
+
+template <class T>
+FLATLORA_DEVICE float square_sum(float sum, const gpu::Words<4>& words) {
+  FLATLORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      sum = fmaf(as_float(words.v[i]), as_float(words.v[i]), sum);
+    } else {
+      float low, high;
+      unpack(T{}, words.v[i], low, high);
+      sum = fmaf(high, high, fmaf(low, low, sum));
+    }
+  }
+  return sum;
+}
+
+template <int lanes>
+FLATLORA_DEVICE float sum_over(float x) {
+  FLATLORA_UNROLL
+  for (int mask = lanes / 2; mask > 0; mask /= 2) x += gpu::shuffle_xor(x, mask);
+  return x;
+}
+
+template <class T>
+FLATLORA_KERNEL(kNormThreads, 8)
+row_norms_kernel(RowNormsArgs args) {
+  constexpr int kVector = 16 / int(sizeof(T)), kAtOnce = 4;
+  const int64_t n = gpu::block() * (kNormThreads / 32) + gpu::warp();
+  if (n >= args.N) return;
+  const T* row = static_cast<const T*>(args.weight.data) + n * args.weight.row_stride;
+  const int64_t vectors = args.K / kVector;
+  float sums[kAtOnce] = {};
+  int64_t v = gpu::lane();
+  FLATLORA_NO_UNROLL
+  for (; v + 32 * (kAtOnce - 1) < vectors; v += 32 * kAtOnce) {
+    gpu::Words<4> words[kAtOnce];
+    FLATLORA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) words[i] = gpu::load_global_once(row + (v + 32 * i) * kVector);
+    FLATLORA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) sums[i] = square_sum<T>(sums[i], words[i]);
+  }
+  FLATLORA_NO_UNROLL
+  for (; v < vectors; v += 32) sums[0] = square_sum<T>(sums[0], gpu::load_global_once(row + v * kVector));
+  const float sum = sum_over<32>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (gpu::lane() == 0) gpu::store_global(args.out + n, sum);
+}
+
+// --- With an adapter, or an irregular W: 16 rows a block, in tiles of 128 columns and 16 steps of the rank ---
+
+constexpr int kNormRows = 16, kNormCols = 128, kNormRank = 16, kNormTileThreads = 256;
+
+struct NormShared {
+  static constexpr int kA = 0;                            // (kNormRank, kNormCols) float
+  static constexpr int kB = 4 * kNormRank * kNormCols;    // (kNormRank, kNormRows) float
+  static constexpr int kBytes = kB + 4 * kNormRank * kNormRows;
+};
+
+FLATLORA_DEVICE float load_as_float(const void* data, int64_t at, int64_t dtype) {
+  if (dtype == int64_t(DType::kFloat32)) return gpu::load_global<float>(static_cast<const float*>(data) + at);
+  const uint16_t bits = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + at);
+  return dtype == int64_t(DType::kBFloat16) ? as_float(uint32_t(bits) << 16) : gpu::f16_to_float(bits);
+}
+
+// Four columns of a row of W. kVector: contiguous, aligned to their size, and K a multiple of 4.
+template <class T, bool kVector>
+FLATLORA_DEVICE void load_four(float (&w)[4], const T* p, int64_t stride, int64_t valid) {
+  FLATLORA_UNROLL
+  for (int j = 0; j < 4; ++j) w[j] = 0;
+  if constexpr (!kVector) {
+    FLATLORA_UNROLL
+    for (int j = 0; j < 4; ++j)
+      if (j < valid) {
+        if constexpr (sizeof(T) == 4)
+          w[j] = gpu::load_global<float>(p + j * stride);
+        else
+          w[j] = to_float(T{gpu::load_global<uint16_t>(p + j * stride)});
+      }
+  } else if (valid > 0) {
+    if constexpr (sizeof(T) == 4) {
+      const gpu::Words<4> words = gpu::load_global_once(p);
+      FLATLORA_UNROLL
+      for (int j = 0; j < 4; ++j) w[j] = as_float(words.v[j]);
+    } else {
+      const auto words = gpu::load_global<gpu::Words<2>>(p);
+      unpack(T{}, words.v[0], w[0], w[1]);
+      unpack(T{}, words.v[1], w[2], w[3]);
+    }
+  }
+}
+
+// Each thread has two rows and four columns of the tile.
+template <class T, bool kVector>
+FLATLORA_KERNEL(kNormTileThreads, 2)
+row_norms_tile_kernel(RowNormsArgs args) {
+  const gpu::Shared shared = gpu::shared_base();
+  const int64_t first = gpu::block() * kNormRows, n = first + 2 * gpu::warp();
+  const int column = 4 * gpu::lane();
+  const float scaling = float(args.scaling);
+  float sums[2] = {};
+  FLATLORA_NO_UNROLL
+  for (int64_t k = 0; k < args.K; k += kNormCols) {
+    float w[2][4];
+    FLATLORA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = n + i < args.N ? n + i : args.N - 1;
+      const T* p = static_cast<const T*>(args.weight.data) + row * args.weight.row_stride +
+                   (k + column) * args.weight.col_stride;
+      load_four<T, kVector>(w[i], p, args.weight.col_stride, args.K - k - column);
+    }
+    float product[2][4] = {};
+    FLATLORA_NO_UNROLL
+    for (int64_t r = 0; r < args.rank; r += kNormRank) {
+      gpu::sync_threads();  // all have read the step before
+      FLATLORA_UNROLL
+      for (int i = 0; i < kNormRank * kNormCols / kNormTileThreads; ++i) {
+        const int at = gpu::thread() + i * kNormTileThreads;
+        const int64_t a_row = r + at / kNormCols, a_col = k + at % kNormCols;
+        const bool inside = a_row < args.rank && a_col < args.K;
+        const int64_t offset = inside ? a_row * args.A_rank_stride + a_col * args.A_col_stride : 0;
+        const float a = load_as_float(args.lora_A, offset, args.A_dtype);
+        gpu::store_shared(shared + NormShared::kA + 4 * at, inside ? a : 0.0f);
+      }
+      const int64_t b_row = first + gpu::thread() % kNormRows, b_rank = r + gpu::thread() / kNormRows;
+      const bool inside = b_row < args.N && b_rank < args.rank;
+      const int64_t offset = inside ? b_row * args.B_row_stride + b_rank * args.B_rank_stride : 0;
+      const float b = load_as_float(args.lora_B, offset, args.B_dtype);
+      gpu::store_shared(shared + NormShared::kB + 4 * gpu::thread(), inside ? b : 0.0f);
+      gpu::sync_threads();
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNormRank; ++j) {
+        const auto a = gpu::load_shared<gpu::Words<4>>(shared + NormShared::kA + 4 * (j * kNormCols + column));
+        const auto b2 =
+            gpu::load_shared<gpu::Words<2>>(shared + NormShared::kB + 4 * (j * kNormRows + 2 * gpu::warp()));
+        FLATLORA_UNROLL
+        for (int i = 0; i < 2; ++i) FLATLORA_UNROLL
+        for (int c = 0; c < 4; ++c) product[i][c] = fmaf(as_float(b2.v[i]), as_float(a.v[c]), product[i][c]);
+      }
+    }
+    FLATLORA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      FLATLORA_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const float x = fmaf(scaling, product[i][c], w[i][c]);
+        sums[i] = fmaf(x, x, sums[i]);
+      }
+    }
+  }
+  FLATLORA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const float sum = sum_over<32>(sums[i]);
+    if (gpu::lane() == 0 && n + i < args.N) gpu::store_global(args.out + n + i, sum);
+  }
+}
+
+}  // namespace flatlora
