@@ -17,6 +17,7 @@ from flatlora_kernels.noise import KINDS
 
 from . import (
     compare,
+    compiled,
     environment,
     offline,
     overhead,
@@ -32,7 +33,7 @@ from .results import Results
 from .shapes import MODES, SETS, Case
 
 _LOCAL = Path(__file__).parent / "results" / "local"
-_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune", "offline", "predict")
+_COMMANDS = ("run", "overhead", "list", "table", "plot", "compare", "tune", "offline", "compiled", "predict")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         "offline", "compile the Triton kernels without a GPU and print what came out; see docs/kernels.md"
     )
     offline.add_arguments(p)
+    p = add(
+        "compiled", "compile the CUDA kernels without a GPU and print what came out; see docs/cuda_kernels.md"
+    )
+    compiled.add_arguments(p)
     p = add("compare", "two runs side by side")
     p.add_argument("a", type=Path)
     p.add_argument("b", type=Path)
@@ -140,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(compare.compare(results.load(args.a), results.load(args.b)))
     elif args.command == "offline":
         return offline.main(args)
+    elif args.command == "compiled":
+        return compiled.main(args)
     elif args.command == "predict":
         from . import predict
 

@@ -20,6 +20,8 @@ def _parameter(target: Target, *more: object, tag: str = "") -> object:
     marks = [pytest.mark.gpu] if target.device == "cuda" else []
     if target.interpreted:
         marks.append(pytest.mark.interpreter)
+    if target.emulated:
+        marks.append(pytest.mark.emulator)
     return pytest.param(
         *((target, *more) if more else (target,)), id=f"{target.backend}-{target.device}{tag}", marks=marks
     )
@@ -58,14 +60,26 @@ NOT_INTERPRETED = {
     ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
 }
 
+# The same of backend `cuda` in the emulator.
+NOT_EMULATED = {
+    ("test_memory.py",): "memory of a GPU is not that of the emulator",
+    ("thread_counts",): "blocks run one after the other",
+    ("test_training_lowers_the_loss",): "some hundred steps",
+    ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        left_out, where = {}, ""
         if chosen and chosen.interpreted:
-            for parts, reason in NOT_INTERPRETED.items():
-                if all(part in item.nodeid for part in parts):
-                    item.add_marker(pytest.mark.skip(reason=f"too much for the interpreter: {reason}"))
+            left_out, where = NOT_INTERPRETED, "interpreter"
+        elif chosen and chosen.emulated:
+            left_out, where = NOT_EMULATED, "emulator"
+        for parts, reason in left_out.items():
+            if all(part in item.nodeid for part in parts):
+                item.add_marker(pytest.mark.skip(reason=f"too much for the {where}: {reason}"))
 
 
 @pytest.fixture

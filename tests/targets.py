@@ -15,6 +15,7 @@ from flatlora_kernels import backends
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # backend `triton` takes tensors on the CPU, slowly
+EMULATED = os.environ.get("FLATLORA_EMULATE") == "1"  # so does backend `cuda`
 
 # Backends named here may not be missing: their tests fail where others are skipped.
 REQUIRED = tuple(filter(None, os.environ.get("FLATLORA_REQUIRE_BACKENDS", "").replace(" ", "").split(",")))
@@ -40,6 +41,11 @@ class Target(NamedTuple):
         return self.backend == "triton" and self.device == "cpu"
 
     @property
+    def emulated(self) -> bool:
+        """Runs in the emulator of CUDA, csrc/emulator."""
+        return self.backend == "cuda" and self.device == "cpu"
+
+    @property
     def plans(self) -> list[dict[str, str]]:
         """Keyword arguments of every strategy and noise_accum that the backend implements."""
         return [
@@ -51,7 +57,7 @@ class Target(NamedTuple):
     @property
     def gaussian_atol(self) -> float:
         """How far gaussian `z` may lie from its formula (docs/noise.md, "How equal is equal")."""
-        if self.interpreted:
+        if self.interpreted or self.emulated:
             return 4e-6
         return 2e-6 if self.backend in ("reference", "cpu") else 1e-4
 

@@ -70,6 +70,7 @@ perturb_kernel(PerturbArgs args) {
     const float* scale = args.noise.scale + (n + i) * args.noise.scale_stride;
     quad.factor[i] = n + i < args.N ? factor_of<kind>(draw, gpu::load_global<float>(scale)) : 0;
   }
+  const int64_t from_stride = kVector ? 1 : args.weight.col_stride, to_stride = kVector ? 1 : args.out_col_stride;
   const T* from = static_cast<const T*>(args.weight.data);
   T* to = static_cast<T*>(args.out);
   FLATLORA_NO_UNROLL
@@ -81,15 +82,15 @@ perturb_kernel(PerturbArgs args) {
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (from == nullptr || n + i >= args.N) break;
-      const T* row = from + (n + i) * args.weight.row_stride + k * args.weight.col_stride;
-      w[i] = load_chunk<T, kVector>(row, args.weight.col_stride, valid);
+      const T* row = from + (n + i) * args.weight.row_stride + k * from_stride;
+      w[i] = load_chunk<T, kVector>(row, from_stride, valid);
     }
     perturb_quad<kind, T, !kVector>(w, draw, quad, block_key(draw, uint32_t(chunk)));
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (n + i >= args.N) break;
-      T* row = to + (n + i) * args.out_row_stride + k * args.out_col_stride;
-      store_chunk<T, kVector>(row, args.out_col_stride, valid, w[i]);
+      T* row = to + (n + i) * args.out_row_stride + k * to_stride;
+      store_chunk<T, kVector>(row, to_stride, valid, w[i]);
     }
   }
 }
