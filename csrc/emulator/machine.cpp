@@ -473,10 +473,7 @@ void join_lanes(Warp& w) {
 }
 
 void fence_proxies(Thread& t) {
-  std::vector<uint32_t>& fenced = t.acquired.fenced;
-  join(fenced, t.warp->seen.epochs);
-  join(fenced, t.acquired.epochs);
-  add_own(t, fenced);
+  add_own(t, t.acquired.fenced);
   ++t.epoch;
 }
 

@@ -191,7 +191,8 @@ void release(Thread& thread, Clock& into);
 void acquire(Thread& thread, const Clock& from);
 // Lanes of a warp learn from each other; what they do from now on is new. For warp-wide barriers.
 void join_lanes(Warp& warp);
-// fence.proxy.async: what the thread has seen becomes visible to asynchronous accesses ordered after it.
+// fence.proxy.async: what the thread itself wrote becomes visible to asynchronous accesses ordered after it. (PTX would
+// let another thread's fence serve; a kernel that relies on it hides where its fences belong.)
 void fence_proxies(Thread& thread);
 
 // Checks an access to the shared memory of `block` against earlier ones in the eyes of `viewer`, and keeps it as
