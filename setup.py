@@ -1,8 +1,8 @@
 """Builds the compiled libraries with CMake; the rest of the metadata is in pyproject.toml.
 
 FLATLORA_BUILD        auto (default): what the tools found here can build; none, cpu, cuda: exactly that, or an error
-MAX_JOBS              compiler processes at a time; default: one per core
-TORCH_CUDA_ARCH_LIST  GPU architectures, as torch reads it
+MAX_JOBS              compiler processes at a time; default: one per core, fewer where memory is short for nvcc
+TORCH_CUDA_ARCH_LIST  GPU architectures, as torch reads it; default: see CMakeLists.txt
 """
 
 from __future__ import annotations
@@ -40,6 +40,36 @@ def sources() -> dict[str, list[str]]:
     return found
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes, of the machine or of the container, whichever has less left; None where nobody says."""
+    found = []
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) << 10)
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+NVCC_MEMORY = 3 << 30  # bytes that one nvcc takes at most
+
+
+def jobs(cuda: bool) -> int:
+    """Compiler processes at a time."""
+    memory = available_memory() if cuda else None
+    return cores() if memory is None else max(1, min(cores(), memory // NVCC_MEMORY))
+
+
 def missing_tool() -> str | None:
     if sys.platform == "win32":
         return "the kernels are not ported to Windows"
@@ -57,10 +87,6 @@ def extensions() -> list[Extension]:
         sys.exit(f"FLATLORA_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
     if mode == "none":
         return []
-    if mode == "cuda" and not files["cuda"]:
-        sys.exit(
-            "FLATLORA_BUILD=cuda: this release has no CUDA kernels; FLATLORA_BUILD=cpu builds those it has"
-        )
     if reason := missing_tool():
         if mode == "auto":
             print(f"flatlora_kernels: built without its compiled kernels, because {reason}", file=sys.stderr)
@@ -70,7 +96,7 @@ def extensions() -> list[Extension]:
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
     if mode == "cuda" and not nvcc:
         sys.exit("FLATLORA_BUILD=cuda: nvcc is missing; put it on PATH or set CUDACXX")
-    if files["cuda"] and mode != "cpu":
+    if mode != "cpu":
         if nvcc:
             wanted["cuda"] = files["cuda"] + files["cuda-sm90a"]
         else:
@@ -107,25 +133,27 @@ class BuildLibraries(build_ext):
         if ninja := shutil.which("ninja"):
             # Named, because under build isolation last time's ninja is gone.
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = os.environ.get("MAX_JOBS") or str(cores or 1)
-        if not jobs.isdecimal() or int(jobs) < 1:
-            sys.exit(f"MAX_JOBS: expected a whole number from 1, got {jobs!r}")
+        parallel = os.environ.get("MAX_JOBS") or str(jobs(cuda))
+        if not parallel.isdecimal() or int(parallel) < 1:
+            sys.exit(f"MAX_JOBS: expected a whole number from 1, got {parallel!r}")
         configure = ["-S", str(ROOT), "-B", str(self.cmake_folder), *configure]
         if (self.cmake_folder / "CMakeCache.txt").exists():
             # A cache of another place, generator or compiler is of no use.
             if subprocess.run(["cmake", *configure], check=False).returncode:
                 shutil.rmtree(self.cmake_folder)
         self.cmake(*configure)
-        self.cmake("--build", str(self.cmake_folder), "--parallel", jobs, "--target", *targets)
+        self.cmake("--build", str(self.cmake_folder), "--parallel", parallel, "--target", *targets)
 
     def cmake(self, *arguments: str) -> None:
         try:
             subprocess.run(["cmake", *arguments], check=True)
         except subprocess.CalledProcessError:
+            without = " FLATLORA_BUILD=none installs without them"
+            if len(self.extensions) > 1:
+                without = " FLATLORA_BUILD=cpu leaves out those for GPUs," + without.replace("them", "any")
             sys.exit(
                 "flatlora_kernels: the compiled kernels could not be built, see the output of cmake above;"
-                " FLATLORA_BUILD=none installs without them"
+                + without
             )
 
 

@@ -109,6 +109,7 @@ def test_doctor_says_why_a_backend_does_not_run(bare: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "cpu       does not run here" in done.stdout
     assert "because its library was not built" in done.stdout
+    assert "cuda      does not run here" in done.stdout
     assert "reference runs here" in done.stdout
     assert "FLATLORA_CPU_ISA=sse9" in done.stdout
 
@@ -149,8 +150,12 @@ def setup(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.
             {"FLATLORA_BUILD": "cpu", "CXX": "no-such-compiler"},
             "FLATLORA_BUILD=cpu: a C++17 compiler is missing (install g++ or clang, or set CXX)",
         ),
+        (
+            {"FLATLORA_BUILD": "cuda"},
+            "FLATLORA_BUILD=cuda: nvcc is missing; put it on PATH or set CUDACXX",
+        ),
     ],
-    ids=["unknown", "no-cmake", "no-compiler"],
+    ids=["unknown", "no-cmake", "no-compiler", "no-nvcc"],
 )
 def test_what_is_missing_is_said_in_one_sentence(
     variables: dict[str, str], sentence: str, fakes: Path
@@ -158,16 +163,6 @@ def test_what_is_missing_is_said_in_one_sentence(
     done = setup("--name", **{"PATH": f"{fakes}", **variables})
     assert done.returncode != 0
     assert done.stderr.strip() == sentence
-
-
-@needs_setuptools
-def test_cuda_is_refused_while_there_are_no_kernels(fakes: Path) -> None:
-    if any(path.startswith("csrc/cuda/") for path in listed_sources()):
-        pytest.skip("there are CUDA kernels now")
-    done = setup("--name", PATH=str(fakes), FLATLORA_BUILD="cuda")
-    assert done.returncode != 0
-    assert done.stderr.startswith("FLATLORA_BUILD=cuda: this release has no CUDA kernels;")
-    assert len(done.stderr.splitlines()) == 1
 
 
 @needs_setuptools
@@ -274,6 +269,41 @@ def test_wheel_with_the_library_fits_every_python(sdist: Path, tmp_path: Path, f
     configure, build = (fakes / "log").read_text().splitlines()
     assert "-DFLATLORA_BUILD=cpu" in configure
     assert "--parallel 3 --target flatlora_cpu" in build
+
+
+def with_nvcc(fakes: Path) -> None:
+    (fakes / "nvcc").write_text("#!/bin/sh\n")
+    (fakes / "nvcc").chmod(0o755)
+
+
+@needs_setuptools
+def test_wheel_with_both_libraries(sdist: Path, tmp_path: Path, fakes: Path) -> None:
+    with_nvcc(fakes)
+    made = wheel(sdist, tmp_path, PATH=str(fakes), MAX_JOBS="1")
+    libraries = [f for f in zipfile.ZipFile(made).namelist() if "/lib/" in f]
+    assert sorted(Path(f).stem for f in libraries) == ["libflatlora_cpu", "libflatlora_cuda"]
+    configure, build = (fakes / "log").read_text().splitlines()
+    assert "-DFLATLORA_BUILD=cuda" in configure
+    assert "--target flatlora_cpu flatlora_cuda" in build
+
+
+@needs_setuptools
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "jobs"), [(8, 64, 8), (8, 7, 2), (8, 1, 1), (2, 64, 2), (4, None, 4)]
+)
+def test_compilers_at_a_time_fit_into_memory(
+    cores: int, gigabytes: int | None, jobs: int, sdist: Path, tmp_path: Path
+) -> None:
+    code = f"""
+import setuptools
+setuptools.setup = lambda **options: None
+import setup
+setup.cores, setup.available_memory = lambda: {cores}, lambda: {gigabytes and gigabytes << 30}
+print(setup.jobs(cuda=True), setup.jobs(cuda=False))
+"""
+    done = python("-c", code, folder=sdist, PYTHONPATH=str(sdist))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(jobs), str(cores)]
 
 
 @needs_setuptools
