@@ -1,0 +1,98 @@
+// The choice of a tile and of parts, and the launches.
+#include "linear_sm80.h"
+#include "split.h"
+
+namespace flatlora {
+
+template <>
+gpu::Error launch_linear_sm80<gpu::bf16>(Config, const gpu::Launch&, const LinearJob&);
+template <>
+gpu::Error launch_linear_sm80<gpu::f16>(Config, const gpu::Launch&, const LinearJob&);
+template <>
+gpu::Error launch_linear_sm80<float>(Config, const gpu::Launch&, const LinearJob&);
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  LinearJob job;
+  Config config;
+  gpu::Launch how;
+};
+
+// Rows can be copied in 16 bytes, and those of a tile lie at offsets below 2^32 bytes.
+bool can_copy(const void* data, int64_t row_stride, int64_t col_stride, int64_t element) {
+  return col_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * element % 16 == 0 &&
+         row_stride >= 0 && row_stride * element < (int64_t(1) << 32) / 256;
+}
+
+Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
+  Plan plan = {};
+  LinearJob& job = plan.job;
+  const int element = args.dtype == int64_t(DType::kFloat32) ? 4 : 2;
+  job.args = args;
+  job.outputs = args.input_grad ? args.K : args.N;
+  job.length = args.input_grad ? args.N : args.K;
+  job.rows_per_sample = args.M / args.noise.samples;
+  job.tf32 = gpu.tf32;
+  job.copies = can_copy(args.a, args.a_row_stride, args.a_col_stride, element) &&
+               can_copy(args.weight.data, args.weight.row_stride, args.weight.col_stride, element);
+  job.any_row = static_cast<Noise>(args.noise.kind) == Noise::kRademacher && args.noise.row_offset % 4 != 0;
+
+  const bool regular = job.copies && !job.any_row;
+  plan.config = choose_config(element, job.rows_per_sample, regular, gpu.shared_limit);
+  if (gpu.config >= 0 && gpu.config < kConfigs && regular && (element == 2 || gpu.config >= kAny))
+    plan.config = static_cast<Config>(gpu.config);
+  const Tile& tile = kTiles[plan.config];
+
+  job.tiles_per_sample = ceil_div(job.rows_per_sample, tile.m);
+  job.tiles_m = job.tiles_per_sample * args.noise.samples;
+  job.tiles_n = ceil_div(job.outputs, tile.n);
+  const int64_t steps = ceil_div(job.length, tile.k), tiles = job.tiles_m * job.tiles_n;
+  const int64_t part_bytes = args.M * job.outputs * 4;
+  int64_t parts = gpu.splits;
+  if (parts < 1) {
+    const int64_t most = workspace / part_bytes < steps / 4 ? workspace / part_bytes : steps / 4;
+    parts = choose_parts(tile, tiles, steps, most, gpu.processors);
+  }
+  job.steps_per_part = ceil_div(steps, parts < steps ? parts : steps);
+  job.parts = ceil_div(steps, job.steps_per_part);
+
+  plan.how.blocks = tiles * job.parts;
+  plan.how.threads = tile.threads();
+  plan.how.shared_bytes = tile.shared_bytes(element);
+  plan.how.stream = gpu.stream;
+  plan.how.cluster = 1;
+  return plan;
+}
+
+}  // namespace
+
+int64_t linear_sm80_workspace(const LinearArgs& args, const Gpu& gpu) {
+  const LinearJob job = plan_of(args, gpu, args.workspace_limit).job;
+  return job.parts == 1 ? 0 : job.parts * args.M * job.outputs * 4;
+}
+
+gpu::Error linear_sm80(const LinearArgs& args, const Gpu& gpu) {
+  Plan plan = plan_of(args, gpu, gpu.workspace_bytes);
+  plan.job.partial = static_cast<float*>(gpu.workspace);
+  const bool is_bf16 = args.dtype == int64_t(DType::kBFloat16), is_f16 = args.dtype == int64_t(DType::kFloat16);
+  const auto run = is_bf16  ? launch_linear_sm80<gpu::bf16>
+                   : is_f16 ? launch_linear_sm80<gpu::f16>
+                            : launch_linear_sm80<float>;
+  const gpu::Error error = run(plan.config, plan.how, plan.job);
+  if (error || plan.job.parts == 1) return error;
+  gpu::Launch sum = {};
+  const int64_t blocks = ceil_div(args.M * plan.job.outputs, kSplitThreads), most = 16 * gpu.processors;
+  sum.blocks = blocks < most ? blocks : most;
+  sum.threads = kSplitThreads;
+  sum.stream = gpu.stream;
+  sum.cluster = 1;
+  return gpu::launch(is_bf16  ? add_parts_kernel<gpu::bf16>
+                     : is_f16 ? add_parts_kernel<gpu::f16>
+                              : add_parts_kernel<float>,
+                     sum, plan.job);
+}
+
+}  // namespace flatlora

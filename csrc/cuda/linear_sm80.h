@@ -1,0 +1,578 @@
+// y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_80 and later.
+//
+// A block owns a tile of y. Tiles of `a` and of W come by asynchronous copies through a ring of stages. While the
+// tensor cores multiply stage i, each thread adds noise to the 4 x 8 elements of W that it copied to stage i + 1:
+// nobody else touches them before the barrier that ends the step, so the pass needs none of its own.
+#pragma once
+
+#include "configs.h"
+#include "kernels.h"
+#include "noise.h"
+
+namespace flatlora {
+
+struct LinearJob {
+  LinearArgs args;
+  int64_t outputs, length;  // columns of y, and of the contraction
+  int64_t rows_per_sample, tiles_per_sample, tiles_m, tiles_n;
+  int64_t parts, steps_per_part;
+  float* partial;  // (parts, M, outputs) where parts > 1
+  int64_t tf32;
+  int64_t copies;  // rows of `a` and W can be copied in 16 bytes at 32-bit offsets
+  int64_t any_row;  // rademacher: rows of W begin within a word
+};
+
+// `index` elements into `data`.
+FLATLORA_DEVICE float float_at(const void* data, int64_t dtype, int64_t index) {
+  if (dtype == int64_t(DType::kFloat32)) return gpu::load_global<float>(static_cast<const float*>(data) + index);
+  const uint16_t bits = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + index);
+  return dtype == int64_t(DType::kBFloat16) ? to_float(gpu::bf16{bits}) : to_float(gpu::f16{bits});
+}
+
+FLATLORA_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where the 16-byte piece `piece` of a row lies in it. Eight neighbouring rows, and eight neighbouring pieces, and four
+// pieces two apart of rows r and r + 4, all fall into different banks.
+FLATLORA_DEVICE uint32_t swizzle(uint32_t row) { return (row & 3) << 1 | (row >> 2 & 1); }
+FLATLORA_DEVICE uint32_t place(uint32_t row_bytes, uint32_t row, uint32_t piece) {
+  return row * row_bytes + ((piece ^ (piece >> 3 & 1) ^ swizzle(row)) << 4);
+}
+
+template <class T, bool kInputGrad, Noise kNoise, int kConfig>
+struct LinearTile {
+  static constexpr Tile kTile = kTiles[kConfig];
+  static constexpr int kElement = sizeof(T), kThreads = kTile.threads(), kStages = kTile.stages;
+  static constexpr int kPerPiece = 16 / kElement, kChunkPieces = kElement / 2;  // a chunk is 8 elements
+  static constexpr int kStep = 2 * kPerPiece, kSteps = kTile.k / kStep;         // of one mma
+  static constexpr uint32_t kRowBytes = kTile.k * kElement;                     // of `a` and of the adapter
+  static constexpr int kWRows = kInputGrad ? kTile.k : kTile.n, kWCols = kInputGrad ? kTile.n : kTile.k;
+  static constexpr uint32_t kWRowBytes = kWCols * kElement;
+  static constexpr int kWChunks = kWCols / 8;
+  static constexpr uint32_t kABytes = kTile.m * kRowBytes, kStageBytes = kTile.stage_bytes(kElement);
+  static constexpr int kWarpM = kTile.m / kTile.warps_m, kWarpN = kTile.n / kTile.warps_n;
+  static constexpr int kMI = kWarpM / 16, kNI = kWarpN / 8;
+  static constexpr int kAPieces = kRowBytes / 16, kARowStep = kThreads / kAPieces, kACopies = kTile.m / kARowStep;
+  static_assert(kWRows / 4 * kWChunks == kThreads, "each thread perturbs four rows of a chunk");
+
+  const LinearJob& job;
+  gpu::Shared stages;
+  int64_t first_m, last_m, first_out;
+  int64_t begin, end;  // of the contraction, in this part
+  // What this thread copies: pieces of rows of `a`, and four rows of a chunk of W.
+  uint32_t a_piece, a_row, w_chunk, w_row;
+  uint32_t a_offset[kACopies], w_offset[4];
+  Draw draw;
+  Quad quad;
+  float next_scale[4];  // input gradient: of the step after
+  float acc[kMI][kNI][4];
+
+  FLATLORA_DEVICE explicit LinearTile(const LinearJob& j) : job(j) {}
+
+  FLATLORA_DEVICE gpu::Shared a_stage(int slot) const { return stages + uint32_t(slot) * kStageBytes; }
+  FLATLORA_DEVICE gpu::Shared w_stage(int slot) const { return a_stage(slot) + kABytes; }
+  FLATLORA_DEVICE gpu::Shared w_at(gpu::Shared stage, int row, int piece) const {
+    return stage + place(kWRowBytes, w_row + uint32_t(row), w_chunk * kChunkPieces + uint32_t(piece));
+  }
+
+  // The tile of this block.
+  FLATLORA_DEVICE void begin_tile() {
+    constexpr int64_t kGroup = 8;  // tiles of rows that take turns on one tile of W, for the L2 cache
+    const int64_t tiles = job.tiles_m * job.tiles_n;
+    const int64_t part = gpu::block() / tiles, tile = gpu::block() % tiles;
+    const int64_t group = tile / (kGroup * job.tiles_n), first = group * kGroup;
+    const int64_t height = smaller(job.tiles_m - first, kGroup), within = tile % (kGroup * job.tiles_n);
+    const int64_t tile_m = first + within % height, tile_n = within / height;
+    const int64_t sample = tile_m / job.tiles_per_sample;
+    first_m = sample * job.rows_per_sample + tile_m % job.tiles_per_sample * kTile.m;
+    last_m = (sample + 1) * job.rows_per_sample;  // a tile sees the noise of one sample
+    first_out = tile_n * kTile.n;
+    begin = part * job.steps_per_part * kTile.k;
+    end = smaller(begin + job.steps_per_part * kTile.k, job.length);
+    stages = gpu::shared_base();
+    draw = draw_of(job.args.noise, sample);
+
+    const uint32_t thread = uint32_t(gpu::thread());
+    a_piece = thread % kAPieces;
+    a_row = thread / kAPieces;
+    w_chunk = thread % kWChunks;
+    w_row = thread / kWChunks * 4;
+    const uint32_t a_stride = uint32_t(job.args.a_row_stride) * kElement;
+    const uint32_t w_stride = uint32_t(job.args.weight.row_stride) * kElement;
+    // Rows beyond the edge are those of the last one again; they are not stored.
+    FLATLORA_UNROLL
+    for (int i = 0; i < kACopies; ++i)
+      a_offset[i] = uint32_t(smaller(a_row + i * kARowStep, last_m - first_m - 1)) * a_stride + a_piece * 16;
+    FLATLORA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = kInputGrad ? w_row + i : smaller(w_row + i, job.outputs - first_out - 1);
+      w_offset[i] = uint32_t(row) * w_stride + w_chunk * 8 * kElement;
+    }
+    if constexpr (!kInputGrad) {
+      set_rows<kNoise>(quad, draw, uint32_t(first_out) + w_row);
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int64_t n = first_out + w_row + i;
+        quad.factor[i] = n < job.outputs ? factor_of<kNoise>(draw, scale_at(n)) : 0.0f;
+      }
+    }
+    FLATLORA_UNROLL
+    for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+    for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
+    for (int k = 0; k < 4; ++k) acc[i][j][k] = 0.0f;
+  }
+
+  FLATLORA_DEVICE float scale_at(int64_t n) const {
+    return gpu::load_global<float>(job.args.noise.scale + n * job.args.noise.scale_stride);
+  }
+
+  // noise_scale of the rows of W at `at` of the contraction, early enough for `set_step`.
+  FLATLORA_DEVICE void load_scales(int64_t at) {
+    if constexpr (kInputGrad) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) next_scale[i] = at + w_row + i < end ? scale_at(at + w_row + i) : 0.0f;
+    }
+  }
+  FLATLORA_DEVICE void set_step(int64_t at) {
+    if constexpr (kInputGrad) {
+      set_rows<kNoise>(quad, draw, uint32_t(at) + w_row);
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) quad.factor[i] = factor_of<kNoise>(draw, next_scale[i]);
+    }
+  }
+  FLATLORA_DEVICE BlockKey block_at(int64_t at) const {
+    return block_key(draw, uint32_t((kInputGrad ? first_out : at) >> 3) + w_chunk);
+  }
+
+  // --- Copies ---
+
+  // Columns `at` to at + kTile.k of the contraction; zeros beyond `end`.
+  FLATLORA_DEVICE void copy(int64_t at, int slot) {
+    if (kConfig == kAny && !job.copies) {
+      gather(at, slot);
+      return;
+    }
+    const int64_t a_at = first_m * job.args.a_row_stride + at;
+    const int64_t w_stride = job.args.weight.row_stride;
+    const int64_t w_at_ = kInputGrad ? at * w_stride + first_out : first_out * w_stride + at;
+    const char* const a = static_cast<const char*>(job.args.a) + a_at * kElement;
+    const char* const w = static_cast<const char*>(job.args.weight.data) + w_at_ * kElement;
+    const gpu::Shared to_a = a_stage(slot) + place(kRowBytes, a_row, a_piece), to_w = w_stage(slot);
+    if (at + kTile.k <= end && (!kInputGrad || first_out + kTile.n <= job.outputs)) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < kACopies; ++i) gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a + a_offset[i]);
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) FLATLORA_UNROLL
+      for (int p = 0; p < kChunkPieces; ++p) gpu::cp_async<16>(w_at(to_w, i, p), w + w_offset[i] + 16 * p);
+    } else {
+      const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
+      FLATLORA_UNROLL
+      for (int i = 0; i < kACopies; ++i)
+        gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a_valid ? a + a_offset[i] : job_data(), a_valid);
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) FLATLORA_UNROLL
+      for (int p = 0; p < kChunkPieces; ++p) {
+        const int64_t col = w_chunk * 8 + p * kPerPiece;
+        int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
+        if (kInputGrad && at + w_row + i >= end) valid = 0;
+        gpu::cp_async<16>(w_at(to_w, i, p), valid ? w + w_offset[i] + 16 * p : job_data(), valid);
+      }
+    }
+  }
+  // An address for copies of nothing.
+  FLATLORA_DEVICE const char* job_data() const { return static_cast<const char*>(job.args.weight.data); }
+  // Bytes of the piece at column `at` that lie before column `last`.
+  FLATLORA_DEVICE int bytes_before(int64_t last, int64_t at) const {
+    return int(smaller(last - at > 0 ? last - at : 0, kPerPiece)) * kElement;
+  }
+
+  // The same element by element, for any strides and alignment.
+  FLATLORA_DEVICE void gather(int64_t at, int slot) {
+    const LinearArgs& args = job.args;
+    FLATLORA_NO_UNROLL
+    for (int i = 0; i < kACopies; ++i) {
+      const uint32_t row = a_row + uint32_t(i * kARowStep);
+      gather_piece(a_stage(slot) + place(kRowBytes, row, a_piece), args.a, args.a_row_stride, args.a_col_stride,
+                   first_m + row, last_m, at + a_piece * kPerPiece, end);
+    }
+    const int64_t first_row = kInputGrad ? at : first_out, first_col = kInputGrad ? first_out : at;
+    FLATLORA_NO_UNROLL
+    for (int i = 0; i < 4; ++i) FLATLORA_NO_UNROLL
+    for (int p = 0; p < kChunkPieces; ++p)
+      gather_piece(w_at(w_stage(slot), i, p), args.weight.data, args.weight.row_stride, args.weight.col_stride,
+                   first_row + w_row + i, kInputGrad ? end : job.outputs, first_col + w_chunk * 8 + p * kPerPiece,
+                   kInputGrad ? job.outputs : end);
+  }
+  FLATLORA_DEVICE void gather_piece(gpu::Shared to, const void* data, int64_t row_stride, int64_t col_stride,
+                                    int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    gpu::Words<4> w;
+    FLATLORA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      w.v[i] = 0;
+      FLATLORA_UNROLL
+      for (int j = 0; j < kPerPiece / 4; ++j) {
+        const int64_t c = col + i * (kPerPiece / 4) + j;
+        if (row >= rows || c >= cols) continue;
+        const char* const from = static_cast<const char*>(data) + (row * row_stride + c * col_stride) * kElement;
+        if constexpr (kElement == 4) {
+          w.v[i] = gpu::load_global<uint32_t>(from);
+        } else {
+          w.v[i] |= uint32_t(gpu::load_global<uint16_t>(from)) << 16 * j;
+        }
+      }
+    }
+    gpu::store_shared(to, w);
+  }
+
+  // --- Noise ---
+
+  FLATLORA_DEVICE Chunk<T> load_chunk(gpu::Shared stage, int row) const {
+    Chunk<T> w;
+    FLATLORA_UNROLL
+    for (int p = 0; p < kChunkPieces; ++p) {
+      const gpu::Words<4> words = gpu::load_shared<gpu::Words<4>>(w_at(stage, row, p));
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) w.v[4 * p + i] = words.v[i];
+    }
+    return w;
+  }
+  FLATLORA_DEVICE void store_chunk(gpu::Shared stage, int row, const Chunk<T>& w) const {
+    FLATLORA_UNROLL
+    for (int p = 0; p < kChunkPieces; ++p)
+      gpu::store_shared(w_at(stage, row, p),
+                        gpu::Words<4>{{w.v[4 * p], w.v[4 * p + 1], w.v[4 * p + 2], w.v[4 * p + 3]}});
+  }
+
+  // The noise of one stage in as many turns as a stage has steps, between which the products of another one stand.
+  // Stores wait for a turn, so that no load of operands stands behind them.
+  struct Pass {
+    gpu::Shared stage;
+    BlockKey block;
+    Chunk<T> w[4];
+  };
+  static constexpr int kStride = kSteps / 4;  // turns for a row
+
+  FLATLORA_DEVICE void noise_loads(Pass& pass, int turn) {
+    if (turn % kStride != 0) return;
+    const int row = turn / kStride;
+    if constexpr (kNoise == Noise::kGaussian) {
+      if (row > 0) store_chunk(pass.stage, row - 1, pass.w[row - 1]);
+      if (row < 4) pass.w[row] = load_chunk(pass.stage, row);
+    } else {
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (row == 0) pass.w[i] = load_chunk(pass.stage, i);
+        if (row == 3) store_chunk(pass.stage, i, pass.w[i]);
+      }
+    }
+  }
+  FLATLORA_DEVICE void noise_turn(Pass& pass, int turn) {
+    if (turn % kStride != 0) return;
+    const int row = turn / kStride;
+    if constexpr (kNoise == Noise::kGaussian) {
+      const RowKey key[1] = {quad.key[row]};
+      uint32_t words[1][4];
+      philox(draw, key, pass.block, words);
+      add_gaussian<T>(pass.w[row], words[0], quad.factor[row]);
+    } else if (row == 1) {
+      if (kConfig == kAny && job.any_row) {
+        perturb_quad<kNoise, T, true>(pass.w, draw, quad, pass.block);
+      } else {
+        perturb_quad<kNoise, T>(pass.w, draw, quad, pass.block);
+      }
+    }
+  }
+  FLATLORA_DEVICE void all_noise(Pass& pass) {
+    FLATLORA_UNROLL
+    for (int turn = 0; turn < kSteps; ++turn) {
+      noise_loads(pass, turn);
+      noise_turn(pass, turn);
+    }
+    noise_loads(pass, kSteps);
+  }
+  // Columns beyond the contraction have got noise, too.
+  FLATLORA_DEVICE void clear_tail(gpu::Shared stage, int64_t at) {
+    if (kInputGrad || at + kTile.k <= job.length) return;
+    FLATLORA_NO_UNROLL
+    for (int i = 0; i < 4; ++i) FLATLORA_NO_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      if (at + w_chunk * 8 + j < job.length) continue;
+      const gpu::Shared p = w_at(stage, i, j / kPerPiece) + uint32_t(j % kPerPiece * kElement);
+      if constexpr (kElement == 4) {
+        gpu::store_shared(p, 0u);
+      } else {
+        gpu::store_shared(p, uint16_t(0));
+      }
+    }
+  }
+
+  // --- Products ---
+
+  struct Fragments {
+    uint32_t a[kMI][4], b[kNI][2];
+  };
+
+  // kTransposed: the stage has a row for each step of the contraction, else for each output.
+  template <bool kTransposed>
+  FLATLORA_DEVICE void load_fragments(Fragments& f, gpu::Shared a_tile, gpu::Shared b_tile, int step) const {
+    const uint32_t lane = uint32_t(gpu::lane()), warp = uint32_t(gpu::warp());
+    const uint32_t warp_m = warp / kTile.warps_n * kWarpM, warp_n = warp % kTile.warps_n * kWarpN;
+    const uint32_t step_piece = uint32_t(2 * step ^ (2 * step >> 3 & 1));
+    const uint32_t a_place = (lane >> 4 ^ swizzle(lane & 7) ^ step_piece) << 4;
+    FLATLORA_UNROLL
+    for (int i = 0; i < kMI; ++i)
+      gpu::ldmatrix(f.a[i], a_tile + (warp_m + (lane & 15)) * kRowBytes + a_place + i * 16 * kRowBytes);
+    if constexpr (!kTransposed) {
+      const uint32_t row = warp_n + (lane & 7) + (lane >> 4) * 8;
+      const uint32_t b_place = ((lane >> 3 & 1) ^ swizzle(lane & 7) ^ step_piece) << 4;
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; j += 2) {
+        uint32_t r[4];
+        gpu::ldmatrix(r, b_tile + row * kRowBytes + b_place + j * 8 * kRowBytes);
+        f.b[j][0] = r[0], f.b[j][1] = r[1], f.b[j + 1][0] = r[2], f.b[j + 1][1] = r[3];
+      }
+    } else if constexpr (kElement == 2) {
+      const uint32_t first = warp_n / 8;
+      const uint32_t b_place = first ^ (first >> 3 & 1) ^ lane >> 4 ^ swizzle(lane & 7);
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; j += 2) {
+        uint32_t r[4];
+        gpu::ldmatrix_trans(
+            r, b_tile + (lane & 15) * kWRowBytes + ((b_place ^ uint32_t(j)) << 4) + step * 16 * kWRowBytes);
+        f.b[j][0] = r[0], f.b[j][1] = r[1], f.b[j + 1][0] = r[2], f.b[j + 1][1] = r[3];
+      }
+    } else {
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t col = warp_n + j * 8 + lane / 4;
+        f.b[j][h] =
+            gpu::load_shared<uint32_t>(b_tile + place(kWRowBytes, step * 8 + h * 4 + lane % 4, col / 4) + col % 4 * 4);
+      }
+    }
+  }
+
+  FLATLORA_DEVICE void multiply(Fragments& f) {
+    if constexpr (kElement == 2) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) gpu::mma(acc[i][j], f.a[i], f.b[j], T{});
+    } else {
+      // Two tf32 numbers hold a float to 2^-22: the products of one large with one small part come first.
+      Fragments small;
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+      for (int k = 0; k < 4; ++k) split(f.a[i][k], small.a[i][k]);
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
+      for (int k = 0; k < 2; ++k) split(f.b[j][k], small.b[j][k]);
+      if (!job.tf32) {
+        FLATLORA_UNROLL
+        for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+        for (int j = 0; j < kNI; ++j) {
+          gpu::mma_tf32(acc[i][j], small.a[i], f.b[j]);
+          gpu::mma_tf32(acc[i][j], f.a[i], small.b[j]);
+        }
+      }
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) gpu::mma_tf32(acc[i][j], f.a[i], f.b[j]);
+    }
+  }
+  FLATLORA_DEVICE void split(uint32_t& x, uint32_t& rest) const {
+    const float whole = as_float(x);
+    x = gpu::to_tf32(whole);
+    rest = gpu::to_tf32(whole - as_float(x));
+  }
+
+  // scaling u L^T, through the stage `slot`.
+  FLATLORA_DEVICE void adapter(int slot) {
+    const LinearArgs& args = job.args;
+    FLATLORA_NO_UNROLL
+    for (int64_t at = 0; at < args.rank; at += kTile.k) {
+      const int pieces = int(smaller((args.rank - at + kStep - 1) / kStep * 2, kAPieces));
+      FLATLORA_NO_UNROLL
+      for (int i = gpu::thread(); i < kTile.m * pieces; i += kThreads) {
+        const uint32_t row = uint32_t(i / pieces), piece = uint32_t(i % pieces);
+        gather_piece(a_stage(slot) + place(kRowBytes, row, piece), args.u, args.rank, 1, first_m + row, last_m,
+                     at + piece * kPerPiece, args.rank);
+      }
+      FLATLORA_NO_UNROLL
+      for (int i = gpu::thread(); i < kTile.n * pieces; i += kThreads) {
+        const uint32_t row = uint32_t(i / pieces), piece = uint32_t(i % pieces);
+        const int64_t out = first_out + row;
+        float x[kPerPiece];
+        FLATLORA_UNROLL
+        for (int j = 0; j < kPerPiece; ++j) {
+          const int64_t r = at + piece * kPerPiece + j;
+          const bool inside = out < job.outputs && r < args.rank;
+          x[j] = inside ? float_at(args.lora, args.lora_dtype, out * args.lora_out_stride + r * args.lora_rank_stride)
+                        : 0.0f;
+        }
+        gpu::Words<4> w;
+        FLATLORA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (kElement == 4) {
+            w.v[j] = as_int(x[j]);
+          } else {
+            w.v[j] = pack(T{}, x[2 * j], x[2 * j + 1]);
+          }
+        }
+        gpu::store_shared(w_stage(slot) + place(kRowBytes, row, piece), w);
+      }
+      gpu::sync_threads();
+      FLATLORA_NO_UNROLL
+      for (int step = 0; 2 * step < pieces; ++step) {
+        Fragments f;
+        load_fragments<false>(f, a_stage(slot), w_stage(slot), step);
+        multiply(f);
+      }
+      gpu::sync_threads();
+    }
+    FLATLORA_UNROLL
+    for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+    for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
+    for (int k = 0; k < 4; ++k) acc[i][j][k] *= float(args.scaling);
+  }
+
+  FLATLORA_DEVICE void store_pair(void* y, int64_t at, bool pair, float even, float odd, bool two) const {
+    if constexpr (kElement == 4) {
+      float* const p = static_cast<float*>(y) + at;
+      if (pair) {
+        gpu::store_global(p, gpu::Words<2>{{as_int(even), as_int(odd)}});
+      } else {
+        gpu::store_global(p, even);
+        if (two) gpu::store_global(p + 1, odd);
+      }
+    } else {
+      uint16_t* const p = static_cast<uint16_t*>(y) + at;
+      const uint32_t w = pack(T{}, even, odd);
+      if (pair) {
+        gpu::store_global(p, w);
+      } else {
+        gpu::store_global(p, uint16_t(w));
+        if (two) gpu::store_global(p + 1, uint16_t(w >> 16));
+      }
+    }
+  }
+
+  FLATLORA_DEVICE void store() const {
+    const LinearArgs& args = job.args;
+    const int lane = gpu::lane(), warp = gpu::warp();
+    const int64_t row = first_m + warp / kTile.warps_n * kWarpM + lane / 4;
+    const int64_t col = first_out + warp % kTile.warps_n * kWarpN + lane % 4 * 2;
+    const int64_t part = gpu::block() / (job.tiles_m * job.tiles_n);
+    const bool even_rows = job.outputs % 2 == 0;
+    FLATLORA_UNROLL
+    for (int j = 0; j < kNI; ++j) {
+      const int64_t c = col + j * 8;
+      if (c >= job.outputs) continue;
+      const bool two = c + 1 < job.outputs;
+      float bias[2] = {0.0f, 0.0f};
+      if (args.bias != nullptr && job.parts == 1) {
+        bias[0] = float_at(args.bias, args.bias_dtype, c * args.bias_stride);
+        if (two) bias[1] = float_at(args.bias, args.bias_dtype, (c + 1) * args.bias_stride);
+      }
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int64_t r = row + i * 16 + h * 8;
+        if (r >= last_m) continue;
+        const float even = acc[i][j][2 * h] + bias[0], odd = acc[i][j][2 * h + 1] + bias[1];
+        if (job.parts == 1) {
+          store_pair(args.y, r * job.outputs + c, even_rows, even, odd, two);
+        } else {
+          float* const p = job.partial + (part * args.M + r) * job.outputs + c;
+          if (even_rows) {
+            gpu::store_global(p, gpu::Words<2>{{as_int(even), as_int(odd)}});
+          } else {
+            gpu::store_global(p, even);
+            if (two) gpu::store_global(p + 1, odd);
+          }
+        }
+      }
+    }
+  }
+
+  FLATLORA_DEVICE void run() {
+    begin_tile();
+    FLATLORA_NO_UNROLL
+    for (int slot = 0; slot < kStages - 1; ++slot) {
+      copy(begin + slot * kTile.k, slot);
+      gpu::cp_async_commit();
+    }
+    load_scales(begin);
+    if (begin == 0 && job.args.rank > 0) adapter(kStages - 1);
+
+    Pass pass;
+    gpu::cp_async_wait<kStages - 2>();
+    pass.stage = w_stage(0);
+    pass.block = block_at(begin);
+    set_step(begin);
+    load_scales(begin + kTile.k);
+    all_noise(pass);
+    clear_tail(pass.stage, begin);
+    gpu::sync_threads();
+
+    int slot = 0;
+    FLATLORA_NO_UNROLL
+    for (int64_t at = begin; at < end; at += kTile.k) {
+      const int next = slot + 1 == kStages ? 0 : slot + 1, free = slot == 0 ? kStages - 1 : slot - 1;
+      gpu::cp_async_wait<kStages - 3>();
+      copy(at + (kStages - 1) * kTile.k, free);
+      gpu::cp_async_commit();
+
+      pass.stage = w_stage(next);
+      pass.block = block_at(at + kTile.k);
+      set_step(at + kTile.k);
+      load_scales(at + 2 * kTile.k);
+      FLATLORA_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        Fragments f;
+        load_fragments<kInputGrad>(f, a_stage(slot), w_stage(slot), step);
+        noise_loads(pass, step);
+        multiply(f);
+        noise_turn(pass, step);
+      }
+      noise_loads(pass, kSteps);
+      clear_tail(pass.stage, at + kTile.k);
+      gpu::sync_threads();
+      slot = next;
+    }
+    store();
+  }
+};
+
+template <class T, bool kInputGrad, Noise kNoise, int kConfig>
+FLATLORA_KERNEL(kTiles[kConfig].threads(), kTiles[kConfig].blocks)
+linear_sm80_kernel(const FLATLORA_GRID_CONSTANT LinearJob job) {
+  LinearTile<T, kInputGrad, kNoise, kConfig>(job).run();
+}
+
+// Of one type, in the file named after it.
+template <class T>
+gpu::Error launch_linear_sm80(Config config, const gpu::Launch& how, const LinearJob& job);
+
+template <class T, bool kInputGrad, Noise kNoise>
+gpu::Error launch_config(Config config, const gpu::Launch& how, const LinearJob& job) {
+  if constexpr (sizeof(T) == 2) {
+    if (config == kLarge) return gpu::launch(linear_sm80_kernel<T, kInputGrad, kNoise, kLarge>, how, job);
+    if (config == kMiddle) return gpu::launch(linear_sm80_kernel<T, kInputGrad, kNoise, kMiddle>, how, job);
+  }
+  if (config == kFewRows) return gpu::launch(linear_sm80_kernel<T, kInputGrad, kNoise, kFewRows>, how, job);
+  return gpu::launch(linear_sm80_kernel<T, kInputGrad, kNoise, kAny>, how, job);
+}
+
+template <class T, bool kInputGrad>
+gpu::Error launch_noise(Config config, const gpu::Launch& how, const LinearJob& job) {
+  if (static_cast<Noise>(job.args.noise.kind) == Noise::kGaussian)
+    return launch_config<T, kInputGrad, Noise::kGaussian>(config, how, job);
+  return launch_config<T, kInputGrad, Noise::kRademacher>(config, how, job);
+}
+
+#define FLATLORA_LINEAR_SM80(T)                                                                                      \
+  template <>                                                                                                        \
+  gpu::Error launch_linear_sm80<T>(Config config, const gpu::Launch& how, const LinearJob& job) {                    \
+    return job.args.input_grad ? launch_noise<T, true>(config, how, job) : launch_noise<T, false>(config, how, job); \
+  }
+
+}  // namespace flatlora

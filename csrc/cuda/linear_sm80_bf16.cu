@@ -1,0 +1,5 @@
+#include "linear_sm80.h"
+
+namespace flatlora {
+FLATLORA_LINEAR_SM80(gpu::bf16)
+}
