@@ -140,7 +140,7 @@ def compile(path: str, target: str) -> tuple[Path, str]:
 
 
 def short_names(mangled: Iterable[str]) -> dict[str, str]:
-    """`flatlora::perturb_kernel<flatlora::gpu::bf16, (flatlora::Noise)1, true>(...)` as `perturb<bf16, gaussian, true>`"""
+    """`flatlora::perturb_kernel<flatlora::gpu::bf16, (flatlora::Noise)1>(...)` as `perturb<bf16, gaussian>`."""
     names = list(mangled)
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout
     short = {}
@@ -200,7 +200,7 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     values = _draws(body)
     products = Counter(i.opcode.split(".")[0] for i in everything if _tensor(i.opcode))
     if name.startswith("linear"):
-        wanted = {"HGMMA", "UTMALDG"} if target == "90a" else {"HMMA", "LDSM"}
+        wanted = {"HGMMA", "UTMALDG"} if target == "90a" else {"HMMA", "LDSM", "LDGSTS"}
         problems += [f"no {w}" for w in sorted(wanted - used)]
     return Row(
         name,
@@ -344,13 +344,14 @@ _TEXT = f"""# What nvcc makes of the CUDA kernels
 
 Written by `{REGENERATE}`, without a GPU; checked by `tests/test_cuda_compile.py`.
 
-Of each kernel these must hold: no spills, no stack, no local memory; nothing said by ptxas (C7510 and the like tell that
-`wgmma` is serialised); tensor-core instructions in the products (`HMMA` with `LDSM`; on sm_90a `HGMMA` with `UTMALDG`).
+Of each kernel these must hold: no spills, no stack, no local memory; no warning of ptxas (C7510 and the like tell that
+`wgmma` is serialised); tensor cores and asynchronous copies in the products (`HMMA`, `LDSM` and `LDGSTS`; on sm_90a
+`HGMMA` and `UTMALDG`).
 
 The main loop is the innermost natural loop, found by dominators in the graph of branches, that multiplies by Philox's
 constants. Where producer warps draw the noise, it is theirs. The figures may only go down: the test fails where `instr`
-or `regs` is more than {SLACK - 1:.0%} above the table, and `{REGENERATE}` refuses to write a figure that went up, unless
-`--accept` says that it is meant to.
+or `regs` is more than {SLACK - 1:.0%} above the table, and `{REGENERATE}` refuses to write a figure that
+went up, unless `--accept` says that it is meant to.
 
 | column | |
 | --- | --- |

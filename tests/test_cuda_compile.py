@@ -1,0 +1,164 @@
+"""What nvcc makes of the CUDA kernels: docs/cuda_kernels.md, and the program that reads ptxas and machine code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import compiled  # noqa: E402
+
+# CI compiles for these alone, see `part`; FLATLORA_COMPILE=all for all.
+REPRESENTATIVE = ("80", "90a")
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8flatlora1fEv' for 'sm_80'
+ptxas info    : Function properties for _ZN8flatlora1fEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 121 registers, used 1 barriers, 1024 bytes smem, 504 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN8flatlora1gEv' for 'sm_80'
+ptxas info    : Function properties for _ZN8flatlora1gEv
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+
+
+def test_what_ptxas_says_is_understood() -> None:
+    assert compiled.usages(LOG) == {
+        "_ZN8flatlora1fEv": {
+            "stack": 0,
+            "spill stores": 0,
+            "spill loads": 0,
+            "registers": 121,
+            "shared": 1024,
+        },
+        "_ZN8flatlora1gEv": {"stack": 16, "spill stores": 12, "spill loads": 8, "registers": 255},
+    }
+    assert compiled.warnings(LOG) == []
+    serialised = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    )
+    assert compiled.warnings(LOG + serialised) == [serialised]
+    assert compiled.warnings("a.cu(3): warning #177-D: variable was declared but never referenced")
+
+
+def listing(*lines: str) -> str:
+    body = [
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/   {line} ;" for i, line in enumerate(lines)
+    ]
+    return "\n".join(['\t.section\t.text.kernel,"ax",@progbits', ".text.kernel:", *body])
+
+
+DRAW = ["IMAD.WIDE.U32 R4, R5, -0x326172a9, RZ"] * 8
+PAIRS = ["MUFU.LG2 R7, R8", "MUFU.SQRT R7, R7"] * 4
+LINEAR = ["LDGSTS.E.BYPASS.128 [R1], [R2]", "LDSM.16.M88.4 R4, [R1]", "HMMA.16816.F32 R4, R8, R12, R4"]
+END = ["@P0 BRA `(.L_x_0)", "EXIT"]
+USAGE = {"stack": 0, "spill stores": 0, "spill loads": 0, "registers": 100}
+
+
+def read(*lines: str, name: str = "linear<bf16, false, gaussian, 0>", **usage: int) -> compiled.Row:
+    return compiled.read(listing(*lines), "kernel", name, "80", USAGE | usage)
+
+
+def test_instructions_of_the_main_loop_by_value() -> None:
+    row = read("MOV R1, R2", ".L_x_0:", *LINEAR, *DRAW, *PAIRS, *END)
+    assert row.problems == ()
+    assert (row.instr, row.values, row.tensor, row.special) == (2.5, 8, "1 HMMA", 8)
+    # Without logarithms a call serves 32 signs.
+    row = read(".L_x_0:", *LINEAR, *DRAW, *END, name="linear<bf16, false, rademacher, 0>")
+    assert (row.instr, row.values) == (round(12 / 32, 2), 32)
+    assert read(*LINEAR, "EXIT", name="add_parts").instr is None
+
+
+def test_what_must_hold_of_every_kernel() -> None:
+    loop = [".L_x_0:", *LINEAR, *DRAW, *PAIRS, *END]
+    assert "16 bytes of stack" in read(*loop, stack=16).problems
+    assert "4 bytes of spill stores" in read(*loop, **{"spill stores": 4}).problems
+    assert any("local memory" in p for p in read("STL [R1], R2", *loop).problems)
+    for missing in ("HMMA", "LDSM", "LDGSTS"):
+        rest = [line for line in loop if not line.startswith(missing)]
+        assert f"no {missing}" in read(*rest).problems
+    hopper = compiled.read(listing(*loop), "kernel", "linear_sm90<bf16>", "90a", USAGE)
+    assert {"no HGMMA", "no UTMALDG"} <= set(hopper.problems)
+    assert any("calls inside" in p for p in read(".L_x_0:", "CALL.ABS.NOINC R10", *loop[1:]).problems)
+    assert any("expected one main loop" in p for p in read(*LINEAR, *DRAW, *PAIRS, "EXIT").problems)
+
+
+def row(**changed: object) -> compiled.Row:
+    base = compiled.Row("linear<bf16, false, gaussian, 0>", "sm_80", 15.0, 32, "64 HMMA", 64, 200, 0)
+    return base._replace(**changed)  # type: ignore[arg-type]
+
+
+def test_figures_may_only_go_down() -> None:
+    known = compiled.committed(compiled.document([row(), row(kernel="add_parts", instr=None, values=0)]))
+    assert known[row().key] == compiled.Committed(15.0, 200)
+    assert compiled.compare([row()], known) == []
+    assert compiled.compare([row(instr=10.0, registers=99)], known) == []
+    (problem,) = compiled.compare([row(instr=15.6)], known)
+    assert "instr 15.6" in problem and "may only go down" in problem
+    (problem,) = compiled.compare([row(registers=210)], known)
+    assert "registers 210" in problem
+    assert compiled.compare([row(instr=15.01)], known, slack=1.0)
+    (problem,) = compiled.compare([row(target="sm_86")], known)
+    assert compiled.REGENERATE in problem
+    assert len(compiled.stale([row()], known)) == 1
+
+
+def test_budgets_hold_whatever_the_table_says() -> None:
+    assert not compiled._over_budget(row(instr=17.0))
+    assert compiled._over_budget(row(instr=17.1))
+    assert compiled._over_budget(row(kernel="linear<f16, true, rademacher, 0>", instr=8.1))
+    assert not compiled._over_budget(row(kernel="linear<float, true, gaussian, 3>", instr=30.0))
+
+
+def test_names_are_those_of_the_source() -> None:
+    mangled = "_ZN8flatlora14perturb_kernelINS_3gpu4bf16ELNS_5NoiseE1ELb1EEEvNS_11PerturbArgsE"
+    assert compiled.short_names([mangled]) == {mangled: "perturb<bf16, gaussian, true>"}
+
+
+def test_every_source_is_compiled_for_every_target() -> None:
+    jobs = compiled.jobs()
+    hopper = compiled.sources()["cuda-sm90a"]
+    assert {target for _, target in jobs} == set(compiled.TARGETS) - (set() if hopper else {"90a"})
+    assert all((target == "90a") == (path in hopper) for path, target in jobs)
+
+
+def test_a_changed_header_is_seen() -> None:
+    included = {Path(file).name for file in compiled._included("csrc/cuda/perturb.cu")}
+    assert {"perturb.cu", "perturb.h", "noise.h", "ptx.h", "args.h", "philox.h"} <= included
+
+
+# The kernels
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[compiled.Row]:
+    if reason := compiled.missing():
+        pytest.skip(reason)
+    chosen = compiled.jobs()
+    if os.environ.get("FLATLORA_COMPILE") != "all":
+        chosen = [job for job in chosen if job[1] in REPRESENTATIVE]
+    return compiled.measure_all(chosen)
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
+    assert rows
+    problems = compiled.problems(rows)
+    assert not problems, "\n".join(["", *problems])
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_matches_the_committed_table(rows: list[compiled.Row]) -> None:
+    known = compiled.committed(compiled.TABLE.read_text())
+    targets = {row.target for row in rows}
+    problems = compiled.compare(rows, known)
+    problems += compiled.stale(rows, {key: value for key, value in known.items() if key[1] in targets})
+    assert not problems, "\n".join(["", *problems])
