@@ -1,0 +1,125 @@
+"""The kernels of cpp/wrappers.cu, compiled for the emulator or for a GPU; and data/layouts.json, which says where CuTe
+puts the elements of matrices. To make that table anew:
+
+    pip download --no-deps nvidia-cutlass==4.2.0.0 && unzip nvidia_cutlass-*.whl -d cutlass
+    g++ -std=c++17 -Icutlass/cutlass_library/source/include -I$CUDA/include/cccl -I$CUDA/include \\
+      tests/cpp/cute_layouts.cpp -o cute_layouts && ./cute_layouts tests/data/layouts.json
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "cpp" / "wrappers.cu"
+TABLES = json.loads((HERE / "data" / "layouts.json").read_text())
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def layout(name: str) -> np.ndarray:
+    """The table as [first argument, second argument]."""
+    result = np.zeros((1, 1), dtype=np.int64)
+    for bit in TABLES[name]["bits0"]:
+        result = np.concatenate([result, result ^ bit], axis=0)
+    for bit in TABLES[name]["bits1"]:
+        result = np.concatenate([result, result ^ bit], axis=1)
+    return result
+
+
+def nvcc(architecture: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    flags = [f"-arch=sm_{architecture}", "-std=c++17", "-O2", "-fmad=false", "-Xcompiler=-fPIC"]
+    if architecture == "90a":
+        flags.append("-DFLATLORA_TEST_SM90")
+    return subprocess.run([str(NVCC), *flags, str(SOURCE), *arguments], capture_output=True, text=True)
+
+
+class Library:
+    def __init__(self, path: Path, has_sm90: bool) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.test_error.restype = ctypes.c_char_p
+        self.has_sm90 = has_sm90
+
+    def check(self, error: int) -> None:
+        assert error == 0, self.library.test_error(error).decode()
+
+    def run(self, name: str, data: np.ndarray, out: np.ndarray) -> np.ndarray:
+        data = np.ascontiguousarray(data)
+        self.check(
+            self.library.test_run(
+                name.encode(),
+                data.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_int64(data.nbytes),
+                out.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_int64(out.nbytes),
+            )
+        )
+        return out
+
+    def call(self, name: str, *arguments: np.ndarray | int) -> None:
+        """Any other function of wrappers.cu."""
+        converted = [
+            ctypes.c_int64(a) if isinstance(a, int) else a.ctypes.data_as(ctypes.c_void_p) for a in arguments
+        ]
+        self.check(getattr(self.library, name)(*converted))
+
+
+@functools.cache
+def _emulated() -> Library:
+    path = Path(tempfile.mkdtemp()) / "wrappers_emulated.so"
+    sources = [SOURCE, *sorted((emulator.CSRC / "emulator").glob("*.cpp"))]
+    library = Library(emulator.compile_library(sources, path, "-DFLATLORA_TEST_SM90"), True)
+    emulator.Emulator(library.library).set(architecture=90, seed=1)
+    return library
+
+
+@functools.cache
+def _on_gpu() -> Library:
+    major, minor = torch.cuda.get_device_capability()
+    path = Path(tempfile.mkdtemp()) / "wrappers_gpu.so"
+    done = nvcc("90a" if (major, minor) == (9, 0) else f"{major}{minor}", "-shared", "-o", str(path))
+    assert done.returncode == 0, done.stderr
+    return Library(path, (major, minor) == (9, 0))
+
+
+def _get_emulated() -> Library:
+    if emulator.CXX is None:
+        pytest.skip("no C++ compiler")
+    return _emulated()
+
+
+def _get_on_gpu() -> Library:
+    if not torch.cuda.is_available() or torch.version.hip:
+        pytest.skip("no GPU of NVIDIA's")
+    if NVCC is None:
+        pytest.skip("no nvcc")
+    return _on_gpu()
+
+
+LIBRARIES = [
+    pytest.param(_get_emulated, id="emulated"),
+    pytest.param(_get_on_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.nvcc]),
+]
+
+
+def get(library: Callable[[], Library], sm90: bool = False) -> Library:
+    found = library()
+    if sm90 and not found.has_sm90:
+        pytest.skip("for sm_90a alone")
+    return found
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    """bfloat16 or float16 as integers."""
+    return x.contiguous().view(torch.int16).numpy().view(np.uint16)
