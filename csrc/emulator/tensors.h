@@ -1,14 +1,16 @@
 // Which memory a call's kernels may touch: its tensors, and nothing else.
 #pragma once
 
+#include <mutex>
+
 #include "../cuda/kernels.h"
 
 namespace flatlora {
 
-// Allows until the end of the scope.
+// Allows until the end of the scope, and keeps other threads of the host from the one machine there is.
 class Tensors {
  public:
-  Tensors() = default;
+  Tensors() : alone_(machine()) {}
   Tensors(const Tensors&) = delete;
   ~Tensors() { gpu::forget_memory(); }
 
@@ -40,6 +42,10 @@ class Tensors {
   }
 
  private:
+  static std::mutex& machine() {
+    static std::mutex mutex;
+    return mutex;
+  }
   // Sizes are positive, strides not negative. What lies between the rows is allowed too.
   static void matrix(const void* data, int64_t dtype, int64_t rows, int64_t row_stride, int64_t columns,
                      int64_t column_stride, bool write = false) {
@@ -54,6 +60,8 @@ class Tensors {
     matrix(noise.scale, int64_t(DType::kFloat32), 1, 0, N, noise.scale_stride);
     gpu::allow_memory(noise.seed, 8, false);
   }
+
+  std::lock_guard<std::mutex> alone_;
 };
 
 }  // namespace flatlora
