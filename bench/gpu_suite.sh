@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that wants a GPU, on a machine with one and no network, in 9 minutes: build, doctor, tests, benchmark,
-# compute-sanitizer, and in what time is left the shared tests and the search for tiles.
+# All that wants a GPU, on a machine with one and no network, in 9 minutes: build, doctor, one test for each wrapper of
+# PTX, tests, benchmark, compute-sanitizer, and in what time is left the shared tests and the search for tiles.
 #
-#   bench/gpu_suite.sh [--dry-run] [PART...]      parts: build doctor tests bench table sanitizer shared tune
+#   bench/gpu_suite.sh [--dry-run] [PART...]      parts: build doctor wrappers tests bench table sanitizer shared tune
 #
 # Needs python3 (or $PYTHON) with torch, triton and pytest (with pytest-xdist, tests compile their kernels on all
 # cores); nvcc and cmake for the CUDA backend. Without PART all run, in that order; the first run needs build.
@@ -13,13 +13,13 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
-all_parts="build doctor tests bench table sanitizer shared tune"
+all_parts="build doctor wrappers tests bench table sanitizer shared tune"
 dry_run=false
 wanted=" "
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=true ;;
-    build | doctor | tests | bench | table | sanitizer | shared | tune) wanted="$wanted$argument " ;;
+    build | doctor | wrappers | tests | bench | table | sanitizer | shared | tune) wanted="$wanted$argument " ;;
     *) echo "usage: bench/gpu_suite.sh [--dry-run] [PART...], parts: $all_parts; got '$argument'" >&2; exit 2 ;;
   esac
 done
@@ -40,7 +40,9 @@ summary=$out/summary.txt
 
 export PATH="$PATH:/usr/local/cuda/bin" # where nvcc and compute-sanitizer often are
 export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-export FLATLORA_REQUIRE_BACKENDS=triton # its tests fail where they would be skipped
+# Tests of these fail where they would be skipped.
+export FLATLORA_REQUIRE_BACKENDS=triton
+if command -v nvcc > /dev/null; then FLATLORA_REQUIRE_BACKENDS=triton,cuda; fi
 # One architecture builds in a fraction of the time of all.
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 
@@ -89,15 +91,19 @@ pytest="'$python' -m pytest -q -m gpu -p no:cacheprovider"
 part build 150 "'$python' -m pip install --no-build-isolation --no-deps -e . \
 || { cmake -S . -B build/gpu-suite && cmake --build build/gpu-suite --parallel; }"
 part doctor 30 "'$python' -m flatlora_kernels"
+# What no emulator can know comes first: whether each instruction does what its emulated twin does.
+part wrappers 60 "$pytest tests/test_wrappers.py || $none_selected"
 part tests 150 "$pytest $workers --durations=5 tests/test_gpu.py || $none_selected"
 part bench 170 "'$python' -m bench --set square4096 --budget 0.15 --device cuda --out '$out' --name bench \
 --time-limit \$((limit - 25))"
 part table 10 "'$python' -m bench table '$out/bench.json' > '$out/bench.md'"
 # Without torch's own cache of memory, each tensor ends where its allocation ends. The tests ran before: nothing is
 # compiled here.
-part sanitizer 75 "command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; exit 77; }; \
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-$pytest tests/test_gpu.py -k '(unaligned and bfloat16 and (all or odd)) or noise_is_that' || $none_selected"
+sanitizer="PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
+part sanitizer 100 "command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; exit 77; }; failed=0; \
+$sanitizer memcheck $pytest tests/test_gpu.py -k '(unaligned and bfloat16 and (all or odd)) or small_shapes' || failed=1; \
+for tool in racecheck synccheck initcheck; do \
+$sanitizer \$tool $pytest tests/test_gpu.py -k 'cuda and small_shapes and bfloat16' || failed=1; done; exit \$failed"
 part shared 150 "$pytest $workers --durations=5 --ignore=tests/test_gpu.py tests || $none_selected"
 # shellcheck disable=SC2016 # for the shell of the part
 part tune 300 '[ "$limit" -ge 60 ] || { echo "only $limit s left, it needs 60"; exit 77; }; '"set -o pipefail; \
