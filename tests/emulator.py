@@ -15,6 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from flatlora_kernels import arguments
+from flatlora_kernels.backends import cuda
+from flatlora_kernels.noise import Draw
+
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -77,9 +84,78 @@ class Emulator:
             self._fault(b"", b"", 0)
 
 
+class Kernels(Emulator):
+    """An emulated build of libflatlora_cuda, called past the op: with each choice that a launch has."""
+
+    whole = True  # has all kernels
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(ctypes.CDLL(str(path)))
+        self.library.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise RuntimeError(self.report)
+
+    def linear(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        draw: Draw,
+        *,
+        input_grad: bool = False,
+        u: Tensor | None = None,
+        lora: Tensor | None = None,
+        bias: Tensor | None = None,
+        scaling: float = 1.0,
+        tf32: bool = False,
+        config: int = -1,
+        splits: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product, and where its sum was cut the float32 (parts, M, outputs) that were added."""
+        y = torch.full((a.shape[0], weight.shape[1 if input_grad else 0]), torch.nan, dtype=a.dtype)
+        packed = arguments.linear(a, weight, input_grad, u, lora, bias, scaling, draw, y)
+
+        def gpu(workspace: Tensor | None) -> bytes:
+            where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.nbytes)
+            return cuda._GPU.pack(0, 0, *where, tf32, config, splits, 0, 0, 0)
+
+        needed = self.library.flatlora_cuda_linear_workspace(packed, gpu(None))
+        parts = torch.full((needed // 4,), torch.nan) if needed else None
+        self._check(self.library.flatlora_cuda_linear(packed, gpu(parts)))
+        return y, None if parts is None else parts.view(-1, *y.shape)
+
+    def perturb(self, weight: Tensor, draw: Draw) -> Tensor:
+        out = torch.full(weight.shape, torch.nan, dtype=weight.dtype)
+        packed = arguments.perturb(weight, draw, out)
+        self._check(self.library.flatlora_cuda_perturb(packed, cuda._GPU.pack(*(0,) * 10)))
+        return out
+
+    def row_sq_norms(
+        self, weight: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0
+    ) -> Tensor:
+        out = torch.full(weight.shape[:1], torch.nan)
+        packed = arguments.row_norms(weight, lora_A, lora_B, scaling, out)
+        self._check(self.library.flatlora_cuda_row_sq_norms(packed, cuda._GPU.pack(*(0,) * 10)))
+        return out
+
+
+def _compile(*arguments: object) -> None:
+    done = subprocess.run([str(CXX), *FLAGS, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compile_object(source: Path, to: Path, *flags: str) -> Path:
+    """Compiles a file of kernels, or of the emulator."""
+    _compile(*flags, "-x", "c++", "-c", source, "-o", to)
+    return to
+
+
+def link(objects: list[Path], to: Path) -> Path:
+    _compile("-shared", *objects, "-o", to)
+    return to
+
+
 def compile_library(sources: list[Path], to: Path, *flags: str) -> Path:
     """Compiles kernels of `sources`, with their emulator, into the shared library `to`."""
-    command = [str(CXX), *FLAGS, *flags, "-shared", "-x", "c++", *map(str, sources), "-o", str(to)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return to
+    return link([compile_object(s, to.with_suffix(f".{s.stem}.o"), *flags) for s in sources], to)

@@ -385,6 +385,4 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }  // namespace gpu
 }  // namespace flatlora
 
-#if __has_include("sm90.h")
 #include "sm90.h"
-#endif
