@@ -84,5 +84,8 @@ def test_wgmma(library, columns, major, order, kind):
     assert len(steps) * 16 == depth
     data = np.concatenate([np.array(steps, dtype=np.uint64).reshape(-1).view(np.uint8), image.view(np.uint8)])
     name = f"wgmma {columns} {kind}" + (" transposed" if major == "mn-major" else "")
-    out = wrappers.get(library, sm90=True).run(name, data, np.zeros((128, columns // 2), dtype=np.float32))
-    assert np.array_equal(out, in_registers((a @ b.T).numpy(), f"wgmma d {columns}"))
+    out = wrappers.get(library, sm90=True).run(name, data, np.zeros((128, 2, columns // 2), dtype=np.float32))
+    half = depth // 2
+    products = (a[:, :half] @ b[:, :half].T, a[:, half:] @ b[:, half:].T + 1)
+    for i, product in enumerate(products):
+        assert np.array_equal(out[:, i], in_registers(product.numpy(), f"wgmma d {columns}"))

@@ -93,13 +93,13 @@ def _on_gpu() -> Library:
     return Library(path, (major, minor) == (9, 0))
 
 
-def _get_emulated() -> Library:
+def get_emulated() -> Library:
     if emulator.CXX is None:
         pytest.skip("no C++ compiler")
     return _emulated()
 
 
-def _get_on_gpu() -> Library:
+def get_on_gpu() -> Library:
     if not torch.cuda.is_available() or torch.version.hip:
         pytest.skip("no GPU of NVIDIA's")
     if NVCC is None:
@@ -108,8 +108,8 @@ def _get_on_gpu() -> Library:
 
 
 LIBRARIES = [
-    pytest.param(_get_emulated, id="emulated"),
-    pytest.param(_get_on_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.nvcc]),
+    pytest.param(get_emulated, id="emulated"),
+    pytest.param(get_on_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.nvcc]),
 ]
 
 

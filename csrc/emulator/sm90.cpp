@@ -442,7 +442,8 @@ void mbarrier_wait(Shared p, uint32_t parity, SiteId site) {
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, SiteId site) {
   Block& block = *current->block;
   const int bytes = int(map.box_rows) * 128;
-  if (to % 1024) fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)to);
+  if (to % 1024)
+    fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)to - kSharedBase);
   for (int64_t m = std::max(row, 0); m < std::min(row + map.box_rows, map.rows); ++m)
     for (int64_t n = std::max(column, 0); n < std::min(int64_t(column) + 64, map.columns); ++n)
       check_global(map.data + m * map.row_bytes + n * 2, 2, false, site);

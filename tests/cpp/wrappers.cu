@@ -159,7 +159,6 @@ FLATLORA_KERNEL(64, 1) turns(const uint8_t* in, uint8_t* out) {
   if (thread() == 0) {
     mbarrier_init(to_1, 32);
     mbarrier_init(to_0, 1);
-    fence_mbarrier_init();
   }
   sync_threads();
   for (int i = 0; i < 4; ++i) {
@@ -237,7 +236,7 @@ FLATLORA_KERNEL(256, 1) registers(const uint8_t* in, uint8_t* out) {
 }
 
 // `in`: the descriptors of a and b for each step, as if shared memory began at 0, then 32 KiB for a and as much for b.
-// The second half of the steps is a second group. All registers come out, thread by thread.
+// The first half of the steps makes one product, the second half is added to ones. All registers come out.
 template <int kRegisters, int kTransposed, class T>
 FLATLORA_KERNEL(128, 1)
 warpgroup_products(const uint8_t* in, uint8_t* out) {
@@ -254,10 +253,10 @@ warpgroup_products(const uint8_t* in, uint8_t* out) {
     store_shared(base + uint32_t(i), load_global<Words<4>>(in + 16 * kSteps + i));
   fence_proxy_async();
   sync_threads();
-  float d[kRegisters];
+  float low[kRegisters], high[kRegisters];
   FLATLORA_UNROLL
-  for (int i = 0; i < kRegisters; ++i) d[i] = 1e30f;
-  const auto group = [&](int first) {
+  for (int i = 0; i < kRegisters; ++i) low[i] = high[i] = 1.0f;
+  const auto group = [&](float (&d)[kRegisters], int first) {
     wgmma_fence();
     FLATLORA_UNROLL
     for (int i = first; i < first + kSteps / 2; ++i)
@@ -265,14 +264,19 @@ warpgroup_products(const uint8_t* in, uint8_t* out) {
                          uint64_t(steps[i].v[3]) << 32 | steps[i].v[2], i > 0, T{});
     wgmma_commit();
   };
-  wgmma_hold(d);
-  group(0);
-  group(kSteps / 2);
+  wgmma_hold(low);
+  wgmma_hold(high);
+  group(low, 0);
+  group(high, kSteps / 2);
+  out += thread() * kRegisters * 8;
   wgmma_wait<1>();
-  wgmma_wait<0>();
-  wgmma_hold(d);
+  wgmma_hold(low);
   FLATLORA_UNROLL
-  for (int i = 0; i < kRegisters; ++i) store_global(out + (thread() * kRegisters + i) * 4, d[i]);
+  for (int i = 0; i < kRegisters; ++i) store_global(out + i * 4, low[i]);
+  wgmma_wait<0>();
+  wgmma_hold(high);
+  FLATLORA_UNROLL
+  for (int i = 0; i < kRegisters; ++i) store_global(out + (kRegisters + i) * 4, high[i]);
 }
 
 #endif
