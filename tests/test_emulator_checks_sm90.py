@@ -47,9 +47,9 @@ CASES = {
     "copy_of_odd_size": "520 bytes",
     "copy_over_barrier": "overwrites a barrier",
     "source_written_too_early": "data race: ",
-    "distant_arrival_at_the_end": "has ended|may end before mbarrier_arrive_cluster"
+    "distant_arrival_at_the_end": "has ended|may end before mbarrier_arrive_cluster",
     "distant_arrival_waited_for": "",
-    "part_of_cluster": "waits for ever: cluster_sync|threads of the cluster have ended"
+    "part_of_cluster": "waits for ever: cluster_sync|threads of the cluster have ended",
     "registers": "",
     "registers_of_three": "",
     "registers_that_are_not_there": "registers_increase: the block has only",
