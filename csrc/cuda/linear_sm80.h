@@ -65,6 +65,7 @@ struct LinearTile {
   Quad quad;
   float next_scale[4];  // input gradient: of the step after
   float acc[kMI][kNI][4];
+  float stage_sum[kElement == 4 ? kMI : 1][kElement == 4 ? kNI : 1][4];
 
   FLATLORA_DEVICE explicit LinearTile(const LinearJob& j) : job(j) {}
 
@@ -116,9 +117,16 @@ struct LinearTile {
       }
     }
     FLATLORA_UNROLL
-    for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-    for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
-    for (int k = 0; k < 4; ++k) acc[i][j][k] = 0.0f;
+    for (int i = 0; i < kMI; ++i) {
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) {
+        FLATLORA_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          acc[i][j][k] = 0.0f;
+          if constexpr (kElement == 4) stage_sum[i][j][k] = 0.0f;
+        }
+      }
+    }
   }
 
   FLATLORA_DEVICE float scale_at(int64_t n) const {
@@ -161,20 +169,24 @@ struct LinearTile {
       FLATLORA_UNROLL
       for (int i = 0; i < kACopies; ++i) gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a + a_offset[i]);
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) FLATLORA_UNROLL
-      for (int p = 0; p < kChunkPieces; ++p) gpu::cp_async<16>(w_at(to_w, i, p), w + w_offset[i] + 16 * p);
+      for (int i = 0; i < 4; ++i) {
+        FLATLORA_UNROLL
+        for (int p = 0; p < kChunkPieces; ++p) gpu::cp_async<16>(w_at(to_w, i, p), w + w_offset[i] + 16 * p);
+      }
     } else {
       const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
       FLATLORA_UNROLL
       for (int i = 0; i < kACopies; ++i)
         gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a_valid ? a + a_offset[i] : job_data(), a_valid);
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) FLATLORA_UNROLL
-      for (int p = 0; p < kChunkPieces; ++p) {
-        const int64_t col = w_chunk * 8 + p * kPerPiece;
-        int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
-        if (kInputGrad && at + w_row + i >= end) valid = 0;
-        gpu::cp_async<16>(w_at(to_w, i, p), valid ? w + w_offset[i] + 16 * p : job_data(), valid);
+      for (int i = 0; i < 4; ++i) {
+        FLATLORA_UNROLL
+        for (int p = 0; p < kChunkPieces; ++p) {
+          const int64_t col = w_chunk * 8 + p * kPerPiece;
+          int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
+          if (kInputGrad && at + w_row + i >= end) valid = 0;
+          gpu::cp_async<16>(w_at(to_w, i, p), valid ? w + w_offset[i] + 16 * p : job_data(), valid);
+        }
       }
     }
   }
@@ -196,11 +208,13 @@ struct LinearTile {
     }
     const int64_t first_row = kInputGrad ? at : first_out, first_col = kInputGrad ? first_out : at;
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < 4; ++i) FLATLORA_NO_UNROLL
-    for (int p = 0; p < kChunkPieces; ++p)
-      gather_piece(w_at(w_stage(slot), i, p), args.weight.data, args.weight.row_stride, args.weight.col_stride,
-                   first_row + w_row + i, kInputGrad ? end : job.outputs, first_col + w_chunk * 8 + p * kPerPiece,
-                   kInputGrad ? job.outputs : end);
+    for (int i = 0; i < 4; ++i) {
+      FLATLORA_NO_UNROLL
+      for (int p = 0; p < kChunkPieces; ++p)
+        gather_piece(w_at(w_stage(slot), i, p), args.weight.data, args.weight.row_stride, args.weight.col_stride,
+                     first_row + w_row + i, kInputGrad ? end : job.outputs, first_col + w_chunk * 8 + p * kPerPiece,
+                     kInputGrad ? job.outputs : end);
+    }
   }
   FLATLORA_DEVICE void gather_piece(gpu::Shared to, const void* data, int64_t row_stride, int64_t col_stride,
                                     int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -291,12 +305,11 @@ struct LinearTile {
   }
   // Columns beyond the contraction have got noise, too.
   FLATLORA_DEVICE void clear_tail(gpu::Shared stage, int64_t at) {
-    if (kInputGrad || at + kTile.k <= job.length) return;
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < 4; ++i) FLATLORA_NO_UNROLL
-    for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < 32 && !kInputGrad && at + kTile.k > job.length; ++i) {
+      const int row = i / 8, j = i % 8;
       if (at + w_chunk * 8 + j < job.length) continue;
-      const gpu::Shared p = w_at(stage, i, j / kPerPiece) + uint32_t(j % kPerPiece * kElement);
+      const gpu::Shared p = w_at(stage, row, j / kPerPiece) + uint32_t(j % kPerPiece * kElement);
       if constexpr (kElement == 4) {
         gpu::store_shared(p, 0u);
       } else {
@@ -342,11 +355,13 @@ struct LinearTile {
       }
     } else {
       FLATLORA_UNROLL
-      for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t col = warp_n + j * 8 + lane / 4;
-        f.b[j][h] =
-            gpu::load_shared<uint32_t>(b_tile + place(kWRowBytes, step * 8 + h * 4 + lane % 4, col / 4) + col % 4 * 4);
+      for (int j = 0; j < kNI; ++j) {
+        FLATLORA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t col = warp_n + j * 8 + lane / 4;
+          f.b[j][h] = gpu::load_shared<uint32_t>(b_tile + place(kWRowBytes, step * 8 + h * 4 + lane % 4, col / 4) +
+                                                 col % 4 * 4);
+        }
       }
     }
   }
@@ -354,34 +369,72 @@ struct LinearTile {
   FLATLORA_DEVICE void multiply(Fragments& f) {
     if constexpr (kElement == 2) {
       FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-      for (int j = 0; j < kNI; ++j) gpu::mma(acc[i][j], f.a[i], f.b[j], T{});
-    } else {
-      // Two tf32 numbers hold a float to 2^-22: the products of one large with one small part come first.
-      Fragments small;
-      FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-      for (int k = 0; k < 4; ++k) split(f.a[i][k], small.a[i][k]);
-      FLATLORA_UNROLL
-      for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
-      for (int k = 0; k < 2; ++k) split(f.b[j][k], small.b[j][k]);
-      if (!job.tf32) {
+      for (int i = 0; i < kMI; ++i) {
         FLATLORA_UNROLL
-        for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-        for (int j = 0; j < kNI; ++j) {
-          gpu::mma_tf32(acc[i][j], small.a[i], f.b[j]);
-          gpu::mma_tf32(acc[i][j], f.a[i], small.b[j]);
-        }
+        for (int j = 0; j < kNI; ++j) gpu::mma(acc[i][j], f.a[i], f.b[j], T{});
+      }
+    } else {
+      Fragments small, last;
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) {
+        FLATLORA_UNROLL
+        for (int k = 0; k < 4; ++k) split(f.a[i][k], small.a[i][k], last.a[i][k]);
       }
       FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-      for (int j = 0; j < kNI; ++j) gpu::mma_tf32(acc[i][j], f.a[i], f.b[j]);
+      for (int j = 0; j < kNI; ++j) {
+        FLATLORA_UNROLL
+        for (int k = 0; k < 2; ++k) split(f.b[j][k], small.b[j][k], last.b[j][k]);
+      }
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) {
+        FLATLORA_UNROLL
+        for (int j = 0; j < kNI; ++j) {
+          if (job.tf32) {
+            gpu::mma_tf32(stage_sum[i][j], f.a[i], f.b[j]);
+          } else {
+            multiply_exactly(stage_sum[i][j], i, j, f, small, last);
+          }
+        }
+      }
     }
   }
-  FLATLORA_DEVICE void split(uint32_t& x, uint32_t& rest) const {
+  // Two tf32 numbers hold a float but for its last bit. Sums grow outside of the tensor cores, which do not round them
+  // to nearest. Infinities have no small part.
+  FLATLORA_DEVICE void multiply_exactly(float (&to)[4], int i, int j, const Fragments& large, const Fragments& small,
+                                        const Fragments& last) const {
+    float product[4] = {};
+    gpu::mma_tf32(product, last.a[i], large.b[j]);
+    gpu::mma_tf32(product, large.a[i], last.b[j]);
+    gpu::mma_tf32(product, small.a[i], large.b[j]);
+    gpu::mma_tf32(product, large.a[i], small.b[j]);
+    FLATLORA_UNROLL
+    for (int k = 0; k < 4; ++k) product[k] = fabsf(product[k]) < INFINITY ? product[k] : 0.0f;
+    gpu::mma_tf32(product, large.a[i], large.b[j]);
+    FLATLORA_UNROLL
+    for (int k = 0; k < 4; ++k) to[k] += product[k];
+  }
+  // float32: long sums are sums of the stages' sums.
+  FLATLORA_DEVICE void end_stage() {
+    if constexpr (kElement == 4) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < kMI; ++i) {
+        FLATLORA_UNROLL
+        for (int j = 0; j < kNI; ++j) {
+          FLATLORA_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            acc[i][j][k] += stage_sum[i][j][k];
+            stage_sum[i][j][k] = 0.0f;
+          }
+        }
+      }
+    }
+  }
+  FLATLORA_DEVICE void split(uint32_t& x, uint32_t& small, uint32_t& last) const {
     const float whole = as_float(x);
     x = gpu::to_tf32(whole);
-    rest = gpu::to_tf32(whole - as_float(x));
+    const float rest = whole - as_float(x);
+    small = gpu::to_tf32(rest);
+    last = as_int(rest - as_float(small));
   }
 
   // scaling u L^T, through the stage `slot`.
@@ -426,12 +479,17 @@ struct LinearTile {
         load_fragments<false>(f, a_stage(slot), w_stage(slot), step);
         multiply(f);
       }
+      end_stage();
       gpu::sync_threads();
     }
     FLATLORA_UNROLL
-    for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-    for (int j = 0; j < kNI; ++j) FLATLORA_UNROLL
-    for (int k = 0; k < 4; ++k) acc[i][j][k] *= float(args.scaling);
+    for (int i = 0; i < kMI; ++i) {
+      FLATLORA_UNROLL
+      for (int j = 0; j < kNI; ++j) {
+        FLATLORA_UNROLL
+        for (int k = 0; k < 4; ++k) acc[i][j][k] *= float(args.scaling);
+      }
+    }
   }
 
   FLATLORA_DEVICE void store_pair(void* y, int64_t at, bool pair, float even, float odd, bool two) const {
@@ -473,20 +531,22 @@ struct LinearTile {
         if (two) bias[1] = float_at(args.bias, args.bias_dtype, (c + 1) * args.bias_stride);
       }
       FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) FLATLORA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int64_t r = row + i * 16 + h * 8;
-        if (r >= last_m) continue;
-        const float even = acc[i][j][2 * h] + bias[0], odd = acc[i][j][2 * h + 1] + bias[1];
-        if (job.parts == 1) {
-          store_pair(args.y, r * job.outputs + c, even_rows, even, odd, two);
-        } else {
-          float* const p = job.partial + (part * args.M + r) * job.outputs + c;
-          if (even_rows) {
-            gpu::store_global(p, gpu::Words<2>{{as_int(even), as_int(odd)}});
+      for (int i = 0; i < kMI; ++i) {
+        FLATLORA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int64_t r = row + i * 16 + h * 8;
+          if (r >= last_m) continue;
+          const float even = acc[i][j][2 * h] + bias[0], odd = acc[i][j][2 * h + 1] + bias[1];
+          if (job.parts == 1) {
+            store_pair(args.y, r * job.outputs + c, even_rows, even, odd, two);
           } else {
-            gpu::store_global(p, even);
-            if (two) gpu::store_global(p + 1, odd);
+            float* const p = job.partial + (part * args.M + r) * job.outputs + c;
+            if (even_rows) {
+              gpu::store_global(p, gpu::Words<2>{{as_int(even), as_int(odd)}});
+            } else {
+              gpu::store_global(p, even);
+              if (two) gpu::store_global(p + 1, odd);
+            }
           }
         }
       }
@@ -534,6 +594,7 @@ struct LinearTile {
         noise_turn(pass, step);
       }
       noise_loads(pass, kSteps);
+      end_stage();
       clear_tail(pass.stage, at + kTile.k);
       gpu::sync_threads();
       slot = next;
