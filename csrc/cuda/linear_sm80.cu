@@ -36,13 +36,12 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   job.length = args.input_grad ? args.N : args.K;
   job.rows_per_sample = args.M / args.noise.samples;
   job.tf32 = gpu.tf32;
-  job.copies = can_copy(args.a, args.a_row_stride, args.a_col_stride, element) &&
-               can_copy(args.weight.data, args.weight.row_stride, args.weight.col_stride, element);
   job.any_row = static_cast<Noise>(args.noise.kind) == Noise::kRademacher && args.noise.row_offset % 4 != 0;
-
-  const bool regular = job.copies && !job.any_row;
-  plan.config = choose_config(element, job.rows_per_sample, regular, gpu.shared_limit);
-  if (gpu.config >= 0 && gpu.config < kConfigs && regular && (element == 2 || gpu.config >= kAny))
+  job.copies = can_copy(args.a, args.a_row_stride, args.a_col_stride, element) &&
+               can_copy(args.weight.data, args.weight.row_stride, args.weight.col_stride, element) &&
+               args.noise.scale_stride == 1 && !job.any_row;
+  plan.config = choose_config(element, job.rows_per_sample, job.copies, gpu.shared_limit);
+  if (gpu.config >= 0 && gpu.config < kConfigs && job.copies && (element == 2 || gpu.config >= kAny))
     plan.config = static_cast<Config>(gpu.config);
   const Tile& tile = kTiles[plan.config];
 

@@ -58,12 +58,16 @@ struct LinearTile {
   gpu::Shared stages;
   int64_t first_m, last_m, first_out;
   int64_t begin, end;  // of the contraction, in this part
-  // What this thread copies: pieces of rows of `a`, and four rows of a chunk of W.
+  // What this thread copies: pieces of rows of `a`, and four rows of a chunk of W. Where from: for the next step, what
+  // all threads share and the thread's offsets; where to: in a stage.
   uint32_t a_piece, a_row, w_chunk, w_row;
+  const char *a_from, *w_from;
   uint32_t a_offset[kACopies], w_offset[4];
+  uint32_t a_place, w_place;
   Draw draw;
   Quad quad;
-  float next_scale[4];  // input gradient: of the step after
+  const float* scale_from;  // input gradient: of the next step, of which `next_scale` is
+  float next_scale[4];
   float acc[kMI][kNI][4];
   float stage_sum[kElement == 4 ? kMI : 1][kElement == 4 ? kNI : 1][4];
 
@@ -72,21 +76,22 @@ struct LinearTile {
   FLATLORA_DEVICE gpu::Shared a_stage(int slot) const { return stages + uint32_t(slot) * kStageBytes; }
   FLATLORA_DEVICE gpu::Shared w_stage(int slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared w_at(gpu::Shared stage, int row, int piece) const {
-    return stage + place(kWRowBytes, w_row + uint32_t(row), w_chunk * kChunkPieces + uint32_t(piece));
+    return stage + (w_place ^ uint32_t(row << 5 | piece << 4)) + uint32_t(row) * kWRowBytes;
   }
 
   // The tile of this block.
   FLATLORA_DEVICE void begin_tile() {
-    constexpr int64_t kGroup = 8;  // tiles of rows that take turns on one tile of W, for the L2 cache
-    const int64_t tiles = job.tiles_m * job.tiles_n;
-    const int64_t part = gpu::block() / tiles, tile = gpu::block() % tiles;
-    const int64_t group = tile / (kGroup * job.tiles_n), first = group * kGroup;
-    const int64_t height = smaller(job.tiles_m - first, kGroup), within = tile % (kGroup * job.tiles_n);
-    const int64_t tile_m = first + within % height, tile_n = within / height;
-    const int64_t sample = tile_m / job.tiles_per_sample;
-    first_m = sample * job.rows_per_sample + tile_m % job.tiles_per_sample * kTile.m;
+    constexpr uint32_t kGroup = 8;  // tiles of rows that take turns on one tile of W, for the L2 cache
+    const uint32_t tiles_m = uint32_t(job.tiles_m), tiles_n = uint32_t(job.tiles_n), block = uint32_t(gpu::block());
+    const uint32_t tile = block % (tiles_m * tiles_n), first = tile / (kGroup * tiles_n) * kGroup;
+    const uint32_t height = tiles_m - first < kGroup ? tiles_m - first : kGroup, within = tile % (kGroup * tiles_n);
+    const uint32_t tile_m = first + within % height, tiles_per_sample = uint32_t(job.tiles_per_sample);
+    // So that the compiler knows that all threads have the same.
+    const int part = gpu::uniform(int(block / (tiles_m * tiles_n))), tile_n = gpu::uniform(int(within / height));
+    const int sample = gpu::uniform(int(tile_m / tiles_per_sample));
+    first_m = sample * job.rows_per_sample + gpu::uniform(int(tile_m % tiles_per_sample)) * int64_t(kTile.m);
     last_m = (sample + 1) * job.rows_per_sample;  // a tile sees the noise of one sample
-    first_out = tile_n * kTile.n;
+    first_out = tile_n * int64_t(kTile.n);
     begin = part * job.steps_per_part * kTile.k;
     end = smaller(begin + job.steps_per_part * kTile.k, job.length);
     stages = gpu::shared_base();
@@ -97,8 +102,15 @@ struct LinearTile {
     a_row = thread / kAPieces;
     w_chunk = thread % kWChunks;
     w_row = thread / kWChunks * 4;
-    const uint32_t a_stride = uint32_t(job.args.a_row_stride) * kElement;
-    const uint32_t w_stride = uint32_t(job.args.weight.row_stride) * kElement;
+    a_place = place(kRowBytes, a_row, a_piece);
+    w_place = place(kWRowBytes, w_row, w_chunk * kChunkPieces);
+    const LinearArgs& args = job.args;
+    const int64_t w_row_stride = args.weight.row_stride;
+    const int64_t w_first = kInputGrad ? begin * w_row_stride + first_out : first_out * w_row_stride + begin;
+    a_from = static_cast<const char*>(args.a) + (first_m * args.a_row_stride + begin) * kElement;
+    w_from = static_cast<const char*>(args.weight.data) + w_first * kElement;
+    scale_from = args.noise.scale + (begin + w_row) * args.noise.scale_stride;
+    const uint32_t a_stride = uint32_t(args.a_row_stride) * kElement, w_stride = uint32_t(w_row_stride) * kElement;
     // Rows beyond the edge are those of the last one again; they are not stored.
     FLATLORA_UNROLL
     for (int i = 0; i < kACopies; ++i)
@@ -134,10 +146,18 @@ struct LinearTile {
   }
 
   // noise_scale of the rows of W at `at` of the contraction, early enough for `set_step`.
+  template <bool kEdge>
   FLATLORA_DEVICE void load_scales(int64_t at) {
     if constexpr (kInputGrad) {
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) next_scale[i] = at + w_row + i < end ? scale_at(at + w_row + i) : 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kEdge) {
+          next_scale[i] = at + w_row + i < end ? scale_at(at + w_row + i) : 0.0f;
+        } else {
+          next_scale[i] = gpu::load_global<float>(scale_from + i);
+        }
+      }
+      scale_from += kTile.k * job.args.noise.scale_stride;
     }
   }
   FLATLORA_DEVICE void set_step(int64_t at) {
@@ -153,45 +173,47 @@ struct LinearTile {
 
   // --- Copies ---
 
-  // Columns `at` to at + kTile.k of the contraction; zeros beyond `end`.
+  // Columns `at` to at + kTile.k of the contraction, each step once and in order. kEdge: zeros beyond `end`, no access
+  // beyond a row.
+  template <bool kEdge>
   FLATLORA_DEVICE void copy(int64_t at, int slot) {
-    if (kConfig == kAny && !job.copies) {
+    if (kEdge && kConfig == kAny && !job.copies) {
       gather(at, slot);
-      return;
-    }
-    const int64_t a_at = first_m * job.args.a_row_stride + at;
-    const int64_t w_stride = job.args.weight.row_stride;
-    const int64_t w_at_ = kInputGrad ? at * w_stride + first_out : first_out * w_stride + at;
-    const char* const a = static_cast<const char*>(job.args.a) + a_at * kElement;
-    const char* const w = static_cast<const char*>(job.args.weight.data) + w_at_ * kElement;
-    const gpu::Shared to_a = a_stage(slot) + place(kRowBytes, a_row, a_piece), to_w = w_stage(slot);
-    if (at + kTile.k <= end && (!kInputGrad || first_out + kTile.n <= job.outputs)) {
-      FLATLORA_UNROLL
-      for (int i = 0; i < kACopies; ++i) gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a + a_offset[i]);
-      FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        FLATLORA_UNROLL
-        for (int p = 0; p < kChunkPieces; ++p) gpu::cp_async<16>(w_at(to_w, i, p), w + w_offset[i] + 16 * p);
-      }
+    } else if constexpr (kEdge) {
+      copy_edge(at, slot);
     } else {
-      const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
       FLATLORA_UNROLL
       for (int i = 0; i < kACopies; ++i)
-        gpu::cp_async<16>(to_a + i * kARowStep * kRowBytes, a_valid ? a + a_offset[i] : job_data(), a_valid);
+        gpu::cp_async<16>(a_stage(slot) + a_place + i * kARowStep * kRowBytes, a_from + a_offset[i]);
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
         FLATLORA_UNROLL
-        for (int p = 0; p < kChunkPieces; ++p) {
-          const int64_t col = w_chunk * 8 + p * kPerPiece;
-          int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
-          if (kInputGrad && at + w_row + i >= end) valid = 0;
-          gpu::cp_async<16>(w_at(to_w, i, p), valid ? w + w_offset[i] + 16 * p : job_data(), valid);
-        }
+        for (int p = 0; p < kChunkPieces; ++p)
+          gpu::cp_async<16>(w_at(w_stage(slot), i, p), w_from + w_offset[i] + 16 * p);
+      }
+    }
+    gpu::cp_async_commit();
+    a_from += kTile.k * kElement;
+    w_from += kTile.k * kElement * (kInputGrad ? job.args.weight.row_stride : 1);
+  }
+  FLATLORA_DEVICE void copy_edge(int64_t at, int slot) {
+    const char* const nothing = static_cast<const char*>(job.args.weight.data);
+    const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
+    FLATLORA_UNROLL
+    for (int i = 0; i < kACopies; ++i)
+      gpu::cp_async<16>(a_stage(slot) + a_place + i * kARowStep * kRowBytes, a_valid ? a_from + a_offset[i] : nothing,
+                        a_valid);
+    FLATLORA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      FLATLORA_UNROLL
+      for (int p = 0; p < kChunkPieces; ++p) {
+        const int64_t col = w_chunk * 8 + p * kPerPiece;
+        int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
+        if (kInputGrad && at + w_row + i >= end) valid = 0;
+        gpu::cp_async<16>(w_at(w_stage(slot), i, p), valid ? w_from + w_offset[i] + 16 * p : nothing, valid);
       }
     }
   }
-  // An address for copies of nothing.
-  FLATLORA_DEVICE const char* job_data() const { return static_cast<const char*>(job.args.weight.data); }
   // Bytes of the piece at column `at` that lie before column `last`.
   FLATLORA_DEVICE int bytes_before(int64_t last, int64_t at) const {
     return int(smaller(last - at > 0 ? last - at : 0, kPerPiece)) * kElement;
@@ -203,8 +225,8 @@ struct LinearTile {
     FLATLORA_NO_UNROLL
     for (int i = 0; i < kACopies; ++i) {
       const uint32_t row = a_row + uint32_t(i * kARowStep);
-      gather_piece(a_stage(slot) + place(kRowBytes, row, a_piece), args.a, args.a_row_stride, args.a_col_stride,
-                   first_m + row, last_m, at + a_piece * kPerPiece, end);
+      gather_piece(a_stage(slot) + a_place + uint32_t(i * kARowStep) * kRowBytes, args.a, args.a_row_stride,
+                   args.a_col_stride, first_m + row, last_m, at + a_piece * kPerPiece, end);
     }
     const int64_t first_row = kInputGrad ? at : first_out, first_col = kInputGrad ? first_out : at;
     FLATLORA_NO_UNROLL
@@ -279,6 +301,7 @@ struct LinearTile {
       }
     }
   }
+  template <bool kEdge>
   FLATLORA_DEVICE void noise_turn(Pass& pass, int turn) {
     if (turn % kStride != 0) return;
     const int row = turn / kStride;
@@ -288,7 +311,7 @@ struct LinearTile {
       philox(draw, key, pass.block, words);
       add_gaussian<T>(pass.w[row], words[0], quad.factor[row]);
     } else if (row == 1) {
-      if (kConfig == kAny && job.any_row) {
+      if (kEdge && kConfig == kAny && job.any_row) {
         perturb_quad<kNoise, T, true>(pass.w, draw, quad, pass.block);
       } else {
         perturb_quad<kNoise, T>(pass.w, draw, quad, pass.block);
@@ -299,7 +322,7 @@ struct LinearTile {
     FLATLORA_UNROLL
     for (int turn = 0; turn < kSteps; ++turn) {
       noise_loads(pass, turn);
-      noise_turn(pass, turn);
+      noise_turn<true>(pass, turn);
     }
     noise_loads(pass, kSteps);
   }
@@ -374,26 +397,26 @@ struct LinearTile {
         for (int j = 0; j < kNI; ++j) gpu::mma(acc[i][j], f.a[i], f.b[j], T{});
       }
     } else {
-      Fragments small, last;
-      FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) {
+      if (job.tf32) {
         FLATLORA_UNROLL
-        for (int k = 0; k < 4; ++k) split(f.a[i][k], small.a[i][k], last.a[i][k]);
-      }
-      FLATLORA_UNROLL
-      for (int j = 0; j < kNI; ++j) {
+        for (int i = 0; i < 4 * kMI; ++i) f.a[i / 4][i % 4] = gpu::to_tf32(as_float(f.a[i / 4][i % 4]));
         FLATLORA_UNROLL
-        for (int k = 0; k < 2; ++k) split(f.b[j][k], small.b[j][k], last.b[j][k]);
-      }
-      FLATLORA_UNROLL
-      for (int i = 0; i < kMI; ++i) {
+        for (int j = 0; j < 2 * kNI; ++j) f.b[j / 2][j % 2] = gpu::to_tf32(as_float(f.b[j / 2][j % 2]));
         FLATLORA_UNROLL
-        for (int j = 0; j < kNI; ++j) {
-          if (job.tf32) {
-            gpu::mma_tf32(stage_sum[i][j], f.a[i], f.b[j]);
-          } else {
-            multiply_exactly(stage_sum[i][j], i, j, f, small, last);
-          }
+        for (int i = 0; i < kMI; ++i) {
+          FLATLORA_UNROLL
+          for (int j = 0; j < kNI; ++j) gpu::mma_tf32(stage_sum[i][j], f.a[i], f.b[j]);
+        }
+      } else {
+        Fragments small, last;
+        FLATLORA_UNROLL
+        for (int i = 0; i < 4 * kMI; ++i) split(f.a[i / 4][i % 4], small.a[i / 4][i % 4], last.a[i / 4][i % 4]);
+        FLATLORA_UNROLL
+        for (int j = 0; j < 2 * kNI; ++j) split(f.b[j / 2][j % 2], small.b[j / 2][j % 2], last.b[j / 2][j % 2]);
+        FLATLORA_UNROLL
+        for (int i = 0; i < kMI; ++i) {
+          FLATLORA_UNROLL
+          for (int j = 0; j < kNI; ++j) multiply_exactly(stage_sum[i][j], i, j, f, small, last);
         }
       }
     }
@@ -518,7 +541,7 @@ struct LinearTile {
     const int lane = gpu::lane(), warp = gpu::warp();
     const int64_t row = first_m + warp / kTile.warps_n * kWarpM + lane / 4;
     const int64_t col = first_out + warp % kTile.warps_n * kWarpN + lane % 4 * 2;
-    const int64_t part = gpu::block() / (job.tiles_m * job.tiles_n);
+    const int64_t part = begin / (job.steps_per_part * kTile.k);
     const bool even_rows = job.outputs % 2 == 0;
     FLATLORA_UNROLL
     for (int j = 0; j < kNI; ++j) {
@@ -553,14 +576,39 @@ struct LinearTile {
     }
   }
 
+  // Multiplies what `slot` holds of the contraction from `at` on and makes the next stage ready. kEdge: where any of
+  // the steps under way is not a whole one.
+  template <bool kEdge>
+  FLATLORA_DEVICE void step(int64_t at, int& slot) {
+    const int next = slot + 1 == kStages ? 0 : slot + 1, free = slot == 0 ? kStages - 1 : slot - 1;
+    gpu::cp_async_wait<kStages - 3>();
+    copy<kEdge>(at + (kStages - 1) * kTile.k, free);
+
+    Pass pass;
+    pass.stage = w_stage(next);
+    pass.block = block_at(at + kTile.k);
+    set_step(at + kTile.k);
+    load_scales<kEdge>(at + 2 * kTile.k);
+    FLATLORA_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      Fragments f;
+      load_fragments<kInputGrad>(f, a_stage(slot), w_stage(slot), i);
+      noise_loads(pass, i);
+      multiply(f);
+      noise_turn<kEdge>(pass, i);
+    }
+    noise_loads(pass, kSteps);
+    end_stage();
+    if constexpr (kEdge) clear_tail(pass.stage, at + kTile.k);
+    gpu::sync_threads();
+    slot = next;
+  }
+
   FLATLORA_DEVICE void run() {
     begin_tile();
     FLATLORA_NO_UNROLL
-    for (int slot = 0; slot < kStages - 1; ++slot) {
-      copy(begin + slot * kTile.k, slot);
-      gpu::cp_async_commit();
-    }
-    load_scales(begin);
+    for (int i = 0; i < kStages - 1; ++i) copy<true>(begin + i * kTile.k, i);
+    load_scales<true>(begin);
     if (begin == 0 && job.args.rank > 0) adapter(kStages - 1);
 
     Pass pass;
@@ -568,37 +616,19 @@ struct LinearTile {
     pass.stage = w_stage(0);
     pass.block = block_at(begin);
     set_step(begin);
-    load_scales(begin + kTile.k);
+    load_scales<true>(begin + kTile.k);
     all_noise(pass);
     clear_tail(pass.stage, begin);
     gpu::sync_threads();
 
+    const bool whole = job.copies && (!kInputGrad || first_out + kTile.n <= job.outputs);
+    const int64_t last_whole = whole ? end - kStages * kTile.k : -1;  // all that it needs is inside
+    int64_t at = begin;
     int slot = 0;
     FLATLORA_NO_UNROLL
-    for (int64_t at = begin; at < end; at += kTile.k) {
-      const int next = slot + 1 == kStages ? 0 : slot + 1, free = slot == 0 ? kStages - 1 : slot - 1;
-      gpu::cp_async_wait<kStages - 3>();
-      copy(at + (kStages - 1) * kTile.k, free);
-      gpu::cp_async_commit();
-
-      pass.stage = w_stage(next);
-      pass.block = block_at(at + kTile.k);
-      set_step(at + kTile.k);
-      load_scales(at + 2 * kTile.k);
-      FLATLORA_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        Fragments f;
-        load_fragments<kInputGrad>(f, a_stage(slot), w_stage(slot), step);
-        noise_loads(pass, step);
-        multiply(f);
-        noise_turn(pass, step);
-      }
-      noise_loads(pass, kSteps);
-      end_stage();
-      clear_tail(pass.stage, at + kTile.k);
-      gpu::sync_threads();
-      slot = next;
-    }
+    for (; at <= last_whole; at += kTile.k) step<false>(at, slot);
+    FLATLORA_NO_UNROLL
+    for (; at < end; at += kTile.k) step<true>(at, slot);
     store();
   }
 };

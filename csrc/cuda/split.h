@@ -14,7 +14,6 @@ add_parts_kernel(const FLATLORA_GRID_CONSTANT LinearJob job) {
   const int64_t count = args.M * job.outputs;
   for (int64_t i = gpu::block() * kSplitThreads + gpu::thread(); i < count; i += gpu::blocks() * kSplitThreads) {
     float sum = gpu::load_global<float>(job.partial + i);
-#pragma unroll 8
     for (int64_t part = 1; part < job.parts; ++part) sum += gpu::load_global<float>(job.partial + part * count + i);
     if (args.bias != nullptr) sum += float_at(args.bias, args.bias_dtype, i % job.outputs * args.bias_stride);
     if constexpr (sizeof(T) == 4) {
