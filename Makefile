@@ -43,6 +43,11 @@ interpret-half:
 interpret-rest:
 	$(INTERPRET) $(PYTEST_ARGS) $(HALF:%=--ignore=%)
 
+# What nvcc makes of the CUDA kernels, without a GPU: two architectures, or with FLATLORA_COMPILE=all all.
+.PHONY: test-cuda-compile
+test-cuda-compile: install
+	$(PY) -m pytest $(PYTEST_ARGS) tests/test_cuda_compile.py
+
 # What compilers make of the Triton kernels, without a GPU: the oldest supported Triton, and the environment's.
 .PHONY: test-compile
 test-compile: install build/triton-3.6.0/.installed
@@ -52,8 +57,9 @@ build/triton-3.6.0/.installed: | install
 	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
 	@touch $@
 
-# The CUDA kernels on the CPU; no nvcc is needed.
-.PHONY: emulator emulator-sanitized
+# The CUDA kernels on the CPU, without nvcc: the whole matrix, and beside it what tests the emulator and the kernels' use
+# of the machine, some of that with AddressSanitizer and UndefinedBehaviorSanitizer.
+.PHONY: emulator emulator-sanitized test-emulator emulate-matrix emulate-machine
 EMULATOR_CMAKE = cmake -S . -B $(1)/cmake -DFLATLORA_BUILD=emulator -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(1) \
   $(2) > $(1).log && cmake --build $(1)/cmake --target flatlora_cuda_emulated --parallel 2
 emulator:
@@ -62,6 +68,18 @@ emulator:
 emulator-sanitized:
 	@mkdir -p build
 	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=ON)
+
+EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
+MACHINE_TESTS := $(wildcard tests/test_emulator*.py tests/test_wrappers.py)
+SANITIZED := LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 FLATLORA_SANITIZE=1 FLATLORA_EMULATOR=build/emulator-sanitized/libflatlora_cuda_emulated.so
+test-emulator: install emulator
+	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
+emulate-matrix:
+	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
+emulate-machine: emulator-sanitized
+	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
+	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py -m emulator -k small_shapes
 
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)
