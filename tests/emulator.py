@@ -35,6 +35,7 @@ class Site(NamedTuple):
 
     kind: str  # the wrapper's name
     file: str
+    function: str
     line: int
     synchronises: bool
     visits: int
@@ -70,8 +71,8 @@ class Emulator:
         """Every site that launches since the last call went through."""
         lines = self.library.flatlora_emulator_statistics().decode().splitlines()
         return [
-            Site(kind, file, int(line), bool(int(synchronises)), *map(int, counts))
-            for kind, file, line, synchronises, *counts in map(str.split, lines)
+            Site(kind, file, function, int(line), bool(int(synchronises)), *map(int, counts))
+            for kind, file, function, line, synchronises, *counts in (line.split("\t") for line in lines)
         ]
 
     @contextlib.contextmanager

@@ -86,7 +86,7 @@ Thread* current = nullptr;
 namespace {
 
 struct SiteInfo {
-  std::string kind, file;
+  std::string kind, file, function;
   int line;
   bool synchronises = false;
   int64_t visits = 0, instances = 0, conflicts = 0;
@@ -324,7 +324,7 @@ SiteId site_id(const char* kind, Site site) {
       if (sites[i].kind == kind && sites[i].file == file && sites[i].line == site.line) s.id = SiteId(i);
     if (!s.id) {
       s.id = SiteId(sites.size());
-      sites.push_back({kind, file, site.line});
+      sites.push_back({kind, file, site.function, site.line});
       match_fault();
     }
     s.kind = kind;
@@ -478,7 +478,7 @@ void fence_proxies(Thread& t) {
 }
 
 static void check_bounds(Block& block, Shared p, int bytes, int alignment, SiteId site) {
-  if (p < kSharedBase || p - kSharedBase + uint64_t(bytes) > block.memory.size())
+  if (p - kSharedBase + uint64_t(bytes) > block.memory.size())
     fail("%s: %s, %d bytes at %lld of %zu bytes of shared memory", name(*current).c_str(), name(site).c_str(), bytes,
          (long long)p - kSharedBase, block.memory.size());
   if (p % alignment)
@@ -696,16 +696,19 @@ FLATLORA_EXPORT void flatlora_emulator_fault(const char* kind, const char* file,
 // What broke the rules in the last launch.
 FLATLORA_EXPORT const char* flatlora_emulator_report() { return report.c_str(); }
 
-// Of all launches since the last call, a line for each site: kind, file, line, whether it synchronises, how often
-// threads went through it if so, phases of shared memory and what bank conflicts added to them.
+// Of all launches since the last call, a line for each site: kind, file, function, line, whether it synchronises, how
+// often threads went through it if so, phases of shared memory and what bank conflicts added to them.
 FLATLORA_EXPORT const char* flatlora_emulator_statistics() {
   static std::string text;
   text.clear();
   for (size_t i = 1; i < sites.size(); ++i) {
     SiteInfo& s = sites[i];
-    if (s.visits || s.instances)
-      text += s.kind + " " + s.file + " " + std::to_string(s.line) + " " + std::to_string(int(s.synchronises)) + " " +
-              std::to_string(s.visits) + " " + std::to_string(s.instances) + " " + std::to_string(s.conflicts) + "\n";
+    if (s.visits || s.instances) {
+      text += s.kind + "\t" + s.file + "\t" + s.function;
+      for (int64_t count : {int64_t(s.line), int64_t(s.synchronises), s.visits, s.instances, s.conflicts})
+        text += "\t" + std::to_string(count);
+      text += "\n";
+    }
     s.visits = s.instances = s.conflicts = 0;
   }
   return text.c_str();

@@ -33,10 +33,13 @@ namespace emulated {
 
 // Where in a kernel an instruction stands. Each wrapper takes one by default: `Site site = here()`.
 struct Site {
-  const char* file;
+  const char *file, *function;
   int line;
 };
-constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+constexpr Site here(const char* file = __builtin_FILE(), const char* function = __builtin_FUNCTION(),
+                    int line = __builtin_LINE()) {
+  return {file, function, line};
+}
 
 // (instruction, site) as a small number; `kind` is the wrapper's name.
 using SiteId = uint16_t;
