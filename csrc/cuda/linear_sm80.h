@@ -49,6 +49,7 @@ struct LinearTile {
   static constexpr uint32_t kWRowBytes = kWCols * kElement;
   static constexpr int kWChunks = kWCols / 8;
   static constexpr uint32_t kABytes = kTile.m * kRowBytes, kStageBytes = kTile.stage_bytes(kElement);
+  static constexpr uint32_t kLastSlot = (kStages - 1) * kStageBytes;  // a slot is where a stage begins
   static constexpr int kWarpM = kTile.m / kTile.warps_m, kWarpN = kTile.n / kTile.warps_n;
   static constexpr int kMI = kWarpM / 16, kNI = kWarpN / 8;
   static constexpr int kAPieces = kRowBytes / 16, kARowStep = kThreads / kAPieces, kACopies = kTile.m / kARowStep;
@@ -73,8 +74,8 @@ struct LinearTile {
 
   FLATLORA_DEVICE explicit LinearTile(const LinearJob& j) : job(j) {}
 
-  FLATLORA_DEVICE gpu::Shared a_stage(int slot) const { return stages + uint32_t(slot) * kStageBytes; }
-  FLATLORA_DEVICE gpu::Shared w_stage(int slot) const { return a_stage(slot) + kABytes; }
+  FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot; }
+  FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared w_at(gpu::Shared stage, int row, int piece) const {
     return stage + (w_place ^ uint32_t(row << 5 | piece << 4)) + uint32_t(row) * kWRowBytes;
   }
@@ -168,7 +169,7 @@ struct LinearTile {
     }
   }
   FLATLORA_DEVICE BlockKey block_at(int64_t at) const {
-    return block_key(draw, uint32_t((kInputGrad ? first_out : at) >> 3) + w_chunk);
+    return block_key(draw, (uint32_t(kInputGrad ? first_out : at) >> 3) + w_chunk);
   }
 
   // --- Copies ---
@@ -176,7 +177,7 @@ struct LinearTile {
   // Columns `at` to at + kTile.k of the contraction, each step once and in order. kEdge: zeros beyond `end`, no access
   // beyond a row.
   template <bool kEdge>
-  FLATLORA_DEVICE void copy(int64_t at, int slot) {
+  FLATLORA_DEVICE void copy(int64_t at, uint32_t slot) {
     if (kEdge && kConfig == kAny && !job.copies) {
       gather(at, slot);
     } else if constexpr (kEdge) {
@@ -196,7 +197,7 @@ struct LinearTile {
     a_from += kTile.k * kElement;
     w_from += kTile.k * kElement * (kInputGrad ? job.args.weight.row_stride : 1);
   }
-  FLATLORA_DEVICE void copy_edge(int64_t at, int slot) {
+  FLATLORA_DEVICE void copy_edge(int64_t at, uint32_t slot) {
     const char* const nothing = static_cast<const char*>(job.args.weight.data);
     const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
     FLATLORA_UNROLL
@@ -220,7 +221,7 @@ struct LinearTile {
   }
 
   // The same element by element, for any strides and alignment.
-  FLATLORA_DEVICE void gather(int64_t at, int slot) {
+  FLATLORA_DEVICE void gather(int64_t at, uint32_t slot) {
     const LinearArgs& args = job.args;
     FLATLORA_NO_UNROLL
     for (int i = 0; i < kACopies; ++i) {
@@ -461,7 +462,7 @@ struct LinearTile {
   }
 
   // scaling u L^T, through the stage `slot`.
-  FLATLORA_DEVICE void adapter(int slot) {
+  FLATLORA_DEVICE void adapter(uint32_t slot) {
     const LinearArgs& args = job.args;
     FLATLORA_NO_UNROLL
     for (int64_t at = 0; at < args.rank; at += kTile.k) {
@@ -579,8 +580,8 @@ struct LinearTile {
   // Multiplies what `slot` holds of the contraction from `at` on and makes the next stage ready. kEdge: where any of
   // the steps under way is not a whole one.
   template <bool kEdge>
-  FLATLORA_DEVICE void step(int64_t at, int& slot) {
-    const int next = slot + 1 == kStages ? 0 : slot + 1, free = slot == 0 ? kStages - 1 : slot - 1;
+  FLATLORA_DEVICE void step(int64_t at, uint32_t& slot) {
+    const uint32_t next = slot == kLastSlot ? 0 : slot + kStageBytes, free = slot == 0 ? kLastSlot : slot - kStageBytes;
     gpu::cp_async_wait<kStages - 3>();
     copy<kEdge>(at + (kStages - 1) * kTile.k, free);
 
@@ -607,9 +608,9 @@ struct LinearTile {
   FLATLORA_DEVICE void run() {
     begin_tile();
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < kStages - 1; ++i) copy<true>(begin + i * kTile.k, i);
+    for (int i = 0; i < kStages - 1; ++i) copy<true>(begin + i * kTile.k, uint32_t(i) * kStageBytes);
     load_scales<true>(begin);
-    if (begin == 0 && job.args.rank > 0) adapter(kStages - 1);
+    if (begin == 0 && job.args.rank > 0) adapter(kLastSlot);
 
     Pass pass;
     gpu::cp_async_wait<kStages - 2>();
@@ -622,11 +623,11 @@ struct LinearTile {
     gpu::sync_threads();
 
     const bool whole = job.copies && (!kInputGrad || first_out + kTile.n <= job.outputs);
-    const int64_t last_whole = whole ? end - kStages * kTile.k : -1;  // all that it needs is inside
+    const int whole_steps = whole ? int((end - begin) / kTile.k) - kStages + 1 : 0;
     int64_t at = begin;
-    int slot = 0;
+    uint32_t slot = 0;
     FLATLORA_NO_UNROLL
-    for (; at <= last_whole; at += kTile.k) step<false>(at, slot);
+    for (int i = 0; i < whole_steps; ++i, at += kTile.k) step<false>(at, slot);
     FLATLORA_NO_UNROLL
     for (; at < end; at += kTile.k) step<true>(at, slot);
     store();

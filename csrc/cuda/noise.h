@@ -173,16 +173,16 @@ FLATLORA_DEVICE void add_rademacher(Chunk<T> (&w)[4], uint32_t word, const float
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4) {
-        const float even = as_float(as_int(factor[i]) ^ (even_signs << (24 - 8 * i) & 0x80000000u));
-        const float odd = as_float(as_int(factor[i]) ^ (odd_signs << (24 - 8 * i) & 0x80000000u));
+        const float even = as_float(gpu::xor_masked(as_int(factor[i]), even_signs << (24 - 8 * i), 0x80000000u));
+        const float odd = as_float(gpu::xor_masked(as_int(factor[i]), odd_signs << (24 - 8 * i), 0x80000000u));
         w[i].v[2 * q] = as_int(as_float(w[i].v[2 * q]) + even);
         w[i].v[2 * q + 1] = as_int(as_float(w[i].v[2 * q + 1]) + odd);
       } else {
         // z (z w + factor) = w + factor z, also after rounding: one instruction changes two signs.
-        const uint32_t signs = gpu::byte_permute(even_signs, odd_signs, 0x4000u + 0x1010u * i) & 0x80008000u;
+        const uint32_t signs = gpu::byte_permute(even_signs, odd_signs, 0x4000u + 0x1010u * i);
         float even, odd;
-        unpack(T{}, w[i].v[q] ^ signs, even, odd);
-        w[i].v[q] = pack(T{}, even + factor[i], odd + factor[i]) ^ signs;
+        unpack(T{}, gpu::xor_masked(w[i].v[q], signs, 0x80008000u), even, odd);
+        w[i].v[q] = gpu::xor_masked(pack(T{}, even + factor[i], odd + factor[i]), signs, 0x80008000u);
       }
     }
   }

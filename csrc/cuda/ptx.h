@@ -118,6 +118,12 @@ FLATLORA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_s
 FLATLORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }
+// a ^ (b & mask) as one instruction, which the compiler does not know.
+FLATLORA_DEVICE uint32_t xor_masked(uint32_t a, uint32_t b, uint32_t mask) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x78;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+}
 FLATLORA_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

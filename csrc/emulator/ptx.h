@@ -146,6 +146,7 @@ V shuffle_xor(V x, int mask, Site site = here()) {
 
 // --- Arithmetic ---
 
+inline uint32_t xor_masked(uint32_t a, uint32_t b, uint32_t mask) { return a ^ (b & mask); }
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
