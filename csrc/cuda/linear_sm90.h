@@ -1,0 +1,464 @@
+// y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_90a.
+//
+// A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Two producer warpgroups take turns
+// on the steps of the contraction: they load W, add the noise in registers and write the tile as wgmma reads it, while
+// the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along the rows of `a`, so they need
+// the same tile of W + eps: each draws its share of it and copies the share to the others.
+#pragma once
+
+#include "kernels.h"
+#include "linear_job.h"
+#include "noise.h"
+
+namespace flatlora {
+
+struct Sm90Tile {
+  int m, n, cluster, stages;
+  int cycles;  // of a step, as estimated in docs/performance.md
+
+  static constexpr int k = 64;  // 128 bytes, the width of the swizzle
+  static constexpr int kConsumers = 2, kProducers = 2;  // warpgroups
+  static constexpr int kThreads = 128 * (kConsumers + kProducers);
+  constexpr int a_bytes() const { return m * k * 2; }
+  constexpr int w_bytes() const { return n * k * 2; }
+  constexpr int stage_bytes() const { return a_bytes() + w_bytes(); }
+  constexpr int shared_bytes() const { return stages * (stage_bytes() + 16); }
+};
+
+enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
+
+// A value drawn serves m * cluster rows.
+constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
+    {256, 128, 2, 4, 1100},
+    {128, 64, 2, 8, 400},
+    {128, 64, 1, 8, 560},
+};
+
+struct Sm90Job {
+  LinearJob linear;  // tiles_per_sample: a multiple of the cluster
+  int64_t cluster_tiles;  // of all parts
+};
+
+template <class T, bool kInputGrad, Noise kNoise, int kConfig>
+struct Sm90Linear {
+  static constexpr Sm90Tile kTile = kSm90Tiles[kConfig];
+  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster;
+  static constexpr int kABytes = kTile.a_bytes(), kStageBytes = kTile.stage_bytes();
+  static constexpr int kBlocksM = kTile.m / 128;  // of 64 rows, for a consumer
+  // A line of the tile of W is 64 columns of a row, 128 bytes.
+  static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
+  static constexpr int kShareBytes = kShare * 128;
+  static constexpr int kRows = kNoise == Noise::kRademacher || kShare >= 64 ? 4 : 2;  // lines of a thread
+  static_assert(kShare <= 16 * kRows);
+
+  const LinearJob& job;
+  gpu::Shared stages;
+  int64_t first_m, first_out, sample, part, begin;
+  int lora_steps, steps;  // of the tile
+
+  FLATLORA_DEVICE explicit Sm90Linear(const LinearJob& j) : job(j), stages(gpu::shared_base()) {}
+
+  FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot * kStageBytes; }
+  FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
+  FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
+  FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
+
+  // A place in the ring of stages; the parity tells one use of a stage from the next.
+  struct Ring {
+    uint32_t slot = 0, parity = 0;
+    FLATLORA_DEVICE void advance() {
+      if (++slot == uint32_t(kStages)) slot = 0, parity ^= 1;
+    }
+  };
+
+  // Of the cluster's `index`-th tile, what this block has. Neighbours share a tile of W, for the L2 cache.
+  FLATLORA_DEVICE void set_tile(int64_t index) {
+    constexpr int64_t kGroup = 4;
+    const int64_t high = job.tiles_m / kCluster, tiles = high * job.tiles_n;
+    part = index / tiles;
+    index %= tiles;
+    const int64_t first = index / (kGroup * job.tiles_n) * kGroup, within = index % (kGroup * job.tiles_n);
+    const int64_t height = smaller(high - first, kGroup);
+    const int64_t tile_m = (first + within % height) * kCluster + gpu::cluster_rank(), tile_n = within / height;
+    sample = tile_m / job.tiles_per_sample;
+    first_m = sample * job.rows_per_sample + tile_m % job.tiles_per_sample * kTile.m;
+    first_out = tile_n * kTile.n;
+    begin = part * job.steps_per_part * kTile.k;
+    lora_steps = part == 0 ? int((job.args.rank + kTile.k - 1) / kTile.k) : 0;
+    const int64_t all = (job.length + kTile.k - 1) / kTile.k - part * job.steps_per_part;
+    steps = lora_steps + int(smaller(all, job.steps_per_part));
+  }
+
+  FLATLORA_DEVICE void run(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
+    if (gpu::thread() == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        gpu::mbarrier_init(full(i), 2);
+        gpu::mbarrier_init(empty(i), kCluster * kTile.kConsumers * 4);
+      }
+      gpu::fence_mbarrier_init();
+    }
+    gpu::cluster_sync();
+    if (gpu::uniform(gpu::warp()) < 4 * kTile.kProducers) {
+      gpu::registers_decrease<88>();
+      produce(a_map, u_map, cluster_tiles);
+    } else {
+      gpu::registers_increase<168>();
+      consume(cluster_tiles);
+    }
+    gpu::cluster_sync();  // no block ends while another one copies from it or arrives at its barriers
+  }
+
+  // --- Producers: a thread has kRows lines of 8 columns ---
+
+  FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
+  FLATLORA_DEVICE static uint32_t first_line() {
+    return uint32_t(gpu::cluster_rank()) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
+  }
+  FLATLORA_DEVICE static bool has_lines() { return kShare == 16 * kRows || gpu::thread() % 128 / 8 * kRows < kShare; }
+  // Of the thread's first line: the row of W, and the first of its columns. `at`: of the contraction.
+  FLATLORA_DEVICE int64_t row_at(int64_t at) const {
+    return kInputGrad ? at + first_line() % 64 : first_out + first_line();
+  }
+  FLATLORA_DEVICE int64_t column_at(int64_t at) const {
+    return (kInputGrad ? first_out + first_line() / 64 * 64 : at) + chunk() * 8;
+  }
+
+  struct Lines {
+    Chunk<T> w[kRows];
+    float scale[kRows];  // input gradient
+  };
+
+  // Zeros where W ends.
+  FLATLORA_DEVICE void load(Lines& lines, int64_t at) const {
+    const LinearArgs& args = job.args;
+    const int64_t n = row_at(at), k = column_at(at);
+    const T* const from = static_cast<const T*>(args.weight.data) + n * args.weight.row_stride + k;
+    FLATLORA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const bool inside = n + i < args.N && k < args.K && has_lines();
+      lines.w[i] = inside ? gpu::load_global_once(from + i * args.weight.row_stride) : Chunk<T>{};
+      if (kInputGrad) lines.scale[i] = inside ? scale_at(n + i) : 0.0f;
+    }
+  }
+  FLATLORA_DEVICE float scale_at(int64_t n) const {
+    return gpu::load_global<float>(job.args.noise.scale + n * job.args.noise.scale_stride);
+  }
+  FLATLORA_DEVICE void store(uint32_t slot, int i, const Chunk<T>& w) const {
+    const uint32_t line = first_line() + uint32_t(i);
+    gpu::store_shared(w_stage(slot) + line * 128 + ((chunk() ^ line % 8) << 4), w);
+  }
+
+  struct Rows {
+    RowKey key[kRows];
+    float factor[kRows];
+    uint32_t row;
+  };
+  FLATLORA_DEVICE void set_rows(Rows& rows, const Draw& draw, int64_t n) const {
+    rows.row = draw.first_row + uint32_t(n);
+    FLATLORA_UNROLL
+    for (int i = 0; i < (kNoise == Noise::kGaussian ? kRows : 1); ++i)
+      rows.key[i] = row_key(draw, kNoise == Noise::kGaussian ? rows.row + i : rows.row >> 4);
+  }
+  FLATLORA_DEVICE void perturb(Chunk<T> (&w)[kRows], const Draw& draw, const Rows& rows, const BlockKey& block) const {
+    if constexpr (kNoise == Noise::kGaussian) {
+      uint32_t words[kRows][4];
+      philox(draw, rows.key, block, words);
+      FLATLORA_UNROLL
+      for (int i = 0; i < kRows; ++i) add_gaussian<T>(w[i], words[i], rows.factor[i]);
+    } else {
+      const RowKey key[1] = {rows.key[0]};
+      uint32_t words[1][4];
+      philox(draw, key, block, words);
+      add_rademacher<T>(w, rademacher_word(words[0], rows.row), rows.factor);
+    }
+  }
+
+  // The adapter's factor: a line has 64 steps of the rank for one output, in both directions.
+  FLATLORA_DEVICE void store_adapter(uint32_t slot, int64_t at) const {
+    const LinearArgs& args = job.args;
+    FLATLORA_NO_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t out = first_out + first_line() + i;
+      Chunk<T> w;
+      FLATLORA_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float x[2];
+        FLATLORA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int64_t r = at + chunk() * 8 + 2 * j + h;
+          const bool inside = out < job.outputs && r < args.rank;
+          x[h] = inside ? float_at(args.lora, args.lora_dtype, out * args.lora_out_stride + r * args.lora_rank_stride)
+                        : 0.0f;
+        }
+        w.v[j] = pack(T{}, x[0], x[1]);
+      }
+      store(slot, i, w);
+    }
+  }
+
+  FLATLORA_DEVICE void produce(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
+    const int group = gpu::uniform(gpu::warp() / 4);
+    const bool elected = gpu::thread() % 128 == 0;
+    Ring ring;
+    int turn = 0;
+    FLATLORA_NO_UNROLL
+    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+      set_tile(tile);
+      const Draw draw = draw_of(job.args.noise, sample);
+      Rows rows;
+      BlockKey block;
+      if constexpr (kInputGrad) {
+        block = block_key(draw, uint32_t(column_at(0) >> 3));
+      } else {
+        set_rows(rows, draw, row_at(0));
+        FLATLORA_UNROLL
+        for (int i = 0; i < kRows; ++i)
+          rows.factor[i] = row_at(0) + i < job.args.N ? factor_of<kNoise>(draw, scale_at(row_at(0) + i)) : 0.0f;
+      }
+      Lines lines;
+      bool loaded = false;
+      FLATLORA_NO_UNROLL
+      for (int step = 0; step < steps; ++step, turn ^= 1, ring.advance()) {
+        if (turn != group) continue;
+        const int64_t at = step < lora_steps ? int64_t(step) * kTile.k : begin + int64_t(step - lora_steps) * kTile.k;
+        if (step >= lora_steps && !loaded) load(lines, at);
+        gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
+        if (elected) {
+          gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
+          gpu::tma_load(a_stage(ring.slot), step < lora_steps ? u_map : a_map, int(at), int(first_m), full(ring.slot));
+        }
+        if (step < lora_steps) {
+          if (has_lines()) store_adapter(ring.slot, at);
+        } else {
+          if constexpr (kInputGrad) {
+            set_rows(rows, draw, row_at(at));
+            FLATLORA_UNROLL
+            for (int i = 0; i < kRows; ++i) rows.factor[i] = factor_of<kNoise>(draw, lines.scale[i]);
+          } else {
+            block = block_key(draw, uint32_t(column_at(at) >> 3));
+          }
+          if (has_lines()) {
+            perturb(lines.w, draw, rows, block);
+            FLATLORA_UNROLL
+            for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
+          }
+          loaded = step + 2 < steps;
+          if (loaded) load(lines, at + 2 * kTile.k);
+        }
+        gpu::fence_proxy_async();
+        gpu::sync_named(1 + group, 128);
+        if (elected) {
+          const gpu::Shared share = w_stage(ring.slot) + uint32_t(gpu::cluster_rank()) * kShareBytes;
+          FLATLORA_UNROLL
+          for (int i = 1; i < kCluster; ++i)
+            gpu::copy_to_block((gpu::cluster_rank() + i) % kCluster, share, kShareBytes, full(ring.slot));
+          gpu::mbarrier_arrive(full(ring.slot));
+        }
+      }
+    }
+  }
+
+  // --- Consumers ---
+
+  using Accumulators = float[kBlocksM][kTile.n / 2];
+
+  // PTX's matrix descriptor with the 128-byte swizzle. `box`: bytes from 64 columns to the next 64, where the
+  // contraction lies across lines.
+  FLATLORA_DEVICE static uint64_t describe(gpu::Shared p, uint32_t box) {
+    const uint64_t eight_lines = 1024 >> 4;
+    return uint64_t(1) << 62 | eight_lines << 32 | uint64_t(box >> 4) << 16 | (p & 0x3ffff) >> 4;
+  }
+
+  // kTransposed: a line of W is a step of the contraction, else an output.
+  template <bool kTransposed>
+  FLATLORA_DEVICE void multiply(Accumulators& acc, uint32_t slot) const {
+    const uint32_t row = uint32_t(gpu::uniform(gpu::warp() / 4) - kTile.kProducers) * (kTile.m / 2);
+    const uint64_t a = describe(a_stage(slot) + row * 128, 16);
+    const uint64_t w = describe(w_stage(slot), kTransposed ? 64 * 128 : 16);
+    FLATLORA_UNROLL
+    for (int i = 0; i < kBlocksM; ++i) gpu::wgmma_hold(acc[i]);
+    gpu::wgmma_fence();
+    FLATLORA_UNROLL
+    for (int piece = 0; piece < 4; ++piece) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < kBlocksM; ++i)
+        gpu::wgmma<kTransposed>(acc[i], a + ((i * 64 * 128 + piece * 32) >> 4),
+                                w + ((kTransposed ? piece * 16 * 128 : piece * 32) >> 4), 1, T{});
+    }
+    gpu::wgmma_commit();
+  }
+
+  FLATLORA_DEVICE void hold(Accumulators& acc) const {
+    FLATLORA_UNROLL
+    for (int i = 0; i < kBlocksM; ++i) gpu::wgmma_hold(acc[i]);
+  }
+
+  // Every warp tells every block of the cluster, because each copies into all of them.
+  FLATLORA_DEVICE void release(uint32_t slot) const {
+    if (gpu::lane() < kCluster) gpu::mbarrier_arrive_cluster(empty(slot), gpu::lane());
+  }
+
+  FLATLORA_DEVICE void consume(int64_t cluster_tiles) {
+    Ring ring;
+    FLATLORA_NO_UNROLL
+    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+      set_tile(tile);
+      Accumulators acc;
+      FLATLORA_UNROLL
+      for (int i = 0; i < kBlocksM; ++i) {
+        FLATLORA_UNROLL
+        for (int j = 0; j < kTile.n / 2; ++j) acc[i][j] = 0.0f;
+      }
+      FLATLORA_NO_UNROLL
+      for (int step = 0; step < lora_steps; ++step, ring.advance()) {
+        gpu::mbarrier_wait(full(ring.slot), ring.parity);
+        multiply<false>(acc, ring.slot);
+        gpu::wgmma_wait<0>();
+        hold(acc);
+        release(ring.slot);
+      }
+      // Always, because after a branch here the compiler would wait for each wgmma of the loop.
+      const float scaling = lora_steps > 0 ? float(job.args.scaling) : 1.0f;
+      FLATLORA_UNROLL
+      for (int i = 0; i < kBlocksM; ++i) {
+        FLATLORA_UNROLL
+        for (int j = 0; j < kTile.n / 2; ++j) acc[i][j] *= scaling;
+      }
+      uint32_t before = ring.slot;
+      FLATLORA_NO_UNROLL
+      for (int step = lora_steps; step < steps; ++step, ring.advance()) {
+        gpu::mbarrier_wait(full(ring.slot), ring.parity);
+        multiply<kInputGrad>(acc, ring.slot);
+        gpu::wgmma_wait<1>();
+        hold(acc);
+        if (step > lora_steps) release(before);
+        before = ring.slot;
+      }
+      gpu::wgmma_wait<0>();
+      hold(acc);
+      release(before);
+      store(acc);
+    }
+  }
+
+  FLATLORA_DEVICE float bias_at(int64_t out) const {
+    const LinearArgs& args = job.args;
+    if (args.bias == nullptr || job.parts > 1 || out >= job.outputs) return 0.0f;
+    return float_at(args.bias, args.bias_dtype, out * args.bias_stride);
+  }
+
+  FLATLORA_DEVICE void store(const Accumulators& acc) const {
+    const int64_t last_m = (sample + 1) * job.rows_per_sample;
+    const int warp = gpu::warp() - 4 * kTile.kProducers, quarter = gpu::lane() % 4;
+    const int64_t first_row = first_m + warp / 4 * (kTile.m / 2) + warp % 4 * 16 + gpu::lane() / 4;
+    FLATLORA_UNROLL
+    for (int j = 0; j < kTile.n / 8; j += 4) {
+      float bias[4][2];
+      FLATLORA_UNROLL
+      for (int b = 0; b < 4; ++b) {
+        const int64_t out = first_out + (j + b) * 8 + quarter * 2;
+        bias[b][0] = bias_at(out);
+        bias[b][1] = bias_at(out + 1);
+      }
+      FLATLORA_UNROLL
+      for (int i = 0; i < kBlocksM; ++i) {
+        FLATLORA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int64_t row = first_row + i * 64 + h * 8;
+          if (job.parts > 1) {
+            FLATLORA_UNROLL
+            for (int b = 0; b < 4; ++b)
+              store_part(row, last_m, j + b, acc[i][4 * (j + b) + 2 * h], acc[i][4 * (j + b) + 2 * h + 1]);
+          } else {
+            gpu::Words<4> w;
+            FLATLORA_UNROLL
+            for (int b = 0; b < 4; ++b)
+              w.v[b] =
+                  pack(T{}, acc[i][4 * (j + b) + 2 * h] + bias[b][0], acc[i][4 * (j + b) + 2 * h + 1] + bias[b][1]);
+            transpose(w, quarter);
+            store_eight(row, last_m, first_out + (j + quarter) * 8, w);
+          }
+        }
+      }
+    }
+  }
+
+  // Word b of lane q of four goes to word q of lane b.
+  FLATLORA_DEVICE static void transpose(gpu::Words<4>& w, int quarter) {
+    FLATLORA_UNROLL
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = quarter & bit;
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const uint32_t got = gpu::shuffle_xor(upper ? w.v[i] : w.v[i + bit], bit);
+        w.v[i] = upper ? got : w.v[i];
+        w.v[i + bit] = upper ? w.v[i + bit] : got;
+      }
+    }
+  }
+
+  FLATLORA_DEVICE void store_eight(int64_t row, int64_t last_m, int64_t out, const gpu::Words<4>& w) const {
+    if (row >= last_m || out >= job.outputs) return;
+    uint16_t* const p = static_cast<uint16_t*>(job.args.y) + row * job.outputs + out;
+    if (job.outputs % 8 == 0) {
+      gpu::store_global(p, w);
+      return;
+    }
+    FLATLORA_UNROLL
+    for (int i = 0; i < 8; ++i)
+      if (out + i < job.outputs) gpu::store_global(p + i, uint16_t(w.v[i / 2] >> 16 * (i % 2)));
+  }
+
+  FLATLORA_DEVICE void store_part(int64_t row, int64_t last_m, int block, float even, float odd) const {
+    const int64_t out = first_out + block * 8 + gpu::lane() % 4 * 2;
+    if (row >= last_m || out >= job.outputs) return;
+    float* const p = job.partial + (part * job.args.M + row) * job.outputs + out;
+    if (job.outputs % 2 == 0) {
+      gpu::store_global(p, gpu::Words<2>{{as_int(even), as_int(odd)}});
+    } else {
+      gpu::store_global(p, even);
+      if (out + 1 < job.outputs) gpu::store_global(p + 1, odd);
+    }
+  }
+};
+
+template <class T, bool kInputGrad, Noise kNoise, int kConfig>
+FLATLORA_KERNEL(Sm90Tile::kThreads, 1)
+linear_sm90_kernel(const FLATLORA_GRID_CONSTANT gpu::TensorMap a_map, const FLATLORA_GRID_CONSTANT gpu::TensorMap u_map,
+                   const FLATLORA_GRID_CONSTANT Sm90Job job) {
+  Sm90Linear<T, kInputGrad, kNoise, kConfig>(job.linear).run(&a_map, &u_map, job.cluster_tiles);
+}
+
+// Of one type, in the file named after it.
+template <class T, bool kInputGrad, Noise kNoise>
+gpu::Error launch_sm90_config(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
+                              const gpu::TensorMap& u_map, const Sm90Job& job) {
+  if (config == kSm90Large)
+    return gpu::launch(linear_sm90_kernel<T, kInputGrad, kNoise, kSm90Large>, how, a_map, u_map, job);
+  if (config == kSm90Middle)
+    return gpu::launch(linear_sm90_kernel<T, kInputGrad, kNoise, kSm90Middle>, how, a_map, u_map, job);
+  return gpu::launch(linear_sm90_kernel<T, kInputGrad, kNoise, kSm90Small>, how, a_map, u_map, job);
+}
+
+template <class T, bool kInputGrad>
+gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
+                             const gpu::TensorMap& u_map, const Sm90Job& job) {
+  if (static_cast<Noise>(job.linear.args.noise.kind) == Noise::kGaussian)
+    return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
+  return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
+}
+
+template <class T>
+gpu::Error launch_linear_sm90(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
+                              const gpu::TensorMap& u_map, const Sm90Job& job);
+
+#define FLATLORA_LINEAR_SM90(T)                                                                      \
+  template <>                                                                                        \
+  gpu::Error launch_linear_sm90<T>(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,  \
+                                   const gpu::TensorMap& u_map, const Sm90Job& job) {                \
+    return job.linear.args.input_grad ? launch_sm90_noise<T, true>(config, how, a_map, u_map, job)   \
+                                      : launch_sm90_noise<T, false>(config, how, a_map, u_map, job); \
+  }
+
+}  // namespace flatlora

@@ -1,0 +1,5 @@
+#include "linear_sm90.h"
+
+namespace flatlora {
+FLATLORA_LINEAR_SM90(gpu::f16)
+}
