@@ -289,7 +289,7 @@ def test_wheel_with_both_libraries(sdist: Path, tmp_path: Path, fakes: Path) -> 
 
 @needs_setuptools
 @pytest.mark.parametrize(
-    ("cores", "gigabytes", "jobs"), [(8, 64, 8), (8, 7, 2), (8, 1, 1), (2, 64, 2), (4, None, 4)]
+    ("cores", "gigabytes", "jobs"), [(8, 64, 8), (8, 3, 3), (8, 0, 1), (2, 64, 2), (4, None, 4)]
 )
 def test_compilers_at_a_time_fit_into_memory(
     cores: int, gigabytes: int | None, jobs: int, sdist: Path, tmp_path: Path
@@ -298,7 +298,7 @@ def test_compilers_at_a_time_fit_into_memory(
 import setuptools
 setuptools.setup = lambda **options: None
 import setup
-setup.cores, setup.available_memory = lambda: {cores}, lambda: {gigabytes and gigabytes << 30}
+setup.cores, setup.available_memory = lambda: {cores}, lambda: {gigabytes if gigabytes is None else gigabytes << 30}
 print(setup.jobs(cuda=True), setup.jobs(cuda=False))
 """
     done = python("-c", code, folder=sdist, PYTHONPATH=str(sdist))
