@@ -95,14 +95,15 @@ def test_shuffle_xor(library):
 
 
 @on_both
-def test_byte_permute(library):
+def test_integers(library):
     data = random_words(128).reshape(32, 4)
     data[:, 2] &= 0x7777  # the top bit of a selector would copy a sign
     data[0, 2] = 0x7531
-    out = wrappers.get(library).run("permute", data, np.zeros(32, dtype=np.uint32))
+    out = wrappers.get(library).run("integers", data, np.zeros((32, 2), dtype=np.uint32))
     eight = np.ascontiguousarray(data[:, :2]).view(np.uint8)
     four = [[eight[i, data[i, 2] >> (4 * j) & 7] for j in range(4)] for i in range(32)]
-    assert np.array_equal(out, np.array(four, dtype=np.uint8).view(np.uint32).reshape(-1))
+    assert np.array_equal(out[:, 0], np.array(four, dtype=np.uint8).view(np.uint32).reshape(-1))
+    assert np.array_equal(out[:, 1], data[:, 0] ^ data[:, 1] & data[:, 3])
 
 
 def convert(library, name: str, data: np.ndarray, result: type) -> np.ndarray:

@@ -63,9 +63,10 @@ FLATLORA_KERNEL(32, 1) shuffles(const uint8_t* in, uint8_t* out) {
 
 // --- Arithmetic: 32 inputs at a time ---
 
-FLATLORA_KERNEL(32, 1) permute(const uint8_t* in, uint8_t* out) {
+FLATLORA_KERNEL(32, 1) integers(const uint8_t* in, uint8_t* out) {
   const auto w = load_global<Words<4>>(in + 16 * lane());
-  store_global(out + 4 * lane(), byte_permute(w.v[0], w.v[1], w.v[2]));
+  store_global(out + 8 * lane(), byte_permute(w.v[0], w.v[1], w.v[2]));
+  store_global(out + 8 * lane() + 4, xor_masked(w.v[0], w.v[1], w.v[3]));
 }
 
 template <int kWhich>
@@ -302,7 +303,7 @@ const Case cases[] = {
     {"exchange 64", exchange<64>, 1, 128, 512},
     {"exchange 128", exchange<128>, 1, 128, 512},
     {"shuffles", shuffles, 1, 32, 0},
-    {"permute", permute, 1, 32, 0},
+    {"integers", integers, 1, 32, 0},
     {"log2_approx", convert<0>, 8, 32, 0},
     {"sqrt_approx", convert<1>, 8, 32, 0},
     {"sin_approx", convert<2>, 8, 32, 0},
