@@ -108,40 +108,39 @@ struct Sm90Linear {
     gpu::cluster_sync();  // no block ends while another one copies from it or arrives at its barriers
   }
 
-  // --- Producers: a thread has kRows lines of 8 columns ---
+  // --- Producers: a thread has 8 columns of kRows lines, in every other step ---
 
   FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
   FLATLORA_DEVICE static uint32_t first_line() {
     return uint32_t(gpu::cluster_rank()) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
   }
   FLATLORA_DEVICE static bool has_lines() { return kShare == 16 * kRows || gpu::thread() % 128 / 8 * kRows < kShare; }
-  // Of the thread's first line: the row of W, and the first of its columns. `at`: of the contraction.
-  FLATLORA_DEVICE int64_t row_at(int64_t at) const {
-    return kInputGrad ? at + first_line() % 64 : first_out + first_line();
-  }
-  FLATLORA_DEVICE int64_t column_at(int64_t at) const {
-    return (kInputGrad ? first_out + first_line() / 64 * 64 : at) + chunk() * 8;
+  // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
+  FLATLORA_DEVICE int64_t first_row() const { return kInputGrad ? first_line() % 64 : first_out + first_line(); }
+  FLATLORA_DEVICE int64_t first_column() const {
+    return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
 
+  // What a thread has of W in a step, loaded while it waits for a stage.
   struct Lines {
     Chunk<T> w[kRows];
     float scale[kRows];  // input gradient
+    int left;  // rows, or else columns, of W from here on
   };
 
-  // Zeros where W ends.
-  FLATLORA_DEVICE void load(Lines& lines, int64_t at) const {
-    const LinearArgs& args = job.args;
-    const int64_t n = row_at(at), k = column_at(at);
-    const T* const from = static_cast<const T*>(args.weight.data) + n * args.weight.row_stride + k;
+  FLATLORA_DEVICE const T* weight_at(int64_t at) const {
+    const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
+    return static_cast<const T*>(job.args.weight.data) + n * job.args.weight.row_stride + k;
+  }
+  // Zeros where W ends. `limit`: rows that exist of the thread's, where they stay the same, else columns.
+  FLATLORA_DEVICE void load(Lines& lines, const T* from, const float* scale, int limit) const {
     FLATLORA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const bool inside = n + i < args.N && k < args.K && has_lines();
-      lines.w[i] = inside ? gpu::load_global_once(from + i * args.weight.row_stride) : Chunk<T>{};
-      if (kInputGrad) lines.scale[i] = inside ? scale_at(n + i) : 0.0f;
+      const bool inside = kInputGrad ? i < lines.left && limit > 0 : lines.left > 0 && i < limit;
+      lines.w[i] = inside ? gpu::load_global_once(from + i * job.args.weight.row_stride) : Chunk<T>{};
+      if constexpr (kInputGrad)
+        lines.scale[i] = inside ? gpu::load_global<float>(scale + i * job.args.noise.scale_stride) : 0.0f;
     }
-  }
-  FLATLORA_DEVICE float scale_at(int64_t n) const {
-    return gpu::load_global<float>(job.args.noise.scale + n * job.args.noise.scale_stride);
   }
   FLATLORA_DEVICE void store(uint32_t slot, int i, const Chunk<T>& w) const {
     const uint32_t line = first_line() + uint32_t(i);
@@ -196,64 +195,86 @@ struct Sm90Linear {
     }
   }
 
+  // Waits until a stage is free, and sends for the tile of `a` or u.
+  FLATLORA_DEVICE void open(const Ring& ring, const gpu::TensorMap* map, int at) const {
+    gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
+    if (gpu::thread() % 128 == 0) {
+      gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
+      gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
+    }
+  }
+  // Gives the other blocks this one's share, and the stage to the consumers.
+  FLATLORA_DEVICE void close(const Ring& ring, int group) const {
+    gpu::fence_proxy_async();
+    gpu::sync_named(1 + group, 128);
+    if (gpu::thread() % 128 == 0) {
+      const gpu::Shared share = w_stage(ring.slot) + uint32_t(gpu::cluster_rank()) * kShareBytes;
+      FLATLORA_UNROLL
+      for (int i = 1; i < kCluster; ++i)
+        gpu::copy_to_block((gpu::cluster_rank() + i) % kCluster, share, kShareBytes, full(ring.slot));
+      gpu::mbarrier_arrive(full(ring.slot));
+    }
+  }
+
   FLATLORA_DEVICE void produce(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
+    const LinearArgs& args = job.args;
     const int group = gpu::uniform(gpu::warp() / 4);
-    const bool elected = gpu::thread() % 128 == 0;
     Ring ring;
-    int turn = 0;
+    if (group == 1) ring.advance();
+    int first = group;  // of this group's steps in the tile
     FLATLORA_NO_UNROLL
     for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
       set_tile(tile);
-      const Draw draw = draw_of(job.args.noise, sample);
+      int step = first;
+      first = (first ^ steps) & 1;
+      FLATLORA_NO_UNROLL
+      for (; step < lora_steps; step += 2, ring.advance(), ring.advance()) {
+        open(ring, u_map, step * kTile.k);
+        if (has_lines()) store_adapter(ring.slot, step * kTile.k);
+        close(ring, group);
+      }
+
+      const Draw draw = draw_of(args.noise, sample);
+      int at = int(begin) + (step - lora_steps) * kTile.k;
+      const T* from = weight_at(at);
+      const int64_t from_step = kInputGrad ? 2 * kTile.k * args.weight.row_stride : 2 * kTile.k;
+      const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
+      const int64_t scale_step = 2 * kTile.k * args.noise.scale_stride;
+      const int limit = !has_lines() ? 0 : int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
+      Lines lines;
+      lines.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
       Rows rows;
       BlockKey block;
       if constexpr (kInputGrad) {
-        block = block_key(draw, uint32_t(column_at(0) >> 3));
+        block = block_key(draw, uint32_t(first_column() >> 3));
       } else {
-        set_rows(rows, draw, row_at(0));
+        set_rows(rows, draw, first_row());
         FLATLORA_UNROLL
         for (int i = 0; i < kRows; ++i)
-          rows.factor[i] = row_at(0) + i < job.args.N ? factor_of<kNoise>(draw, scale_at(row_at(0) + i)) : 0.0f;
+          rows.factor[i] =
+              i < limit ? factor_of<kNoise>(draw, gpu::load_global<float>(scale + i * args.noise.scale_stride)) : 0.0f;
       }
-      Lines lines;
-      bool loaded = false;
+      if (step < steps) load(lines, from, scale, limit);
       FLATLORA_NO_UNROLL
-      for (int step = 0; step < steps; ++step, turn ^= 1, ring.advance()) {
-        if (turn != group) continue;
-        const int64_t at = step < lora_steps ? int64_t(step) * kTile.k : begin + int64_t(step - lora_steps) * kTile.k;
-        if (step >= lora_steps && !loaded) load(lines, at);
-        gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
-        if (elected) {
-          gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
-          gpu::tma_load(a_stage(ring.slot), step < lora_steps ? u_map : a_map, int(at), int(first_m), full(ring.slot));
-        }
-        if (step < lora_steps) {
-          if (has_lines()) store_adapter(ring.slot, at);
-        } else {
-          if constexpr (kInputGrad) {
-            set_rows(rows, draw, row_at(at));
-            FLATLORA_UNROLL
-            for (int i = 0; i < kRows; ++i) rows.factor[i] = factor_of<kNoise>(draw, lines.scale[i]);
-          } else {
-            block = block_key(draw, uint32_t(column_at(at) >> 3));
-          }
-          if (has_lines()) {
-            perturb(lines.w, draw, rows, block);
-            FLATLORA_UNROLL
-            for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
-          }
-          loaded = step + 2 < steps;
-          if (loaded) load(lines, at + 2 * kTile.k);
-        }
-        gpu::fence_proxy_async();
-        gpu::sync_named(1 + group, 128);
-        if (elected) {
-          const gpu::Shared share = w_stage(ring.slot) + uint32_t(gpu::cluster_rank()) * kShareBytes;
+      for (; step < steps; step += 2, at += 2 * kTile.k, ring.advance(), ring.advance()) {
+        open(ring, a_map, at);
+        if constexpr (kInputGrad) {
+          set_rows(rows, draw, first_row() + at);
           FLATLORA_UNROLL
-          for (int i = 1; i < kCluster; ++i)
-            gpu::copy_to_block((gpu::cluster_rank() + i) % kCluster, share, kShareBytes, full(ring.slot));
-          gpu::mbarrier_arrive(full(ring.slot));
+          for (int i = 0; i < kRows; ++i) rows.factor[i] = factor_of<kNoise>(draw, lines.scale[i]);
+        } else {
+          block = block_key(draw, uint32_t(at + int(chunk()) * 8) >> 3);
         }
+        if (has_lines()) {
+          perturb(lines.w, draw, rows, block);
+          FLATLORA_UNROLL
+          for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
+        }
+        from += from_step;
+        scale += scale_step;
+        lines.left -= 2 * kTile.k;
+        if (step + 2 < steps) load(lines, from, scale, limit);
+        close(ring, group);
       }
     }
   }
