@@ -81,17 +81,7 @@ gpu::Error linear_sm80(const LinearArgs& args, const Gpu& gpu) {
                    : is_f16 ? launch_linear_sm80<gpu::f16>
                             : launch_linear_sm80<float>;
   const gpu::Error error = run(plan.config, plan.how, plan.job);
-  if (error || plan.job.parts == 1) return error;
-  gpu::Launch sum = {};
-  const int64_t blocks = ceil_div(args.M * plan.job.outputs, kSplitThreads), most = 16 * gpu.processors;
-  sum.blocks = blocks < most ? blocks : most;
-  sum.threads = kSplitThreads;
-  sum.stream = gpu.stream;
-  sum.cluster = 1;
-  return gpu::launch(is_bf16  ? add_parts_kernel<gpu::bf16>
-                     : is_f16 ? add_parts_kernel<gpu::f16>
-                              : add_parts_kernel<float>,
-                     sum, plan.job);
+  return error || plan.job.parts == 1 ? error : add_parts(plan.job, gpu);
 }
 
 }  // namespace flatlora

@@ -1,7 +1,7 @@
 // Sums of parts that blocks left in a workspace, in the order of the parts.
 #pragma once
 
-#include "linear_sm80.h"
+#include "linear_job.h"
 
 namespace flatlora {
 
