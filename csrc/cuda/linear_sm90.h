@@ -29,9 +29,9 @@ enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
 
 // A value drawn serves m * cluster rows.
 constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
-    {256, 128, 2, 4, 1100},
-    {128, 64, 2, 8, 400},
-    {128, 64, 1, 8, 560},
+    {256, 128, 2, 4, 1216},
+    {128, 64, 2, 8, 480},
+    {128, 64, 1, 8, 650},
 };
 
 struct Sm90Job {
