@@ -61,17 +61,19 @@ END = ["@P0 BRA `(.L_x_0)", "EXIT"]
 USAGE = {"stack": 0, "spill stores": 0, "spill loads": 0, "registers": 100}
 
 
-def read(*lines: str, name: str = "linear<bf16, false, gaussian, 0>", **usage: int) -> compiled.Row:
+def read(*lines: str, name: str = "linear_sm80<bf16, false, gaussian, 0>", **usage: int) -> compiled.Row:
     return compiled.read(listing(*lines), "kernel", name, "80", USAGE | usage)
 
 
 def test_instructions_of_the_main_loop_by_value() -> None:
     row = read("MOV R1, R2", ".L_x_0:", *LINEAR, *DRAW, *PAIRS, *END)
     assert row.problems == ()
-    assert (row.instr, row.values, row.tensor, row.special) == (2.5, 8, "1 HMMA", 8)
+    assert (row.instr, row.besides, row.values, row.tensor, row.special) == (2.5, 2.25, 8, "1 HMMA", 8)
     # Without logarithms a call serves 32 signs.
-    row = read(".L_x_0:", *LINEAR, *DRAW, *END, name="linear<bf16, false, rademacher, 0>")
+    row = read(".L_x_0:", *LINEAR, *DRAW, *END, name="linear_sm80<bf16, false, rademacher, 0>")
     assert (row.instr, row.values) == (round(12 / 32, 2), 32)
+    row = read(".L_x_0:", *LINEAR, *DRAW, *DRAW, *END, name="linear_sm80<bf16, false, rademacher, 2>")
+    assert row.values == 32  # the second call is for rows that begin within a word
     assert read(*LINEAR, "EXIT", name="add_parts").instr is None
 
 
@@ -86,11 +88,20 @@ def test_what_must_hold_of_every_kernel() -> None:
     hopper = compiled.read(listing(*loop), "kernel", "linear_sm90<bf16>", "90a", USAGE)
     assert {"no HGMMA", "no UTMALDG"} <= set(hopper.problems)
     assert any("calls inside" in p for p in read(".L_x_0:", "CALL.ABS.NOINC R10", *loop[1:]).problems)
-    assert any("expected one main loop" in p for p in read(*LINEAR, *DRAW, *PAIRS, "EXIT").problems)
+    assert "no loop that draws noise" in read(*LINEAR, *DRAW, *PAIRS, "EXIT").problems
+
+
+def test_main_loop_is_the_one_without_the_edges() -> None:
+    edges = [".L_x_1:", "NOP", *LINEAR, *DRAW, *PAIRS, "@P0 BRA `(.L_x_1)"]
+    start = [".L_x_2:", *DRAW, *PAIRS, "@P0 BRA `(.L_x_2)"]
+    row = read(*start, *edges, ".L_x_0:", *LINEAR, *DRAW, *PAIRS, *END)
+    assert (row.instr, row.problems) == (2.5, ())
 
 
 def row(**changed: object) -> compiled.Row:
-    base = compiled.Row("linear<bf16, false, gaussian, 0>", "sm_80", 15.0, 32, "64 HMMA", 64, 200, 0)
+    base = compiled.Row(
+        "linear_sm80<bf16, false, gaussian, 0>", "sm_80", 15.0, 12.0, 32, "64 HMMA", 64, 200, 0
+    )
     return base._replace(**changed)  # type: ignore[arg-type]
 
 
@@ -110,10 +121,12 @@ def test_figures_may_only_go_down() -> None:
 
 
 def test_budgets_hold_whatever_the_table_says() -> None:
-    assert not compiled._over_budget(row(instr=17.0))
-    assert compiled._over_budget(row(instr=17.1))
-    assert compiled._over_budget(row(kernel="linear<f16, true, rademacher, 0>", instr=8.1))
-    assert not compiled._over_budget(row(kernel="linear<float, true, gaussian, 3>", instr=30.0))
+    assert not compiled._over_budget(row(instr=30.0, besides=22.0))
+    assert compiled._over_budget(row(besides=22.1))
+    assert compiled._over_budget(row(kernel="perturb<f16, gaussian, true>", besides=17.1))
+    assert not compiled._over_budget(row(kernel="perturb<f16, gaussian, false>", besides=17.1))
+    assert not compiled._over_budget(row(kernel="linear_sm80<float, true, gaussian, 3>", besides=30.0))
+    assert not compiled._over_budget(row(kernel="linear_sm80<bf16, true, gaussian, 2>", besides=30.0))
 
 
 def test_names_are_those_of_the_source() -> None:
