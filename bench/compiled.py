@@ -366,10 +366,11 @@ Of each kernel these must hold: no spills, no stack, no local memory; no warning
 `wgmma` is serialised); tensor cores and asynchronous copies in the products (`HMMA`, `LDSM` and `LDGSTS`; on sm_90a
 `HGMMA` and `UTMALDG`).
 
-The main loop is the innermost natural loop, found by dominators in the graph of branches, that multiplies by Philox's
-constants; where a kernel has a second one for the edges, the shorter. Where producer warps draw the noise, it is theirs.
-The figures may only go down: the test fails where `instr` or `regs` is more than {SLACK - 1:.0%} above the table, and `{REGENERATE}` refuses to write a figure that
-went up, unless `--accept` says that it is meant to.
+The main loop is the innermost natural loop, found by dominators in the graph of branches, that multiplies by
+Philox's constants; where a kernel has a second one for the edges, the shorter. Where producer warps draw the noise, it
+is theirs. The figures may only go down: the test fails where `instr` or `regs` is more than {SLACK - 1:.0%} above the
+table, and `{REGENERATE}` refuses to write a figure that went up, unless `--accept` says that it is
+meant to.
 
 | column | |
 | --- | --- |
