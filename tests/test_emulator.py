@@ -345,7 +345,9 @@ FAULTS = [
     Fault("swizzle of x", "(lane >> 4 ^ swizzle(lane & 7) ^ step_piece)", "(lane >> 4 ^ step_piece)", FORWARD),
     Fault("no swizzle", "return (row & 3) << 1 | (row >> 2 & 1);", "return row & 0;", FORWARD),
     Fault("not transposed", "gpu::ldmatrix_trans(", "gpu::ldmatrix(", BACKWARD),
-    Fault("stage before the last copied over", "free = slot == 0 ? kLastSlot : slot - kStageBytes;", "free = next;", FORWARD,
+    Fault("stage in use copied over", "free = slot == 0 ? kLastSlot : slot - kStageBytes;", "free = slot;", FORWARD,
+          "data race"),
+    Fault("next stage copied over", "free = slot == 0 ? kLastSlot : slot - kStageBytes;", "free = next;", FORWARD,
           "data race"),
     Fault("noise added to the stage in use", "pass.stage = w_stage(next);", "pass.stage = w_stage(slot);", FORWARD,
           "data race"),
@@ -356,7 +358,7 @@ FAULTS = [
     Fault("noise of the step before", "pass.block = block_at(at + kTile.k);", "pass.block = block_at(at);", FORWARD),
     Fault("noise of the first tile's rows", "set_rows<kNoise>(quad, draw, uint32_t(first_out) + w_row);",
           "set_rows<kNoise>(quad, draw, w_row);", FORWARD),
-    Fault("noise_scale of the step before", "load_scales<kEdge>(at + 2 * kTile.k);", "load_scales<kEdge>(at + kTile.k);", BACKWARD),
+    Fault("noise_scale of the step before", "load_scales<kEdge>(at + 2 *", "load_scales<kEdge>(at +", BACKWARD),
     Fault("rows beyond the tile stored", "if (r >= last_m) continue;", "", FORWARD, "lets it write"),
     Fault("rows of the next sample stored", "last_m = (sample + 1) * job.rows_per_sample;", "last_m = job.args.M;",
           SAMPLES, "wrote in the same launch"),
@@ -366,8 +368,8 @@ FAULTS = [
           FORWARD, "data race"),
     Fault("adapter not scaled", "*= float(args.scaling);", "*= 1.0f;", FORWARD),
     Fault("adapter in every part", "if (begin == 0 && job.args.rank > 0)", "if (job.args.rank > 0)", FORWARD),
-    Fault("too much shared memory", "return a_stage(slot) + kABytes;", "return a_stage(slot + kStageBytes) + kABytes;", FORWARD,
-          "bytes of shared memory"),
+    Fault("too much shared memory", "return a_stage(slot) + kABytes;",
+          "return a_stage(slot + kStageBytes) + kABytes;", FORWARD, "bytes of shared memory"),
 ]  # fmt: skip
 
 ONE_KERNEL = """
@@ -401,7 +403,7 @@ def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     source = (emulator.CSRC / "cuda/linear_sm80.h").read_text()
     rest = [emulator.compile_object(emulator.CSRC / path, folder / f"{Path(path).stem}.o")
-            for path in ("cuda/api.cu", "emulator/machine.cpp")]  # fmt: skip
+            for path in ("cuda/api.cu", "cuda/split.cu", "emulator/machine.cpp")]  # fmt: skip
 
     def build(fault: Fault) -> tuple[str, Kernels]:
         here = folder / fault.name.replace(" ", "_").replace("'", "")

@@ -28,6 +28,7 @@ CASES = {
     "one_copy_too_few": "data race: cp_async",
     "copy_over_unread": "data race: load_shared",
     "copy_tail": "",
+    "copy_under_way": "data race: cp_async",
     "copy_of_too_much": "20 of 16 bytes",
     "misaligned_copy_from": "is not aligned to 16 bytes",
     "misaligned_copy_to": "is not aligned to 16 bytes",
@@ -94,6 +95,7 @@ def test_values(machine):
     assert run(machine, "copy_tail")[1].view(torch.int32).tolist() == [0x0000] + [0] * 63
     assert run(machine, "never_written")[1].isnan().all()
     assert run(machine, "copies_without_wait")[1].isnan().all()
+    assert run(machine, "copy_under_way")[1].isnan().all()
     assert run(machine, "one_copy_too_few")[1].isnan().all()
 
 

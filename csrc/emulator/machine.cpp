@@ -435,46 +435,71 @@ static bool covers(const std::vector<uint32_t>& epochs, uint16_t actor, uint32_t
 }
 
 static bool covers_fenced(const Thread& t, uint16_t actor, uint32_t epoch) {
-  return covers(t.warp->seen.fenced, actor, epoch) || covers(t.acquired.fenced, actor, epoch);
+  if (actor == t.actor) return epoch <= t.fenced;
+  if (actor == t.actor + all_threads()) return epoch <= t.fenced_copies;
+  if (covers(t.warp->seen.fenced, actor, epoch) || covers(t.acquired.fenced, actor, epoch)) return true;
+  for (const auto& [place, clock] : t.heard)
+    if (covers(clock->fenced, actor, epoch)) return true;
+  return false;
 }
 
 bool has_seen(const Thread& t, uint16_t actor, uint32_t epoch) {
   if (actor == t.actor) return true;
   if (actor == t.actor + all_threads()) return epoch <= t.landed;
-  return covers(t.warp->seen.epochs, actor, epoch) || covers(t.acquired.epochs, actor, epoch);
+  if (covers(t.warp->seen.epochs, actor, epoch) || covers(t.acquired.epochs, actor, epoch)) return true;
+  for (const auto& [place, clock] : t.heard)
+    if (covers(clock->epochs, actor, epoch)) return true;
+  return false;
 }
 
 // What the thread itself did and waited for.
-static void add_own(const Thread& t, std::vector<uint32_t>& epochs) {
-  const size_t copies = size_t(t.actor) + all_threads();
-  if (epochs.size() <= copies) epochs.resize(2 * all_threads());
-  epochs[t.actor] = t.epoch;
-  epochs[copies] = std::max(epochs[copies], t.landed);
+static void add_own(const Thread& t, Clock& to) {
+  const auto set = [&](std::vector<uint32_t>& epochs, uint32_t own, uint32_t copies) {
+    const size_t n = size_t(all_threads());
+    if (epochs.size() < 2 * n) epochs.resize(2 * n);
+    epochs[t.actor] = std::max(epochs[t.actor], own);
+    epochs[t.actor + n] = std::max(epochs[t.actor + n], copies);
+  };
+  set(to.epochs, t.epoch, t.landed);
+  if (t.fenced) set(to.fenced, t.fenced, t.fenced_copies);
 }
 
 void release(Thread& t, Clock& into) {
   into.join(t.warp->seen);
   into.join(t.acquired);
-  add_own(t, into.epochs);
+  for (const auto& [place, clock] : t.heard) into.join(*clock);
+  add_own(t, into);
   ++t.epoch;
 }
 
 void acquire(Thread& t, const Clock& from) { t.acquired.join(from); }
 
+void acquire(Thread& t, const void* place, const std::shared_ptr<const Clock>& from) {
+  for (auto& [known, clock] : t.heard)
+    if (known == place) return void(clock = from);
+  t.heard.push_back({place, from});
+}
+
 void join_lanes(Warp& w) {
+  std::set<const Clock*> joined;
   for (Thread* t : w.lanes) {
     if (!t->acquired.epochs.empty() || !t->acquired.fenced.empty()) {
       w.seen.join(t->acquired);
       t->acquired = Clock();
     }
-    add_own(*t, w.seen.epochs);
+    for (const auto& [place, clock] : t->heard)
+      if (joined.insert(clock.get()).second) w.seen.join(*clock);
+  }
+  for (Thread* t : w.lanes) {
+    t->heard.clear();
+    add_own(*t, w.seen);
     ++t->epoch;
   }
 }
 
 void fence_proxies(Thread& t) {
-  add_own(t, t.acquired.fenced);
-  ++t.epoch;
+  t.fenced = t.epoch++;
+  t.fenced_copies = t.landed;
 }
 
 static void check_bounds(Block& block, Shared p, int bytes, int alignment, SiteId site) {

@@ -89,6 +89,9 @@ struct Thread {
   uint32_t committed = 0, landed = 0;  // cp.async groups
   std::vector<Copy> copies;
   Clock acquired;  // what it has seen beyond its warp
+  uint32_t fenced = 0, fenced_copies = 0;  // its epoch, and `landed`, at its last fence_proxies
+  // More that it has seen, by where from: of each place the last, which has all that earlier ones have.
+  std::vector<std::pair<const void*, std::shared_ptr<const Clock>>> heard;
 
   void* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
@@ -192,6 +195,8 @@ bool has_seen(const Thread& thread, uint16_t actor, uint32_t epoch);
 // Orders what the thread did and has seen before whoever acquires the clock; what it does from now on is not.
 void release(Thread& thread, Clock& into);
 void acquire(Thread& thread, const Clock& from);
+// The same, cheaper: of a clock that only grows, what it is now.
+void acquire(Thread& thread, const void* place, const std::shared_ptr<const Clock>& from);
 // Lanes of a warp learn from each other; what they do from now on is new. For warp-wide barriers.
 void join_lanes(Warp& warp);
 // fence.proxy.async: what the thread itself wrote becomes visible to asynchronous accesses ordered after it. (PTX would

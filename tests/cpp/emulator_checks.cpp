@@ -93,6 +93,13 @@ void copy_tail(Out out, In in) {
   const Words<4> w = load_shared<Words<4>>(shared_base() + 16 * thread());
   store_global(out + thread(), scalar::as_float(w.v[1]));
 }
+void copy_under_way(Out out, In in) {
+  store_shared(shared_base() + 4 * thread(), 1.0f);
+  cp_async<4>(shared_base() + 4 * thread(), in + thread());
+  cp_async_commit();
+  store_global(out + thread(), load_shared<float>(shared_base() + 4 * thread()));
+  cp_async_wait<0>();
+}
 void copy_of_too_much(Out, In in) { cp_async<16>(shared_base() + 16 * thread(), in, 20); }
 void misaligned_copy_from(Out, In in) { cp_async<16>(shared_base() + 16 * thread(), in + 1); }
 void misaligned_copy_to(Out, In in) { cp_async<16>(shared_base() + 8, in); }
@@ -178,6 +185,7 @@ const struct Case {
     {"one_copy_too_few", one_copy_too_few},
     {"copy_over_unread", copy_over_unread},
     {"copy_tail", copy_tail},
+    {"copy_under_way", copy_under_way},
     {"copy_of_too_much", copy_of_too_much},
     {"misaligned_copy_from", misaligned_copy_from},
     {"misaligned_copy_to", misaligned_copy_to},
