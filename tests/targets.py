@@ -15,7 +15,7 @@ from flatlora_kernels import backends
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # backend `triton` takes tensors on the CPU, slowly
-EMULATED = os.environ.get("FLATLORA_EMULATE") == "1"  # so does backend `cuda`
+EMULATED = bool(os.environ.get("FLATLORA_EMULATE"))  # so does backend `cuda`
 
 # Backends named here may not be missing: their tests fail where others are skipped.
 REQUIRED = tuple(filter(None, os.environ.get("FLATLORA_REQUIRE_BACKENDS", "").replace(" ", "").split(",")))

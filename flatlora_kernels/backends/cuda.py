@@ -1,7 +1,7 @@
 """Backend `cuda`: fused CUDA C++ kernels (csrc/cuda) through a plain C interface, for NVIDIA GPUs.
 
 With FLATLORA_EMULATE=1 in the environment the same kernels run on the CPU, in the emulator (csrc/emulator) that
-`make emulator` builds: slow, for tests. FLATLORA_EMULATOR names another build of it.
+`make emulator` builds: slow, for tests. FLATLORA_EMULATE=90 emulates Hopper, FLATLORA_EMULATOR names another build.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import arguments, products
 from ..noise import Draw
 
-_EMULATED = os.environ.get("FLATLORA_EMULATE") == "1"
+_ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
+_EMULATED = _ARCHITECTURE is not None
 
 PRIORITY = 5 if _EMULATED else 15
 DEVICE_TYPES = ("cpu",) if _EMULATED else ("cuda",)
@@ -64,6 +65,9 @@ def _load() -> _Loaded | str:
         library.flatlora_cuda_error.argtypes = [ctypes.c_int32]
         library.flatlora_cuda_error.restype = ctypes.c_char_p
         library.flatlora_cuda_device.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+        if _EMULATED:
+            library.flatlora_emulator_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+            library.flatlora_emulator_set(b"architecture", _ARCHITECTURE)
     except (OSError, AttributeError) as error:
         return f"its library could not be loaded: {error}"
     for call in calls:
