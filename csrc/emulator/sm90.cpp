@@ -23,7 +23,8 @@ struct Mbarrier {
   int64_t expected, pending, bytes = 0;
   uint32_t phase = 0, issued = 0, landed = 0;
   std::vector<bool> is_landed;
-  Clock arriving, done;
+  Clock arriving;
+  std::shared_ptr<const Clock> done;  // at the end of the last phase
   int waiting = 0;
 };
 
@@ -65,6 +66,7 @@ struct Warpgroup {
     uint32_t committed = 0, waited = 0;
     bool fenced = false;
     std::map<float*, Accumulator> accumulators;
+    std::shared_ptr<const Clock> done;
   } warps[4];
 };
 
@@ -122,7 +124,7 @@ void try_to_complete(Mbarrier& b) {
   b.pending = b.expected;
   if (b.arriving.epochs.size() <= b.actor) b.arriving.epochs.resize(b.actor + 1u);
   b.arriving.epochs[b.actor] = b.landed;
-  b.done.join(b.arriving);
+  b.done = std::make_shared<Clock>(b.arriving);
 }
 
 void visit(Block& block, uint16_t actor, uint32_t epoch, SiteId site) {
@@ -436,7 +438,7 @@ void mbarrier_wait(Shared p, uint32_t parity, SiteId site) {
   ++b.waiting;
   wait_until([&] { return (b.phase & 1) != parity; }, site);
   --b.waiting;
-  acquire(*current, b.done);
+  if (b.done) acquire(*current, &b, b.done);
 }
 
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, SiteId site) {
@@ -535,9 +537,13 @@ void wgmma_wait(uint32_t pending, SiteId site) {
       }
     at = warp.accumulators.erase(at);
   }
-  std::vector<uint32_t>& seen = current->acquired.epochs;
-  if (seen.size() <= g.actor) seen.resize(g.actor + 1u);
-  seen[g.actor] = std::max(seen[g.actor], group);
+  if (warp.waited < group) {
+    const auto done = std::make_shared<Clock>();
+    done->epochs.resize(g.actor + 1u);
+    done->epochs[g.actor] = warp.waited = group;
+    warp.done = done;
+  }
+  if (warp.done) acquire(*current, &g, warp.done);
 }
 
 void wgmma(Operands mine, SiteId site) {
