@@ -327,33 +327,34 @@ struct LinearTile {
     uint32_t a[kMI][4], b[kNI][2];
   };
 
-  // kTransposed: the stage has a row for each step of the contraction, else for each output.
+  // kTransposed: the stage has a row for each step of the contraction, else for each output. What a lane adds to the
+  // slot does not change from stage to stage.
   template <bool kTransposed>
-  FLATLORA_DEVICE void load_fragments(Fragments& f, gpu::Shared a_tile, gpu::Shared b_tile, int step) const {
+  FLATLORA_DEVICE void load_fragments(Fragments& f, uint32_t slot, int step) const {
     const uint32_t lane = uint32_t(gpu::lane()), warp = uint32_t(gpu::warp());
     const uint32_t warp_m = warp / kTile.warps_n * kWarpM, warp_n = warp % kTile.warps_n * kWarpN;
-    const uint32_t step_piece = uint32_t(2 * step ^ (2 * step >> 3 & 1));
-    const uint32_t a_place = (lane >> 4 ^ swizzle(lane & 7) ^ step_piece) << 4;
+    const uint32_t step_place = uint32_t(2 * step ^ (2 * step >> 3 & 1)) << 4;
+    const gpu::Shared a_tile = stages + (warp_m + (lane & 15)) * kRowBytes;
+    const gpu::Shared a_lane = a_tile + ((lane >> 4 ^ swizzle(lane & 7)) << 4);
     FLATLORA_UNROLL
-    for (int i = 0; i < kMI; ++i)
-      gpu::ldmatrix(f.a[i], a_tile + (warp_m + (lane & 15)) * kRowBytes + a_place + i * 16 * kRowBytes);
+    for (int i = 0; i < kMI; ++i) gpu::ldmatrix(f.a[i], (a_lane ^ step_place) + slot + i * 16 * kRowBytes);
     if constexpr (!kTransposed) {
-      const uint32_t row = warp_n + (lane & 7) + (lane >> 4) * 8;
-      const uint32_t b_place = ((lane >> 3 & 1) ^ swizzle(lane & 7) ^ step_piece) << 4;
+      const gpu::Shared b_tile = stages + (warp_n + (lane & 7) + (lane >> 4) * 8) * kRowBytes;
+      const gpu::Shared b_lane = b_tile + (((lane >> 3 & 1) ^ swizzle(lane & 7)) << 4);
       FLATLORA_UNROLL
       for (int j = 0; j < kNI; j += 2) {
         uint32_t r[4];
-        gpu::ldmatrix(r, b_tile + row * kRowBytes + b_place + j * 8 * kRowBytes);
+        gpu::ldmatrix(r, (b_lane ^ step_place) + slot + (kABytes + j * 8 * kRowBytes));
         f.b[j][0] = r[0], f.b[j][1] = r[1], f.b[j + 1][0] = r[2], f.b[j + 1][1] = r[3];
       }
     } else if constexpr (kElement == 2) {
       const uint32_t first = warp_n / 8;
-      const uint32_t b_place = first ^ (first >> 3 & 1) ^ lane >> 4 ^ swizzle(lane & 7);
+      const gpu::Shared b_lane =
+          stages + (lane & 15) * kWRowBytes + ((first ^ (first >> 3 & 1) ^ lane >> 4 ^ swizzle(lane & 7)) << 4);
       FLATLORA_UNROLL
       for (int j = 0; j < kNI; j += 2) {
         uint32_t r[4];
-        gpu::ldmatrix_trans(
-            r, b_tile + (lane & 15) * kWRowBytes + ((b_place ^ uint32_t(j)) << 4) + step * 16 * kWRowBytes);
+        gpu::ldmatrix_trans(r, (b_lane ^ uint32_t(j << 4)) + slot + (kABytes + step * 16 * kWRowBytes));
         f.b[j][0] = r[0], f.b[j][1] = r[1], f.b[j + 1][0] = r[2], f.b[j + 1][1] = r[3];
       }
     } else {
@@ -362,8 +363,8 @@ struct LinearTile {
         FLATLORA_UNROLL
         for (int h = 0; h < 2; ++h) {
           const uint32_t col = warp_n + j * 8 + lane / 4;
-          f.b[j][h] = gpu::load_shared<uint32_t>(b_tile + place(kWRowBytes, step * 8 + h * 4 + lane % 4, col / 4) +
-                                                 col % 4 * 4);
+          f.b[j][h] = gpu::load_shared<uint32_t>(w_stage(slot) + col % 4 * 4 +
+                                                 place(kWRowBytes, step * 8 + h * 4 + lane % 4, col / 4));
         }
       }
     }
@@ -479,7 +480,7 @@ struct LinearTile {
       FLATLORA_NO_UNROLL
       for (int step = 0; 2 * step < pieces; ++step) {
         Fragments f;
-        load_fragments<false>(f, a_stage(slot), w_stage(slot), step);
+        load_fragments<false>(f, slot, step);
         multiply(f);
       }
       end_stage();
@@ -557,7 +558,7 @@ struct LinearTile {
   }
 
   // Multiplies what `slot` holds of the contraction from `at` on and makes the next stage ready. kEdge: where any of
-  // the steps under way is not a whole one.
+  // the steps under way is not a whole one; elsewhere the low half of `at` is enough.
   template <bool kEdge>
   FLATLORA_DEVICE void step(int64_t at, uint32_t& slot) {
     const uint32_t next = slot == kLastSlot ? 0 : slot + kStageBytes, free = slot == 0 ? kLastSlot : slot - kStageBytes;
@@ -572,7 +573,7 @@ struct LinearTile {
     FLATLORA_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       Fragments f;
-      load_fragments<kInputGrad>(f, a_stage(slot), w_stage(slot), i);
+      load_fragments<kInputGrad>(f, slot, i);
       noise_loads(pass, i);
       multiply(f);
       noise_turn<kEdge>(pass, i);
@@ -601,14 +602,14 @@ struct LinearTile {
     clear_tail(pass.stage, begin);
     gpu::sync_threads();
 
+    // Steps that copy, draw for and multiply whole tiles.
     const bool whole = job.copies && (!kInputGrad || first_out + kTile.n <= job.outputs);
-    const int whole_steps = whole ? int((end - begin) / kTile.k) - kStages + 1 : 0;
-    int64_t at = begin;
+    const int steps = int((end - begin) / kTile.k) - (kStages - 1), whole_steps = whole && steps > 0 ? steps : 0;
     uint32_t slot = 0;
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < whole_steps; ++i, at += kTile.k) step<false>(at, slot);
+    for (int i = 0; i < whole_steps; ++i) step<false>(uint32_t(begin) + uint32_t(i * kTile.k), slot);
     FLATLORA_NO_UNROLL
-    for (; at < end; at += kTile.k) step<true>(at, slot);
+    for (int64_t at = begin + int64_t(whole_steps) * kTile.k; at < end; at += kTile.k) step<true>(at, slot);
     store();
   }
 };
