@@ -342,7 +342,7 @@ FORWARD = Case(70, 136, 328, 2, rank=8, bias=True)
 BACKWARD = Case(70, 328, 136, 2, input_grad=True)
 SAMPLES = Case(60, 72, 136, 2, samples=3)
 FAULTS = [
-    Fault("swizzle of x", "(lane >> 4 ^ swizzle(lane & 7) ^ step_piece)", "(lane >> 4 ^ step_piece)", FORWARD),
+    Fault("swizzle of x", "((lane >> 4 ^ swizzle(lane & 7)) << 4)", "((lane >> 4) << 4)", FORWARD),
     Fault("no swizzle", "return (row & 3) << 1 | (row >> 2 & 1);", "return row & 0;", FORWARD),
     Fault("not transposed", "gpu::ldmatrix_trans(", "gpu::ldmatrix(", BACKWARD),
     Fault("stage in use copied over", "free = slot == 0 ? kLastSlot : slot - kStageBytes;", "free = slot;", FORWARD,
@@ -354,7 +354,7 @@ FAULTS = [
     Fault("no tail of x", "const int a_valid = bytes_before(end, at + a_piece * kPerPiece);", "const int a_valid = 16;",
           FORWARD),
     Fault("tail of x too long", "a_valid = bytes_before(end,", "a_valid = bytes_before(end + 1,", FORWARD),
-    Fault("one whole step too many", "/ kTile.k) - kStages + 1 : 0;", "/ kTile.k) - kStages + 2 : 0;", FORWARD),
+    Fault("one whole step too many", "/ kTile.k) - (kStages - 1),", "/ kTile.k) - (kStages - 2),", FORWARD),
     Fault("noise of the step before", "pass.block = block_at(at + kTile.k);", "pass.block = block_at(at);", FORWARD),
     Fault("noise of the first tile's rows", "set_rows<kNoise>(quad, draw, uint32_t(first_out) + w_row);",
           "set_rows<kNoise>(quad, draw, w_row);", FORWARD),
