@@ -259,6 +259,24 @@ def test_forward_and_input_grad_see_the_same_weights(kernels):
                 assert multiplied_weights(kernels, other)[0].equal(forward)
 
 
+@pytest.mark.parametrize("config", [0, 1, 2, 3, 1000, 1001, 1002])
+def test_nothing_beyond_the_contraction(kernels, config):
+    """Noise may overflow float16. What is drawn for columns that W does not have must not show in the product."""
+    kernels.set(architecture=90 if config >= 1000 else 80)
+    scale, weight = torch.full((64,), 3e4), torch.zeros(64, 16, dtype=F16)
+    draw = Draw(scale, torch.tensor(5))
+    drawn = kernels.perturb(weight, draw)
+    finite = drawn.isfinite().all(1)
+    assert 8 < finite.sum() < 56
+    x = torch.full((3, 16), 2.0**-12, dtype=F16)
+    y, _ = kernels.linear(x, weight, draw, config=config)
+    assert y[:, finite].isfinite().all()
+    row = int(finite.nonzero()[0])
+    one = draw._replace(noise_scale=scale[:1], row_offset=row)
+    dx, _ = kernels.linear(x[:, :1].clone(), weight[:1], one, input_grad=True, config=config)
+    assert dx.isfinite().all()
+
+
 def check_banks(kernels: Kernels, case: Case) -> None:
     """No conflicts in the loop over the contraction. Elements copied one by one and the adapter's may have some."""
     a, weight, draw, options = inputs(case)
