@@ -264,6 +264,9 @@ struct Sm90Linear {
           for (int i = 0; i < kRows; ++i) rows.factor[i] = factor_of<kNoise>(draw, lines.scale[i]);
         } else {
           block = block_key(draw, uint32_t(at + int(chunk()) * 8) >> 3);
+          // Zeros beyond W, because noise may overflow float16, and infinity times zero is NaN.
+          FLATLORA_UNROLL
+          for (int i = 0; i < kRows; ++i) rows.factor[i] = lines.left > 0 ? rows.factor[i] : 0.0f;
         }
         if (has_lines()) {
           perturb(lines.w, draw, rows, block);
