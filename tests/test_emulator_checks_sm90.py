@@ -80,11 +80,11 @@ CASES = {
 def machine(tmp_path_factory):
     if emulator.CXX is None:
         pytest.skip("no C++ compiler")
-    sources = [
-        emulator.ROOT / "tests/cpp/emulator_checks_sm90.cpp",
-        *sorted((emulator.CSRC / "emulator").glob("*.cpp")),
-    ]
-    path = emulator.compile_library(sources, tmp_path_factory.mktemp("emulator") / "checks.so")
+    folder = tmp_path_factory.mktemp("emulator")
+    kernels = emulator.compile_object(
+        emulator.ROOT / "tests/cpp/emulator_checks_sm90.cpp", folder / "checks.o"
+    )
+    path = emulator.link([kernels, *wrappers.emulator_objects()], folder / "checks.so")
     machine = emulator.Emulator(ctypes.CDLL(str(path)))
     machine.library.case_names.restype = ctypes.c_char_p
     return machine

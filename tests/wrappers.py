@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulator
@@ -75,11 +76,24 @@ class Library:
         self.check(getattr(self.library, name)(*converted))
 
 
+FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def emulator_objects() -> list[Path]:
+    """The emulator itself, compiled once for all tests."""
+    sources = sorted((emulator.CSRC / "emulator").glob("*.cpp"))
+    with ThreadPoolExecutor(2) as pool:
+        return list(
+            pool.map(lambda s: emulator.compile_object(s, Path(FOLDER.name) / f"{s.stem}.o"), sources)
+        )
+
+
 @functools.cache
 def _emulated() -> Library:
-    path = Path(tempfile.mkdtemp()) / "wrappers_emulated.so"
-    sources = [SOURCE, *sorted((emulator.CSRC / "emulator").glob("*.cpp"))]
-    library = Library(emulator.compile_library(sources, path, "-DFLATLORA_TEST_SM90"), True)
+    folder = Path(FOLDER.name)
+    kernels = emulator.compile_object(SOURCE, folder / "wrappers.o", "-DFLATLORA_TEST_SM90")
+    library = Library(emulator.link([kernels, *emulator_objects()], folder / "wrappers_emulated.so"), True)
     emulator.Emulator(library.library).set(architecture=90, seed=1)
     return library
 
@@ -87,7 +101,7 @@ def _emulated() -> Library:
 @functools.cache
 def _on_gpu() -> Library:
     major, minor = torch.cuda.get_device_capability()
-    path = Path(tempfile.mkdtemp()) / "wrappers_gpu.so"
+    path = Path(FOLDER.name) / "wrappers_gpu.so"
     done = nvcc("90a" if (major, minor) == (9, 0) else f"{major}{minor}", "-shared", "-o", str(path))
     assert done.returncode == 0, done.stderr
     return Library(path, (major, minor) == (9, 0))
