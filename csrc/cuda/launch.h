@@ -7,8 +7,11 @@
 #include "../emulator/launch.h"
 #else
 
-#include <cuda_runtime.h>
 #include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <map>
+#include <utility>
 
 namespace flatlora {
 namespace gpu {
@@ -20,8 +23,21 @@ struct Launch {
   int threads;
   int shared_bytes;  // dynamic; shared_base's alignment is added here
   void* stream;
-  int cluster = 1;  // blocks that share; divides `blocks`
+  // Blocks that share; divides `blocks`. Such kernels loop over their work, so that fewer blocks do as well.
+  int cluster = 1;
 };
+
+// Clusters that run at once: fewer than the processors would give where a group of these has a remainder.
+inline Error clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int* count) {
+  static thread_local std::map<std::pair<const void*, int>, int> known;
+  int device;
+  if (const cudaError_t e = cudaGetDevice(&device)) return e;
+  int& found = known[{kernel, device}];
+  if (found == 0)
+    if (const cudaError_t e = cudaOccupancyMaxActiveClusters(&found, kernel, &config)) return e;
+  *count = found;
+  return cudaSuccess;
+}
 
 template <class... P>
 Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
@@ -42,6 +58,9 @@ Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
+    int most = 0;
+    if (const Error e = clusters_at_once(reinterpret_cast<const void*>(kernel), config, &most)) return e;
+    if (most > 0 && how.blocks > int64_t(most) * how.cluster) config.gridDim.x = unsigned(most * how.cluster);
   }
   return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 }

@@ -285,6 +285,15 @@ FLATLORA_DEVICE void tma_load(Shared to, const TensorMap* map, int column, int r
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory"));
 }
+// The same to this address of each block of the cluster whose bit is in `blocks`, completing on that block's `barrier`.
+FLATLORA_DEVICE void tma_load_multicast(Shared to, const TensorMap* map, int column, int row, Shared barrier,
+                                        uint16_t blocks) {
+  FLATLORA_SM90(asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory"));
+}
 // Shared memory of this block to the same address of block `rank` of the cluster, completing on the barrier that block
 // has at `barrier`. One thread; multiples of 16 bytes.
 FLATLORA_DEVICE void copy_to_block(int rank, Shared at, int bytes, Shared barrier) {
