@@ -39,6 +39,11 @@ CASES = {
     "tma_over_stores_fenced": "",
     "tma_over_stores_unfenced": "missing proxy fence: store_shared",
     "fenced_by_one": "missing proxy fence: store_shared",
+    "multicast_to_both": "",
+    "multicast_to_one": "0 of 1 arrivals and 2048 bytes are missing",
+    "multicast_to_nobody": "blocks 4",
+    "multicast_without_wait": "data race: ",
+    "multicast_over_unread": "data race: ",
     "copy": "",
     "copy_without_end": "may end before copy_to_block",
     "copy_nobody_waits_for": "may end before copy_to_block",
@@ -132,6 +137,7 @@ def test_older_architectures_refuse(machine):
 TESTS = {
     "turns": test_wrappers.test_mbarrier,
     "box": lambda library: test_wrappers.test_tma_load(library, 8, 64),
+    "shared_box": lambda library: test_wrappers.test_tma_load_multicast(library, 8, 128),
     "send": test_wrappers.test_copy_to_block,
     "products": lambda library: test_emulator_layouts.test_wgmma(library, 64, "mn-major", "k first", "bf16"),
 }

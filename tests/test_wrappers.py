@@ -31,8 +31,10 @@ def declared(*files: Path) -> set[str]:
 
 
 def test_all_wrappers_are_here():
-    functions = declared(CUDA / "ptx.h", CUDA / "launch.h")
-    assert len(functions) > 50 and {"wgmma", "load_shared", "launch", "encode_tensor_map"} <= functions
+    functions = declared(CUDA / "ptx.h")
+    assert len(functions) > 50 and {"wgmma", "load_shared", "load_global"} <= functions
+    assert {"launch", "encode_tensor_map"} <= declared(CUDA / "launch.h")
+    functions |= {"launch", "encode_tensor_map"}
     text = wrappers.SOURCE.read_text()
     assert not [f for f in functions if not re.search(rf"\b{f}(<[^;]*>)?\(", text)]
     assert not functions - declared(EMULATOR / "ptx.h", EMULATOR / "sm90.h", EMULATOR / "launch.h")
@@ -225,6 +227,18 @@ def test_tma_load(library, row, column):
     box = out[rows, chunks ^ rows % 8].reshape(16, 64)
     padded = np.pad(matrix, ((16, 16), (64, 64)))
     assert np.array_equal(box, padded[row + 16 : row + 32, column + 64 : column + 128])
+
+
+@on_both
+@pytest.mark.parametrize("row, column", [(0, 0), (8, 128), (30, 64)])
+def test_tma_load_multicast(library, row, column):
+    matrix = np.arange(1, 40 * 200 + 1, dtype=np.uint16).reshape(40, 200)
+    out = np.zeros((2, 32, 8, 8), dtype=np.uint16)
+    wrappers.get(library, sm90=True).call("test_shared_box", matrix, 40, 200, 400, row, column, out)
+    rows, chunks = np.arange(32)[:, None], np.arange(8)[None, :]
+    expected = np.pad(matrix, ((0, 32), (0, 64)))[row : row + 32, column : column + 64]
+    for block in out:
+        assert np.array_equal(block[rows, chunks ^ rows % 8].reshape(32, 64), expected)
 
 
 @on_both

@@ -441,15 +441,20 @@ void mbarrier_wait(Shared p, uint32_t parity, SiteId site) {
   if (b.done) acquire(*current, &b, b.done);
 }
 
-void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, SiteId site) {
-  Block& block = *current->block;
+void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site) {
+  if (blocks == 0 || blocks >> machine.how.cluster) fail("%s: blocks %x", name(site).c_str(), blocks);
   const int bytes = int(map.box_rows) * 128;
   if (to % 1024)
     fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)to - kSharedBase);
   for (int64_t m = std::max(row, 0); m < std::min(row + map.box_rows, map.rows); ++m)
     for (int64_t n = std::max(column, 0); n < std::min(int64_t(column) + 64, map.columns); ++n)
       check_global(map.data + m * map.row_bytes + n * 2, 2, false, site);
-  issue({&find(block, barrier, site), 0, site, &block, to, bytes, map, column, row, nullptr});
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    Block& block = block_of(rank, site);
+    check_alive(block, site);
+    issue({&find(block, barrier, site), 0, site, &block, to, bytes, map, column, row, nullptr});
+  }
 }
 
 void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site) {

@@ -18,7 +18,7 @@ void mbarrier_init(Shared barrier, int arrivals, SiteId site);
 void fence_mbarrier_init();
 void mbarrier_arrive(Shared barrier, int rank, int64_t bytes, SiteId site);
 void mbarrier_wait(Shared barrier, uint32_t parity, SiteId site);
-void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, SiteId site);
+void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site);
 void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site);
 void cluster_sync(SiteId site);
 void set_registers(int count, bool increase, SiteId site);
@@ -63,7 +63,11 @@ inline void fence_proxy_async(Site site = here()) {
   if (!skipped(site_id("fence_proxy_async", site))) emulated::fence_proxies(*current);
 }
 inline void tma_load(Shared to, const TensorMap* map, int column, int row, Shared barrier, Site site = here()) {
-  emulated::tma_load(to, *map, column, row, barrier, site_id("tma_load", site));
+  emulated::tma_load(to, *map, column, row, barrier, 1u << cluster_rank(), site_id("tma_load", site));
+}
+inline void tma_load_multicast(Shared to, const TensorMap* map, int column, int row, Shared barrier, uint16_t blocks,
+                               Site site = here()) {
+  emulated::tma_load(to, *map, column, row, barrier, blocks, site_id("tma_load_multicast", site));
 }
 inline void copy_to_block(int rank, Shared at, int bytes, Shared barrier, Site site = here()) {
   emulated::copy_to_block(rank, at, bytes, barrier, site_id("copy_to_block", site));

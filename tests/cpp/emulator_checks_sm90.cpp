@@ -176,6 +176,31 @@ void fenced_by_one(Out out, Map map) {
   take(out);
 }
 
+// Block 0 of a cluster loads for `blocks`.
+void multicast(Out out, Map map, int blocks, bool sync_at_end = true, bool wait = true) {
+  start(1);
+  if (thread() == 0) {
+    mbarrier_arrive_expect(barrier(), 2048);
+    if (cluster_rank() == 0) tma_load_multicast(data(), map, 0, 0, barrier(), uint16_t(blocks));
+  }
+  if (wait || cluster_rank() == 0) mbarrier_wait(barrier(), 0);
+  if (cluster_rank() == 1) take(out);
+  if (sync_at_end) cluster_sync();
+}
+void multicast_to_both(Out out, Map map) { multicast(out, map, 3); }
+void multicast_to_one(Out out, Map map) { multicast(out, map, 1); }
+void multicast_to_nobody(Out out, Map map) { multicast(out, map, 4); }
+void multicast_without_wait(Out out, Map map) { multicast(out, map, 3, true, false); }
+void multicast_over_unread(Out out, Map map) {
+  multicast(out, map, 3, false);
+  if (thread() == 0) {
+    mbarrier_arrive_expect(barrier(), 2048);
+    if (cluster_rank() == 0) tma_load_multicast(data(), map, 0, 0, barrier(), 3);
+  }
+  mbarrier_wait(barrier(), 1);
+  cluster_sync();
+}
+
 // Block 0 of a cluster sends its first 512 bytes to block 1.
 void send(Out out, int to, int bytes, bool sync_at_end, bool wait, int from = 0) {
   start(1);
@@ -350,6 +375,11 @@ const Case cases[] = {
     CASE(tma_over_stores_fenced, 64),
     CASE(tma_over_stores_unfenced, 64),
     CASE(fenced_by_one, 64),
+    CASE(multicast_to_both, 64, 2),
+    CASE(multicast_to_one, 64, 2),
+    CASE(multicast_to_nobody, 64, 2),
+    CASE(multicast_without_wait, 64, 2),
+    CASE(multicast_over_unread, 64, 2),
     CASE(copy, 128, 2),
     CASE(copy_without_end, 128, 2),
     CASE(copy_nobody_waits_for, 128, 2),

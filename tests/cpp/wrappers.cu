@@ -194,6 +194,25 @@ box(FLATLORA_GRID_CONSTANT const TensorMap map, int row, int column, uint8_t* ou
   for (int i = thread() * 16; i < 2048; i += 64 * 16) store_global(out + i, load_shared<Words<4>>(tile + uint32_t(i)));
 }
 
+// In a cluster of two, each block loads half of the box, for both. Both give what they got.
+FLATLORA_KERNEL(64, 1)
+shared_box(FLATLORA_GRID_CONSTANT const TensorMap map, int row, int column, uint8_t* out) {
+  const Shared tile = shared_base(), barrier = tile + 4096;
+  if (thread() == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  cluster_sync();
+  if (thread() == 0) {
+    const int half = cluster_rank();
+    mbarrier_arrive_expect(barrier, 4096);
+    tma_load_multicast(tile + uint32_t(half) * 2048, &map, column, row + half * 16, barrier, 3);
+  }
+  mbarrier_wait(barrier, 0);
+  for (int i = thread() * 16; i < 4096; i += 64 * 16)
+    store_global(out + block() * 4096 + i, load_shared<Words<4>>(tile + uint32_t(i)));
+}
+
 // In a cluster of two: block 0 sends 1024 bytes; block 1 stores them, says so, and gets their complement as well.
 FLATLORA_KERNEL(64, 1) send(const uint8_t* in, uint8_t* out) {
   const Shared tile = shared_base(), full = tile + 1024, empty = tile + 1032, mine = tile + uint32_t(thread()) * 16;
@@ -394,6 +413,17 @@ EXPORT int test_box(const void* matrix, int64_t rows, int64_t columns, int64_t r
   int error = encode_tensor_map(&map, from, rows, columns, row_bytes, 16, false);
   if (error == 0) error = launch(box, {1, 64, 2056, nullptr}, map, int(row), int(column), static_cast<uint8_t*>(to));
   return finish(error, from, to, out, 2048);
+}
+
+EXPORT int test_shared_box(const void* matrix, int64_t rows, int64_t columns, int64_t row_bytes, int64_t row,
+                           int64_t column, void* out) {
+  void* from = to_device(matrix, rows * row_bytes);
+  void* to = to_device(out, 8192);
+  TensorMap map;
+  int error = encode_tensor_map(&map, from, rows, columns, row_bytes, 16, false);
+  if (error == 0)
+    error = launch(shared_box, {2, 64, 4104, nullptr, 2}, map, int(row), int(column), static_cast<uint8_t*>(to));
+  return finish(error, from, to, out, 8192);
 }
 
 EXPORT int test_encode(const void* data, int64_t rows, int64_t columns, int64_t row_bytes, int64_t box_rows) {
