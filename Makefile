@@ -71,13 +71,14 @@ emulator-sanitized:
 
 EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
 MACHINE_TESTS := $(wildcard tests/test_emulator*.py tests/test_wrappers.py)
-SANITIZED := LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FLATLORA_SANITIZE=1 FLATLORA_EMULATOR=build/emulator-sanitized/libflatlora_cuda_emulated.so
-test-emulator: install emulator
+test-emulator: install emulator emulator-sanitized
 	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
 emulate-matrix:
 	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
-emulate-machine: emulator-sanitized
+	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/test_gpu.py -k 'bfloat16 or float16'
+emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
 	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py -m emulator -k small_shapes
 
