@@ -285,9 +285,9 @@ enum class But {
   kOverwritesLate,
   kOneWarpLess,
   kWarpsDiffer
-};  // clang-format off
+};
 template <But but>
-void product(Out out, Map) {  // clang-format on
+void product(Out out, Map) {
   ones(but != But::kNoProxyFence);
   float d[32] = {};
   if (but != But::kNoFence) wgmma_fence();
