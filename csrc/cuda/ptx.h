@@ -115,9 +115,7 @@ FLATLORA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_s
 
 // --- Arithmetic ---
 
-FLATLORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
+FLATLORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // a ^ (b & mask) as one instruction, which the compiler does not know.
 FLATLORA_DEVICE uint32_t xor_masked(uint32_t a, uint32_t b, uint32_t mask) {
   uint32_t d;
@@ -238,41 +236,41 @@ FLATLORA_DEVICE void mbarrier_init(Shared barrier, int arrivals) {
 }
 // Makes initialised barriers visible to the cluster and the copy engine; before cluster_sync or sync_threads.
 FLATLORA_DEVICE void fence_mbarrier_init() {
-  FLATLORA_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  FLATLORA_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
 }
 FLATLORA_DEVICE void mbarrier_arrive(Shared barrier) {
   FLATLORA_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"));
 }
 // Arrives, and makes the phase wait for `bytes` of asynchronous copies as well.
 FLATLORA_DEVICE void mbarrier_arrive_expect(Shared barrier, int bytes) {
-  FLATLORA_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                             : "memory"));
+  FLATLORA_SM90(
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"));
 }
 // Arrives at the barrier that block `rank` of the cluster has at this address.
 FLATLORA_DEVICE void mbarrier_arrive_cluster(Shared barrier, int rank) {
-  FLATLORA_SM90(asm volatile("{\n"
-                             ".reg .b32 remote;\n"
-                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                             "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-                             "}" ::"r"(barrier),
-                             "r"(rank)
-                             : "memory"));
+  FLATLORA_SM90(
+      asm volatile("{\n"
+                   ".reg .b32 remote;\n"
+                   "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                   "}" ::"r"(barrier),
+                   "r"(rank) : "memory"));
 }
 // Until the phase of this parity has ended. Acquires what arrivals of the whole cluster released.
 FLATLORA_DEVICE void mbarrier_wait(Shared barrier, uint32_t parity) {
-  FLATLORA_SM90(asm volatile("{\n"
-                             ".reg .pred done;\n"
-                             "again:\n"
-                             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-                             "@!done bra again;\n"
-                             "}" ::"r"(barrier),
-                             "r"(parity)
-                             : "memory"));
+  FLATLORA_SM90(
+      asm volatile("{\n"
+                   ".reg .pred done;\n"
+                   "again:\n"
+                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                   "@!done bra again;\n"
+                   "}" ::"r"(barrier),
+                   "r"(parity) : "memory"));
 }
 
 // Generic-proxy writes to shared memory before it are seen by asynchronous copies and wgmma after it.
 FLATLORA_DEVICE void fence_proxy_async() {
-  FLATLORA_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
+  FLATLORA_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 
 using TensorMap = CUtensorMap;
@@ -282,8 +280,7 @@ FLATLORA_DEVICE void tma_load(Shared to, const TensorMap* map, int column, int r
   FLATLORA_SM90(asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory"));
+      "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory"));
 }
 // The same to this address of each block of the cluster whose bit is in `blocks`, completing on that block's `barrier`.
 FLATLORA_DEVICE void tma_load_multicast(Shared to, const TensorMap* map, int column, int row, Shared barrier,
@@ -291,27 +288,26 @@ FLATLORA_DEVICE void tma_load_multicast(Shared to, const TensorMap* map, int col
   FLATLORA_SM90(asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
       "%3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-      : "memory"));
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory"));
 }
 // Shared memory of this block to the same address of block `rank` of the cluster, completing on the barrier that block
 // has at `barrier`. One thread; multiples of 16 bytes.
 FLATLORA_DEVICE void copy_to_block(int rank, Shared at, int bytes, Shared barrier) {
-  FLATLORA_SM90(asm volatile("{\n"
-                             ".reg .b32 to, barrier;\n"
-                             "mapa.shared::cluster.u32 to, %0, %2;\n"
-                             "mapa.shared::cluster.u32 barrier, %3, %2;\n"
-                             "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, "
-                             "[barrier];\n"
-                             "}" ::"r"(at),
-                             "r"(bytes), "r"(rank), "r"(barrier)
-                             : "memory"));
+  FLATLORA_SM90(
+      asm volatile("{\n"
+                   ".reg .b32 to, barrier;\n"
+                   "mapa.shared::cluster.u32 to, %0, %2;\n"
+                   "mapa.shared::cluster.u32 barrier, %3, %2;\n"
+                   "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, "
+                   "[barrier];\n"
+                   "}" ::"r"(at),
+                   "r"(bytes), "r"(rank), "r"(barrier) : "memory"));
 }
 // All threads of all blocks of the cluster.
 FLATLORA_DEVICE void cluster_sync() {
-  FLATLORA_SM90(asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                             "barrier.cluster.wait.acquire.aligned;" ::
-                                 : "memory"));
+  FLATLORA_SM90(
+      asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                   "barrier.cluster.wait.acquire.aligned;" :: : "memory"));
 }
 
 // All warps of a warpgroup, once; kCount is a multiple of 8.
@@ -325,8 +321,8 @@ FLATLORA_DEVICE void registers_decrease() {
 }
 
 // Before the first wgmma of a group: orders register and shared-memory accesses before it.
-FLATLORA_DEVICE void wgmma_fence() { FLATLORA_SM90(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
-FLATLORA_DEVICE void wgmma_commit() { FLATLORA_SM90(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+FLATLORA_DEVICE void wgmma_fence() { FLATLORA_SM90(asm volatile("wgmma.fence.sync.aligned;" :: : "memory")); }
+FLATLORA_DEVICE void wgmma_commit() { FLATLORA_SM90(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory")); }
 template <int pending>
 FLATLORA_DEVICE void wgmma_wait() {
   FLATLORA_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"));
@@ -338,26 +334,25 @@ FLATLORA_DEVICE void wgmma_hold(float (&d)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define FLATLORA_D8(i) \
+#define FLATLORA_D8(i)                                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FLATLORA_D32(i) FLATLORA_D8(i), FLATLORA_D8(i + 8), FLATLORA_D8(i + 16), FLATLORA_D8(i + 24)
-#define FLATLORA_R32_0 \
+#define FLATLORA_R32_0                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FLATLORA_R32_1 \
+#define FLATLORA_R32_1                                                                                             \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // d += a b (or = a b where `accumulate` is 0) for a (64, 16) and b (16, 2 n) in shared memory, both described as PTX's
 // "matrix descriptor"; `b` lies with its contraction contiguous, or kTransposed with its columns contiguous.
-#define FLATLORA_WGMMA(columns, registers, outputs, list, a, b, c, t, ptx_type, type)                                \
-  template <int kTransposed>                                                                                         \
-  FLATLORA_DEVICE void wgmma(float (&d)[registers], uint64_t a_tile, uint64_t b_tile, int accumulate, type) {        \
-    FLATLORA_SM90(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " c ", 0;\n"                                        \
-                               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." ptx_type "." ptx_type " {"    \
-                               list "}, " a ", " b ", p, 1, 1, 0, " t ";\n}"                                         \
-                               : outputs                                                                             \
-                               : "l"(a_tile), "l"(b_tile), "r"(accumulate), "n"(kTransposed)));                      \
+#define FLATLORA_WGMMA(columns, registers, outputs, list, a, b, c, t, ptx_type, type)                                  \
+  template <int kTransposed>                                                                                           \
+  FLATLORA_DEVICE void wgmma(float (&d)[registers], uint64_t a_tile, uint64_t b_tile, int accumulate, type) {          \
+    FLATLORA_SM90(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " c ", 0;\n"                                          \
+                               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." ptx_type "." ptx_type " {" list \
+                               "}, " a ", " b ", p, 1, 1, 0, " t ";\n}" : outputs : "l"(a_tile),                       \
+                               "l"(b_tile), "r"(accumulate), "n"(kTransposed)));                                       \
   }
 #define FLATLORA_OUTPUTS_32 FLATLORA_D32(0)
 #define FLATLORA_OUTPUTS_64 FLATLORA_D32(0), FLATLORA_D32(32)
