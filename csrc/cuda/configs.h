@@ -11,6 +11,7 @@ struct Tile {
   int m, n, k;           // rows of x, outputs, steps of the contraction
   int warps_m, warps_n;  // that share it
   int stages, blocks;    // blocks: on a multiprocessor at a time, as far as registers go
+  int cycles;            // predicted for one step, docs/performance.md
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int stage_bytes(int element) const { return (m + n) * k * element; }
@@ -22,35 +23,49 @@ enum Config { kLarge, kMiddle, kAny, kFewRows, kConfigs };
 // One value drawn serves all m rows, so a tile is as high as there are rows to fill it. Each thread perturbs 4 x 8
 // elements in a step: n * k = 32 * threads. kAny takes all types and layouts, float32 has it and kFewRows.
 constexpr Tile kTiles[kConfigs] = {
-    {256, 128, 64, 4, 2, 3, 1},
-    {128, 128, 64, 2, 4, 3, 1},
-    {64, 64, 64, 2, 2, 3, 2},
-    {16, 64, 64, 1, 4, 4, 4},
+    {256, 128, 64, 4, 2, 3, 1, 2048},
+    {128, 128, 64, 2, 4, 3, 1, 1280},
+    {64, 64, 64, 2, 2, 3, 2, 512},
+    {16, 64, 64, 1, 4, 4, 4, 512},
 };
 
-// `rows`: that see one sample. `regular`: what only kAny can do is not needed.
-inline Config choose_config(int element, int64_t rows, bool regular, int64_t shared_limit) {
-  if (!regular) return kAny;
-  if (rows <= 16) return kFewRows;
-  if (rows <= 64 || element == 4) return kAny;
-  const bool large = rows > 128 && kTiles[kLarge].shared_bytes(element) + 1024 <= shared_limit;
-  return large ? kLarge : kMiddle;
-}
+// A product as the choice sees it: `samples` times `rows` rows of x, and how many parts may be summed.
+struct Extent {
+  int64_t samples, rows, outputs, length, most_parts;
 
-// Into how many parts the contraction is cut so that all processors have work.
-inline int64_t choose_parts(const Tile& tile, int64_t tiles, int64_t steps, int64_t most, int64_t processors) {
-  int64_t best = 1;
-  double best_time = 0;
+  int64_t tiles(const Tile& t) const { return samples * ((rows + t.m - 1) / t.m) * ((outputs + t.n - 1) / t.n); }
+  int64_t steps(const Tile& t) const { return (length + t.k - 1) / t.k; }
+};
+
+struct Choice {
+  Config config;
+  int64_t parts;  // into which the contraction is cut
+  double cycles;
+};
+
+// The number of parts that gives all processors work.
+inline Choice choose_parts(Config config, const Extent& e, int64_t processors) {
+  const Tile& tile = kTiles[config];
+  const int64_t most = e.most_parts < e.steps(tile) / 4 ? e.most_parts : e.steps(tile) / 4;
+  Choice best = {config, 1, 0};
   for (int64_t parts = 1; parts == 1 || parts <= most; ++parts) {
-    const int64_t blocks = (tiles * parts + processors - 1) / processors;
+    const int64_t blocks = (e.tiles(tile) * parts + processors - 1) / processors;
     // Two more steps for the beginning and end of each part.
-    const double time = double(blocks > tile.blocks ? blocks : tile.blocks) * (double(steps) / double(parts) + 2);
-    if (parts == 1 || time < best_time) {
-      best = parts;
-      best_time = time;
-    }
+    const double cycles =
+        double(blocks > tile.blocks ? blocks : tile.blocks) * (double(e.steps(tile)) / double(parts) + 2) * tile.cycles;
+    if (parts == 1 || cycles < best.cycles) best = {config, parts, cycles};
   }
   return best;
+}
+
+// `regular`: what only kAny can do is not needed.
+inline Choice choose(int element, const Extent& e, bool regular, int64_t processors, int64_t shared_limit) {
+  if (!regular) return choose_parts(kAny, e, processors);
+  if (e.rows <= 16) return choose_parts(kFewRows, e, processors);
+  if (e.rows <= 64 || element == 4) return choose_parts(kAny, e, processors);
+  const Choice middle = choose_parts(kMiddle, e, processors), large = choose_parts(kLarge, e, processors);
+  const bool fits = kTiles[kLarge].shared_bytes(element) + 1024 <= shared_limit;
+  return fits && e.rows > kTiles[kMiddle].m && large.cycles <= middle.cycles ? large : middle;
 }
 
 }  // namespace flatlora

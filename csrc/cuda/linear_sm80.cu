@@ -40,21 +40,19 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   job.copies = can_copy(args.a, args.a_row_stride, args.a_col_stride, element) &&
                can_copy(args.weight.data, args.weight.row_stride, args.weight.col_stride, element) &&
                args.noise.scale_stride == 1 && !job.any_row;
-  plan.config = choose_config(element, job.rows_per_sample, job.copies, gpu.shared_limit);
+  const int64_t part_bytes = args.M * job.outputs * 4;
+  const Extent extent = {args.noise.samples, job.rows_per_sample, job.outputs, job.length, workspace / part_bytes};
+  Choice choice = choose(element, extent, job.copies, gpu.processors, gpu.shared_limit);
   if (gpu.config >= 0 && gpu.config < kConfigs && job.copies && (element == 2 || gpu.config >= kAny))
-    plan.config = static_cast<Config>(gpu.config);
+    choice = choose_parts(static_cast<Config>(gpu.config), extent, gpu.processors);
+  plan.config = choice.config;
   const Tile& tile = kTiles[plan.config];
 
   job.tiles_per_sample = ceil_div(job.rows_per_sample, tile.m);
   job.tiles_m = job.tiles_per_sample * args.noise.samples;
   job.tiles_n = ceil_div(job.outputs, tile.n);
-  const int64_t steps = ceil_div(job.length, tile.k), tiles = job.tiles_m * job.tiles_n;
-  const int64_t part_bytes = args.M * job.outputs * 4;
-  int64_t parts = gpu.splits;
-  if (parts < 1) {
-    const int64_t most = workspace / part_bytes < steps / 4 ? workspace / part_bytes : steps / 4;
-    parts = choose_parts(tile, tiles, steps, most, gpu.processors);
-  }
+  const int64_t steps = extent.steps(tile), tiles = extent.tiles(tile);
+  const int64_t parts = gpu.splits < 1 ? choice.parts : gpu.splits;
   job.steps_per_part = ceil_div(steps, parts < steps ? parts : steps);
   job.parts = ceil_div(steps, job.steps_per_part);
 
