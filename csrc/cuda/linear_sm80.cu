@@ -22,7 +22,8 @@ struct Plan {
 };
 
 // Rows can be copied in 16 bytes, and those of a tile lie at offsets below 2^32 bytes.
-bool can_copy(const void* data, int64_t row_stride, int64_t col_stride, int64_t element) {
+bool can_copy(const void* data, int64_t rows, int64_t row_stride, int64_t col_stride, int64_t element) {
+  if (rows == 1) row_stride = 0;
   return col_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * element % 16 == 0 &&
          row_stride >= 0 && row_stride * element < (int64_t(1) << 32) / 256;
 }
@@ -37,8 +38,8 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   job.rows_per_sample = args.M / args.noise.samples;
   job.tf32 = gpu.tf32;
   job.any_row = static_cast<Noise>(args.noise.kind) == Noise::kRademacher && args.noise.row_offset % 4 != 0;
-  job.copies = can_copy(args.a, args.a_row_stride, args.a_col_stride, element) &&
-               can_copy(args.weight.data, args.weight.row_stride, args.weight.col_stride, element) &&
+  job.copies = can_copy(args.a, args.M, args.a_row_stride, args.a_col_stride, element) &&
+               can_copy(args.weight.data, args.N, args.weight.row_stride, args.weight.col_stride, element) &&
                args.noise.scale_stride == 1 && !job.any_row;
   const int64_t part_bytes = args.M * job.outputs * 4;
   const Extent extent = {args.noise.samples, job.rows_per_sample, job.outputs, job.length, workspace / part_bytes};

@@ -563,9 +563,14 @@ struct LinearTile {
   FLATLORA_DEVICE void step(int64_t at, uint32_t& slot) {
     const uint32_t next = slot == kLastSlot ? 0 : slot + kStageBytes, free = slot == 0 ? kLastSlot : slot - kStageBytes;
     gpu::cp_async_wait<kStages - 3>();
-    copy<kEdge>(at + (kStages - 1) * kTile.k, free);
+    if (!kEdge || at + (kStages - 1) * kTile.k < end) {
+      copy<kEdge>(at + (kStages - 1) * kTile.k, free);
+    } else {
+      gpu::cp_async_commit();  // of nothing, so that waits count the same
+    }
 
     Pass pass;
+    const bool more = !kEdge || at + kTile.k < end;  // a step whose noise is to be drawn
     pass.stage = w_stage(next);
     pass.block = block_at(at + kTile.k);
     set_step(at + kTile.k);
@@ -574,13 +579,13 @@ struct LinearTile {
     for (int i = 0; i < kSteps; ++i) {
       Fragments f;
       load_fragments<kInputGrad>(f, slot, i);
-      noise_loads(pass, i);
+      if (more) noise_loads(pass, i);
       multiply(f);
-      noise_turn<kEdge>(pass, i);
+      if (more) noise_turn<kEdge>(pass, i);
     }
-    noise_loads(pass, kSteps);
+    if (more) noise_loads(pass, kSteps);
     end_stage();
-    if constexpr (kEdge) clear_tail(pass.stage, at + kTile.k);
+    if (kEdge && more) clear_tail(pass.stage, at + kTile.k);
     gpu::sync_threads();
     slot = next;
   }
