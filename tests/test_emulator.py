@@ -79,6 +79,8 @@ CASES = [
     # odd sizes: element by element
     Case(67, 77, 131, 2, layout="odd", rank=3, bias=True),
     Case(67, 131, 77, 2, F16, "rademacher", input_grad=True, layout="odd", rank=3),
+    Case(20, 21, 330, 2, layout="odd"),
+    Case(20, 330, 21, 2, layout="odd", input_grad=True, noise="rademacher"),
     Case(1, 1, 1, 2, layout="odd"),
     Case(9, 65, 72, 2, layout="columns"),
     Case(9, 65, 72, 2, input_grad=True, layout="columns"),

@@ -358,11 +358,13 @@ void multiply_16(void** all, Convert convert) {
 
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16, Site site = here()) {
   emulated::Fragments mine{d, a, b};
-  meet(site_id("mma", site), &mine, [](void** all) { emulated::multiply_16(all, emulated::from_bf16); });
+  meet(site_id("mma", site), &mine,
+       [](void** all) { emulated::multiply_16(all, [](uint16_t bits) { return emulated::from_bf16(bits); }); });
 }
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16, Site site = here()) {
   emulated::Fragments mine{d, a, b};
-  meet(site_id("mma", site), &mine, [](void** all) { emulated::multiply_16(all, f16_to_float); });
+  meet(site_id("mma", site), &mine,
+       [](void** all) { emulated::multiply_16(all, [](uint16_t bits) { return f16_to_float(bits); }); });
 }
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = here()) {
   emulated::Fragments mine{d, a, b};
