@@ -32,8 +32,8 @@ OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-DNDEBUG")
 _BUDGETS = {
     ("perturb", "gaussian"): 17.0,
     ("perturb", "rademacher"): 10.0,
-    ("linear_sm80", "gaussian"): 22.0,
-    ("linear_sm80", "rademacher"): 17.0,
+    ("linear_sm80", "gaussian"): 17.0,
+    ("linear_sm80", "rademacher"): 11.0,
     ("linear_sm90", "gaussian"): 20.0,
     ("linear_sm90", "rademacher"): 11.0,
 }

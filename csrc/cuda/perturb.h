@@ -11,6 +11,15 @@ constexpr int kPerturbSteps = 4;  // times 256 columns: what a warp does of its 
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
+// Drops the first element and appends another.
+template <class T>
+FLATLORA_DEVICE void push(Chunk<T>& w, uint32_t bits) {
+  constexpr int kLast = 2 * int(sizeof(T)) - 1;
+  FLATLORA_UNROLL
+  for (int i = 0; i < kLast; ++i) w.v[i] = sizeof(T) == 2 ? w.v[i] >> 16 | w.v[i + 1] << 16 : w.v[i + 1];
+  w.v[kLast] = sizeof(T) == 2 ? w.v[kLast] >> 16 | bits << 16 : bits;
+}
+
 // Columns of one row. kVector: 8 of them, 16-byte aligned.
 template <class T, bool kVector>
 FLATLORA_DEVICE Chunk<T> load_chunk(const T* p, int64_t stride, int64_t valid) {
@@ -23,12 +32,9 @@ FLATLORA_DEVICE Chunk<T> load_chunk(const T* p, int64_t stride, int64_t valid) {
       for (int i = 0; i < 4; ++i) w.v[4 * half + i] = words.v[i];
     }
   } else {
-    FLATLORA_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      if (j >= valid) break;
-      const uint32_t bits = gpu::load_global<Bits<T>>(p + j * stride);
-      w.v[j * sizeof(T) / 4] |= bits << (sizeof(T) == 2 ? 16 * (j % 2) : 0);
-    }
+    // Element by element through the last place; unrolled, the addresses alone would fill the registers.
+    FLATLORA_NO_UNROLL
+    for (int j = 0; j < 8; ++j) push<T>(w, j < valid ? gpu::load_global<Bits<T>>(p + j * stride) : 0);
   }
   return w;
 }
@@ -44,10 +50,11 @@ FLATLORA_DEVICE void store_chunk(T* p, int64_t stride, int64_t valid, const Chun
       gpu::store_global(p + 4 * half, words);
     }
   } else {
-    FLATLORA_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      if (j >= valid) break;
-      gpu::store_global(p + j * stride, Bits<T>(w.v[j * sizeof(T) / 4] >> (sizeof(T) == 2 ? 16 * (j % 2) : 0)));
+    Chunk<T> rest = w;
+    FLATLORA_NO_UNROLL
+    for (int j = 0; j < 8 && j < valid; ++j) {
+      gpu::store_global(p + j * stride, Bits<T>(rest.v[0]));
+      push<T>(rest, 0);
     }
   }
 }

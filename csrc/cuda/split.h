@@ -8,7 +8,7 @@ namespace flatlora {
 constexpr int kSplitThreads = 256;
 
 template <class T>
-FLATLORA_KERNEL(kSplitThreads, 4)
+FLATLORA_KERNEL(kSplitThreads, 2)
 add_parts_kernel(const FLATLORA_GRID_CONSTANT LinearJob job) {
   const LinearArgs& args = job.args;
   const int64_t count = args.M * job.outputs;
