@@ -31,9 +31,10 @@ Plan plan_tile(const LinearArgs& args, const Gpu& gpu, int config, int64_t parts
   job.rows_per_sample = args.M / args.noise.samples;
   job.tiles_per_sample = ceil_div(job.rows_per_sample, tile.m * tile.cluster) * tile.cluster;
   job.tiles_m = job.tiles_per_sample * args.noise.samples;
-  job.tiles_n = ceil_div(job.outputs, tile.n);
+  job.tiles_n = ceil_div(job.outputs, tile.n * tile.wide) * tile.wide;
   const int64_t steps = ceil_div(job.length, tile.k);
-  const int64_t tiles = job.tiles_m / tile.cluster * job.tiles_n, clusters = gpu.processors / tile.cluster;
+  const int64_t tiles = job.tiles_m / tile.cluster * job.tiles_n / tile.wide, fit = gpu.processors / tile.blocks(),
+                clusters = fit > 0 ? fit : 1;
   const auto time = [&](int64_t parts) {
     // Four more steps for the beginning and end of a tile. A value of a part costs as much as 16 bytes of memory
     // traffic, of which a processor has its share of 25 bytes in a cycle.
@@ -51,7 +52,7 @@ Plan plan_tile(const LinearArgs& args, const Gpu& gpu, int config, int64_t parts
   job.parts = ceil_div(steps, job.steps_per_part);
   plan.job.cluster_tiles = tiles * job.parts;
   plan.config = config;
-  plan.blocks = tile.cluster * (plan.job.cluster_tiles < clusters ? plan.job.cluster_tiles : clusters);
+  plan.blocks = tile.blocks() * (plan.job.cluster_tiles < clusters ? plan.job.cluster_tiles : clusters);
   return plan;
 }
 
@@ -98,11 +99,13 @@ gpu::Error linear_sm90(const LinearArgs& args, const Gpu& gpu) {
   const bool is_bf16 = args.dtype == int64_t(DType::kBFloat16);
   const int64_t a_stride = args.M > 1 ? args.a_row_stride : job.length;
   gpu::TensorMap a_map, u_map;
-  if (const gpu::Error e = gpu::encode_tensor_map(&a_map, args.a, args.M, job.length, 2 * a_stride, tile.m, is_bf16))
+  if (const gpu::Error e =
+          gpu::encode_tensor_map(&a_map, args.a, args.M, job.length, 2 * a_stride, tile.m / tile.wide, is_bf16))
     return e;
   u_map = a_map;
   if (args.rank > 0) {
-    const gpu::Error e = gpu::encode_tensor_map(&u_map, args.u, args.M, args.rank, 2 * args.rank, tile.m, is_bf16);
+    const gpu::Error e =
+        gpu::encode_tensor_map(&u_map, args.u, args.M, args.rank, 2 * args.rank, tile.m / tile.wide, is_bf16);
     if (e) return e;
   }
   gpu::Launch how = {};
@@ -110,7 +113,7 @@ gpu::Error linear_sm90(const LinearArgs& args, const Gpu& gpu) {
   how.threads = Sm90Tile::kThreads;
   how.shared_bytes = tile.shared_bytes();
   how.stream = gpu.stream;
-  how.cluster = tile.cluster;
+  how.cluster = tile.blocks();
   const auto run = is_bf16 ? launch_linear_sm90<gpu::bf16> : launch_linear_sm90<gpu::f16>;
   const gpu::Error error = run(plan.config, how, a_map, u_map, plan.job);
   return error || job.parts == 1 ? error : add_parts(job, gpu);

@@ -3,7 +3,8 @@
 // A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Two producer warpgroups take turns
 // on the steps of the contraction: they load W, add the noise in registers and write the tile as wgmma reads it, while
 // the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along the rows of `a`, so they need
-// the same tile of W + eps: each draws its share of it and copies the share to the others.
+// the same tile of W + eps: each draws its share of it and copies the share to the others. Where a cluster is also two
+// blocks wide, both need the same tile of `a`, and each has the copy engine bring half of it to both.
 #pragma once
 
 #include "kernels.h"
@@ -13,12 +14,13 @@
 namespace flatlora {
 
 struct Sm90Tile {
-  int m, n, cluster, stages;
+  int m, n, cluster, wide, stages;  // blocks of a cluster along the rows of `a` and along the outputs
   int cycles;  // of a step, as estimated in docs/performance.md
 
   static constexpr int k = 64;  // 128 bytes, the width of the swizzle
   static constexpr int kConsumers = 2, kProducers = 2;  // warpgroups
   static constexpr int kThreads = 128 * (kConsumers + kProducers);
+  constexpr int blocks() const { return cluster * wide; }  // of a cluster
   constexpr int a_bytes() const { return m * k * 2; }
   constexpr int w_bytes() const { return n * k * 2; }
   constexpr int stage_bytes() const { return a_bytes() + w_bytes(); }
@@ -29,9 +31,9 @@ enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
 
 // A value drawn serves m * cluster rows.
 constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
-    {256, 128, 2, 4, 1216},
-    {128, 64, 2, 8, 480},
-    {128, 64, 1, 8, 650},
+    {256, 128, 2, 2, 4, 1216},
+    {128, 64, 2, 2, 8, 480},
+    {128, 64, 1, 1, 8, 770},
 };
 
 struct Sm90Job {
@@ -42,7 +44,7 @@ struct Sm90Job {
 template <class T, bool kInputGrad, Noise kNoise, int kConfig>
 struct Sm90Linear {
   static constexpr Sm90Tile kTile = kSm90Tiles[kConfig];
-  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster;
+  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster, kWide = kTile.wide;
   static constexpr int kABytes = kTile.a_bytes(), kStageBytes = kTile.stage_bytes();
   static constexpr int kBlocksM = kTile.m / 128;  // of 64 rows, for a consumer
   // A line of the tile of W is 64 columns of a row, 128 bytes.
@@ -50,18 +52,30 @@ struct Sm90Linear {
   static constexpr int kShareBytes = kShare * 128;
   static constexpr int kRows = kNoise == Noise::kRademacher || kShare >= 64 ? 4 : 2;  // lines of a thread
   static_assert(kShare <= 16 * kRows);
+  // A block writes into those that share its tile of W or of `a`.
+  static constexpr int kBlocks = kTile.blocks(), kNeighbours = kCluster + kWide - 1;  // of a cluster; with itself
+  static_assert(kWide <= 2);
 
   const LinearJob& job;
   gpu::Shared stages;
+  int rank_m, rank_n;  // in the cluster of kCluster x kWide blocks
   int64_t first_m, first_out, sample, part, begin;
   int lora_steps, steps;  // of the tile
 
-  FLATLORA_DEVICE explicit Sm90Linear(const LinearJob& j) : job(j), stages(gpu::shared_base()) {}
+  FLATLORA_DEVICE explicit Sm90Linear(const LinearJob& j)
+      : job(j),
+        stages(gpu::shared_base()),
+        rank_m(gpu::cluster_rank() % kCluster),
+        rank_n(gpu::cluster_rank() / kCluster) {}
 
   FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot * kStageBytes; }
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
   FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
+
+  FLATLORA_DEVICE int neighbour(int i) const {
+    return i < kCluster ? rank_n * kCluster + i : (1 - rank_n) * kCluster + rank_m;
+  }
 
   // A place in the ring of stages; the parity tells one use of a stage from the next.
   struct Ring {
@@ -74,12 +88,12 @@ struct Sm90Linear {
   // Of the cluster's `index`-th tile, what this block has. Neighbours share a tile of W, for the L2 cache.
   FLATLORA_DEVICE void set_tile(int64_t index) {
     constexpr int64_t kGroup = 4;
-    const int64_t high = job.tiles_m / kCluster, tiles = high * job.tiles_n;
+    const int64_t high = job.tiles_m / kCluster, width = job.tiles_n / kWide, tiles = high * width;
     part = index / tiles;
     index %= tiles;
-    const int64_t first = index / (kGroup * job.tiles_n) * kGroup, within = index % (kGroup * job.tiles_n);
+    const int64_t first = index / (kGroup * width) * kGroup, within = index % (kGroup * width);
     const int64_t height = smaller(high - first, kGroup);
-    const int64_t tile_m = (first + within % height) * kCluster + gpu::cluster_rank(), tile_n = within / height;
+    const int64_t tile_m = (first + within % height) * kCluster + rank_m, tile_n = within / height * kWide + rank_n;
     sample = tile_m / job.tiles_per_sample;
     first_m = sample * job.rows_per_sample + tile_m % job.tiles_per_sample * kTile.m;
     first_out = tile_n * kTile.n;
@@ -93,7 +107,7 @@ struct Sm90Linear {
     if (gpu::thread() == 0) {
       for (int i = 0; i < kStages; ++i) {
         gpu::mbarrier_init(full(i), 2);
-        gpu::mbarrier_init(empty(i), kCluster * kTile.kConsumers * 4);
+        gpu::mbarrier_init(empty(i), kNeighbours * kTile.kConsumers * 4);
       }
       gpu::fence_mbarrier_init();
     }
@@ -111,8 +125,8 @@ struct Sm90Linear {
   // --- Producers: a thread has 8 columns of kRows lines, in every other step ---
 
   FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
-  FLATLORA_DEVICE static uint32_t first_line() {
-    return uint32_t(gpu::cluster_rank()) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
+  FLATLORA_DEVICE uint32_t first_line() const {
+    return uint32_t(rank_m) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
   }
   FLATLORA_DEVICE static bool has_lines() { return kShare == 16 * kRows || gpu::thread() % 128 / 8 * kRows < kShare; }
   // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
@@ -200,7 +214,13 @@ struct Sm90Linear {
     gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
     if (gpu::thread() % 128 == 0) {
       gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
-      gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
+      if constexpr (kWide == 1) {
+        gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
+      } else {
+        constexpr int kBoth = 1 << kCluster | 1;
+        gpu::tma_load_multicast(a_stage(ring.slot) + uint32_t(rank_n) * (kABytes / kWide), map, at,
+                                int(first_m) + rank_n * (kTile.m / kWide), full(ring.slot), uint16_t(kBoth << rank_m));
+      }
     }
   }
   // Gives the other blocks this one's share, and the stage to the consumers.
@@ -208,10 +228,10 @@ struct Sm90Linear {
     gpu::fence_proxy_async();
     gpu::sync_named(1 + group, 128);
     if (gpu::thread() % 128 == 0) {
-      const gpu::Shared share = w_stage(ring.slot) + uint32_t(gpu::cluster_rank()) * kShareBytes;
+      const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank_m) * kShareBytes;
       FLATLORA_UNROLL
       for (int i = 1; i < kCluster; ++i)
-        gpu::copy_to_block((gpu::cluster_rank() + i) % kCluster, share, kShareBytes, full(ring.slot));
+        gpu::copy_to_block(neighbour((rank_m + i) % kCluster), share, kShareBytes, full(ring.slot));
       gpu::mbarrier_arrive(full(ring.slot));
     }
   }
@@ -223,7 +243,7 @@ struct Sm90Linear {
     if (group == 1) ring.advance();
     int first = group;  // of this group's steps in the tile
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+    for (int64_t tile = gpu::block() / kBlocks; tile < cluster_tiles; tile += gpu::blocks() / kBlocks) {
       set_tile(tile);
       int step = first;
       first = (first ^ steps) & 1;
@@ -317,15 +337,15 @@ struct Sm90Linear {
     for (int i = 0; i < kBlocksM; ++i) gpu::wgmma_hold(acc[i]);
   }
 
-  // Every warp tells every block of the cluster, because each copies into all of them.
+  // Every warp tells the blocks that write into this one.
   FLATLORA_DEVICE void release(uint32_t slot) const {
-    if (gpu::lane() < kCluster) gpu::mbarrier_arrive_cluster(empty(slot), gpu::lane());
+    if (gpu::lane() < kNeighbours) gpu::mbarrier_arrive_cluster(empty(slot), neighbour(gpu::lane()));
   }
 
   FLATLORA_DEVICE void consume(int64_t cluster_tiles) {
     Ring ring;
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+    for (int64_t tile = gpu::block() / kBlocks; tile < cluster_tiles; tile += gpu::blocks() / kBlocks) {
       set_tile(tile);
       Accumulators acc;
       FLATLORA_UNROLL

@@ -165,6 +165,12 @@ uint8_t* stack_of(int actor) {
   return stacks[actor];
 }
 
+// A process has some 65000 mappings at most, a stack is two, and tests load many emulators.
+void free_stacks() {
+  constexpr size_t kKept = 512;
+  for (; stacks.size() > kKept; stacks.pop_back()) munmap(stacks.back() - kGuard, kGuard + kStack);
+}
+
 void prepare(Thread& t) {
   uint8_t* bottom = stack_of(t.actor);
   FLATLORA_ASAN(__asan_unpoison_memory_region(bottom, kStack);)
@@ -671,6 +677,7 @@ Error run(const Launch& how, const std::function<void()>& kernel) {
   const int64_t clusters = how.blocks / how.cluster;
   for (int64_t i = 0; i < clusters && !machine.failed; ++i)
     run_cluster(how.cluster * (machine.seed % 2 ? clusters - 1 - i : i));
+  free_stacks();
   return machine.failed ? kBroken : 0;
 }
 
