@@ -29,6 +29,12 @@ constexpr Tile kTiles[kConfigs] = {
     {16, 64, 64, 1, 4, 4, 4, 512},
 };
 
+// What a block can have: 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 from sm_90 on. `choose` asks for kLarge alone.
+static_assert(kTiles[kMiddle].shared_bytes(2) + 1024 <= 99 << 10);
+static_assert(kTiles[kAny].shared_bytes(4) + 1024 <= 99 << 10);
+static_assert(kTiles[kFewRows].shared_bytes(4) + 1024 <= 99 << 10);
+static_assert(kTiles[kLarge].shared_bytes(2) + 1024 <= 163 << 10);
+
 // A product as the choice sees it: `samples` times `rows` rows of x, and how many parts may be summed.
 struct Extent {
   int64_t samples, rows, outputs, length, most_parts;

@@ -51,7 +51,7 @@ struct Sm90Linear {
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
   static constexpr int kRows = kNoise == Noise::kRademacher || kShare >= 64 ? 4 : 2;  // lines of a thread
-  static_assert(kShare <= 16 * kRows);
+  static_assert(kShare <= 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10);
   // A block writes into those that share its tile of W or of `a`.
   static constexpr int kBlocks = kTile.blocks(), kNeighbours = kCluster + kWide - 1;  // of a cluster; with itself
   static_assert(kWide <= 2);
