@@ -284,7 +284,7 @@ def _call(case: Case) -> None:
     from flatlora_kernels.triton_kernels import forward, input_grad, launch, perturb, row_norms
     from triton.runtime.driver import driver
 
-    from flatlora_kernels.backends.triton import _workspace
+    from flatlora_kernels.arguments import workspace_limit
     from flatlora_kernels.noise import Draw
 
     driver.set_active(_Target(case.architecture))
@@ -318,10 +318,10 @@ def _call(case: Case) -> None:
     if case.kernel == "forward":
         u = matrix(M, r).contiguous() if r else None
         bias = torch.empty(N, dtype=dtype, device="meta") if case.variant == "samples" else None
-        forward.linear_forward(matrix(M, K), weight, u, B, bias, 2.0, draw, _workspace(weight))
+        forward.linear_forward(matrix(M, K), weight, u, B, bias, 2.0, draw, workspace_limit(weight))
     elif case.kernel == "input_grad":
         v = matrix(M, r).contiguous() if r else None
-        input_grad.linear_input_grad(matrix(M, N), weight, A, v, draw, _workspace(weight))
+        input_grad.linear_input_grad(matrix(M, N), weight, A, v, draw, workspace_limit(weight))
     elif case.kernel == "perturb":
         perturb.perturb(None if case.variant == "noise" else weight, draw, weight)
     else:

@@ -121,8 +121,8 @@ def test_figures_may_only_go_down() -> None:
 
 
 def test_budgets_hold_whatever_the_table_says() -> None:
-    assert not compiled._over_budget(row(instr=30.0, besides=22.0))
-    assert compiled._over_budget(row(besides=22.1))
+    assert not compiled._over_budget(row(instr=30.0, besides=17.0))
+    assert compiled._over_budget(row(besides=17.1))
     assert compiled._over_budget(row(kernel="perturb<f16, gaussian, true>", besides=17.1))
     assert not compiled._over_budget(row(kernel="perturb<f16, gaussian, false>", besides=17.1))
     assert not compiled._over_budget(row(kernel="linear_sm80<float, true, gaussian, 3>", besides=30.0))
