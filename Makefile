@@ -80,7 +80,8 @@ emulate-matrix:
 	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/test_gpu.py -k 'bfloat16 or float16'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
-	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py -m emulator -k small_shapes
+	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py tests/test_emulator.py -m emulator \
+	  -k 'small_shapes or test_product and (config3 or odd)'
 
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)
