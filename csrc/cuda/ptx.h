@@ -275,7 +275,8 @@ FLATLORA_DEVICE void fence_proxy_async() {
 
 using TensorMap = CUtensorMap;
 
-// The box of `map` at element (column, row); out of bounds is zero. One thread; 128-byte aligned `to`.
+// The box of `map` at element (column, row); out of bounds is zero. One thread; `to` at a multiple of 1024 bytes, where
+// the swizzle repeats.
 FLATLORA_DEVICE void tma_load(Shared to, const TensorMap* map, int column, int row, Shared barrier) {
   FLATLORA_SM90(asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
