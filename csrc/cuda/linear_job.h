@@ -17,13 +17,6 @@ struct LinearJob {
   int64_t any_row;  // rademacher: rows of W begin within a word
 };
 
-// `index` elements into `data`.
-FLATLORA_DEVICE float float_at(const void* data, int64_t dtype, int64_t index) {
-  if (dtype == int64_t(DType::kFloat32)) return gpu::load_global<float>(static_cast<const float*>(data) + index);
-  const uint16_t bits = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + index);
-  return dtype == int64_t(DType::kBFloat16) ? to_float(gpu::bf16{bits}) : to_float(gpu::f16{bits});
-}
-
 FLATLORA_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Sums job.partial into y; split.cu.

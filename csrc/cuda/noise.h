@@ -108,6 +108,13 @@ FLATLORA_DEVICE float to_float(float x) { return x; }
 FLATLORA_DEVICE float to_float(gpu::bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 FLATLORA_DEVICE float to_float(gpu::f16 x) { return gpu::f16_to_float(x.bits); }
 
+// `index` elements into `data`.
+FLATLORA_DEVICE float float_at(const void* data, int64_t dtype, int64_t index) {
+  if (dtype == int64_t(DType::kFloat32)) return gpu::load_global<float>(static_cast<const float*>(data) + index);
+  const uint16_t bits = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + index);
+  return dtype == int64_t(DType::kBFloat16) ? to_float(gpu::bf16{bits}) : to_float(gpu::f16{bits});
+}
+
 // The two elements of a word.
 FLATLORA_DEVICE void unpack(gpu::bf16, uint32_t word, float& low, float& high) {
   low = as_float(word << 16);

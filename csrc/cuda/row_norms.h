@@ -66,12 +66,6 @@ struct NormShared {
   static constexpr int kBytes = kB + 4 * kNormRank * kNormRows;
 };
 
-FLATLORA_DEVICE float load_as_float(const void* data, int64_t at, int64_t dtype) {
-  if (dtype == int64_t(DType::kFloat32)) return gpu::load_global<float>(static_cast<const float*>(data) + at);
-  const uint16_t bits = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + at);
-  return dtype == int64_t(DType::kBFloat16) ? as_float(uint32_t(bits) << 16) : gpu::f16_to_float(bits);
-}
-
 // Four columns of a row of W. kVector: contiguous, aligned to their size, and K a multiple of 4.
 template <class T, bool kVector>
 FLATLORA_DEVICE void load_four(float (&w)[4], const T* p, int64_t stride, int64_t valid) {
@@ -128,13 +122,13 @@ row_norms_tile_kernel(RowNormsArgs args) {
         const int64_t a_row = r + at / kNormCols, a_col = k + at % kNormCols;
         const bool inside = a_row < args.rank && a_col < args.K;
         const int64_t offset = inside ? a_row * args.A_rank_stride + a_col * args.A_col_stride : 0;
-        const float a = load_as_float(args.lora_A, offset, args.A_dtype);
+        const float a = float_at(args.lora_A, args.A_dtype, offset);
         gpu::store_shared(shared + NormShared::kA + 4 * at, inside ? a : 0.0f);
       }
       const int64_t b_row = first + gpu::thread() % kNormRows, b_rank = r + gpu::thread() / kNormRows;
       const bool inside = b_row < args.N && b_rank < args.rank;
       const int64_t offset = inside ? b_row * args.B_row_stride + b_rank * args.B_rank_stride : 0;
-      const float b = load_as_float(args.lora_B, offset, args.B_dtype);
+      const float b = float_at(args.lora_B, args.B_dtype, offset);
       gpu::store_shared(shared + NormShared::kB + 4 * gpu::thread(), inside ? b : 0.0f);
       gpu::sync_threads();
       FLATLORA_UNROLL
