@@ -176,7 +176,7 @@ def measure(setting: Setting, draws: int, warm_up: int) -> list[Row]:
         return found, time.perf_counter() - start
 
     for way in WAYS:
-        quiet, _ = timed(way, fixed)  # warms up
+        timed(way, fixed)  # warms up
     quiet, _ = timed(PLAIN, fixed)
     gradients: dict[Way, list[Tensor]] = {way: [] for way in WAYS}
     seconds: dict[Way, list[float]] = {way: [] for way in WAYS}
@@ -203,14 +203,14 @@ def table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         relative = row.variance / base.variance
-        error = math.hypot(row.error / row.variance, base.error / base.variance) if row.variance else 0.0
+        error = relative * math.hypot(row.error / (row.variance or 1.0), base.error / base.variance)
         ratios = [t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)]
         low, _, _, high = statistics.quantiles(ratios, n=5)
         lines.append(
             [
                 row.way.name,
                 f"{row.variance:.3g}",
-                "1" if row.way == BASE else f"{relative:.3g} +- {relative * error:.2g}",
+                f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}",
                 "1" if row.way == BASE else f"{statistics.median(ratios):.2f} ({low:.2f}, {high:.2f})",
             ]
         )

@@ -1,0 +1,328 @@
+"""Teach a small vision transformer five new digits from a few images, with LoRA, Flat-LoRA and others.
+
+    pip install -e '.[examples]'
+    python examples/digits.py --method lora flat-lora --seeds 20 --csv digits.csv
+
+For each seed: pre-train on the images of 0 to 4, fit a new head to a few labelled images of 5 to 9, fine-tune head and
+adapters on these, and test on all other images of 5 to 9: as they are, with noise, and moved by a pixel. Methods share
+pre-training, images, head, adapters at the start and order of the batches, so that their differences are paired. The
+table ends with how flat the loss on the few images is around the weights, see docs/flatness.md.
+
+Data: 1797 images of 8 x 8 pixels, UCI's test set of handwritten digits, as scikit-learn carries them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlora_kernels import NoiseController, apply_flat_lora, flatness
+from flatlora_kernels.methods import make
+
+OLD, NEW = range(0, 5), range(5, 10)
+ADAPTED = r"blocks\..*\.(qkv|out|up|down)"
+FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
+ACCURACIES = ("clean", "noise", "moved")
+PROBE = "head only"
+# Of each: settings of the controller and options of the method, for a sigma.
+METHODS: dict[str, Any] = {
+    "lora": lambda args, sigma: ({}, {}),
+    "flat-lora": lambda args, sigma: ({"sigma": sigma}, {}),
+    "bi-lora": lambda args, sigma: ({}, {"rho": args.rho, "auxiliary_rank": args.r}),
+    "lora-sam": lambda args, sigma: ({}, {"rho": args.rho}),
+    "eflat-lora": lambda args, sigma: ({}, {"rho": args.rho}),
+    "rwp": lambda args, sigma: (_by_rows(args, sigma), {"mix": 0.5}),
+    "lpf-sgd": lambda args, sigma: (_by_rows(args, sigma), {}),
+}
+
+
+def _by_rows(args: argparse.Namespace, sigma: float) -> dict[str, Any]:
+    """Noise without the factor 1 / sqrt(in_features), as strong as Flat-LoRA's in most layers."""
+    return {"sigma": sigma / math.sqrt(args.width), "norm": "row"}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", nargs="+", choices=METHODS, default=["lora", "flat-lora"])
+    add("--seeds", type=int, default=5, help="repeat the whole with the seeds from 0 on")
+    add("--shots", type=int, default=10, help="labelled images of each new digit")
+    add(
+        "--sigma",
+        type=float,
+        nargs="+",
+        default=[0.05],
+        help="noise relative to the norms of the weight's rows",
+    )
+    add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
+    add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
+    add("--r", type=int, default=4)
+    add("--lora-alpha", type=float, default=8)
+    add("--lr", type=float, default=2e-3)
+    add("--steps", type=int, default=300, help="of fine-tuning")
+    add("--batch-size", type=int, default=25)
+    add("--pretrain-steps", type=int, default=400, help="with batches of 64")
+    add("--width", type=int, default=64)
+    add("--depth", type=int, default=2)
+    add("--test-limit", type=int, help="test on this many images; None = on all")
+    add("--backend", help="of flatlora_kernels; None = the best one here")
+    add("--threads", type=int, default=1, help="of the CPU")
+    add("--csv", type=Path, help="file for a line per seed and method")
+    add("--figure", type=Path, help="file for the loss along a random direction, seed 0; needs matplotlib")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if arguments.shots > 100:
+        parser.error(f"--shots: expected at most 100, got {arguments.shots}")
+    return arguments
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class ViT(nn.Module):
+    """16 patches of 2 x 2 pixels, mean over the patches, five classes."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 5)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(batch, width) of images (batch, 8, 8)."""
+        patches = F.unfold(images[:, None], 2, stride=2).transpose(1, 2)
+        return self.norm(self.blocks(self.embed(patches) + self.position)).mean(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Images (1797, 8, 8) from 0 to 1, and what they show."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise SystemExit(f"{error}; to install it: pip install scikit-learn") from error
+    data = datasets.load_digits()
+    return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
+
+
+def of_digits(digits: range, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Their images, and labels from 0 on."""
+    chosen = (labels >= digits.start) & (labels < digits.stop)
+    return images[chosen], labels[chosen] - digits.start
+
+
+def split(images: Tensor, labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of `shots` random images of each class, and of all others."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    few = torch.cat([order[labels[order] == label][:shots] for label in labels.unique()])
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[few] = False
+    return few, rest.nonzero().flatten()
+
+
+def shifted(images: Tensor) -> dict[str, list[Tensor]]:
+    """The test sets by name: the same in every run."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(images, (1, 1, 1, 1))
+    corners = ((0, 1), (2, 1), (1, 0), (1, 2))
+    return {
+        "clean": [images],
+        "noise": [images + 0.2 * noise],
+        "moved": [padded[:, y : y + 8, x : x + 8] for y, x in corners],
+    }
+
+
+@torch.no_grad()
+def accuracies(model: ViT, tests: dict[str, list[Tensor]], labels: Tensor) -> dict[str, float]:
+    model.eval()
+    return {
+        name: statistics.fmean((model(x).argmax(1) == labels).float().mean().item() for x in variants)
+        for name, variants in tests.items()
+    }
+
+
+def pretrain(images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int) -> ViT:
+    """On batches moved by up to a pixel."""
+    torch.manual_seed(seed)
+    model = ViT(args.width, args.depth)
+    padded = F.pad(images, (1, 1, 1, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.pretrain_steps + 1, pct_start=0.1)
+    for _ in range(args.pretrain_steps):
+        rows = torch.randint(len(images), (64,))
+        y, x = torch.randint(3, (2,)).tolist()
+        loss = F.cross_entropy(model(padded[rows, y : y + 8, x : x + 8]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def fit_head(model: ViT, images: Tensor, labels: Tensor) -> None:
+    """A new head on the features as they are, so that fine-tuning does not begin by spoiling them."""
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        features = model.features(images)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=0.02)
+    for _ in range(200):
+        loss = F.cross_entropy(model.head(features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def with_adapters(model: ViT, args: argparse.Namespace, seed: int, **noise: Any) -> NoiseController:
+    torch.manual_seed(seed)
+    controller = NoiseController(
+        schedule=args.sigma_schedule, total_steps=args.steps, seed=seed, **{"sigma": 0.0, **noise}
+    )
+    apply_flat_lora(
+        model, ADAPTED, r=args.r, lora_alpha=args.lora_alpha, noise_controller=controller, backend=args.backend,
+        verbose=False,
+    )  # fmt: skip
+    model.head.requires_grad_(True)
+    return controller
+
+
+def finetune(
+    model: ViT, name: str, sigma: float, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
+) -> None:
+    noise, options = METHODS[name](args, sigma)
+    with_adapters(model, args, seed, **noise)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
+    method = make(name, model, optimizer, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
+    order = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(args.steps):
+        rows = torch.randperm(len(images), generator=order)[: args.batch_size]
+        method.step(lambda rows=rows: F.cross_entropy(model(images[rows]), labels[rows]))
+        schedule.step()
+
+
+def flatness_of(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of the loss on these images: expected increase under noise, top eigenvalue over the adapted weights."""
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    found = flatness.flatness(model, loss, sigmas=FLATNESS_SIGMAS, iterations=0)
+    values = {"loss": found.loss} | {f"increase {i.sigma:g}": i.mean for i in found.increases}
+    weights = [m.weight for m in model.modules() if hasattr(m, "lora_A")]
+    for weight in weights:
+        weight.requires_grad_(True)
+    values["eigenvalue"] = flatness.top_eigenvalue(model, loss, parameters=weights, iterations=30).value
+    for weight in weights:
+        weight.requires_grad_(False)
+    return values
+
+
+def summary(rows: list[dict[str, Any]], methods: list[str]) -> str:
+    """Means over the seeds with standard errors; then paired differences to the first method."""
+
+    def mean(values: list[float], percent: bool) -> str:
+        scale = 100 if percent else 1
+        error = statistics.stdev(values) / math.sqrt(len(values)) * scale if len(values) > 1 else math.nan
+        middle = statistics.fmean(values) * scale
+        return f"{middle:.1f} +- {error:.1f}" if percent else f"{middle:.3g} +- {error:.1g}"
+
+    columns = [name for name in rows[0] if name not in ("seed", "method")]
+    table = {m: {c: [row[c] for row in rows if row["method"] == m] for c in columns} for m in methods}
+    width = max(map(len, methods)) + 2
+    lines = ["".ljust(width) + "".join(c.rjust(20) for c in columns)]
+    for m in methods:
+        lines.append(m.ljust(width) + "".join(mean(table[m][c], c in ACCURACIES).rjust(20) for c in columns))
+    others = [m for m in methods if m not in (PROBE, methods[1])]
+    if others:
+        lines.append(f"difference to {methods[1]}, paired by seed")
+    for m in others:
+        pairs = {c: [a - b for a, b in zip(table[m][c], table[methods[1]][c], strict=True)] for c in columns}
+        lines.append(m.ljust(width) + "".join(mean(pairs[c], c in ACCURACIES).rjust(20) for c in columns))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Runs everything and prints a table; returns what `--csv` writes, accuracies from 0 to 1."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    images, labels = load_digits()
+    old, (new_images, new_labels) = of_digits(OLD, images, labels), of_digits(NEW, images, labels)
+    tests = shifted(new_images)
+    runs = {}
+    for name in args.method:
+        for sigma in args.sigma if METHODS[name](args, 1.0)[0] else [0.0]:
+            runs[f"{name} {sigma:g}" if sigma else name] = (name, sigma)
+    rows: list[dict[str, Any]] = []
+    lines = {}
+    steps = [s / 20 for s in range(-10, 11)]
+    for seed in range(args.seeds):
+        few, rest = split(new_images, new_labels, args.shots, seed)
+        rest = rest[: args.test_limit]
+        train = new_images[few], new_labels[few]
+        test = {name: [x[rest] for x in variants] for name, variants in tests.items()}
+        base = pretrain(*old, args, seed)
+        fit_head(base, *train)
+        for name in (PROBE, *runs):
+            model = copy.deepcopy(base)
+            if name == PROBE:
+                with_adapters(model, args, seed)
+            else:
+                finetune(model, *runs[name], *train, args, seed)
+            row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])
+            rows.append(row | flatness_of(model, *train))
+            print(seed, name, *(f"{c} {row[c]:.1%}" for c in ACCURACIES), flush=True)
+            if args.figure and seed == 0:
+                lines[name] = flatness.line(
+                    model, lambda model=model, train=train: F.cross_entropy(model(train[0]), train[1]), steps
+                )
+    print(
+        f"\nmean and standard error, {args.seeds} seeds, {args.shots} images of each new digit; accuracy in %"
+    )
+    print(summary(rows, [PROBE, *runs]))
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.figure:
+        flatness.plot(lines, steps, args.figure)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
