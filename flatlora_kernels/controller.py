@@ -227,7 +227,7 @@ class NoiseController:
         Raises:
             RuntimeError: the controller is attached already, or the optimiser has a controller.
         """
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped(optimizer)
         if self.attached:
             raise RuntimeError(
                 "attach: this controller is attached to an optimizer already; remove() that handle"
@@ -368,7 +368,7 @@ class Attachment:
         self.remove()
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """accelerate's wrapper is an Optimizer by name only: hooks belong on the one inside."""
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):

@@ -247,7 +247,7 @@ def test_eflat_lora(zero_B: bool) -> None:
             nn.init.zeros_(layer.lora_B)
     method, eager = make("eflat-lora", model, sgd(model), rho=rho, beta=beta), Eager(model)
     E = [torch.zeros_like(b) for b in eager.B]
-    for _ in range(4):
+    for step in range(4):
         B = eager.B
         eager.B = add(B, E)
         loss, G = eager.loss_and_grads(eager.merged())
@@ -255,7 +255,8 @@ def test_eflat_lora(zero_B: bool) -> None:
         for i, (a, b) in enumerate(zip(eager.A, eager.B, strict=True)):
             estimate = (gB[i] @ torch.linalg.pinv(a.t()) + torch.linalg.pinv(b.t()) @ gA[i]) / (2 * SCALING)
             eps_W = rho * estimate / estimate.norm()
-            E[i] = (1 - beta) * E[i] + beta * eps_W @ torch.linalg.pinv(a) / SCALING
+            newest = eps_W @ torch.linalg.pinv(a) / SCALING
+            E[i] = (1 - beta) * E[i] + beta * newest if step else newest
         eager.B = B
         torch.testing.assert_close(method.step(*closures(model)), loss)
         eager.descend(gA, gB)
@@ -524,6 +525,21 @@ def test_clipping_sees_the_mean_gradient() -> None:
     eager.descend([0.01 / norm * g for g in gA], [0.01 / norm * g for g in gB])
     for layer, A in zip(layers(model), eager.A, strict=True):
         torch.testing.assert_close(layer.lora_A.detach(), A, rtol=1e-4, atol=1e-7)
+
+
+def test_ascent_follows_the_optimisers_rule() -> None:
+    """Beside AdamW by Adam's: its first step has the size of the learning rate, whatever that of the gradient."""
+    for options in ({}, {"ascent_lr": 0.25}):
+        model = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.125, weight_decay=0.5)
+        method: Any = make("bi-lora", model, optimizer, rho=1e9, **options)
+        _, G = Eager(model).loss_and_grads(Eager(model).merged())
+        method.step(*closures(model))
+        for A2, B2, g in zip(method.auxiliary[::2], method.auxiliary[1::2], G, strict=True):
+            want = options.get("ascent_lr", 0.125) * (g @ A2.detach().t()).sign()
+            torch.testing.assert_close(B2.detach(), want, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="ascent: expected to be given, because LBFGS"):
+        make("bi-lora", model, torch.optim.LBFGS(model.parameters()))
 
 
 def test_other_ascents() -> None:

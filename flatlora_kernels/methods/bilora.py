@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..controller import unwrapped
 from .base import Adapter, Closure, Method, mean_over_ranks
 from .neftune import generator
 
@@ -21,28 +23,29 @@ class BiLoRA(Method):
 
         y = x (W + s B1 A1 + s B2 A2)^T                      one op of rank r1 + r2
         A1, B1 <- step on dL/dA1, dL/dB1                     descent, by the optimiser
-        A2, B2 <- A2 + lr2 dL/dA2, B2 + lr2 dL/dB2           ascent, of the same backward
+        A2, B2 <- step on -dL/dA2, -dL/dB2                   ascent, of the same backward
         c = sqrt(sum over all layers of ||B2 A2||_F^2)
         where c > rho:  A2, B2 <- sqrt(rho / c) A2, sqrt(rho / c) B2
 
     so that afterwards the norm of all B2 A2 together is at most rho. ``||B2 A2||_F^2`` is the sum of
     ``(B2^T B2) * (A2 A2^T)``, two r2 x r2 matrices; B2 A2 is never formed, and nothing is read back to the host.
 
-    The auxiliary pair exists inside `step` only: it is no parameter of the model (no saved adapter holds it, the
-    optimiser's weight decay and gradient clipping do not see it), and evaluation, also between steps, is without it.
-    A2 starts Kaiming-uniform, drawn from a generator of its own, and B2 at zero. Ranks of a process group average its
-    gradients. `lora_dropout` acts on it too.
+    The ascent follows the optimiser's own rule at its learning rate: with plain steps beside AdamW, B2 would stay near
+    zero. The auxiliary pair exists inside `step` only: it is no parameter of the model (no saved adapter holds it,
+    weight decay and gradient clipping do not see it), and evaluation, also between steps, is without it. A2 starts
+    Kaiming-uniform, drawn from a generator of its own, and B2 at zero. Ranks of a process group average its gradients.
+    `lora_dropout` acts on it too.
 
     Args:
-        rho: radius, > 0.
-        auxiliary_rank: r2; default that of each layer's adapter.
-        ascent_lr: lr2; default the learning rate of the optimiser's first group, at each step.
+        rho: radius, > 0; the paper uses 0.05, and 0.1 for SuperGLUE and Qwen.
+        auxiliary_rank: r2; default that of each layer's adapter. The paper's is 8, beside r1 = 8.
+        ascent_lr: lr2; default, as in the paper, the learning rate of the optimiser's first group, at each step.
         ascent: makes the ascent's optimiser from a list of tensors, for instance
-            ``lambda p: torch.optim.AdamW(p, 1e-4, weight_decay=0, maximize=True)``; default the step above.
+            ``lambda p: torch.optim.AdamW(p, 1e-4, weight_decay=0, maximize=True)``; default one like the optimiser,
+            without weight decay.
 
-    Source: Liu et al., ICLR 2026, arXiv 2508.19564. Their paper's text was not at hand: this is the method as its
-    abstract and a description of its clipping give it; rule and rate of the ascent, the start of A2 and B2, and taking
-    the norm without `s` are choices made here.
+    Source: Liu et al., ICLR 2026, arXiv 2508.19564, eq. (7) to (10) and algorithm 1; eq. (9) writes both steps as plain
+    ones. The paper omits `s`; c is taken without it. It does not say how A2 and B2 start.
     """
 
     def __init__(
@@ -69,9 +72,7 @@ class BiLoRA(Method):
             (a.layer, *_auxiliary(a, auxiliary_rank, self.controller.value, index))
             for index, a in enumerate(found)
         ]
-        self._ascent = (
-            torch.optim.SGD(self.auxiliary, maximize=True) if ascent is None else ascent(self.auxiliary)
-        )
+        self._ascent = _like(self.optimizer, self.auxiliary) if ascent is None else ascent(self.auxiliary)
         self._own_lr = ascent is not None
         for group in self._ascent.param_groups:
             if not group.get("maximize"):
@@ -135,6 +136,21 @@ class BiLoRA(Method):
         factor = (self.rho / norm.clamp(min=self.rho)).sqrt()  # 1 where the norm is small enough
         for tensor in self.auxiliary:
             tensor.mul_(factor.to(tensor.device))
+
+
+def _like(optimizer: Any, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    """An optimiser of the same kind and settings that ascends, without weight decay."""
+    optimizer = unwrapped(optimizer)
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    if "maximize" not in accepted:
+        raise ValueError(
+            f"ascent: expected to be given, because {type(optimizer).__name__} has no maximize=True, got None"
+        )
+    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    if "weight_decay" in accepted:
+        settings["weight_decay"] = 0.0
+    make: Any = type(optimizer)
+    return make(tensors, **{**settings, "maximize": True})
 
 
 def _auxiliary(adapter: Adapter, rank: int | None, seed: int, index: int) -> tuple[Tensor, Tensor]:

@@ -21,20 +21,22 @@ class EFlatLoRA(Method):
         eps_W = rho G / ||G||_F                              per layer
         E <- (1 - beta) E + beta eps_W A^+ / s               since s (eps_W A^+ / s) A is eps_W in the rows of A
 
-    The perturbation of this step is the average of the earlier ones, so that one pass is enough; E starts at zero. G
-    has rank 2r and is never formed: with ``U = gB (A A^T)^+ / s`` and ``V = ((B + E)^T (B + E))^+ gA / s`` it is
-    ``1/2 (U A + (B + E) V)``, and its norm and its product with A^+ need r x r matrices only. B is put back bit for bit
-    before the step, and where a closure raises.
+    The perturbation of this step is the average of the earlier ones, so that one pass is enough. The first step is at E
+    = 0, and leaves ``E = eps_W A^+ / s``. G has rank 2r and is never formed: with ``U = gB (A A^T)^+ / s`` and ``V
+    = ((B + E)^T (B + E))^+ gA / s`` it is ``1/2 (U A + (B + E) V)``, and its norm and its product with A^+ need r x
+    r matrices only. B is put back bit for bit before the step, and where a closure raises.
 
     Args:
-        rho: radius in the full weight of each layer, > 0.
+        rho: radius in the full weight of each layer, > 0. The paper uses 0.05 to 0.2, and lets it fall in the course of
+            training: it may be assigned.
         beta: weight of the newest perturbation, 0 < beta <= 1.
 
     Returns of `step`: the loss at (A, B + E).
 
-    Source: Deng et al., arXiv 2508.00522. The paper's text was not at hand; this is what its abstract and public code
-    that implements it do (from which the 1/2, the norm per layer and the default beta are). Pseudo-inverses drop
-    singular values below max(rows, columns) machine epsilons of the largest, as `torch.linalg.pinv`.
+    Source: Deng et al., arXiv 2508.00522 (version 3), eq. (12), (15) and (18) and algorithm 2. "sign(g) g / ||g||" in
+    its eq. (13) is read as g / ||g||, as in SAM and in the paper's proofs; the default beta is from public code,
+    the text at hand lacks the tables. Pseudo-inverses drop singular values below max(rows, columns) machine
+    epsilons of the largest, as `torch.linalg.pinv`.
     """
 
     def __init__(self, *args: Any, rho: float = 0.05, beta: float = 0.9, **options: Any) -> None:
@@ -50,14 +52,16 @@ class EFlatLoRA(Method):
         self.perturbation = [
             torch.zeros_like(a.lora_B, requires_grad=False) for a in self._pairs
         ]  # E, (N, r)
+        self._begun = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"perturbation": [E.clone() for E in self.perturbation]}
+        return {"perturbation": [E.clone() for E in self.perturbation], "begun": self._begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for E, value in zip(self.perturbation, state["perturbation"], strict=True):
             E.copy_(value)
+        self._begun = state["begun"]
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
         with self._noise(self.noise), kept(a.lora_B for a in self._pairs):
@@ -72,7 +76,8 @@ class EFlatLoRA(Method):
         super()._update()
         for E, estimate in zip(self.perturbation, self._next, strict=True):
             if estimate is not None:
-                E.lerp_(estimate, self.beta)
+                E.lerp_(estimate, self.beta if self._begun else 1.0)
+        self._begun = True
         del self._next
 
     @torch.no_grad()

@@ -37,11 +37,12 @@ class MeZO(Method):
     moved in place, of which a copy is kept meanwhile, and come back bit for bit. The layers' weights are trained where
     they were made with ``train_weight=True``; one that another kind of module shares is perturbed in the layer only.
 
-    lr and weight_decay are those of the parameter's group in the optimiser, which is ``torch.optim.SGD`` without
-    momentum and takes no step of its own (schedulers and hooks see one). The model is in eval mode meanwhile, without
-    dropout, as in the authors' code. Ranks of a process group average g. In 16 bits ``W + eps z`` is rounded: where eps
-    is far below a weight's last bit, give the layers ``noise_accum="split"``. A loss in 16 bits may be the same on both
-    sides: compute it in float32.
+    lr and weight_decay are those of the parameter's group in the optimiser (the authors' code decays neither biases nor
+    layer norms: give them a group of their own), which is ``torch.optim.SGD`` without momentum and takes no step of
+    its own (schedulers and hooks see one). The model is in eval mode meanwhile, without dropout, as in the authors'
+    code. Ranks of a process group average g. In 16 bits ``W + eps z`` is rounded: where eps is far below a weight's
+    last bit, give the layers ``noise_accum="split"``. A loss in 16 bits may be the same on both sides: compute it
+    in float32.
 
     Args:
         eps: size of the two-sided step, > 0; the paper's is 1e-3.

@@ -67,15 +67,17 @@ class RWP(Method):
 
     ``mix=1`` is RWP, one pass; below 1 it is m-RWP, two passes over each micro-batch (the paper gives the two terms
     batches of their own, to run in parallel). The controller needs ``norm="row"``. Only the layers' weights are
-    perturbed; the authors' code also perturbs biases and all other parameters.
+    perturbed; the authors' code also perturbs biases and all other parameters. ARWP's factor from past gradients is
+    left out. The authors let sigma grow from std to ``(1 + inc) std`` with a cosine, std 0.001 and inc 10 in their
+    script: ``NoiseController(sigma=0.001, schedule=lambda t: 1 + 10 * (1 - math.cos(math.pi * t / T)) / 2)``.
 
     Args:
-        mix: 0 < mix <= 1, the paper's lambda.
+        mix: 0 < mix <= 1, the paper's lambda, which is 0.5 in its experiments.
 
     Returns of `step`: ``mix`` times the loss under noise plus ``1 - mix`` times the loss without.
 
-    Source: Li et al., arXiv 2211.11489 and TMLR 2024, arXiv 2404.00357; the weights of the two terms and the std are
-    those of the authors' code (nblt/mARWP).
+    Source: Li et al., arXiv 2211.11489 and TMLR 2024, arXiv 2404.00357; the weights of the two terms, the std and the
+    schedule are those of the authors' code (nblt/mARWP).
     """
 
     noise = True
@@ -104,7 +106,8 @@ class LPFSGD(Method):
 
     M is the number of closures: closure j sees sample ``sample_offset + j * samples``. The controller needs
     ``norm="row"``, the layers a number of `samples`. Source: Bisla et al., AISTATS 2022, arXiv 2201.08025; splitting
-    the batch among the draws is the authors' code's (devansh20la/LPF-SGD), which also perturbs biases.
+    the batch among the draws is the authors' code's (devansh20la/LPF-SGD), which also perturbs biases and lets sigma
+    grow by a cosine as RWP's does.
     """
 
     noise = True

@@ -24,12 +24,12 @@ class LoRASAM(Method):
     the second pass.
 
     Args:
-        rho: radius, > 0.
+        rho: radius, > 0; the Bi-LoRA paper uses 0.01 and 0.05.
 
     Returns of `step`: the loss of the first pass, at (A, B).
 
-    Source: Foret et al., SAM, ICLR 2021, arXiv 2010.01412, eq. (2) and (3), applied to the adapter as in the LoRA-SAM
-    that the Bi-LoRA paper (arXiv 2508.19564) compares with.
+    Source: Foret et al., SAM, ICLR 2021, arXiv 2010.01412, eq. (2) and (3), applied to the adapter as the Bi-LoRA paper
+    (arXiv 2508.19564) writes it for one layer in its eq. (3) and (4).
     """
 
     def __init__(self, *args: Any, rho: float = 0.05, **options: Any) -> None:
