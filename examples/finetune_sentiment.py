@@ -60,22 +60,22 @@ FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 Example = tuple[list[int], int]  # token ids, label
 
 
-# Of each: settings of the controller and options of the method, for a sigma and a rho.
-METHODS: dict[str, Any] = {
-    "lora": lambda sigma, rho: ({}, {}),
-    "flat-lora": lambda sigma, rho: ({"sigma": sigma}, {}),
-    "in-place": lambda sigma, rho: ({}, {"sigma": sigma}),
-    "bi-lora": lambda sigma, rho: ({}, {"rho": rho}),
-    "lora-sam": lambda sigma, rho: ({}, {"rho": rho}),
-    "eflat-lora": lambda sigma, rho: ({}, {"rho": rho}),
+# Of each: the option that sets its strength; from that, settings of the controller and options of the method.
+METHODS: dict[str, tuple[str | None, Callable[[float], tuple[dict[str, Any], dict[str, Any]]]]] = {
+    "lora": (None, lambda _: ({}, {})),
+    "flat-lora": ("sigma", lambda sigma: ({"sigma": sigma}, {})),
+    "in-place": ("sigma", lambda sigma: ({}, {"sigma": sigma})),
+    "bi-lora": ("rho", lambda rho: ({}, {"rho": rho})),
+    "lora-sam": ("rho", lambda rho: ({}, {"rho": rho})),
+    "eflat-lora": ("rho", lambda rho: ({}, {"rho": rho})),
     # Noise without the factor 1 / sqrt(in_features): as strong as Flat-LoRA's in most layers of this model.
-    "rwp": lambda sigma, rho: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {"mix": 0.5}),
-    "lpf-sgd": lambda sigma, rho: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {}),
-    "neftune": lambda sigma, rho: ({}, {"alpha": 5.0}),
-    "full-noise": lambda sigma, rho: ({"sigma": sigma}, {}),
-    "mezo": lambda sigma, rho: ({}, {}),
+    "rwp": ("sigma", lambda sigma: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {"mix": 0.5})),
+    "lpf-sgd": ("sigma", lambda sigma: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {})),
+    "neftune": ("alpha", lambda alpha: ({}, {"alpha": alpha})),
+    "full-noise": ("sigma", lambda sigma: ({"sigma": sigma}, {})),
+    "mezo": (None, lambda _: ({}, {})),
 }
-LEARNING_RATES = {"full-noise": 5e-5, "mezo": 1e-6}  # of all others: 1e-3
+LEARNING_RATES = {"full-noise": 2e-4, "mezo": 1e-6}  # of all others: 1e-3
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -90,7 +90,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--noise", choices=["gaussian", "rademacher"], default="gaussian")
     add("--sigma", type=float, nargs="+", default=[0.05], help="noise relative to the norms of the rows")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
-    add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
+    add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")
+    add("--alpha", type=float, nargs="+", default=[5.0], help="NEFTune's")
     add("--r", type=int, default=8)
     add("--lora-alpha", type=float, default=16)
     add("--lr", type=float, help="None = 1e-3, less for the methods that train the weights themselves")
@@ -172,17 +173,20 @@ def load_data(
     folder: Path, tokenizer: Any, limit: int | None
 ) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training examples, and test examples by kind; shuffled and split the same way in every run."""
+
+    def encoded(sentences: list[tuple[str, int]]) -> list[Example]:
+        ids = tokenizer([s for s, _ in sentences], truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        return [(tokens, label) for tokens, (_, label) in zip(ids, sentences, strict=True)]
+
     train, tests = [], {}
     for kind, name in FILES.items():
         sentences = read_sentences(folder / name)
-        ids = tokenizer([s for s, _ in sentences], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        examples = [(tokens, label) for tokens, (_, label) in zip(ids, sentences, strict=True)]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-        examples = [examples[i] for i in order]
+        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
+        sentences = [sentences[i] for i in order]
         if kind == TRAINED_ON:
-            cut = int(TEST_FRACTION * len(examples))
-            examples, train = examples[:cut], examples[cut:]
-        tests[kind] = examples[:limit]
+            cut = int(TEST_FRACTION * len(sentences))
+            sentences, train = sentences[:cut], encoded(sentences[cut:])
+        tests[kind] = encoded(sentences[:limit])
     return train, tests
 
 
@@ -285,14 +289,14 @@ def train(
     model: SentenceClassifier,
     examples: list[Example],
     name: str,
-    sigma: float,
+    strength: float,
     seed: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Returns `losses` and `seconds_per_step`."""
     from tqdm import tqdm
 
-    noise, options = METHODS[name](sigma, args.rho)
+    noise, options = METHODS[name][1](strength)
     settings = {
         "sigma": 0.0,
         "schedule": args.sigma_schedule,
@@ -376,7 +380,7 @@ def run(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(what["seed"])).tolist()
     examples = [examples[i] for i in order[: what["labels"]]]
     before = [m.weight.clone() for m in adapted(model)]
-    result = train(model, examples, what["method"], what["sigma"], what["seed"], args)
+    result = train(model, examples, what["method"], what["strength"], what["seed"], args)
     layers = list(adapted(model))
     after = [m.weight.detach().clone() for m in layers]
     with torch.no_grad():
@@ -416,8 +420,8 @@ def adapted(model: nn.Module) -> Iterator[Any]:
 
 def label(row: dict[str, Any]) -> str:
     """Of rows that belong together: method, strength, and the state of the weights where it is not the usual one."""
-    sigma = float(row["sigma"])
-    words = [row["method"]] + [f"{sigma:g}"] * (sigma > 0)
+    strength = float(row["strength"])
+    words = [row["method"]] + [f"{strength:g}"] * (strength > 0)
     words += ["merged"] * (row["tested"] == "merged") + ["original base"] * (row["base"] == "original")
     return " ".join(words)
 
@@ -526,12 +530,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         return SentenceClassifier(encoder.to(getattr(torch, args.dtype))).to(device)
 
     earlier = read_csv(args.csv)
-    done = {tuple(row[k] for k in ("method", "sigma", "labels", "seed")) for row in earlier}
+    done = {tuple(row[k] for k in ("method", "strength", "labels", "seed")) for row in earlier}
     rows: list[dict[str, Any]] = []
     for labels, seed in itertools.product(args.labels or [None], range(args.seed, args.seed + args.seeds)):
         for name in args.method:
-            for sigma in args.sigma if METHODS[name](1.0, 1.0) != METHODS[name](2.0, 1.0) else [0.0]:
-                what = {"method": name, "sigma": sigma, "labels": labels, "seed": seed}
+            option = METHODS[name][0]
+            for strength in getattr(args, option) if option else [0.0]:
+                what = {"method": name, "strength": strength, "labels": labels, "seed": seed}
                 if tuple("" if v is None else str(v) for v in what.values()) in done:
                     continue
                 what |= {"steps": args.steps, "batch_size": args.batch_size, "dtype": args.dtype}
