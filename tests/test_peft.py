@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from flatlora_kernels import NoiseController, materialize_noise  # noqa: E402
+from flatlora_kernels import apply_flat_lora as flat_lora  # noqa: E402
 from flatlora_kernels.integrations.peft import (  # noqa: E402
     FlatLinear,
     apply_flat_lora,
@@ -70,6 +71,15 @@ class Shared(Net):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.square(torch.tanh(self.up(x))))
         return self.head(self.down(torch.tanh(self.other(torch.tanh(self.square(h))))))
+
+
+class DeepHead(Net):
+    """A head with a linear of a name that is a target, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential()
+        self.head.down, self.head.out = nn.Linear(16, 16), nn.Linear(16, 3)
 
 
 class TiedHead(nn.Module):
@@ -167,6 +177,7 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
     "shared": {"make": Shared, "target_modules": ["up", "square", "other"]},
     "tied": {"make": TiedHead, "target_modules": ["down", "lm_head"]},
     "modules_to_save": {"modules_to_save": ["head"]},
+    "modules_to_save_targeted": {"modules_to_save": ["head"], "make": DeepHead},
 }
 OF_PAIR = ("make", "prepare", "keep_init")
 
@@ -199,7 +210,10 @@ def with_noise(peft: Any, flat: Any) -> Any:
         in_use = W + sum(twin.get_delta_weight(a) for a in twin.active_adapters if a in twin.lora_A)
         norms = in_use.norm(dim=0 if transpose else 1)
         torch.testing.assert_close(
-            layer.noise_scale, flat.controller.sigma / layer.in_features**0.5 * norms, rtol=1e-5, atol=0
+            layer.noise_scale,
+            (flat.controller.sigma / layer.in_features**0.5 * norms).float(),
+            rtol=1e-5,
+            atol=0,
         )
         eps = materialize_noise(
             layer.noise_scale,
@@ -231,6 +245,12 @@ def test_noise(name: str) -> None:
     flat.controller.advance()
     agree(run(flat), run(with_noise(peft, flat)))
     assert not torch.equal(run(flat)["y"], run(noisy)["y"])
+
+
+def test_tied_weights_have_one_noise() -> None:
+    _, flat = behaviour("shared", sigma=0.3)
+    layers = flat_layers(flat)
+    assert [layers[name].stream for name in ("up", "square", "other")] == [0, 1, 1]
 
 
 def test_no_noise_where_none_belongs() -> None:
@@ -305,6 +325,7 @@ def test_merging(name: str) -> None:
         agree(run(flat), run(peft))
     agree(run(flat.eval()), run(peft.eval()))
     flat.train(), peft.train()
+    flat.controller.advance()  # measures the merged weight
     for model in (peft, flat):
         model.unmerge_adapter()
     same()
@@ -312,6 +333,16 @@ def test_merging(name: str) -> None:
     peft, flat = peft.merge_and_unload(), flat.merge_and_unload()
     same()
     assert not any(isinstance(module, FlatLinear) for module in flat.modules())
+
+
+def test_norms_after_some_adapters_were_merged() -> None:
+    peft, flat = behaviour("several", sigma=0.3)
+    for model in (peft, flat):
+        model.merge_adapter(["second"])
+    flat.controller.advance()
+    for model in (peft, flat):
+        model.unmerge_adapter()
+    agree(run(flat), run(with_noise(peft, flat)))
 
 
 def rounded_like(got: dict[str, Tensor], exact: dict[str, Tensor], *others: dict[str, Tensor]) -> None:
@@ -377,6 +408,53 @@ def test_gradient_checkpointing(sigma: float) -> None:
         got = gradients(flat)
         agree(got, plain)
     assert len(plain) == 8
+
+
+def test_another_type_afterwards() -> None:
+    """model.to(dtype) after apply_flat_lora: the noise is that of the converted weights."""
+    peft, flat = pair(lora(), sigma=0.3)
+    peft, flat = peft.double(), flat.double()
+    noise_scale = flat_layers(flat)["up"].noise_scale
+    assert noise_scale is not None and noise_scale.dtype == torch.float32
+    agree(run(flat, torch.float64), run(with_noise(peft, flat), torch.float64))
+
+
+def test_generation_leaves_nothing_behind() -> None:
+    """In eval mode what PEFT generates, cached or not; training goes on as if nothing had been."""
+    torch.manual_seed(0)
+    peft = get_peft_model(tiny_llama(), lora(target_modules=["q_proj", "v_proj"]))
+    scramble(peft)
+    flat = copy.deepcopy(peft)
+    controller = apply_flat_lora(flat, sigma=0.5)
+    ids = torch.arange(12).view(2, 6)
+    noisy, state = flat.train()(input_ids=ids).logits, torch.get_rng_state()
+    for cached in (True, False):
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+        found, expected = (m.eval().generate(input_ids=ids, **options) for m in (flat, peft))
+        assert torch.equal(found, expected)
+    assert controller.step == 0 and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(flat.train()(input_ids=ids).logits, noisy)
+    assert not torch.allclose(peft.train()(input_ids=ids).logits, noisy, atol=1e-2)
+
+
+def test_compiles_once_without_noise_and_once_with() -> None:
+    """A schedule that starts at 0 compiles a second time when the noise begins, and then no more."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    _, flat = pair(lora(), schedule="linear", total_steps=3, sigma=0.3)
+    torch._dynamo.reset()
+    compiled, x = torch.compile(flat, backend=backend, fullgraph=True), torch.randn(2, 5, 16)
+    seen = []
+    for _ in range(4):
+        seen.append(compiled(x))
+        torch.testing.assert_close(seen[-1], flat(x))
+        flat.controller.advance()
+    assert len(graphs) == 2
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, seen[1:], strict=False))
 
 
 def test_lora_ga() -> None:
@@ -518,12 +596,13 @@ class Zoo(nn.Module):
         self.hooked = nn.Linear(16, 16)
         self.hooked.register_forward_hook(lambda *_: None)
         self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.eighth = nn.Linear(16, 16).to(torch.float8_e4m3fn)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.hooked(self.up(x))
 
 
-UNFIT = ["embed", "conv", "attention", "out_proj", "strange", "hooked", "parametrized"]
+UNFIT = ["embed", "conv", "attention", "out_proj", "strange", "hooked", "parametrized", "eighth"]
 
 
 @pytest.mark.parametrize("kind", UNFIT)
@@ -566,6 +645,33 @@ def test_unknown_kinds_of_adapter_are_named(options: dict[str, Any], name: str) 
     config._register_custom_module(custom_modules(NoiseController()))
     with pytest.raises(ValueError, match="adapter is of another kind|a bare parameter"):
         inject_adapter_in_model(config, Net())
+
+
+def test_more_that_is_named() -> None:
+    model = get_peft_model(Net(), lora(use_dora=True))
+    model.base_model.model.up.ephemeral_gpu_offload = True
+    with pytest.raises(ValueError, match="'up': DoRA is offloaded"):
+        apply_flat_lora(model)
+    flat_lora(net := Net(), ["up"], verbose=False)
+    with pytest.raises(ValueError, match="FlatLoraLinear"):
+        get_peft_model(net, lora())
+
+
+def test_transformer_encoder_layer() -> None:
+    """Its fast path reads the weights in eval mode: adapters, PEFT's own too, would train and then have no effect."""
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True))
+    peft = get_peft_model(encoder, lora(target_modules=["linear1", "linear2"]))
+    scramble(peft)
+    with pytest.raises(ValueError, match=r"'0\.linear1': nn.TransformerEncoderLayer .*'0\.linear2'"):
+        apply_flat_lora(peft)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        flat = copy.deepcopy(peft)
+        flat.controller = apply_flat_lora(flat, sigma=0.3)
+        agree(run(flat.eval()), run(peft.eval()))
+        agree(run(flat.train()), run(with_noise(peft.train(), flat)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_what_only_peft_computes() -> None:

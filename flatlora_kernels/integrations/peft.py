@@ -282,7 +282,8 @@ def _convert(
 ) -> int:
     """Convert what is not yet converted, or nothing where something cannot be; returns how many were."""
     layers, obstacles = {}, {}
-    for full_name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for full_name, module in modules.items():
         name = full_name.removeprefix("base_model.model.")
         if not isinstance(module, LoraLayer) or isinstance(module, FlatLinear) or _excluded(name, exclude):
             continue
@@ -290,7 +291,11 @@ def _convert(
         if type(module) is not Linear:
             obstacles[name] = f"a {type(module).__name__} is not PEFT's plain LoRA layer"
         else:
-            obstacle = _base_obstacle(module.base_layer) or _unknown_variants(module, module.lora_variant)
+            obstacle = (
+                _base_obstacle(module.base_layer)
+                or _unknown_variants(module, module.lora_variant)
+                or _parent_obstacle(modules.get(full_name.rpartition(".")[0]))
+            )
             if obstacle:
                 obstacles[name] = obstacle
     if obstacles:
@@ -335,8 +340,19 @@ def _base_obstacle(base: nn.Module) -> str | None:
         return f"{kind} is not a plain nn.Linear or Conv1D"
     if any(getattr(base, hooks) for hooks in _HOOKS):
         return "it has hooks, which the fused op would not call"
-    if type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOAT_DTYPES:
-        return f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}"
+    weight = base.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES or weight.dim() != 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+    return None
+
+
+def _parent_obstacle(parent: nn.Module | None) -> str | None:
+    """Why adapters of PEFT inside `parent` have no effect in eval mode, whoever trains them."""
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "nn.TransformerEncoderLayer reads its weight in eval mode without calling it;"
+            " torch.backends.mha.set_fastpath_enabled(False) ends that"
+        )
     return None
 
 
