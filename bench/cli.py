@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     variance.add_arguments(p)
     p = add(
         "training",
-        "an optimiser step of a Llama-shaped block, against PEFT's LoRA and the authors' procedure",
+        "an optimiser step of Llama-shaped blocks or of MiniLM, against PEFT's LoRA and the authors' procedure",
     )
     training.add_arguments(p)
     _place(p)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-# What a row is about. `kind`: "linear", "training" (a step of a block; N, K are its hidden and intermediate size),
+# What a row is about. `kind`: "linear", "training" (a step of a model; N, K are its smallest and largest widths),
 # "noise_scale" (its refresh), "noise" (the generator) or "overhead".
 # `launch`: "graph" where a CUDA graph was replayed, else missing.
 KEYS = ("kind", "model", "layer", "M", "N", "K", "dtype", "mode", "rank", "noise", "provider", "launch")

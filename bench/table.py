@@ -71,7 +71,7 @@ def summary(results: Results, long: bool = False) -> str:
         if rows := [r for r in results.rows if r["kind"] == kind]:
             parts.append(f"**{title}**\n\n{make(rows)}")
     if rows := [r for r in results.rows if r["kind"] == "training"]:
-        parts.append(f"**An optimiser step of a Llama-shaped block**, ratios of times\n\n{_training(rows)}")
+        parts.append(f"**An optimiser step of a whole model**, ratios of times\n\n{_training(rows)}")
     if meta.get("clocks_after"):
         parts.append(
             f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {meta['clocks_after']}"
@@ -151,8 +151,8 @@ def _by_layer(rows: list[Row]) -> str:
 
 def _training(rows: list[Row]) -> str:
     header = [
-        "block",
-        "tokens",
+        "model",
+        "batch",
         "dtype",
         "provider",
         "noise",
@@ -165,7 +165,7 @@ def _training(rows: list[Row]) -> str:
     ]
     body = [
         [
-            r["model"], str(r["M"]), r["dtype"], r["provider"], r["noise"], microseconds(r["median_us"]),
+            r["model"], r["layer"], r["dtype"], r["provider"], r["noise"], microseconds(r["median_us"]),
             *(_spread(r, f"to_{base}") for base in ("plain", "lora", "peft", "rival")),
             "" if r.get("peak_extra_bytes") is None else f"{r['peak_extra_bytes'] / 2**20:.1f}",
         ]

