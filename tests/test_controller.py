@@ -102,6 +102,24 @@ def test_total_steps_may_come_later() -> None:
     torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.2))
 
 
+def test_loading_a_step_loads_its_strength() -> None:
+    """At once, in a forward of that step, also where no weight changes."""
+    model, controller = model_and_controller(schedule="linear", total_steps=4)
+    x = randn(4, 6)
+    quiet = model(x)
+    controller.load_state_dict({"base": 1, "step": 2})
+    for layer in controller.layers:
+        torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.2))
+    assert not torch.allclose(model(x), quiet, atol=1e-2)
+    controller.load_state_dict({"base": 1, "step": 0})
+    assert torch.equal(model(x), quiet)
+
+
+def test_seeds_are_those_of_earlier_versions() -> None:
+    """A run that is resumed with a later version draws the noise that it would have drawn."""
+    assert NoiseController(seed=1).value == NoiseController(seed=1, rank=0).value == 12793040940332582595
+
+
 def test_norm_row_has_no_root_of_in_features() -> None:
     flat, row = (
         FlatLoraLinear.from_linear(
