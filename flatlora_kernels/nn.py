@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import checks
 from .controller import NoiseController, signed
@@ -30,6 +31,7 @@ from .noisy import NoisyLayer, check_noise_options
 _MASK64 = (1 << 64) - 1
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
 _READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FlatLoraLinear(NoisyLayer):
@@ -273,7 +275,8 @@ def apply_flat_lora(
         The controller that all layers share, to be attached to the optimiser or advanced after each of its steps.
 
     Raises:
-        ValueError: no `nn.Linear` below `model` matches, or one whose parent reads its weight past its
+        ValueError: no `nn.Linear` below `model` matches; or one that is not plain (a forward of its own, as quantised
+            layers have, a parametrization, hooks, a sharded weight), or whose parent reads its weight past its
             forward (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`), so that an adapter would have no
             effect; or settings of a controller beside one that exists.
     """
@@ -296,6 +299,9 @@ def apply_flat_lora(
                 f"target_modules: expected layers that are called, got {name!r}: {type(parent).__name__}"
                 " reads its weight directly, and would miss the adapter"
             )
+        obstacle = obstacle_to(targets[name], nn.Linear.forward)
+        if obstacle:
+            raise ValueError(f"target_modules: expected plain linear layers, got {name!r}: {obstacle}")
 
     existing = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
     if noise_controller is None and existing:
@@ -332,6 +338,20 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     percent = 100 * trainable / max(total, 1)
     print(f"trainable parameters: {trainable:,} of {total:,} ({percent:.2f} %)")
     return trainable, total
+
+
+def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
+    """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards."""
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if type(base).forward not in forwards or "forward" in vars(base):
+        return f"{type(base).__name__} has a forward of its own"
+    if any(getattr(base, hooks) for hooks in _HOOKS):
+        return "it has hooks, which the fused op would not call"
+    weight: Any = base.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+    return None
 
 
 def _matches(name: str, pattern: str | tuple[str, ...]) -> bool:

@@ -137,6 +137,11 @@ class NoisyLayer(nn.Module):
             overlap: see `NoiseController.advance`.
         """
         weight, lora_A, lora_B, scaling = self._weight_in_use()
+        if weight.dim() != 2 or hasattr(weight, "device_mesh"):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a whole weight (N, K), got a shard, {type(weight).__name__} of shape"
+                f" {tuple(weight.shape)}; FSDP and tensor parallelism are not supported"
+            )
         if overlap and weight.is_cuda:
             with beside(weight.device, "noise_scale") as side:
                 self.refresh_noise_scale()

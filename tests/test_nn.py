@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -639,6 +640,41 @@ def test_layers_that_would_miss_the_adapter_are_refused() -> None:
         with pytest.raises(ValueError, match="reads its weight directly"):
             apply_flat_lora(encoder, pattern, backend="reference")
     assert not layers(encoder), "refused before anything is replaced"
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(*sizes: int) -> nn.Linear:
+    linear = nn.Linear(*sizes)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (Doubled, "Doubled has a forward of its own"),
+        (hooked, "hooks"),
+        (lambda *n: nn.utils.parametrizations.weight_norm(nn.Linear(*n)), "its weight is a Tensor"),
+        (lambda *n: nn.Linear(*n).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_linears_that_are_not_plain_are_refused(make: Any, why: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make(8, 8))
+    with pytest.raises(ValueError, match=f"target_modules: .* got '1': .*{why}"):
+        apply_flat_lora(model, ["0", "1"])
+    assert not layers(model), "refused before anything is replaced"
+
+
+def test_shards_are_refused() -> None:
+    """As FSDP leaves them outside of a forward."""
+    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference")
+    layer.weight = nn.Parameter(layer.weight.detach().flatten()[:32], requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"FlatLoraLinear: expected a whole weight.*shape \(32,\); FSDP"):
+        layer.noise_controller.advance()
 
 
 def test_second_call_adds_to_the_first() -> None:

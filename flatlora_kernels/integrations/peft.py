@@ -17,16 +17,12 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import FLOAT_DTYPES
 from ..controller import NoiseController
 from ..functional import fused_flat_lora_linear, row_sq_norms
-from ..nn import _matches
+from ..nn import _HOOKS, _matches, obstacle_to
 from ..noisy import NoisyLayer
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FlatLinear(NoisyLayer, Linear):
@@ -332,18 +328,7 @@ def _excluded(name: str, exclude: str | tuple[str, ...]) -> bool:
 
 
 def _base_obstacle(base: nn.Module) -> str | None:
-    """Why the fused op cannot stand for ``base(x)``."""
-    kind = type(base).__name__
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(base):
-        return f"{kind} is not a plain nn.Linear or Conv1D"
-    if any(getattr(base, hooks) for hooks in _HOOKS):
-        return "it has hooks, which the fused op would not call"
-    weight = base.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES or weight.dim() != 2:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
-    return None
+    return obstacle_to(base, nn.Linear.forward, Conv1D.forward)
 
 
 def _parent_obstacle(parent: nn.Module | None) -> str | None:
