@@ -430,24 +430,23 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy in % and standard error over the seeds, and differences to plain LoRA, paired by seed."""
     lines = []
     for labels in dict.fromkeys(row["labels"] for row in rows):
-        of: dict[str, dict[Any, dict[str, Any]]] = {}
+        of: dict[str, dict[Any, list[float]]] = {}  # name, seed -> accuracies by kind and their mean
         for row in rows:
             if row["labels"] == labels:
-                of.setdefault(label(row), {})[row["seed"]] = row
-        lines += ["", f"{labels or 'all'} labelled sentences" + "".join(f"{k:>18}" for k in FILES) + "  runs"]
-        for name, found in of.items():
-            cells = [mean_and_error([100 * float(r[k]) for r in found.values()]) for k in FILES]
-            lines.append(f"{name:<28}" + "".join(f"{c:>18}" for c in cells) + f"{len(found):>6}")
-        for name, found in of.items():
-            both = [seed for seed in found if seed in of.get("lora", {})]
-            if name != "lora" and both:
-                cells = [
-                    mean_and_error([100 * (float(found[s][k]) - float(of["lora"][s][k])) for s in both])
-                    for k in FILES
-                ]
-                lines.append(
-                    f"{name + ' - lora':<28}" + "".join(f"{c:>18}" for c in cells) + f"{len(both):>6}"
-                )
+                found = [100 * float(row[kind]) for kind in FILES]
+                of.setdefault(label(row), {})[row["seed"]] = [*found, statistics.fmean(found)]
+        header = "".join(f"{kind:>18}" for kind in (*FILES, "mean"))
+        lines += ["", f"{labels or 'all'} labelled sentences".ljust(36) + f"{header}  runs"]
+        paired = {
+            f"{name} - lora": [
+                [a - b for a, b in zip(v, of["lora"][s], strict=True)] for s, v in found.items()
+            ]
+            for name, found in of.items()
+            if name != "lora" and found.keys() <= of.get("lora", {}).keys()
+        }
+        for name, values in ({n: list(f.values()) for n, f in of.items()} | paired).items():
+            cells = "".join(f"{mean_and_error(list(column)):>18}" for column in zip(*values, strict=True))
+            lines.append(f"{name:<36}{cells}{len(values):>6}")
     return "\n".join(lines)
 
 

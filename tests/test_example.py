@@ -159,7 +159,7 @@ def test_summary_is_paired(example: ModuleType) -> None:
         for m, s, value in (("lora", 0.0, 0.5), ("flat-lora", 0.05, 0.52))
     ]
     last = example.summary(rows).splitlines()[-1]
-    assert last.split() == ["flat-lora", "0.05", "-", "lora", *4 * ["2.00", "+-", "0.00"], "3"]
+    assert last.split() == ["flat-lora", "0.05", "-", "lora", *5 * ["2.00", "+-", "0.00"], "3"]
 
 
 @pytest.mark.parametrize(
