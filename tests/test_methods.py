@@ -538,6 +538,14 @@ def test_ascent_follows_the_optimisers_rule() -> None:
         for A2, B2, g in zip(method.auxiliary[::2], method.auxiliary[1::2], G, strict=True):
             want = options.get("ascent_lr", 0.125) * (g @ A2.detach().t()).sign()
             torch.testing.assert_close(B2.detach(), want, rtol=1e-3, atol=1e-6)
+    again = build()
+    twin: Any = make("bi-lora", again, torch.optim.AdamW(again.parameters(), lr=0.125), rho=1e9)
+    twin.load_state_dict(copy.deepcopy(method.state_dict()))
+    again.load_state_dict(model.state_dict())
+    method.ascent_lr = None
+    for m, parts in ((method, closures(model)), (twin, closures(again))):
+        m.step(*parts)
+    assert all(map(torch.equal, twin.auxiliary, method.auxiliary)), "with its state"
     with pytest.raises(ValueError, match="ascent: expected to be given, because LBFGS"):
         make("bi-lora", model, torch.optim.LBFGS(model.parameters()))
 

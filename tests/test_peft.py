@@ -445,7 +445,8 @@ def test_compiles_once_without_noise_and_once_with() -> None:
         graphs.append(graph)
         return graph.forward
 
-    _, flat = pair(lora(), schedule="linear", total_steps=3, sigma=0.3)
+    one = {"config": lora(target_modules=["0"]), "make": lambda: nn.Sequential(nn.Linear(16, 8))}
+    _, flat = pair(**one, schedule="linear", total_steps=3, sigma=0.3)
     torch._dynamo.reset()
     compiled, x = torch.compile(flat, backend=backend, fullgraph=True), torch.randn(2, 5, 16)
     seen = []
