@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -95,6 +95,9 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
+Self = TypeVar("Self", bound="State")
+
+
 class State:
     """A model, weights and adapters of its layers `names`, and batches: the same for all."""
 
@@ -106,6 +109,7 @@ class State:
     def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
         self.dtype, self.device, self.dropout = dtype, device, dropout
         self.generator = torch.Generator(device).manual_seed(1)
+        self.references: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of the gate
 
     def module(self) -> nn.Module:
         """In training mode, nothing of it trained; the weights of `names` are still to be given to it."""
@@ -114,7 +118,7 @@ class State:
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
-    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
+    def with_weights(self: Self, weights: list[Tensor], dtype: torch.dtype) -> Self:
         """The same in `dtype`, with other weights and the first batch alone."""
 
         def cast(t: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class MiniLM(State):
         tokens = module.encoder(input_ids=x, attention_mask=None).last_hidden_state
         return module.head(tokens.mean(1)).squeeze(-1)
 
-    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
+    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> MiniLM:
         other = super().with_weights(weights, dtype)
         other._classifier = copy.deepcopy(self._classifier).to(dtype)
         return other
@@ -474,9 +478,7 @@ def check(way: Way) -> gate.Verdict:
         return gate.Verdict(math.inf, f"noise: expected {expected:g} of the weights, got {moved:.3g}")
     got = _outcome(way)
     way.restore()
-    kind = Lora if way.adapters else Plain
-    exact = _outcome(kind(way.state.with_weights(weights, torch.float64), NOISELESS))
-    plain = _outcome(kind(way.state.with_weights(weights, way.state.dtype), NOISELESS))
+    exact, plain = _references(Lora if way.adapters else Plain, way.state, weights)
     verdicts = []
     for name, value in exact.items():
         error, plain_error = (((v[name].double() - value).norm() / value.norm()).item() for v in (got, plain))
@@ -484,6 +486,20 @@ def check(way: Way) -> gate.Verdict:
         over = error / limit if math.isfinite(error) else math.inf
         verdicts.append(gate.Verdict(over, f"{name}: error {error:.3g}, limit {limit:.3g}"))
     return max(verdicts)
+
+
+def _references(
+    kind: type[Way], state: State, weights: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outcomes with these weights in float64 and in the type of `state`; ways with equal weights share them."""
+    key = (kind, *(value for w in weights for value in (w.sum().item(), w.square().sum().item())))
+    if key not in state.references:
+        exact, plain = (
+            _outcome(kind(state.with_weights(weights, dtype), NOISELESS))
+            for dtype in (torch.float64, state.dtype)
+        )
+        state.references[key] = exact, plain
+    return state.references[key]
 
 
 def _outcome(way: Way) -> dict[str, Tensor]:
