@@ -165,6 +165,7 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"down": 2}, "alpha_pattern": {"up": 3}},
     "lora_bias": {"lora_bias": True},
+    "trained_bias": {"bias": "lora_only"},
     "dora": {"use_dora": True},
     "dora_dropout": {"use_dora": True, "lora_dropout": 0.4},
     "dora_transposed": {"use_dora": True, "make": Transposed, "lora_dropout": 0.4},
@@ -207,7 +208,9 @@ def with_noise(peft: Any, flat: Any) -> Any:
         twin = modules[name]
         transpose = isinstance(twin.base_layer, Conv1D)
         W = twin.base_layer.weight.detach()
-        in_use = W + sum(twin.get_delta_weight(a) for a in twin.active_adapters if a in twin.lora_A)
+        in_use = W.to(torch.promote_types(W.dtype, torch.float32)) + sum(
+            twin.get_delta_weight(a) for a in twin.active_adapters if a in twin.lora_A
+        )
         norms = in_use.norm(dim=0 if transpose else 1)
         torch.testing.assert_close(
             layer.noise_scale,
@@ -223,7 +226,8 @@ def with_noise(peft: Any, flat: Any) -> Any:
             noise=layer.noise,
         )
         # A parameter of its own: another layer may use the weight without noise.
-        twin.base_layer.weight = nn.Parameter(W + (eps.t() if transpose else eps), requires_grad=False)
+        in_noise = (W + (eps.t() if transpose else eps)).to(W.dtype)
+        twin.base_layer.weight = nn.Parameter(in_noise, requires_grad=False)
         for dora in twin.lora_magnitude_vector.values():
             dora.get_weight_norm = lambda *_, norms=norms, **__: norms
             # eps becomes m / c * eps: it has the size that magnitudes have
@@ -364,6 +368,12 @@ def test_bfloat16_base_with_float32_adapters(name: str) -> None:
     rounded_like(got, exact, want, run(copy.deepcopy(peft).bfloat16(), torch.bfloat16))
     assert torch.equal(got["generator"], want["generator"])
     assert len(got) > 4
+
+    flat.controller.target_sigma = 0.3
+    noisy = with_noise(peft, flat)
+    under_noise, want = run(flat, torch.bfloat16), run(noisy, torch.bfloat16)
+    rounded_like(under_noise, run(noisy.float()), want, run(noisy.bfloat16(), torch.bfloat16))
+    assert (under_noise["y"] - got["y"]).abs().max() > 0.05
 
 
 def test_autocast() -> None:
