@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -176,3 +177,108 @@ def test_errors() -> None:
     layer.requires_grad_(False)
     with pytest.raises(ValueError, match="parameters: expected some that require gradients, got none"):
         flatness.top_eigenvalue(layer, loss)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny classifier, a language model, adapters for both, and data."""
+    for needed in ("peft", "transformers"):
+        pytest.importorskip(needed)
+    import peft
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["<pad>", *"abcdefghij"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=11, num_key_value_heads=1, num_labels=2, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    for kind, make in {
+        "classification": transformers.LlamaForSequenceClassification,
+        "causal-lm": transformers.LlamaForCausalLM,
+    }.items():
+        base = make(config)
+        base.save_pretrained(tmp_path / kind)
+        fast.save_pretrained(tmp_path / kind)
+        task = "SEQ_CLS" if kind == "classification" else "CAUSAL_LM"
+        options = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type=task)
+        model = peft.get_peft_model(base, options)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.5)
+        model.save_pretrained(tmp_path / f"{kind}-adapter")
+    lines = [{"text": "a b c d"[: 2 * n + 1], "label": n % 2} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def command(saved: Path, task: str, *more: str) -> dict[str, flatness.Flatness]:
+    adapter = str(saved / f"{task}-adapter")
+    options = (
+        f"--task {task} --batch-size 3 --sigma 0.1 --draws 2 --iterations 3 --data {saved / 'data.jsonl'}"
+    )
+    return flatness.main(["--model", str(saved / task), "--adapter", adapter, *options.split(), *more])
+
+
+def test_command_reports_before_and_after(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import peft
+    import transformers
+
+    plots = ["--plots", str(saved / "plots")] if importlib.util.find_spec("matplotlib") else []
+    found = command(saved, "classification", *plots)
+    name = str(saved / "classification-adapter")
+    assert list(found) == ["before", name]
+    auto = transformers.AutoModelForSequenceClassification
+    rows = [json.loads(line) for line in (saved / "data.jsonl").read_text().splitlines()]
+    encoded = transformers.AutoTokenizer.from_pretrained(saved / "classification")(
+        [row["text"] for row in rows], padding=True, return_tensors="pt"
+    )
+    labels = torch.tensor([row["label"] for row in rows])
+    model = peft.PeftModel.from_pretrained(auto.from_pretrained(saved / "classification"), name).eval()
+    with torch.no_grad():
+        after = model(**encoded, labels=labels).loss.item()
+        for key, p in model.named_parameters():
+            p.mul_("lora_B" not in key)
+        before = model(**encoded, labels=labels).loss.item()
+    assert found[name].loss == pytest.approx(after, rel=1e-5)
+    assert found["before"].loss == pytest.approx(before, rel=1e-5) != pytest.approx(after, rel=1e-3)
+    assert found["before"].eigenvalue.value != found[name].eigenvalue.value
+    assert found[name].increases[0].standard_error > 0
+    assert "before: loss" in capsys.readouterr().out
+    if plots:
+        expected = {"line.svg", "plane-before.svg", "plane-classification-adapter.svg"}
+        assert {path.name for path in (saved / "plots").iterdir()} == expected
+
+
+def test_command_weighs_tokens(saved: Path) -> None:
+    import peft
+    import transformers
+
+    found = command(saved, "causal-lm", "--iterations", "0")
+    name = str(saved / "causal-lm-adapter")
+    assert found[name].eigenvalue is None
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved / "causal-lm")
+    model = peft.PeftModel.from_pretrained(base, name).eval()
+    losses = []
+    for ids in ([1, 2], [1, 2, 3], [1, 2, 3, 4]):  # "a" alone predicts nothing
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        losses += nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
+    assert found[name].loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "at least one line, got none"),
+        ('{"text": "a"}', "expected the key 'label' in each line, got line 1"),
+    ],
+)
+def test_command_errors(saved: Path, text: str, message: str) -> None:
+    (saved / "data.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=f"--data: .*{message}"):
+        command(saved, "classification")
