@@ -509,6 +509,39 @@ def test_saved_adapters_are_those_of_peft(name: str, tmp_path: Path) -> None:
     assert saved(again, tmp_path / "again") == ours
 
 
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
+    """From PEFT's file and the optimiser's state, in the middle of a schedule, whatever seed: bit for bit."""
+
+    def optimiser(model: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        model.controller.attach(optimizer)
+        return optimizer
+
+    def train(model: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        outputs = []
+        for _ in range(2):
+            outputs.append(run(model)["y"])
+            optimizer.step()
+        return outputs
+
+    schedule = {"schedule": "cosine", "total_steps": 4}
+    peft, flat = pair(lora(lora_dropout=0.2), sigma=0.3, **schedule)
+    optimizer = optimiser(flat)
+    train(flat, optimizer)
+    flat.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    expected = train(flat, optimizer)
+
+    resumed = PeftModel.from_pretrained(peft.unload(), tmp_path, is_trainable=True).train()
+    resumed.controller = apply_flat_lora(resumed, sigma=0.3, seed=99, **schedule)
+    optimizer = optimiser(resumed)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    assert all(map(torch.equal, train(resumed, optimizer), expected))
+    assert resumed.controller.sigma == 0.3
+    for name, value in flat.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
 @names_modules
 def test_custom_modules() -> None:
     """get_peft_model builds the same layers, with the same noise, as converting afterwards."""
