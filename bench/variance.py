@@ -192,9 +192,9 @@ def measure(setting: Setting, draws: int, warm_up: int) -> list[Row]:
 
 def _variance(gradients: list[Tensor], scale: float) -> tuple[float, float]:
     """Trace of the covariance over `scale`, and its standard error."""
-    g = torch.stack(gradients)
+    g = torch.stack(gradients).double()
     n = len(gradients)
-    each = ((g - g.mean(0)).double().square().sum(1) * n / (n - 1) / scale).tolist()
+    each = ((g - g.mean(0)).square().sum(1) * n / (n - 1) / scale).tolist()
     return statistics.fmean(each), statistics.stdev(each) / math.sqrt(n)
 
 

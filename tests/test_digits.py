@@ -1,0 +1,128 @@
+"""The example on digits, small."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    path = ROOT / "examples/digits.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = "--width 24 --depth 1 --r 2 --pretrain-steps 120 --seeds 2 --test-limit 200".split()
+
+
+@pytest.fixture
+def one_thread(threads: object) -> None:
+    """The example sets the number of threads; `threads` puts it back."""
+
+
+def test_every_method_runs_and_learns(
+    digits: ModuleType,
+    tmp_path: Path,
+    one_thread: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(digits, "FLATNESS_SIGMAS", (0.2,))
+    table, figure = tmp_path / "found.csv", tmp_path / "line.svg"
+    files = ["--csv", str(table)]
+    if importlib.util.find_spec("matplotlib"):
+        files += ["--figure", str(figure)]
+    rows = digits.main(
+        ["--method", *digits.METHODS, "--sigma", "0.2", "--steps", "16", "--lr", "5e-3"] + SMALL + files
+    )
+    noisy = ("flat-lora", "rwp", "lpf-sgd")
+    quiet = [m for m in digits.METHODS if m not in noisy]
+    names = {"head only", *quiet, *(f"{m} 0.2" for m in noisy)}
+    assert {row["method"] for row in rows} == names
+    assert len(rows) == 2 * len(names)
+    # A fifth by chance; this model is tiny and hardly trained.
+    assert sum(row["clean"] for row in rows) / len(rows) > 0.27
+    for seed in range(2):
+        of_seed = {row["method"]: row for row in rows if row["seed"] == seed}
+        assert all(of_seed[name]["loss"] < of_seed["head only"]["loss"] for name in names - {"head only"})
+        assert len({row["loss"] for row in of_seed.values()}) == len(names), "two methods do the same"
+        assert all(math.isfinite(value) for row in rows for k, value in row.items() if k != "method")
+    with table.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["noise"]) for row in read] == [row["noise"] for row in rows]
+    if "--figure" in files:
+        assert "<svg" in figure.read_text()
+    printed = capsys.readouterr().out
+    assert "difference to lora, paired by seed" in printed and "increase 0.2" in printed
+
+
+def test_runs_are_reproducible_and_methods_share_their_start(digits: ModuleType, one_thread: None) -> None:
+    def found(*methods: str) -> dict[str, float]:
+        short = ["--method", *methods, "--steps", "4", *SMALL, "--seeds", "1"]
+        return {row["method"]: row["loss"] for row in digits.main(short)}
+
+    both = found("lora", "flat-lora")
+    assert found("flat-lora") == {name: both[name] for name in ("head only", "flat-lora 0.05")}
+
+
+def test_few_images_are_never_tested_on(digits: ModuleType) -> None:
+    images, labels = digits.of_digits(digits.NEW, *digits.load_digits())
+    assert sorted(labels.unique().tolist()) == list(range(5))
+    few, rest = digits.split(images, labels, 7, seed=1)
+    assert labels[few].bincount().tolist() == [7] * 5
+    assert sorted(torch.cat((few, rest)).tolist()) == list(range(len(images)))
+    assert few.tolist() != digits.split(images, labels, 7, seed=2)[0].tolist()
+    tests = digits.shifted(images)
+    assert torch.equal(tests["moved"][0][:, 1:], images[:, :-1])
+    assert (tests["noise"][0] - images).std() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(tests["noise"][0], digits.shifted(images)["noise"][0])
+
+
+def test_fine_tuning_leaves_the_weights(digits: ModuleType, one_thread: None) -> None:
+    args = digits.parse_arguments(SMALL)
+    args.steps = 3
+    torch.manual_seed(0)
+    model = digits.ViT(16, 1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    images, labels = torch.rand(30, 8, 8), torch.arange(30) % 5
+    digits.finetune(model, "flat-lora", 0.2, images, labels, args, 0)
+    digits.flatness_of(model, images, labels)
+    after = dict(model.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+    assert {name for name, p in after.items() if p.requires_grad} == changed | {
+        name for name in after if "lora_" in name
+    }
+
+
+def test_summary_is_paired(digits: ModuleType) -> None:
+    rows = [
+        {"seed": seed, "method": method, "clean": value + seed / 10}
+        for seed in range(3)
+        for method, value in (("head only", 0.1), ("lora", 0.5), ("flat-lora", 0.52))
+    ]
+    text = digits.summary(rows, ["head only", "lora", "flat-lora"])
+    assert text.splitlines()[-1].split() == ["flat-lora", "2.0", "+-", "0.0"]
+    assert "60.0 +- 5.8" in text
+
+
+def test_errors(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, message in (
+        ("--seeds 0", "--seeds: expected at least 1"),
+        ("--shots 101", "at most 100, got 101"),
+    ):
+        with pytest.raises(SystemExit):
+            digits.parse_arguments(option.split())
+        assert message in capsys.readouterr().err
