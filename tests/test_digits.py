@@ -24,7 +24,7 @@ def digits() -> ModuleType:
     return module
 
 
-SMALL = "--width 24 --depth 1 --r 2 --pretrain-steps 120 --seeds 2 --test-limit 200".split()
+SMALL = "--width 24 --depth 1 --r 2 --pretrain-steps 40 --seeds 1 --test-limit 200".split()
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def one_thread(threads: object) -> None:
     """The example sets the number of threads; `threads` puts it back."""
 
 
-def test_every_method_runs_and_learns(
+def test_every_method_runs(
     digits: ModuleType,
     tmp_path: Path,
     one_thread: None,
@@ -51,14 +51,10 @@ def test_every_method_runs_and_learns(
     quiet = [m for m in digits.METHODS if m not in noisy]
     names = {"head only", *quiet, *(f"{m} 0.2" for m in noisy)}
     assert {row["method"] for row in rows} == names
-    assert len(rows) == 2 * len(names)
-    # A fifth by chance; this model is tiny and hardly trained.
-    assert sum(row["clean"] for row in rows) / len(rows) > 0.27
-    for seed in range(2):
-        of_seed = {row["method"]: row for row in rows if row["seed"] == seed}
-        assert of_seed["lora"]["loss"] < of_seed["head only"]["loss"]
-        assert len({row["loss"] for row in of_seed.values()}) == len(names), "two methods do the same"
-        assert all(math.isfinite(value) for row in rows for k, value in row.items() if k != "method")
+    assert len(rows) == len(names)
+    assert all(0 <= row[test] <= 1 for row in rows for test in digits.ACCURACIES)
+    assert len({row["loss"] for row in rows}) == len(names), "two methods do the same"
+    assert all(math.isfinite(value) for row in rows for k, value in row.items() if k != "method")
     with table.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [float(row["noise"]) for row in read] == [row["noise"] for row in rows]
@@ -70,7 +66,7 @@ def test_every_method_runs_and_learns(
 
 def test_runs_are_reproducible_and_methods_share_their_start(digits: ModuleType, one_thread: None) -> None:
     def found(*methods: str) -> dict[str, float]:
-        short = ["--method", *methods, "--steps", "4", *SMALL, "--seeds", "1"]
+        short = ["--method", *methods, "--steps", "4", *SMALL]
         return {row["method"]: row["loss"] for row in digits.main(short)}
 
     both = found("lora", "flat-lora")
@@ -90,15 +86,16 @@ def test_few_images_are_never_tested_on(digits: ModuleType) -> None:
     assert torch.equal(tests["noise"][0], digits.shifted(images)["noise"][0])
 
 
-def test_fine_tuning_leaves_the_weights(digits: ModuleType, one_thread: None) -> None:
+def test_fine_tuning_learns_and_leaves_the_weights(digits: ModuleType, one_thread: None) -> None:
     args = digits.parse_arguments(SMALL)
-    args.steps = 3
+    args.steps = 60
     torch.manual_seed(0)
     model = digits.ViT(16, 1)
     before = {name: p.clone() for name, p in model.named_parameters()}
     images, labels = torch.rand(30, 8, 8), torch.arange(30) % 5
+    start = torch.nn.functional.cross_entropy(model(images), labels).item()
     digits.finetune(model, "flat-lora", 0.2, images, labels, args, 0)
-    digits.flatness_of(model, images, labels)
+    assert digits.flatness_of(model, images, labels)["loss"] < 0.97 * start
     after = dict(model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
