@@ -276,6 +276,13 @@ def summary(rows: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(lines)
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs everything and prints a table; returns what `--csv` writes, accuracies from 0 to 1."""
     args = parse_arguments(argv)
@@ -305,6 +312,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 finetune(model, *runs[name], *train, args, seed)
             row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])
             rows.append(row | flatness_of(model, *train))
+            if args.csv:
+                write_csv(args.csv, rows)
             print(seed, name, *(f"{c} {row[c]:.1%}" for c in ACCURACIES), flush=True)
             if args.figure and seed == 0:
                 lines[name] = flatness.line(
@@ -314,11 +323,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         f"\nmean and standard error, {args.seeds} seeds, {args.shots} images of each new digit; accuracy in %"
     )
     print(summary(rows, [PROBE, *runs]))
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
     if args.figure:
         flatness.plot(lines, steps, args.figure)
     return rows
