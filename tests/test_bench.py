@@ -671,9 +671,13 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 BLOCK = training.SIZES["tiny"]
 
 
+def blocks(dtype: torch.dtype = torch.float32, layers: int = 1, dropout: float = 0.0) -> training.State:
+    return training.Blocks(BLOCK, layers, 1, 16, dtype, "cpu", dropout)
+
+
 @pytest.fixture
 def block() -> training.State:
-    return training.State(BLOCK, 16, torch.float32, "cpu")
+    return blocks()
 
 
 def way(name: str, state: training.State, noise: str = "none") -> Any:
@@ -693,9 +697,10 @@ def test_training_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("lora", "none"),
     }
     if importlib.util.find_spec("peft") is not None:
+        expected |= {("flatlora-peft", n) for n in ("none", "gaussian", "rademacher")}
         expected |= {("peft", "none"), ("inplace", "gaussian")}
     else:
-        assert {s.partition(":")[0] for s in found.skipped} == {"peft", "inplace"}
+        assert {s.partition(":")[0] for s in found.skipped} == {"flatlora-peft", "peft", "inplace"}
     for dtype in ("float32", "bfloat16"):
         assert {(r["provider"], r["noise"]) for r in steps if r["dtype"] == dtype} == expected
     for row in steps:
@@ -703,21 +708,21 @@ def test_training_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert 0 < row["error_over_limit"] <= 1
         assert ("to_plain" in row) == (row["provider"] != "plain")
         assert ("to_lora" in row) == (row["provider"] != "lora")
-        ours = row["provider"] == "flatlora" and row["noise"] != "none"
+        ours = row["provider"].startswith("flatlora") and row["noise"] != "none"
         assert ("to_rival" in row) == (ours and ("inplace", "gaussian") in expected)
     refresh = [r for r in found.rows if r["kind"] == "noise_scale"]
+    ours_names = sorted({name for name, _ in expected if name.startswith("flatlora")})
     assert [(r["provider"], r["dtype"]) for r in refresh] == [
-        ("flatlora", "float32"),
-        ("flatlora", "bfloat16"),
+        (name, dtype) for dtype in ("float32", "bfloat16") for name in ours_names
     ]
     text = capsys.readouterr().out
-    assert "An optimiser step of a Llama-shaped block" in text
+    assert "An optimiser step of a whole model" in text
+    assert "1 x 16 tokens, lora_dropout 0 " in text
     assert "Refresh" in text
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="--tokens: expected at most 2048, or a multiple of that, got 2049"):
         cli.main([*arguments, "--tokens", "2049"])
-    assert (
-        "argument --tokens: expected at most 2048, or a multiple of that, got 2049" in capsys.readouterr().err
-    )
+    with pytest.raises(SystemExit, match="--providers: expected of flatlora, .*, got peff"):
+        cli.main([*arguments, "--providers", "peff"])
 
 
 def test_training_block_is_that_of_the_model() -> None:
@@ -730,7 +735,9 @@ def test_training_block_is_that_of_the_model() -> None:
         assert block.get_submodule(name).weight.shape == shape
 
 
-@pytest.mark.parametrize("name", ["flatlora", pytest.param("peft", marks=needs_peft)])
+@pytest.mark.parametrize(
+    "name", ["flatlora", *(pytest.param(n, marks=needs_peft) for n in ("peft", "flatlora-peft"))]
+)
 def test_training_without_noise_is_lora(name: str, block: training.State) -> None:
     other, lora = way(name, block), way("lora", block)
     losses = [[w.step(copy).item() for copy in (0, 1, 2, 0)] for w in (other, lora)]
@@ -741,8 +748,9 @@ def test_training_without_noise_is_lora(name: str, block: training.State) -> Non
         assert not torch.equal(a[0], block.adapters[0][0])
 
 
-def test_training_draws_anew_at_each_step(block: training.State) -> None:
-    noisy, lora = way("flatlora", block, "gaussian"), way("lora", block)
+@pytest.mark.parametrize("name", ["flatlora", pytest.param("flatlora-peft", marks=needs_peft)])
+def test_training_draws_anew_at_each_step(name: str, block: training.State) -> None:
+    noisy, lora = way(name, block, "gaussian"), way("lora", block)
     losses = []
     for _ in range(3):
         noisy.perturb()
@@ -806,7 +814,7 @@ def _gradient(w: Any) -> None:
 def test_training_gate_catches(breaks: Any, detail: str, dtype: torch.dtype) -> None:
     if breaks is _gradient and dtype == torch.bfloat16:
         pytest.skip("below its rounding")
-    state = training.State(BLOCK, 16, dtype, "cpu")
+    state = blocks(dtype)
     assert training.check(way("flatlora", state, "gaussian")).passed
     wrong = way("flatlora", state, "gaussian")
     breaks(wrong)
@@ -824,14 +832,85 @@ def test_a_wrong_way_to_train_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     assert {r["provider"] for r in rows} == {"plain"}
     assert [f.split(": ")[1] for f in failures] == ["gate", "gate", "ZeroDivisionError"]
     assert "flatlora gaussian: gate: loss: error" in failures[1]
-    assert skipped == [f"{n}: peft is not installed (pip install '.[bench]')" for n in ("peft", "inplace")]
+    missing = ("flatlora-peft", "peft", "inplace")
+    assert skipped == [f"{n}: peft is not installed (pip install '.[bench]')" for n in missing]
+
+
+@needs_peft
+@pytest.mark.parametrize("name", ["flatlora", "flatlora-peft", "inplace"])
+def test_training_with_dropout(name: str) -> None:
+    """Of several blocks; the gate drops the same elements in all types, and sees where too few are dropped."""
+    state = blocks(layers=2, dropout=0.3)
+    assert [w.shape for w in state.weights[:7]] == [w.shape for w in state.weights[7:]]
+    noisy = way(name, state, "gaussian")
+    assert training.check(noisy).passed
+    for module in noisy.module.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert not training.check(noisy).passed
+
+
+@pytest.fixture
+def tiny_bert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of MiniLM."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    config = transformers.BertConfig(**sizes, **off, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.encoder = transformers.BertModel(config, add_pooling_layer=False)
+    model.head = torch.nn.Linear(32, 1)
+    monkeypatch.setattr(training, "pretrained", lambda: model)
+
+
+@needs_peft
+@pytest.mark.usefixtures("one_thread", "tiny_bert")
+def test_training_minilm_command(tmp_path: Path) -> None:
+    arguments = [
+        "training",
+        "--device",
+        "cpu",
+        "--model",
+        "minilm",
+        "--tokens",
+        "24",
+        "--sequence",
+        "12",
+        "--budget",
+    ]
+    arguments += ["0.01", "--min-rounds", "2", "--no-memory", "--noise", "gaussian", "--dropout", "0", "0.1"]
+    assert cli.main([*arguments, "--dtypes", "float32", "--out", str(tmp_path), "--name", "t"]) == 0
+    found = results.load(tmp_path / "t.json")
+    steps = [r for r in found.rows if r["kind"] == "training"]
+    assert {r["layer"] for r in steps} == {f"2 x 12 tokens, lora_dropout {p}" for p in ("0", "0.1")}
+    names = {"flatlora", "flatlora-peft", "lora", "peft", "inplace"}
+    for layer in {r["layer"] for r in steps}:
+        assert {r["provider"] for r in steps if r["layer"] == layer} == names
+    assert all("to_peft" in r for r in steps if r["provider"] != "peft")
+    assert found.skipped == ["plain: nothing of this model would have a gradient"]
+    assert {r["layer"] for r in found.rows if r["kind"] == "noise_scale"} == {"all 12 layers"}
+
+
+@pytest.mark.usefixtures("tiny_bert")
+def test_training_minilm_shares_its_parameters() -> None:
+    state = training.MiniLM(2, 12, torch.float32, "cpu")
+    noisy, other = way("flatlora", state, "gaussian"), way("lora", state)
+    assert len(state.names) == 12 == len(noisy.controller.layers)
+    words = [w.module.encoder.embeddings.word_embeddings.weight for w in (noisy, other)]
+    assert words[0] is words[1]
+    before = [w.clone() for w in state.weights]
+    noisy.step(0)
+    assert all(map(torch.equal, before, state.weights))
+    _gradient(noisy)
+    assert not training.check(noisy).passed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_training_memory() -> None:
     """The graph of 512 tokens holds at least their activations, and a step of plain less than one with adapters."""
     settings = training.Settings("tiny", 512, "cpu")
-    peaks = {name: training._peak(settings, "float32", name, "none", {}) for name in ("plain", "lora")}
+    peaks = {name: training._peak(settings, "float32", 0.0, name, "none", {}) for name in ("plain", "lora")}
     activations = 512 * 4 * (6 * BLOCK.hidden + 3 * BLOCK.intermediate)
     assert activations < peaks["plain"] <= peaks["lora"] < 20 * activations
 
