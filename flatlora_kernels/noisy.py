@@ -148,15 +148,15 @@ class NoisyLayer(nn.Module):
                 self._ready = side.record_event()
             return
         self._wait_until_ready()
-        self._ready = None
         self._attach(weight.device)
         controller = self.noise_controller
-        if not controller._known_sigma():
-            self._unit_scale = None
+        sigma = controller._known_sigma()
+        if not sigma:
+            unit = None
         elif weight.is_meta:
-            self._unit_scale = torch.empty(weight.shape[0], device="meta")
+            unit = torch.empty(weight.shape[0], device="meta")
         else:
-            self._unit_scale = flat_noise_scale(
+            unit = flat_noise_scale(
                 weight,
                 lora_A,
                 lora_B,
@@ -165,24 +165,28 @@ class NoisyLayer(nn.Module):
                 in_features=1 if controller.norm == "row" else None,
                 backend=self.backend,
             )
-        self._scaled = tuple(map(_stamp, self._norm_sources()))
-        self._rescale()
+        stamps = tuple(map(_stamp, self._norm_sources()))
+        # Past nn.Module.__setattr__, which takes 4 us for each.
+        self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=stamps)
+        self._scale_by(sigma)
 
     @torch.no_grad()
     def _rescale(self) -> None:
         sigma = self.noise_controller._known_sigma()
-        if not sigma:
-            self.noise_scale = None
-            return
-        if self._unit_scale is None:
-            self.refresh_noise_scale()  # comes back here
+        if sigma and self._unit_scale is None:
+            self.refresh_noise_scale()
             return
         self._wait_until_ready()
-        scale = self.noise_scale
-        if scale is None or scale.device != self._unit_scale.device or scale.shape != self._unit_scale.shape:
-            self.noise_scale = self._unit_scale * sigma
+        self._scale_by(sigma)
+
+    def _scale_by(self, sigma: float | None) -> None:
+        scale, unit = self.noise_scale, self._unit_scale
+        if not sigma or unit is None:
+            self.noise_scale = None
+        elif scale is None or scale.device != unit.device or scale.shape != unit.shape:
+            self.noise_scale = unit * sigma
         else:  # in place: compiled graphs keep their input, and a backward that comes too late is noticed
-            torch.mul(self._unit_scale, sigma, out=scale)
+            torch.mul(unit, sigma, out=scale)
 
     def _refresh_if_stale(self) -> None:
         if not self.noise_controller.sigma:
@@ -197,7 +201,7 @@ class NoisyLayer(nn.Module):
 
     def _attach(self, device: torch.device) -> None:
         self.noise_controller._layers.add(self)
-        self._seed = self.noise_controller.tensor(device)
+        self.__dict__["_seed"] = self.noise_controller.tensor(device)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
