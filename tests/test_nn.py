@@ -653,9 +653,16 @@ def hooked(*sizes: int) -> nn.Linear:
     return linear
 
 
+def flattened(*sizes: int) -> nn.Linear:
+    linear = nn.Linear(*sizes)
+    linear.weight = nn.Parameter(linear.weight.detach().flatten())
+    return linear
+
+
 @pytest.mark.parametrize(
     "make, why",
     [
+        (flattened, "shape .64,."),
         (Doubled, "Doubled has a forward of its own"),
         (hooked, "hooks"),
         (lambda *n: nn.utils.parametrizations.weight_norm(nn.Linear(*n)), "its weight is a Tensor"),
