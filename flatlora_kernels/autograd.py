@@ -24,40 +24,17 @@ _TWICE = (
 )
 
 
-kernels: dict[str, Callable[..., Any]] = {}  # of the ops below autograd, filled in by ops.py
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-def straight(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher would do nothing with these but call our kernels, which takes it 15 us each."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(t) in _PLAIN for t in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()  # wants to see the ops
-        and not tensors[0].is_meta  # type: ignore[union-attr]
-    )
-
-
-def below(name: str, *inputs: Any, direct: bool) -> Any:
-    """The op `name` without autograd; direct: past the dispatcher."""
-    with below_autograd():
-        return kernels[name](*inputs) if direct else getattr(torch.ops.flatlora, name)(*inputs)
-
-
 class LinearFunction(torch.autograd.Function):
-    """The autograd kernel of `flatlora::linear`; its arguments are the op's, those after the seed as a tuple.
+    """The autograd kernel of `flatlora::linear`; its arguments are the op's.
 
     `torch.library.register_autograd` would make the same from two functions, at 90 us a call more.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, rest = inputs
-        y, u = below("linear", *inputs[:-1], *rest, direct=straight(*inputs[:6]))
+        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest = inputs
+        with below_autograd():
+            y, u = torch.ops.flatlora.linear(*inputs)
         ctx.mark_non_differentiable(u)
         ctx.set_materialize_grads(False)
         need_x, need_W, need_A, need_B, _, need_lora_x = ctx.needs_input_grad[:6]
@@ -80,7 +57,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest_of_inputs = (None,) * 4
+        rest_of_inputs = (None,) * (3 + len(ctx.rest))
         if grad_y is None:
             return (None,) * 6 + rest_of_inputs
         with torch.no_grad():
@@ -98,19 +75,19 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dtype_W, dtype_A, dtype_B, dtype_bias = ctx.dtypes
     dy = grad_y.flatten(0, -2)  # (M, N)
     dx = dW = dA = dB = dbias = dlora_x = v = None
-    direct = straight(grad_y, weight, lora_A, lora_B, u)
 
     x_uses_v = need_x and not ctx.separate_branch
     need_v = lora_B is not None and (need_A or need_lora_x or x_uses_v)
     if need_v or need_B:
-        v, dB = below(
-            "adapter_grads", grad_y, u if need_B else None, lora_B if need_v else None, ctx.scaling, ctx.rest[-1],
-            direct=direct,
-        )  # fmt: skip
+        with below_autograd():
+            v, dB = torch.ops.flatlora.adapter_grads(
+                grad_y, u if need_B else None, lora_B if need_v else None, ctx.scaling, ctx.rest[-1]
+            )
         v, dB = v if need_v else None, dB.to(dtype_B) if need_B else None
     if need_x:
         A, v_x = (None, None) if ctx.separate_branch or v is None else (lora_A, v)
-        dx = below("linear_input_grad", grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest, direct=direct)
+        with below_autograd():
+            dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
     if need_lora_x:
         dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
     if need_A:
@@ -140,15 +117,17 @@ def _differentiates(inputs: tuple[Any, ...]) -> bool:
 def linear(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
     if _differentiates(inputs[:6]):
-        return LinearFunction.apply(*inputs[:9], inputs[9:])
-    return below("linear", *inputs, direct=straight(*inputs[:6]))
+        return LinearFunction.apply(*inputs)
+    with below_autograd():
+        return torch.ops.flatlora.linear(*inputs)
 
 
 def first_order_only(name: str) -> Callable[..., Any]:
     """Autograd kernel of an op whose results say clearly that they have no derivative, once they are differentiated."""
 
     def kernel(*inputs: Any) -> Any:
-        result = below(name, *inputs, direct=False)
+        with below_autograd():
+            result = getattr(torch.ops.flatlora, name)(*inputs)
         if not _differentiates(inputs):
             return result
         results = result if isinstance(result, tuple) else (result,)

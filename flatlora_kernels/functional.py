@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, dispatch
+from . import backends, checks, dispatch
 from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
 from .noise import KINDS
 
@@ -112,10 +112,7 @@ def fused_flat_lora_linear(
         antithetic, row_offset, col_offset, strategy, noise_accum, backend,
     )  # fmt: skip
     if disabled is None:
-        if autograd.straight(*arguments[:6]):
-            y = autograd.linear(*arguments)[0]
-        else:
-            y = torch.ops.flatlora.linear(*arguments)[0]
+        y = torch.ops.flatlora.linear(*arguments)[0]
     else:
         with disabled:
             y = torch.ops.flatlora.linear(*arguments)[0]
@@ -312,8 +309,6 @@ def _row_sq_norms(
     if _autocasts(weight.device.type):  # a product in 16 bits would miss the precision promised
         with torch.autocast(weight.device.type, enabled=False):
             return torch.ops.flatlora.row_sq_norms(*arguments)
-    if autograd.straight(*arguments[:3]):
-        return autograd.below("row_sq_norms", *arguments, direct=True)  # type: ignore[no-any-return]
     return torch.ops.flatlora.row_sq_norms(*arguments)
 
 

@@ -109,7 +109,6 @@ for _name, _kernel in (
     ("perturb", _perturb),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-    autograd.kernels[_name] = _kernel
 
 
 @torch.library.register_fake("flatlora::linear", lib=_lib)
