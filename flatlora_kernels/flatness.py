@@ -404,7 +404,12 @@ def _loss_of(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], args:
             labels, count = torch.tensor([row["label"] for row in part], device=args.device), len(part)
         batches.append((dict(encoded), labels, count))
     total = sum(count for *_, count in batches)
-    return lambda: sum(model(**x, labels=y).loss.float() * (count / total) for x, y, count in batches)  # type: ignore
+
+    def loss() -> Tensor:
+        parts = [model(**x, labels=y).loss.float() * (count / total) for x, y, count in batches]
+        return torch.stack(parts).sum()
+
+    return loss
 
 
 @contextlib.contextmanager
