@@ -34,7 +34,7 @@ test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
-HALF := tests/test_linear.py tests/test_noise_spec.py
+HALF := $(addprefix tests/test_,linear.py noise_spec.py noise_accum.py bench.py compile.py)
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest
@@ -78,10 +78,10 @@ test-emulator: install emulator emulator-sanitized
 emulate-matrix:
 	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
 	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/test_gpu.py -k 'bfloat16 or float16'
-emulate-machine:
-	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
 	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py tests/test_emulator.py -m emulator \
 	  -k 'small_shapes or test_product and (config3 or odd)'
+emulate-machine:
+	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
 
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)
