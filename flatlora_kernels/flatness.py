@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -363,7 +364,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--plots", type=Path, help="folder for line.svg and a plane-*.svg for each; needs matplotlib")
+    add(
+        "--plots",
+        type=Path,
+        help="folder for line.svg and a plane-*.svg for each of the reports; needs matplotlib",
+    )
     args = parser.parse_args(argv)
     for name in ("limit", "batch_size", "max_length"):
         if getattr(args, name) < 1:
@@ -372,17 +377,33 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _read(path: Path, limit: int, needs_label: bool) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(limit), strict=False)]
-    for number, row in enumerate(rows, 1):
-        for key in ("text", "label") if needs_label else ("text",):
-            if not isinstance(row, dict) or key not in row:
-                raise SystemExit(
-                    f"--data: expected the key {key!r} in each line, got line {number} of {path} without"
-                )
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(itertools.islice(file, limit), 1):
+                row = json.loads(text)
+                good = isinstance(row, dict) and isinstance(row.get("text"), str)
+                if not good or (needs_label and not isinstance(row.get("label"), int)):
+                    raise ValueError(f"line {number} has not what is needed: {text.strip()[:80]!r}")
+                rows.append(row)
+    except (OSError, ValueError) as error:
+        expected = '"text", a string' + (', and "label", an int' if needs_label else "")
+        raise SystemExit(
+            f"--data: expected a JSON object a line with {expected}, got {path}: {error}"
+        ) from error
     if not rows:
         raise SystemExit(f"--data: expected at least one line, got none in {path}")
     return rows
+
+
+@contextlib.contextmanager
+def _naming(option: str, value: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{option}: expected something that can be loaded, got {value!r}: {error}"
+        ) from error
 
 
 def _loss_of(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> Loss:
@@ -404,6 +425,8 @@ def _loss_of(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], args:
             labels, count = torch.tensor([row["label"] for row in part], device=args.device), len(part)
         batches.append((dict(encoded), labels, count))
     total = sum(count for *_, count in batches)
+    if not total:
+        raise SystemExit(f"--data: expected texts of two tokens or more, got none in {args.data}")
 
     def loss() -> Tensor:
         parts = [model(**x, labels=y).loss.float() * (count / total) for x, y, count in batches]
@@ -438,18 +461,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Flatness]:
     from .integrations.peft import apply_flat_lora
 
     rows = _read(args.data, args.limit, args.task == "classification")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    with _naming("--model", args.model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     steps = [step / 50 for step in range(-10, 11)]
     reports: dict[str, Flatness] = {}
     curves: dict[str, Sequence[float]] = {}
     for adapter in args.adapter:
-        base = getattr(transformers, _TASKS[args.task]).from_pretrained(
-            args.model, dtype=getattr(torch, args.dtype)
-        )
+        auto = getattr(transformers, _TASKS[args.task])
+        with _naming("--model", args.model):
+            base = auto.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         base.config.pad_token_id = tokenizer.pad_token_id
-        model = peft.PeftModel.from_pretrained(base, adapter).to(args.device)
+        with _naming("--adapter", adapter):
+            model = peft.PeftModel.from_pretrained(base, adapter).to(args.device)
         apply_flat_lora(model, sigma=0.0)
         layers = _layers(model)
         weights = list({id(p): p for p in (layer._base_parameter() for layer in layers)}.values())
@@ -474,11 +499,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Flatness]:
                 if args.plots:
                     args.plots.mkdir(parents=True, exist_ok=True)
                     curves[name] = line(model, loss, steps, seed=args.seed)
-                    short = Path(name).name
+                    file = f"plane-{len(reports) - 1}-{Path(name).name}.svg"
                     plot_plane(
                         plane(model, loss, steps[::2], seed=args.seed),
                         steps[::2],
-                        args.plots / f"plane-{short}.svg",
+                        args.plots / file,
                     )
     if args.plots:
         plot(curves, steps, args.plots / "line.svg")

@@ -251,7 +251,7 @@ def test_command_reports_before_and_after(saved: Path, capsys: pytest.CaptureFix
     assert found[name].increases[0].standard_error > 0
     assert "before: loss" in capsys.readouterr().out
     if plots:
-        expected = {"line.svg", "plane-before.svg", "plane-classification-adapter.svg"}
+        expected = {"line.svg", "plane-0-before.svg", "plane-1-classification-adapter.svg"}
         assert {path.name for path in (saved / "plots").iterdir()} == expected
 
 
@@ -274,11 +274,28 @@ def test_command_weighs_tokens(saved: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "at least one line, got none"),
-        ('{"text": "a"}', "expected the key 'label' in each line, got line 1"),
+        ("", "--data: expected at least one line, got none"),
+        ('{"text": "a"}', '--data: .* and "label", an int, got .*: line 1 has not'),
+        ('{"text": "a", "label": 0}\nno', "--data: .*: Expecting value"),
+        (None, "--data: .*: .*No such file"),
     ],
 )
-def test_command_errors(saved: Path, text: str, message: str) -> None:
-    (saved / "data.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match=f"--data: .*{message}"):
+def test_command_errors(saved: Path, text: str | None, message: str) -> None:
+    (saved / "data.jsonl").unlink()
+    if text is not None:
+        (saved / "data.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=message):
         command(saved, "classification")
+
+
+def test_command_names_what_it_cannot_load(saved: Path) -> None:
+    (saved / "causal-lm-adapter" / "adapter_config.json").unlink()
+    with pytest.raises(SystemExit, match="--adapter: expected .* got .*causal-lm-adapter"):
+        command(saved, "causal-lm")
+    with pytest.raises(SystemExit, match="--model: expected .* got 'nowhere/at-all'"):
+        command(saved, "causal-lm", "--model", "nowhere/at-all")
+    (saved / "data.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(SystemExit, match="--data: expected texts of two tokens or more"):
+        command(
+            saved, "classification", "--task", "causal-lm", "--adapter", str(saved / "classification-adapter")
+        )
