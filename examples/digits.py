@@ -56,7 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=["lora", "flat-lora"])
-    add("--seeds", type=int, default=5, help="repeat the whole with the seeds from 0 on")
+    add("--seed", type=int, default=0, help="the first")
+    add("--seeds", type=int, default=5, help="repeat the whole with this many seeds from --seed on")
     add("--shots", type=int, default=10, help="labelled images of each new digit")
     add(
         "--sigma",
@@ -79,7 +80,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--threads", type=int, default=1, help="of the CPU")
     add("--csv", type=Path, help="file for a line per seed and method")
-    add("--figure", type=Path, help="file for the loss along a random direction, seed 0; needs matplotlib")
+    add(
+        "--figure", type=Path, help="file for the loss along a random direction, first seed; needs matplotlib"
+    )
     arguments = parser.parse_args(argv)
     for name in ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads"):
         value = getattr(arguments, name)
@@ -297,7 +300,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     lines = {}
     steps = [s / 20 for s in range(-10, 11)]
-    for seed in range(args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         few, rest = split(new_images, new_labels, args.shots, seed)
         rest = rest[: args.test_limit]
         train = new_images[few], new_labels[few]
@@ -315,7 +318,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             if args.csv:
                 write_csv(args.csv, rows)
             print(seed, name, *(f"{c} {row[c]:.1%}" for c in ACCURACIES), flush=True)
-            if args.figure and seed == 0:
+            if args.figure and seed == args.seed:
                 lines[name] = flatness.line(
                     model, lambda model=model, train=train: F.cross_entropy(model(train[0]), train[1]), steps
                 )
