@@ -908,11 +908,12 @@ def test_training_minilm_shares_its_parameters() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_training_memory() -> None:
-    """The graph of 512 tokens holds at least their activations, and a step of plain less than one with adapters."""
-    settings = training.Settings("tiny", 512, "cpu")
+    """A step's graph holds at least the activations of its tokens, and those of an adapter where there is one."""
+    tokens = 4096  # at 512 the resident size of equal runs differs by more than an adapter
+    settings = training.Settings("tiny", tokens, "cpu")
     peaks = {name: training._peak(settings, "float32", 0.0, name, "none", {}) for name in ("plain", "lora")}
-    activations = 512 * 4 * (6 * BLOCK.hidden + 3 * BLOCK.intermediate)
-    assert activations < peaks["plain"] <= peaks["lora"] < 20 * activations
+    activations = tokens * 4 * (6 * BLOCK.hidden + 3 * BLOCK.intermediate)
+    assert activations < peaks["plain"] < peaks["lora"] < 3 * activations
 
 
 # The table of the issue that states them: M = 16, 256, 2048, 8192.
