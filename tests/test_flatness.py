@@ -292,8 +292,8 @@ def test_command_names_what_it_cannot_load(saved: Path) -> None:
     (saved / "causal-lm-adapter" / "adapter_config.json").unlink()
     with pytest.raises(SystemExit, match="--adapter: expected .* got .*causal-lm-adapter"):
         command(saved, "causal-lm")
-    with pytest.raises(SystemExit, match="--model: expected .* got 'nowhere/at-all'"):
-        command(saved, "causal-lm", "--model", "nowhere/at-all")
+    with pytest.raises(SystemExit, match="--model: expected .* got 'no/where/at/all'"):
+        command(saved, "causal-lm", "--model", "no/where/at/all")
     (saved / "data.jsonl").write_text('{"text": "a"}')
     with pytest.raises(SystemExit, match="--data: expected texts of two tokens or more"):
         command(
