@@ -479,8 +479,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("labelled sentences")
         if len({row["labels"] for row in rows}) > 1:
             axes.set_xscale("log", base=2)
+            axes.set_xticks(counts := sorted({int(row["labels"] or 0) for row in rows}), counts)
     figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[0].legend(fontsize="small")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(len(names), 8), fontsize="small")
     figure.savefig(path)
 
 
