@@ -23,7 +23,7 @@ __all__ = ["kernels"]  # the fixture
 
 pytestmark = pytest.mark.emulator
 
-# Rows of the table in csrc/cuda/linear_sm90.h: tiles of 256 x 128 and 128 x 64 in clusters of two, and 128 x 64 alone.
+# Rows of the table in csrc/cuda/linear_sm90.h: tiles of 256 x 128 in clusters of two, 256 x 64 and 128 x 64.
 LARGE, MIDDLE, SMALL = 1000, 1001, 1002
 
 CASES = [
@@ -121,6 +121,8 @@ def test_every_synchronisation_is_needed_and_missed(kernels, seed):
         for site in sites:
             if found.get(str(site)) or site.file != "linear_sm90.h":
                 continue
+            if "mbarrier_test" in str(site):  # without it the same is sent for later
+                continue
             with kernels.without(site):
                 found[str(site)], _ = outcome(kernels, case, good)
         assert not outcome(kernels, case, good)[0]
@@ -128,29 +130,28 @@ def test_every_synchronisation_is_needed_and_missed(kernels, seed):
     assert not [site for site, wrong in found.items() if not wrong]
 
 
-FORWARD = Case(300, 72, 648, MIDDLE, rank=8, bias=True)
-BACKWARD = Case(140, 648, 72, MIDDLE, input_grad=True)
-SAMPLES = Case(60, 72, 72, MIDDLE, samples=3)
+FORWARD = Case(300, 72, 648, LARGE, rank=8, bias=True)
+BACKWARD = Case(140, 648, 72, LARGE, input_grad=True)
+SAMPLES = Case(60, 72, 72, LARGE, samples=3)
 FAULTS = [
     Fault("no swizzle", "((chunk() ^ line % 8) << 4)", "(chunk() << 4)", FORWARD),
     Fault("eight lines in half their bytes", "eight_lines = 1024 >> 4", "eight_lines = 512 >> 4", FORWARD),
     Fault("not transposed", "multiply<kInputGrad>(acc,", "multiply<false>(acc,", BACKWARD),
-    Fault("rows of the other consumer", "- kTile.kProducers) * (kTile.m / 2)", "- kTile.kProducers) * 0", FORWARD),
+    Fault("rows of the other consumer", "- kTile.producers) * (kTile.m / 2)", "- kTile.producers) * 0", FORWARD),
     Fault("stage in use released", "if (step > lora_steps) release(before);", "release(ring.slot);", FORWARD,
           "data race: wgmma"),
-    Fault("stage free after one consumer", "kNeighbours * kTile.kConsumers * 4", "kNeighbours * 4", FORWARD,
+    Fault("stage free after one consumer", "kCluster * kTile.kConsumers * 4", "kCluster * 4", FORWARD,
           "data race"),
-    Fault("released to the own block alone", "if (gpu::lane() < kNeighbours) gpu::mbarrier",
-          "if (gpu::lane() == rank_m) gpu::mbarrier", FORWARD, "arrivals and 0 bytes are missing"),
+    Fault("released to the own block alone", "if (gpu::lane() < kCluster) gpu::mbarrier",
+          "if (gpu::lane() == rank) gpu::mbarrier", FORWARD, "arrivals and 0 bytes are missing"),
     Fault("parity of the other turn", "ring.parity ^ 1);", "ring.parity);", FORWARD, "deadlock"),
-    Fault("not released to the block beside it", "kNeighbours = kCluster + kWide - 1;", "kNeighbours = kCluster;",
-          FORWARD, "data race"),
-    Fault("both halves of the rows in one place", "uint32_t(rank_n) * (kABytes / kWide)", "0u", FORWARD, "data race"),
-    Fault("the first half of the rows twice", "rank_n * (kTile.m / kWide)", "0", FORWARD),
-    Fault("rows for the block below", "kBoth = 1 << kCluster | 1;", "kBoth = 3;", FORWARD),
+    Fault("sent into a stage in use", "if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return false;", "",
+          FORWARD, "more arrivals than the 2 expected"),
+    Fault("written into a stage in use", "open(ring, a_map, at, fetched);",
+          "if (fetches() && !fetched) open(ring, a_map, at);", FORWARD, "data race"),
     Fault("own share awaited too", "(kCluster - 1) * kShareBytes);", "kCluster * kShareBytes);", FORWARD,
           "bytes are missing"),
-    Fault("share of the first block", "uint32_t(rank_m) * kShareBytes;", "0u;", FORWARD),
+    Fault("share of the first block", "uint32_t(rank) * kShareBytes;", "0u;", FORWARD),
     Fault("barrier before the fence", "gpu::fence_proxy_async();\n    gpu::sync_named(1 + group, 128);",
           "gpu::sync_named(1 + group, 128);\n    gpu::fence_proxy_async();", FORWARD, "missing proxy fence"),
     Fault("producers share a barrier", "gpu::sync_named(1 + group, 128);", "gpu::sync_named(1, 128);", FORWARD),
@@ -168,7 +169,7 @@ namespace flatlora {
 template <bool kInputGrad>
 gpu::Error launch_one(const gpu::Launch& how, const gpu::TensorMap& a_map, const gpu::TensorMap& u_map,
                       const Sm90Job& job) {
-  return gpu::launch(linear_sm90_kernel<gpu::bf16, kInputGrad, Noise::kGaussian, kSm90Middle>, how, a_map, u_map, job);
+  return gpu::launch(linear_sm90_kernel<gpu::bf16, kInputGrad, Noise::kGaussian, kSm90Large>, how, a_map, u_map, job);
 }
 template <>
 gpu::Error launch_linear_sm90<gpu::bf16>(int, const gpu::Launch& how, const gpu::TensorMap& a_map,
@@ -180,6 +181,10 @@ template <>
 gpu::Error launch_linear_sm90<gpu::f16>(int, const gpu::Launch&, const gpu::TensorMap&, const gpu::TensorMap&,
                                         const Sm90Job&) {
   return 1;
+}
+gpu::Error clusters_sm90(int, const gpu::Launch& how, int64_t processors, int64_t* count) {
+  *count = processors / how.cluster;
+  return 0;
 }
 int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
 gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }

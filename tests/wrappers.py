@@ -1,5 +1,5 @@
-"""The kernels of cpp/wrappers.cu, compiled for the emulator or for a GPU; and data/layouts.json, which says where CuTe
-puts the elements of matrices. To make that table anew:
+"""The kernels of cpp/wrappers.cu, compiled for the emulator or for a GPU (where FLATLORA_WRAPPERS names a library, they
+are that); and data/layouts.json, which says where CuTe puts the elements of matrices. To make that table anew:
 
     pip download --no-deps nvidia-cutlass==4.2.0.0 && unzip nvidia_cutlass-*.whl -d cutlass
     g++ -std=c++17 -Icutlass/cutlass_library/source/include -I$CUDA/include/cccl -I$CUDA/include \\
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -101,6 +102,8 @@ def _emulated() -> Library:
 @functools.cache
 def _on_gpu() -> Library:
     major, minor = torch.cuda.get_device_capability()
+    if built := os.environ.get("FLATLORA_WRAPPERS"):
+        return Library(Path(built), (major, minor) == (9, 0))
     path = Path(FOLDER.name) / "wrappers_gpu.so"
     done = nvcc("90a" if (major, minor) == (9, 0) else f"{major}{minor}", "-shared", "-o", str(path))
     assert done.returncode == 0, done.stderr
@@ -116,7 +119,7 @@ def get_emulated() -> Library:
 def get_on_gpu() -> Library:
     if not torch.cuda.is_available() or torch.version.hip:
         pytest.skip("no GPU of NVIDIA's")
-    if NVCC is None:
+    if NVCC is None and not os.environ.get("FLATLORA_WRAPPERS"):
         pytest.skip("no nvcc")
     return _on_gpu()
 

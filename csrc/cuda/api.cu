@@ -1,5 +1,6 @@
 // The C interface that flatlora_kernels/backends/cuda.py binds: what is known of a device, and the choice of a kernel.
 #include <atomic>
+#include <cstdio>
 
 #include "kernels.h"
 
@@ -73,14 +74,16 @@ gpu::Error find_device(int64_t index, Device* device) {
   return 0;
 }
 
-// Python has made the device torch's current one; a thread without a context may still be elsewhere.
-gpu::Error enter(const Gpu& gpu) {
-  int current;
-  if (cudaError_t e = cudaGetDevice(&current)) return e;
-  return current == int(gpu.device) ? 0 : cudaSetDevice(int(gpu.device));
-}
+// Always, because it makes the device's context current: in a thread of autograd's that has none, the driver's
+// cuTensorMapEncodeTiled may be the first call that needs one.
+gpu::Error enter(const Gpu& gpu) { return cudaSetDevice(int(gpu.device)); }
 
 const char* error_text(int error) {
+  if (error >= gpu::kTensorMapError) {
+    static thread_local char text[96];
+    std::snprintf(text, sizeof text, "cuTensorMapEncodeTiled failed with CUresult %d", error - gpu::kTensorMapError);
+    return text;
+  }
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
@@ -148,6 +151,7 @@ EXPORT const char* flatlora_cuda_error(int32_t error) { return flatlora::error_t
 EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
   flatlora::Gpu gpu;
   if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
+  if (const int error = flatlora::enter(gpu)) return -int64_t(error);
   if (flatlora::use_sm90(*args, &gpu)) return flatlora::linear_sm90_workspace(*args, gpu);
   return flatlora::linear_sm80_workspace(*args, gpu);
 }

@@ -16,53 +16,71 @@
 namespace flatlora {
 namespace gpu {
 
-using Error = int;  // cudaError_t, 0 = success
+using Error = int;  // cudaError_t, 0 = success; or this and a CUresult of cuTensorMapEncodeTiled
+constexpr Error kTensorMapError = 100000;
 
 struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes;  // dynamic; shared_base's alignment is added here
   void* stream;
-  // Blocks that share; divides `blocks`. Such kernels loop over their work, so that fewer blocks do as well.
+  // Blocks that share; divides `blocks`.
   int cluster = 1;
 };
 
+struct LaunchConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  LaunchConfig(const LaunchConfig&) = delete;
+  explicit LaunchConfig(const Launch& how) {
+    config.gridDim = dim3(unsigned(how.blocks));
+    config.blockDim = dim3(unsigned(how.threads));
+    config.dynamicSmemBytes = size_t(how.shared_bytes + 1024);
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    if (how.cluster == 1) return;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(how.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+
+template <class... P>
+Error allow_shared(void (*kernel)(P...), const Launch& how) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              how.shared_bytes + 1024);
+}
+
 // Clusters that run at once: fewer than the processors would give where a group of these has a remainder.
-inline Error clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int* count) {
-  static thread_local std::map<std::pair<const void*, int>, int> known;
+template <class... P>
+Error clusters_at_once(void (*kernel)(P...), const Launch& how, int64_t processors, int64_t* count) {
+  if (how.cluster == 1) {  // blocks with nothing to share: not what cudaOccupancyMaxActiveClusters counts
+    *count = processors;
+    return cudaSuccess;
+  }
+  static thread_local std::map<std::pair<void (*)(P...), int>, int> known;
   int device;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
   int& found = known[{kernel, device}];
-  if (found == 0)
-    if (const cudaError_t e = cudaOccupancyMaxActiveClusters(&found, kernel, &config)) return e;
+  if (found == 0) {
+    if (const Error e = allow_shared(kernel, how)) return e;
+    const LaunchConfig launch(how);
+    if (const cudaError_t e =
+            cudaOccupancyMaxActiveClusters(&found, reinterpret_cast<const void*>(kernel), &launch.config))
+      return e;
+  }
   *count = found;
   return cudaSuccess;
 }
 
 template <class... P>
 Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
-  const int bytes = how.shared_bytes + 1024;
   // Each call, because it costs less than to remember it per device and kernel.
-  if (cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return e;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(how.blocks));
-  config.blockDim = dim3(unsigned(how.threads));
-  config.dynamicSmemBytes = size_t(bytes);
-  config.stream = static_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute attribute = {};
-  if (how.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(how.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int most = 0;
-    if (const Error e = clusters_at_once(reinterpret_cast<const void*>(kernel), config, &most)) return e;
-    if (most > 0 && how.blocks > int64_t(most) * how.cluster) config.gridDim.x = unsigned(most * how.cluster);
-  }
-  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  if (const Error e = allow_shared(kernel, how)) return e;
+  const LaunchConfig launch(how);
+  return cudaLaunchKernelEx(&launch.config, kernel, P(arguments)...);
 }
 
 // Of a row-major (rows, columns) matrix of 16-bit elements, for boxes of (box_rows, 64) that land with 128-byte rows
@@ -86,7 +104,7 @@ inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, i
       encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
              const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return result == CUDA_SUCCESS ? 0 : kTensorMapError + int(result);
 }
 
 }  // namespace gpu

@@ -1,10 +1,9 @@
 // y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_90a.
 //
-// A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Two producer warpgroups take turns
-// on the steps of the contraction: they load W, add the noise in registers and write the tile as wgmma reads it, while
-// the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along the rows of `a`, so they need
-// the same tile of W + eps: each draws its share of it and copies the share to the others. Where a cluster is also two
-// blocks wide, both need the same tile of `a`, and each has the copy engine bring half of it to both.
+// A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Producer warpgroups take turns on
+// the steps of the contraction: they load W, add the noise in registers, wait for a stage and write the tile as wgmma
+// reads it, while the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along the rows
+// of `a`, so they need the same tile of W + eps: each draws its share of it and copies the share to the others.
 #pragma once
 
 #include "kernels.h"
@@ -14,13 +13,18 @@
 namespace flatlora {
 
 struct Sm90Tile {
-  int m, n, cluster, wide, stages;  // blocks of a cluster along the rows of `a` and along the outputs
-  int cycles;  // of a step, as estimated in docs/performance.md
+  int m, n, cluster, stages;  // cluster: blocks, along the rows of `a`
+  int producers, producer_registers, consumer_registers;  // warpgroups, and of a thread
+  int cycles;  // of a step, docs/performance.md
 
   static constexpr int k = 64;  // 128 bytes, the width of the swizzle
-  static constexpr int kConsumers = 2, kProducers = 2;  // warpgroups
-  static constexpr int kThreads = 128 * (kConsumers + kProducers);
-  constexpr int blocks() const { return cluster * wide; }  // of a cluster
+  static constexpr int kConsumers = 2;  // warpgroups
+  constexpr int threads() const { return 128 * (kConsumers + producers); }
+  // A thread begins with its part of the 64 Ki, in eights; the warpgroups then share what that takes.
+  constexpr int registers() const { return (65536 / threads() & ~7) * threads(); }
+  constexpr bool registers_fit() const {
+    return 128 * (kConsumers * consumer_registers + producers * producer_registers) <= registers();
+  }
   constexpr int a_bytes() const { return m * k * 2; }
   constexpr int w_bytes() const { return n * k * 2; }
   constexpr int stage_bytes() const { return a_bytes() + w_bytes(); }
@@ -31,9 +35,9 @@ enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
 
 // A value drawn serves m * cluster rows.
 constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
-    {256, 128, 2, 2, 4, 1216},
-    {128, 64, 2, 2, 8, 480},
-    {128, 64, 1, 1, 8, 770},
+    {256, 128, 2, 4, 2, 88, 168, 2290},
+    {256, 64, 1, 5, 3, 80, 112, 1500},
+    {128, 64, 1, 8, 3, 96, 96, 1200},
 };
 
 struct Sm90Job {
@@ -44,38 +48,29 @@ struct Sm90Job {
 template <class T, bool kInputGrad, Noise kNoise, int kConfig>
 struct Sm90Linear {
   static constexpr Sm90Tile kTile = kSm90Tiles[kConfig];
-  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster, kWide = kTile.wide;
+  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster, kTurns = kTile.producers;
   static constexpr int kABytes = kTile.a_bytes(), kStageBytes = kTile.stage_bytes();
   static constexpr int kBlocksM = kTile.m / 128;  // of 64 rows, for a consumer
   // A line of the tile of W is 64 columns of a row, 128 bytes.
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
   static constexpr int kRows = kNoise == Noise::kRademacher || kShare >= 64 ? 4 : 2;  // lines of a thread
-  static_assert(kShare <= 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10);
-  // A block writes into those that share its tile of W or of `a`.
-  static constexpr int kBlocks = kTile.blocks(), kNeighbours = kCluster + kWide - 1;  // of a cluster; with itself
-  static_assert(kWide <= 2);
+  static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
+  static_assert(kShare <= 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
   const LinearJob& job;
   gpu::Shared stages;
-  int rank_m, rank_n;  // in the cluster of kCluster x kWide blocks
+  int rank;  // in the cluster
   int64_t first_m, first_out, sample, part, begin;
   int lora_steps, steps;  // of the tile
 
   FLATLORA_DEVICE explicit Sm90Linear(const LinearJob& j)
-      : job(j),
-        stages(gpu::shared_base()),
-        rank_m(gpu::cluster_rank() % kCluster),
-        rank_n(gpu::cluster_rank() / kCluster) {}
+      : job(j), stages(gpu::shared_base()), rank(gpu::cluster_rank() % kCluster) {}
 
   FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot * kStageBytes; }
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
   FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
-
-  FLATLORA_DEVICE int neighbour(int i) const {
-    return i < kCluster ? rank_n * kCluster + i : (1 - rank_n) * kCluster + rank_m;
-  }
 
   // A place in the ring of stages; the parity tells one use of a stage from the next.
   struct Ring {
@@ -88,12 +83,12 @@ struct Sm90Linear {
   // Of the cluster's `index`-th tile, what this block has. Neighbours share a tile of W, for the L2 cache.
   FLATLORA_DEVICE void set_tile(int64_t index) {
     constexpr int64_t kGroup = 4;
-    const int64_t high = job.tiles_m / kCluster, width = job.tiles_n / kWide, tiles = high * width;
+    const int64_t high = job.tiles_m / kCluster, width = job.tiles_n, tiles = high * width;
     part = index / tiles;
     index %= tiles;
     const int64_t first = index / (kGroup * width) * kGroup, within = index % (kGroup * width);
     const int64_t height = smaller(high - first, kGroup);
-    const int64_t tile_m = (first + within % height) * kCluster + rank_m, tile_n = within / height * kWide + rank_n;
+    const int64_t tile_m = (first + within % height) * kCluster + rank, tile_n = within / height;
     sample = tile_m / job.tiles_per_sample;
     first_m = sample * job.rows_per_sample + tile_m % job.tiles_per_sample * kTile.m;
     first_out = tile_n * kTile.n;
@@ -107,26 +102,32 @@ struct Sm90Linear {
     if (gpu::thread() == 0) {
       for (int i = 0; i < kStages; ++i) {
         gpu::mbarrier_init(full(i), 2);
-        gpu::mbarrier_init(empty(i), kNeighbours * kTile.kConsumers * 4);
+        gpu::mbarrier_init(empty(i), kCluster * kTile.kConsumers * 4);
       }
       gpu::fence_mbarrier_init();
     }
     gpu::cluster_sync();
-    if (gpu::uniform(gpu::warp()) < 4 * kTile.kProducers) {
-      gpu::registers_decrease<88>();
+    if (gpu::uniform(gpu::warp()) < 4 * kTile.producers) {
+      set_registers<kTile.producer_registers>();
       produce(a_map, u_map, cluster_tiles);
     } else {
-      gpu::registers_increase<168>();
+      set_registers<kTile.consumer_registers>();
       consume(cluster_tiles);
     }
     gpu::cluster_sync();  // no block ends while another one copies from it or arrives at its barriers
   }
 
-  // --- Producers: a thread has 8 columns of kRows lines, in every other step ---
+  template <int kCount>
+  FLATLORA_DEVICE static void set_registers() {
+    if constexpr (kCount < kFirstRegisters) gpu::registers_decrease<kCount>();
+    if constexpr (kCount > kFirstRegisters) gpu::registers_increase<kCount>();
+  }
+
+  // --- Producers: a thread has 8 columns of kRows lines ---
 
   FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
   FLATLORA_DEVICE uint32_t first_line() const {
-    return uint32_t(rank_m) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
+    return uint32_t(rank) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
   }
   FLATLORA_DEVICE static bool has_lines() { return kShare == 16 * kRows || gpu::thread() % 128 / 8 * kRows < kShare; }
   // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
@@ -135,7 +136,7 @@ struct Sm90Linear {
     return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
 
-  // What a thread has of W in a step, loaded while it waits for a stage.
+  // What a thread has of W in a step, loaded when the step before it has been handed over.
   struct Lines {
     Chunk<T> w[kRows];
     float scale[kRows];  // input gradient
@@ -209,29 +210,32 @@ struct Sm90Linear {
     }
   }
 
-  // Waits until a stage is free, and sends for the tile of `a` or u.
-  FLATLORA_DEVICE void open(const Ring& ring, const gpu::TensorMap* map, int at) const {
+  // The thread that sends for tiles of `a` and u.
+  FLATLORA_DEVICE static bool fetches() { return gpu::thread() % 128 == 0; }
+  // Sends for the tile of `a` or u, where the stage is free already; true where there is nothing left to send for.
+  FLATLORA_DEVICE bool open_early(const Ring& ring, const gpu::TensorMap* map, int at) const {
+    if (!fetches()) return true;
+    if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return false;
+    fetch(ring, map, at);
+    return true;
+  }
+  // Waits until the stage is free, and sends for the tile of `a` or u.
+  FLATLORA_DEVICE void open(const Ring& ring, const gpu::TensorMap* map, int at, bool fetched = false) const {
     gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
-    if (gpu::thread() % 128 == 0) {
-      gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
-      if constexpr (kWide == 1) {
-        gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
-      } else {
-        constexpr int kBoth = 1 << kCluster | 1;
-        gpu::tma_load_multicast(a_stage(ring.slot) + uint32_t(rank_n) * (kABytes / kWide), map, at,
-                                int(first_m) + rank_n * (kTile.m / kWide), full(ring.slot), uint16_t(kBoth << rank_m));
-      }
-    }
+    if (fetches() && !fetched) fetch(ring, map, at);
+  }
+  FLATLORA_DEVICE void fetch(const Ring& ring, const gpu::TensorMap* map, int at) const {
+    gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
+    gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
   }
   // Gives the other blocks this one's share, and the stage to the consumers.
   FLATLORA_DEVICE void close(const Ring& ring, int group) const {
     gpu::fence_proxy_async();
     gpu::sync_named(1 + group, 128);
     if (gpu::thread() % 128 == 0) {
-      const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank_m) * kShareBytes;
+      const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank) * kShareBytes;
       FLATLORA_UNROLL
-      for (int i = 1; i < kCluster; ++i)
-        gpu::copy_to_block(neighbour((rank_m + i) % kCluster), share, kShareBytes, full(ring.slot));
+      for (int i = 1; i < kCluster; ++i) gpu::copy_to_block((rank + i) % kCluster, share, kShareBytes, full(ring.slot));
       gpu::mbarrier_arrive(full(ring.slot));
     }
   }
@@ -240,15 +244,19 @@ struct Sm90Linear {
     const LinearArgs& args = job.args;
     const int group = gpu::uniform(gpu::warp() / 4);
     Ring ring;
-    if (group == 1) ring.advance();
+    const auto advance = [&ring] {
+      FLATLORA_UNROLL
+      for (int i = 0; i < kTurns; ++i) ring.advance();
+    };
     int first = group;  // of this group's steps in the tile
+    for (int i = 0; i < group; ++i) ring.advance();
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kBlocks; tile < cluster_tiles; tile += gpu::blocks() / kBlocks) {
+    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
       set_tile(tile);
       int step = first;
-      first = (first ^ steps) & 1;
+      first = (first + steps * (kTurns - 1)) % kTurns;  // first - steps, turned
       FLATLORA_NO_UNROLL
-      for (; step < lora_steps; step += 2, ring.advance(), ring.advance()) {
+      for (; step < lora_steps; step += kTurns, advance()) {
         open(ring, u_map, step * kTile.k);
         if (has_lines()) store_adapter(ring.slot, step * kTile.k);
         close(ring, group);
@@ -257,9 +265,10 @@ struct Sm90Linear {
       const Draw draw = draw_of(args.noise, sample);
       int at = int(begin) + (step - lora_steps) * kTile.k;
       const T* from = weight_at(at);
-      const int64_t from_step = kInputGrad ? 2 * kTile.k * args.weight.row_stride : 2 * kTile.k;
+      constexpr int kColumns = kTurns * kTile.k;
+      const int64_t from_step = kInputGrad ? kColumns * args.weight.row_stride : kColumns;
       const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
-      const int64_t scale_step = 2 * kTile.k * args.noise.scale_stride;
+      const int64_t scale_step = kColumns * args.noise.scale_stride;
       const int limit = !has_lines() ? 0 : int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
       Lines lines;
       lines.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
@@ -276,8 +285,8 @@ struct Sm90Linear {
       }
       if (step < steps) load(lines, from, scale, limit);
       FLATLORA_NO_UNROLL
-      for (; step < steps; step += 2, at += 2 * kTile.k, ring.advance(), ring.advance()) {
-        open(ring, a_map, at);
+      for (; step < steps; step += kTurns, at += kColumns, advance()) {
+        const bool fetched = open_early(ring, a_map, at);
         if constexpr (kInputGrad) {
           set_rows(rows, draw, first_row() + at);
           FLATLORA_UNROLL
@@ -288,16 +297,17 @@ struct Sm90Linear {
           FLATLORA_UNROLL
           for (int i = 0; i < kRows; ++i) rows.factor[i] = lines.left > 0 ? rows.factor[i] : 0.0f;
         }
+        if (has_lines()) perturb(lines.w, draw, rows, block);
+        open(ring, a_map, at, fetched);
         if (has_lines()) {
-          perturb(lines.w, draw, rows, block);
           FLATLORA_UNROLL
           for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
         }
+        close(ring, group);
         from += from_step;
         scale += scale_step;
-        lines.left -= 2 * kTile.k;
-        if (step + 2 < steps) load(lines, from, scale, limit);
-        close(ring, group);
+        lines.left -= kColumns;
+        if (step + kTurns < steps) load(lines, from, scale, limit);
       }
     }
   }
@@ -316,7 +326,7 @@ struct Sm90Linear {
   // kTransposed: a line of W is a step of the contraction, else an output.
   template <bool kTransposed>
   FLATLORA_DEVICE void multiply(Accumulators& acc, uint32_t slot) const {
-    const uint32_t row = uint32_t(gpu::uniform(gpu::warp() / 4) - kTile.kProducers) * (kTile.m / 2);
+    const uint32_t row = uint32_t(gpu::uniform(gpu::warp() / 4) - kTile.producers) * (kTile.m / 2);
     const uint64_t a = describe(a_stage(slot) + row * 128, 16);
     const uint64_t w = describe(w_stage(slot), kTransposed ? 64 * 128 : 16);
     FLATLORA_UNROLL
@@ -339,13 +349,17 @@ struct Sm90Linear {
 
   // Every warp tells the blocks that write into this one.
   FLATLORA_DEVICE void release(uint32_t slot) const {
-    if (gpu::lane() < kNeighbours) gpu::mbarrier_arrive_cluster(empty(slot), neighbour(gpu::lane()));
+    if constexpr (kCluster == 1) {
+      if (gpu::lane() == 0) gpu::mbarrier_arrive(empty(slot));
+    } else {
+      if (gpu::lane() < kCluster) gpu::mbarrier_arrive_cluster(empty(slot), gpu::lane());
+    }
   }
 
   FLATLORA_DEVICE void consume(int64_t cluster_tiles) {
     Ring ring;
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kBlocks; tile < cluster_tiles; tile += gpu::blocks() / kBlocks) {
+    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
       set_tile(tile);
       Accumulators acc;
       FLATLORA_UNROLL
@@ -393,7 +407,7 @@ struct Sm90Linear {
 
   FLATLORA_DEVICE void store(const Accumulators& acc) const {
     const int64_t last_m = (sample + 1) * job.rows_per_sample;
-    const int warp = gpu::warp() - 4 * kTile.kProducers, quarter = gpu::lane() % 4;
+    const int warp = gpu::warp() - 4 * kTile.producers, quarter = gpu::lane() % 4;
     const int64_t first_row = first_m + warp / 4 * (kTile.m / 2) + warp % 4 * 16 + gpu::lane() / 4;
     FLATLORA_UNROLL
     for (int j = 0; j < kTile.n / 8; j += 4) {
@@ -468,7 +482,7 @@ struct Sm90Linear {
 };
 
 template <class T, bool kInputGrad, Noise kNoise, int kConfig>
-FLATLORA_KERNEL(Sm90Tile::kThreads, 1)
+FLATLORA_KERNEL(kSm90Tiles[kConfig].threads(), 1)
 linear_sm90_kernel(const FLATLORA_GRID_CONSTANT gpu::TensorMap a_map, const FLATLORA_GRID_CONSTANT gpu::TensorMap u_map,
                    const FLATLORA_GRID_CONSTANT Sm90Job job) {
   Sm90Linear<T, kInputGrad, kNoise, kConfig>(job.linear).run(&a_map, &u_map, job.cluster_tiles);
@@ -485,6 +499,17 @@ gpu::Error launch_sm90_config(int config, const gpu::Launch& how, const gpu::Ten
   return gpu::launch(linear_sm90_kernel<T, kInputGrad, kNoise, kSm90Small>, how, a_map, u_map, job);
 }
 
+// Clusters of this configuration that run at once: the same number for all its kernels, which take whole processors.
+template <class T>
+gpu::Error clusters_sm90_config(int config, const gpu::Launch& how, int64_t processors, int64_t* count) {
+  constexpr Noise kNoise = Noise::kGaussian;
+  if (config == kSm90Large)
+    return gpu::clusters_at_once(linear_sm90_kernel<T, false, kNoise, kSm90Large>, how, processors, count);
+  if (config == kSm90Middle)
+    return gpu::clusters_at_once(linear_sm90_kernel<T, false, kNoise, kSm90Middle>, how, processors, count);
+  return gpu::clusters_at_once(linear_sm90_kernel<T, false, kNoise, kSm90Small>, how, processors, count);
+}
+
 template <class T, bool kInputGrad>
 gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
                              const gpu::TensorMap& u_map, const Sm90Job& job) {
@@ -492,6 +517,8 @@ gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::Tens
     return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
   return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
 }
+
+gpu::Error clusters_sm90(int config, const gpu::Launch& how, int64_t processors, int64_t* count);
 
 template <class T>
 gpu::Error launch_linear_sm90(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,

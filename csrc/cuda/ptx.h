@@ -252,7 +252,7 @@ FLATLORA_DEVICE void mbarrier_arrive_cluster(Shared barrier, int rank) {
       asm volatile("{\n"
                    ".reg .b32 remote;\n"
                    "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                   "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
                    "}" ::"r"(barrier),
                    "r"(rank) : "memory"));
 }
@@ -262,10 +262,22 @@ FLATLORA_DEVICE void mbarrier_wait(Shared barrier, uint32_t parity) {
       asm volatile("{\n"
                    ".reg .pred done;\n"
                    "again:\n"
-                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                   "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                    "@!done bra again;\n"
                    "}" ::"r"(barrier),
                    "r"(parity) : "memory"));
+}
+// Whether it has, without waiting for it.
+FLATLORA_DEVICE bool mbarrier_test(Shared barrier, uint32_t parity) {
+  uint32_t done = 0;
+  FLATLORA_SM90(
+      asm volatile("{\n"
+                   ".reg .pred done;\n"
+                   "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                   "selp.u32 %0, 1, 0, done;\n"
+                   "}" : "=r"(done) : "r"(barrier),
+                   "r"(parity) : "memory"));
+  return done != 0;
 }
 
 // Generic-proxy writes to shared memory before it are seen by asynchronous copies and wgmma after it.

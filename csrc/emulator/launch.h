@@ -12,6 +12,12 @@ Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
   return emulated::run(how, [&] { kernel(P(arguments)...); });
 }
 
+template <class... P>
+Error clusters_at_once(void (*)(P...), const Launch& how, int64_t processors, int64_t* count) {
+  *count = processors / how.cluster;
+  return 0;
+}
+
 void emulated_device(int64_t* architecture, int64_t* processors, int64_t* shared_limit);
 // What was wrong in the last launch.
 const char* error_text(Error error);

@@ -441,9 +441,21 @@ void mbarrier_wait(Shared p, uint32_t parity, SiteId site) {
   if (b.done) acquire(*current, &b, b.done);
 }
 
+bool mbarrier_test(Shared p, uint32_t parity, SiteId site) {
+  Mbarrier& b = find(*current->block, p, site);
+  check_visible(b, false, site);
+  if (parity > 1) fail("%s: parity %u", name(site).c_str(), parity);
+  if ((b.phase & 1) == parity) return false;
+  if (b.done) acquire(*current, &b, b.done);
+  return true;
+}
+
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site) {
   if (blocks == 0 || blocks >> machine.how.cluster) fail("%s: blocks %x", name(site).c_str(), blocks);
   const int bytes = int(map.box_rows) * 128;
+  if (column % 8)
+    fail("%s: column %d; an H100 calls it an illegal instruction where rows do not begin at 16 bytes",
+         name(site).c_str(), column);
   if (to % 1024)
     fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)to - kSharedBase);
   for (int64_t m = std::max(row, 0); m < std::min(row + map.box_rows, map.rows); ++m)

@@ -18,6 +18,7 @@ void mbarrier_init(Shared barrier, int arrivals, SiteId site);
 void fence_mbarrier_init();
 void mbarrier_arrive(Shared barrier, int rank, int64_t bytes, SiteId site);
 void mbarrier_wait(Shared barrier, uint32_t parity, SiteId site);
+bool mbarrier_test(Shared barrier, uint32_t parity, SiteId site);
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site);
 void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site);
 void cluster_sync(SiteId site);
@@ -57,6 +58,10 @@ inline void mbarrier_arrive_cluster(Shared barrier, int rank, Site site = here()
 inline void mbarrier_wait(Shared barrier, uint32_t parity, Site site = here()) {
   const SiteId id = site_id("mbarrier_wait", site);
   if (!skipped(id)) emulated::mbarrier_wait(barrier, parity, id);
+}
+inline bool mbarrier_test(Shared barrier, uint32_t parity, Site site = here()) {
+  const SiteId id = site_id("mbarrier_test", site);
+  return !skipped(id) && emulated::mbarrier_test(barrier, parity, id);
 }
 
 inline void fence_proxy_async(Site site = here()) {

@@ -165,9 +165,11 @@ FLATLORA_KERNEL(64, 1) turns(const uint8_t* in, uint8_t* out) {
   for (int i = 0; i < 4; ++i) {
     if (warp() == 0) {
       store_shared(mine, load_global<uint32_t>(in + (i * 32 + lane()) * 4));
+      const bool early = mbarrier_test(to_0, uint32_t(i % 2));
       mbarrier_arrive(to_1);
       mbarrier_wait(to_0, uint32_t(i % 2));
-      store_global(out + (i * 32 + lane()) * 4, load_shared<uint32_t>(mine));
+      const bool right = !early && mbarrier_test(to_0, uint32_t(i % 2));
+      store_global(out + (i * 32 + lane()) * 4, right ? load_shared<uint32_t>(mine) : 0u);
     } else {
       mbarrier_wait(to_1, uint32_t(i % 2));
       store_shared(mine, ~load_shared<uint32_t>(mine));
