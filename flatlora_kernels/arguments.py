@@ -5,6 +5,8 @@ They hold addresses: the tensors must outlive the call.
 
 from __future__ import annotations
 
+import functools
+import os
 import struct
 
 import torch
@@ -14,7 +16,9 @@ from .noise import Draw
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NOISE = {"gaussian": 1, "rademacher": 2}
-_WORKSPACE = 16 << 20  # bytes for one call; never more than a quarter of the weight
+_WORKSPACE = (
+    16 << 20
+)  # bytes for one call; never more than a quarter of the weight, unless FLATLORA_WORKSPACE allows
 
 _NOISE_FIELDS = "qPqPqqqqqq"
 _WEIGHT_FIELDS = "Pqq"
@@ -25,8 +29,23 @@ _NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
 
 
 def workspace_limit(weight: Tensor) -> int:
-    """Bytes that one call may use beside its tensors."""
-    return min(_WORKSPACE, weight.numel() * weight.element_size() // 4)
+    """Bytes that one call may use beside its tensors.
+
+    16 MiB or a quarter of the weight, whichever is less; or what FLATLORA_WORKSPACE says, up to the weight's size.
+
+    Raises:
+        ValueError: FLATLORA_WORKSPACE is not a number of bytes.
+    """
+    size = weight.numel() * weight.element_size()
+    allowed = _allowed(os.environ.get("FLATLORA_WORKSPACE") or None)
+    return min(_WORKSPACE, size // 4) if allowed is None else min(allowed, size)
+
+
+@functools.cache
+def _allowed(text: str | None) -> int | None:
+    if text is not None and not text.strip().isdecimal():
+        raise ValueError(f"FLATLORA_WORKSPACE: expected a number of bytes, got {text!r}")
+    return None if text is None else int(text)
 
 
 def _noise(draw: Draw | None) -> tuple[int, ...]:

@@ -366,7 +366,7 @@ def works(chip: Chip, backend: str, how: str, call: Call) -> tuple[list[Work], i
         draw = perturb_pass(chip, backend, call, outputs * length)
         return [*call.samples * [draw, multiply], *down, *onto], weight
     if how == "panel":
-        found = panel.slices(outputs, length, size, call.workspace, 2)
+        found = panel.slices(outputs, length, size, call.workspace)
         count, width = len(found) * call.samples, found[0][1]
         held = width * length * size + (a_held + bool(up) * y_held * width // outputs) // call.samples
         multiply = product(chip, call.rows, width, length, size, held, call.rank > 0)
@@ -437,7 +437,7 @@ def _cpu(chip: Chip, how: str, call: Call) -> Cost:
         workspace = values * size
         if how == "panel":
             with_copies = size + 16 * (call.dtype == "float16")  # see panel.workspace
-            found = panel.slices(call.outputs, call.length, with_copies, call.workspace, 1)
+            found = panel.slices(call.outputs, call.length, with_copies, call.workspace)
             workspace = found[0][1] * call.length * with_copies
             overhead = CPU_SLICE * len(found) * samples
     rate = {2: chip.tensor, 4: chip.single, 8: chip.single / 2}[size] * chip.processors * chip.clock

@@ -1,8 +1,9 @@
 """Strategy "panel": W + eps is written a slice at a time into a small workspace, for the vendor's product.
 
 The slices are of outputs, rows of the weight in forward and columns in the input gradient, so that each is a whole
-contraction and nothing is added up in 16 bits. On a GPU two slices take turns: one is drawn on a stream of its own
-while the product reads the other.
+contraction and nothing is added up in 16 bits. One slice at a time, as wide as the workspace allows: on an H100 two of
+half the width that take turns, one drawn on a stream of its own while the product reads the other, were slower by a
+third, because a product leaves no multiprocessor to draw on and a narrow one does not fill them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor
 from .arguments import workspace_limit
 from .backends.reference import matmul
 from .noise import Draw
-from .streams import side_stream
 
 # Of a backend, see `backends.reference.perturb`.
 Perturb = Callable[[Tensor, Draw, Tensor], None]
@@ -23,16 +23,16 @@ Perturb = Callable[[Tensor, Draw, Tensor], None]
 _STEP = 64  # outputs; a multiple of the blocks of noise, 8 columns or 16 rows
 
 
-def slices(outputs: int, length: int, element_size: int, limit: int, buffers: int) -> list[tuple[int, int]]:
+def slices(outputs: int, length: int, element_size: int, limit: int) -> list[tuple[int, int]]:
     """(begin, end) of the slices of an output dimension.
 
-    As few as `buffers` of them need in `limit` bytes, and of equal size up to a multiple of 64 (of 8 where 64 do not
-    fit); never below 8 outputs.
+    As few as fit into `limit` bytes one at a time, and of equal size up to a multiple of 64 (of 8 where 64 do not fit);
+    never below 8 outputs.
 
     Args:
         length: of the contraction. element_size: bytes.
     """
-    most = limit // (buffers * length * element_size)
+    most = limit // (length * element_size)
     step = _STEP if most >= _STEP else 8
     most = max(most // step * step, step)
     count = -(-outputs // most)
@@ -44,13 +44,12 @@ def workspace(weight: Tensor, device_type: str, input_grad: bool) -> tuple[list[
     """The slices of a call on `weight`, and the bytes that they are drawn into."""
     N, K = weight.shape
     outputs, length = (K, N) if input_grad else (N, K)
-    buffers = 2 if device_type == "cuda" else 1
     size = weight.element_size() + (
         16 if _through_float32(weight.dtype, device_type) else 0
     )  # a copy in float32, and what the product makes of it
-    found = slices(outputs, length, size, workspace_limit(weight), buffers)
+    found = slices(outputs, length, size, workspace_limit(weight))
     width = found[0][1] if found else 0
-    return found, min(buffers, len(found)) * width * length * size
+    return found, width * length * size
 
 
 def _through_float32(dtype: torch.dtype, device_type: str) -> bool:
@@ -105,13 +104,11 @@ def _product(
     found, _ = workspace(weight, a.device.type, input_grad)
     rows = len(a) // draw.samples
     steps = [(group, begin, end) for group in range(draw.samples) for begin, end in found]
-    count = min(2 if weight.is_cuda else 1, len(found))
-    buffers = weight.new_empty(count, length * found[0][1])
+    buffer = weight.new_empty(length * found[0][1])
     column_major = weight.stride(0) == 1 != weight.stride(1)
 
-    def fill(step: int) -> Tensor:
-        group, begin, end = steps[step]
-        memory = buffers[step % len(buffers)][: length * (end - begin)]
+    def fill(group: int, begin: int, end: int) -> Tensor:
+        memory = buffer[: length * (end - begin)]
         # In the weight's own order, so that both are gone through in the order of their memory.
         panel = memory.view(length, -1).t() if column_major != input_grad else memory.view(-1, length)
         panel = panel.t() if input_grad else panel  # rows and columns as those of the weight
@@ -132,8 +129,7 @@ def _product(
     if first:
         torch.addmm(out if bias is None else bias, u, lora, beta=bias is not None, alpha=scaling, out=out)  # type: ignore[arg-type]
 
-    def multiply(step: int, panel: Tensor) -> None:
-        group, begin, end = steps[step]
+    def multiply(group: int, begin: int, end: int, panel: Tensor) -> None:
         here, columns = slice(group * rows, (group + 1) * rows), slice(begin, end)
         part, a_part = out[here, columns], a[here]
         if in_float32:
@@ -148,30 +144,8 @@ def _product(
         else:
             torch.mm(a_part, panel, out=part)
 
-    _in_turn(len(steps), fill, multiply, weight)
+    for step in steps:
+        multiply(*step, fill(*step))
     if u is not None and out.dtype.itemsize > 2:
         out.addmm_(u, lora, alpha=scaling)  # type: ignore[arg-type]
     return out
-
-
-def _in_turn(
-    steps: int, fill: Callable[[int], Tensor], multiply: Callable[[int, Tensor], None], weight: Tensor
-) -> None:
-    """`fill` and `multiply` for each step; on a GPU the next one is filled while one is multiplied."""
-    if not weight.is_cuda:
-        for step in range(steps):
-            multiply(step, fill(step))
-        return
-    # All that the side stream does, the other one waits for: capture by a graph and torch's allocator see a fork that
-    # was joined.
-    main, side = torch.cuda.current_stream(weight.device), side_stream(weight.device, "panel")
-    side.wait_stream(main)
-    used: list[torch.cuda.Event] = []
-    for step in range(steps):
-        with torch.cuda.stream(side):
-            if step >= 2:
-                side.wait_event(used[step - 2])
-            panel = fill(step)
-        main.wait_stream(side)
-        multiply(step, panel)
-        used.append(main.record_event())

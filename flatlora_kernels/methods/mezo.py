@@ -129,7 +129,7 @@ class MeZO(Method):
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         if isinstance(factor, Tensor):
             factor = factor.to(matrix.device, dtype)
-        for begin, end in slices(N, K, dtype.itemsize, workspace_limit(matrix), 1):
+        for begin, end in slices(N, K, dtype.itemsize, workspace_limit(matrix)):
             z = materialize_noise(
                 torch.ones(end - begin, device=matrix.device),
                 K,
