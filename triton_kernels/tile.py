@@ -37,6 +37,11 @@ def round_to(x, DTYPE: tl.constexpr):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32 and PRECISION == "ieee":
+        # Summed from zero in each step: one chain of multiply-adds through the whole contraction lost five times as
+        # much on an H100 as the vendor's product does. Hidden, or the compiler would put acc in the zero's place.
+        zero = (tl.program_id(0) < 0).to(tl.float32)
+        return acc + tl.dot(a, b, tl.zeros_like(acc) + zero, input_precision=PRECISION)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
