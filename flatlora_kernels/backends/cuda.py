@@ -23,7 +23,7 @@ from ..noise import Draw
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
 _EMULATED = _ARCHITECTURE is not None
 
-PRIORITY = 5 if _EMULATED else 15
+PRIORITY = 5 if _EMULATED else 25
 DEVICE_TYPES = ("cpu",) if _EMULATED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOISE_ACCUMS = ("folded", "split")
