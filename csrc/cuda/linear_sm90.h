@@ -1,9 +1,10 @@
 // y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_90a.
 //
 // A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Producer warpgroups take turns on
-// the steps of the contraction: they load W, add the noise in registers, wait for a stage and write the tile as wgmma
-// reads it, while the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along the rows
-// of `a`, so they need the same tile of W + eps: each draws its share of it and copies the share to the others.
+// the steps of the contraction: they load W a turn ahead, add the noise in registers, wait for a stage and write the
+// tile as wgmma reads it, while the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along
+// the rows of `a`, so they need the same tile of W + eps: each draws its share of it and copies the share to the
+// others.
 #pragma once
 
 #include "kernels.h"
@@ -36,8 +37,8 @@ enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
 // A value drawn serves m * cluster rows.
 constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
     {256, 128, 2, 4, 2, 88, 168, 2290},
-    {256, 64, 1, 5, 3, 80, 112, 1500},
-    {128, 64, 1, 8, 3, 96, 96, 1200},
+    {256, 64, 1, 5, 3, 88, 104, 1500},
+    {128, 64, 1, 8, 3, 104, 80, 1200},
 };
 
 struct Sm90Job {
@@ -136,10 +137,9 @@ struct Sm90Linear {
     return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
 
-  // What a thread has of W in a step, loaded when the step before it has been handed over.
+  // What a thread has of W in a step, loaded a turn ahead.
   struct Lines {
     Chunk<T> w[kRows];
-    float scale[kRows];  // input gradient
     int left;  // rows, or else columns, of W from here on
   };
 
@@ -148,13 +148,11 @@ struct Sm90Linear {
     return static_cast<const T*>(job.args.weight.data) + n * job.args.weight.row_stride + k;
   }
   // Zeros where W ends. `limit`: rows that exist of the thread's, where they stay the same, else columns.
-  FLATLORA_DEVICE void load(Lines& lines, const T* from, const float* scale, int limit) const {
+  FLATLORA_DEVICE void load(Lines& lines, const T* from, int limit) const {
     FLATLORA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const bool inside = kInputGrad ? i < lines.left && limit > 0 : lines.left > 0 && i < limit;
       lines.w[i] = inside ? gpu::load_global_once(from + i * job.args.weight.row_stride) : Chunk<T>{};
-      if constexpr (kInputGrad)
-        lines.scale[i] = inside ? gpu::load_global<float>(scale + i * job.args.noise.scale_stride) : 0.0f;
     }
   }
   FLATLORA_DEVICE void store(uint32_t slot, int i, const Chunk<T>& w) const {
@@ -229,9 +227,9 @@ struct Sm90Linear {
     gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
   }
   // Gives the other blocks this one's share, and the stage to the consumers.
-  FLATLORA_DEVICE void close(const Ring& ring, int group) const {
+  FLATLORA_DEVICE void close(const Ring& ring) const {
     gpu::fence_proxy_async();
-    gpu::sync_named(1 + group, 128);
+    gpu::sync_named(1 + gpu::uniform(gpu::warp() / 4), 128);
     if (gpu::thread() % 128 == 0) {
       const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank) * kShareBytes;
       FLATLORA_UNROLL
@@ -251,15 +249,14 @@ struct Sm90Linear {
     int first = group;  // of this group's steps in the tile
     for (int i = 0; i < group; ++i) ring.advance();
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+    for (int tile = int(gpu::block()) / kCluster; tile < int(cluster_tiles); tile += int(gpu::blocks()) / kCluster) {
       set_tile(tile);
       int step = first;
-      first = (first + steps * (kTurns - 1)) % kTurns;  // first - steps, turned
       FLATLORA_NO_UNROLL
       for (; step < lora_steps; step += kTurns, advance()) {
         open(ring, u_map, step * kTile.k);
         if (has_lines()) store_adapter(ring.slot, step * kTile.k);
-        close(ring, group);
+        close(ring);
       }
 
       const Draw draw = draw_of(args.noise, sample);
@@ -270,8 +267,8 @@ struct Sm90Linear {
       const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
       const int64_t scale_step = kColumns * args.noise.scale_stride;
       const int limit = !has_lines() ? 0 : int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
-      Lines lines;
-      lines.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
+      Lines next;
+      next.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
       Rows rows;
       BlockKey block;
       if constexpr (kInputGrad) {
@@ -283,14 +280,22 @@ struct Sm90Linear {
           rows.factor[i] =
               i < limit ? factor_of<kNoise>(draw, gpu::load_global<float>(scale + i * args.noise.scale_stride)) : 0.0f;
       }
-      if (step < steps) load(lines, from, scale, limit);
+      if (step < steps) load(next, from, limit);
       FLATLORA_NO_UNROLL
       for (; step < steps; step += kTurns, at += kColumns, advance()) {
         const bool fetched = open_early(ring, a_map, at);
+        Lines lines = next;
+        from += from_step;
+        next.left -= kColumns;
+        if (step + kTurns < steps) load(next, from, limit);
         if constexpr (kInputGrad) {
           set_rows(rows, draw, first_row() + at);
           FLATLORA_UNROLL
-          for (int i = 0; i < kRows; ++i) rows.factor[i] = factor_of<kNoise>(draw, lines.scale[i]);
+          for (int i = 0; i < kRows; ++i)
+            rows.factor[i] = i < lines.left && limit > 0
+                                 ? factor_of<kNoise>(draw, gpu::load_global<float>(scale + i * args.noise.scale_stride))
+                                 : 0.0f;
+          scale += scale_step;
         } else {
           block = block_key(draw, uint32_t(at + int(chunk()) * 8) >> 3);
           // Zeros beyond W, because noise may overflow float16, and infinity times zero is NaN.
@@ -303,12 +308,9 @@ struct Sm90Linear {
           FLATLORA_UNROLL
           for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
         }
-        close(ring, group);
-        from += from_step;
-        scale += scale_step;
-        lines.left -= kColumns;
-        if (step + kTurns < steps) load(lines, from, scale, limit);
+        close(ring);
       }
+      first = step - steps;  // of the next tile
     }
   }
 
@@ -359,7 +361,7 @@ struct Sm90Linear {
   FLATLORA_DEVICE void consume(int64_t cluster_tiles) {
     Ring ring;
     FLATLORA_NO_UNROLL
-    for (int64_t tile = gpu::block() / kCluster; tile < cluster_tiles; tile += gpu::blocks() / kCluster) {
+    for (int tile = int(gpu::block()) / kCluster; tile < int(cluster_tiles); tile += int(gpu::blocks()) / kCluster) {
       set_tile(tile);
       Accumulators acc;
       FLATLORA_UNROLL
