@@ -87,6 +87,9 @@ def test_what_must_hold_of_every_kernel() -> None:
         assert f"no {missing}" in read(*rest).problems
     hopper = compiled.read(listing(*loop), "kernel", "linear_sm90<bf16>", "90a", USAGE)
     assert {"no HGMMA", "no UTMALDG"} <= set(hopper.problems)
+    assert any("GPU-wide" in p for p in read(loop[0], "MEMBAR.ALL.GPU", *loop[1:]).problems)
+    assert any("GPU-wide" in p for p in read(loop[0], "CCTL.IVALL", *loop[1:]).problems)
+    assert not read("MEMBAR.ALL.GPU", loop[0], "MEMBAR.ALL.CTA", *loop[1:]).problems
     assert any("calls inside" in p for p in read(".L_x_0:", "CALL.ABS.NOINC R10", *loop[1:]).problems)
     assert "no loop that draws noise" in read(*LINEAR, *DRAW, *PAIRS, "EXIT").problems
 
