@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # All that wants a GPU, on a machine with one and no network, in 9 minutes: build, doctor, one test for each wrapper of
-# PTX, tests, the project's targets, a training step, the table of the automatic choice, and in what time is left
+# PTX, every kernel against its oracle and a first time, tests, the project's targets, a training step, the table of the automatic choice, and in what time is left
 # compute-sanitizer, more of the benchmark, the shared tests and the search for tiles.
 #
 #   bench/gpu_suite.sh [--dry-run] [PART...]
 #
-# Parts: build doctor wrappers tests targets training strategies table sanitizer bench shared tune.
+# Parts: build doctor wrappers truth tests targets training strategies table sanitizer bench shared tune.
 # Needs python3 (or $PYTHON) with torch, triton and pytest (with pytest-xdist, tests compile their kernels on all
 # cores); nvcc and cmake for the CUDA backend. Without PART all run, in that order; the first run needs build.
-# Results go to $OUT, or to bench/results/<GPU>: suite.log, summary.txt, {targets,training,bench}.{json,csv,md},
+# Results go to $OUT, or to bench/results/<GPU>: suite.log, summary.txt, truth-{check,time}.jsonl, {targets,training,bench}.{json,csv,md},
 # tune-strategies.{json,csv}, of which flatlora_kernels/tables/ gets the table, tune.{json,csv,txt}.
 # PEFT's rows need peft.
 # Pictures need no GPU: python -m bench plot targets.json. A part that fails or runs out of time does not stop the rest,
@@ -17,13 +17,13 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
-all_parts="build doctor wrappers tests targets training strategies table sanitizer bench shared tune"
+all_parts="build doctor wrappers truth tests targets training strategies table sanitizer bench shared tune"
 dry_run=false
 wanted=" "
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=true ;;
-    build | doctor | wrappers | tests | targets | training | strategies | table | sanitizer | bench | shared | tune)
+    build | doctor | wrappers | truth | tests | targets | training | strategies | table | sanitizer | bench | shared | tune)
       wanted="$wanted$argument " ;;
     *) echo "usage: bench/gpu_suite.sh [--dry-run] [PART...], parts: $all_parts; got '$argument'" >&2; exit 2 ;;
   esac
@@ -98,6 +98,7 @@ part build 150 "'$python' -m pip install --no-build-isolation --no-deps -e . \
 part doctor 30 "'$python' -m flatlora_kernels"
 # What no emulator can know comes first: whether each instruction does what its emulated twin does.
 part wrappers 60 "$pytest tests/test_wrappers.py || $none_selected"
+part truth 95 "OUT='$out' '$python' -m bench.truth check --limit 45 && OUT='$out' '$python' -m bench.truth time --limit 30"
 part tests 150 "$pytest $workers --durations=5 tests/test_gpu.py || $none_selected"
 bench="'$python' -m bench"
 to="--device cuda --out '$out' --name"

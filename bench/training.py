@@ -250,7 +250,9 @@ class Way:
         """Forward and backward; gradients are left where torch leaves them."""
         x, target = self.state.batches[copy]
         y = self.state.output(self.module, x)
-        loss = F.mse_loss(y.to(torch.promote_types(y.dtype, torch.float32)), target)
+        # Both, because the gradient of two types is an error on a GPU alone.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        loss = F.mse_loss(y.to(wide), target.to(wide))
         loss.backward()
         return loss.detach()
 

@@ -542,9 +542,11 @@ esac
     ("environment", "arguments", "status", "expected"),
     [
         ({}, [], 0, dict.fromkeys(
-            ("build", "wrappers", "tests", "targets", "training", "strategies", "bench", "shared", "tune"), "passed"
+            ("build", "wrappers", "truth", "tests", "targets", "training", "strategies", "bench", "shared", "tune"),
+            "passed",
         )),
         ({"FAKE_BROKEN": "bench --set"}, [], 1, {"build": "passed", "targets": "FAILED", "tune": "passed"}),
+        ({"FAKE_BROKEN": "bench.truth check"}, [], 1, {"truth": "FAILED", "tests": "passed"}),
         ({"FAKE_BROKEN": "bench training"}, [], 1, {"training": "FAILED", "strategies": "passed"}),
         ({"FAKE_EMPTY": "--ignore"}, [], 0, {"tests": "passed", "shared": "skipped"}),
         ({"FAKE_BROKEN": "bench tune"}, ["tune"], 1, {"tune": "FAILED"}),
@@ -588,8 +590,8 @@ def test_gpu_suite(
         assert "bench --set targets --budget 0.15 --time-limit 105" in log  # 130 s less 25
         assert "bench tune --strategies --quick --time-limit 75" in log
         assert [line.split()[0] for line in lines[1:]] == [
-            "build", "doctor", "wrappers", "tests", "targets", "training", "strategies", "table", "sanitizer", "bench",
-            "shared", "tune",
+            "build", "doctor", "wrappers", "truth", "tests", "targets", "training", "strategies", "table", "sanitizer",
+            "bench", "shared", "tune",
         ]  # fmt: skip
     dry = subprocess.run(
         ["bash", str(script), "--dry-run", *arguments],
@@ -723,6 +725,20 @@ def test_training_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         cli.main([*arguments, "--tokens", "2049"])
     with pytest.raises(SystemExit, match="--providers: expected of flatlora, .*, got peff"):
         cli.main([*arguments, "--providers", "peff"])
+
+
+def test_training_compares_in_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a loss of two types is an error on a GPU alone."""
+    seen = []
+    loss = torch.nn.functional.mse_loss
+
+    def spy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append((a.dtype, b.dtype))
+        return loss(a, b)
+
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", spy)
+    way("plain", blocks(torch.bfloat16)).loss(0)
+    assert seen == [(torch.float32, torch.float32)]
 
 
 def test_training_block_is_that_of_the_model() -> None:
@@ -1039,7 +1055,7 @@ def test_strategies_table(
         pytest.skip("needs the cpu backend")
     monkeypatch.setattr(strategies, "SHAPES", ((16, 24), (24, 16)))
     monkeypatch.setattr(strategies, "ROWS", (5,))
-    monkeypatch.setattr(strategies, "QUICK", (((16, 24),), (5,)))
+    monkeypatch.setattr(strategies, "QUICK", {"cpu": (((16, 24),), (5,))})
     right = providers.Fused.input_grad
 
     def wrong(self: Any, copy: int) -> torch.Tensor:
@@ -1098,7 +1114,8 @@ def test_strategies_cover_what_is_asked_for() -> None:
         assert every[: len(quick)] == quick
         assert {c.mode for c in quick} == {"forward", "input_grad"}
         assert {c.M for c in every} == {16, 64, 256, 1024, 2048, 4096, 8192}
-        assert {(c.N, c.K) for c in every} == {(384, 384), (2048, 2048), (1024, 4096), (4096, 4096)}
+        wide = {(14336, 4096)} if device == "cuda" else set()
+        assert {(c.N, c.K) for c in every} == {(384, 384), (2048, 2048), (1024, 4096), (4096, 4096)} | wide
         assert all(c.M * c.N * c.K <= strategies._MOST[device] for c in every)
 
 
@@ -1189,3 +1206,60 @@ def test_a_whole_run_of_the_targets(
     assert "" not in {r["provider"] for r in found.rows if r["kind"] != "linear"}
     report = capsys.readouterr().out.partition("| mode")[2]
     assert "| calls | met" in report
+
+
+@pytest.fixture
+def small_truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """bench.truth on the CPU, with the backend `cpu` in place of the GPU's."""
+    from bench import truth
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(truth, "DEVICE", "cpu")
+    return truth
+
+
+def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def family() -> Any:
+        return small_truth._products("cpu", -1, ("bfloat16", "float32"), ((20, 72, 96, 8, 2),))
+
+    before = torch.are_deterministic_algorithms_enabled()
+    perturbed = small_truth.Problem.perturbed
+    try:
+        assert small_truth._check_family("right", family) == 0
+        with monkeypatch.context() as patch:  # the noise of one sample for all
+            patch.setattr(small_truth.Problem, "perturbed", lambda p, group=0: perturbed(p, 0))
+            assert small_truth._check_family("wrong", family) == 16
+        monkeypatch.setattr(small_truth.Problem, "forward", lambda p, m: torch.randn(3))
+        assert small_truth._check_family("raises", family) == 8
+    finally:
+        torch.use_deterministic_algorithms(before)
+    rows = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
+    assert len(rows) == 48
+    assert [r["case"] for r in rows if "raised" in r] == [
+        r["case"] for r in rows if r["family"] == "raises" and r["case"].startswith("forward")
+    ]
+
+
+def test_truth_passes_of_a_backend(small_truth: Any) -> None:
+    for case, run, most in small_truth._passes("cpu"):
+        assert run() <= most, case
+
+
+def test_truth_times_in_turns(small_truth: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "cpu y|nothing"
+    calls = {
+        "plain": lambda c: torch.zeros(9),
+        "plain dX": lambda c: torch.zeros(9),
+        "broken y": lambda c: 1 / 0,
+    }
+    real = small_truth._calls
+    small_truth._calls = lambda *a, **k: (dict(calls), [None, None])
+    try:
+        assert small_truth.measure(9.0, [16], [], 1e-4, names + "|broken", [0]) == 2
+    finally:
+        small_truth._calls = real
+    rows = [json.loads(line) for line in (tmp_path / "truth-time.jsonl").read_text().splitlines()]
+    assert [r["name"] for r in rows if "raised" in r] == ["broken y"] * 2
+    assert {r["to_plain"] for r in rows if r["name"] == "plain"} == {1.0}
+    assert small_truth.measure(-1.0, [16], [], 1e-4, "", [0]) == 0
+    assert "are over before M = 16" in capsys.readouterr().out

@@ -126,6 +126,7 @@ struct Sm90Linear {
 
   // --- Producers: a thread has 8 columns of kRows lines ---
 
+  FLATLORA_DEVICE static int group() { return gpu::uniform(gpu::warp() / 4); }
   FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
   FLATLORA_DEVICE uint32_t first_line() const {
     return uint32_t(rank) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
@@ -229,7 +230,7 @@ struct Sm90Linear {
   // Gives the other blocks this one's share, and the stage to the consumers.
   FLATLORA_DEVICE void close(const Ring& ring) const {
     gpu::fence_proxy_async();
-    gpu::sync_named(1 + gpu::uniform(gpu::warp() / 4), 128);
+    gpu::sync_named(1 + group(), 128);
     if (gpu::thread() % 128 == 0) {
       const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank) * kShareBytes;
       FLATLORA_UNROLL
@@ -240,14 +241,13 @@ struct Sm90Linear {
 
   FLATLORA_DEVICE void produce(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
     const LinearArgs& args = job.args;
-    const int group = gpu::uniform(gpu::warp() / 4);
     Ring ring;
     const auto advance = [&ring] {
       FLATLORA_UNROLL
       for (int i = 0; i < kTurns; ++i) ring.advance();
     };
-    int first = group;  // of this group's steps in the tile
-    for (int i = 0; i < group; ++i) ring.advance();
+    int first = group();  // of this group's steps in the tile
+    for (int i = 0; i < first; ++i) ring.advance();
     FLATLORA_NO_UNROLL
     for (int tile = int(gpu::block()) / kCluster; tile < int(cluster_tiles); tile += int(gpu::blocks()) / kCluster) {
       set_tile(tile);
@@ -328,7 +328,7 @@ struct Sm90Linear {
   // kTransposed: a line of W is a step of the contraction, else an output.
   template <bool kTransposed>
   FLATLORA_DEVICE void multiply(Accumulators& acc, uint32_t slot) const {
-    const uint32_t row = uint32_t(gpu::uniform(gpu::warp() / 4) - kTile.producers) * (kTile.m / 2);
+    const uint32_t row = uint32_t(group() - kTile.producers) * (kTile.m / 2);
     const uint64_t a = describe(a_stage(slot) + row * 128, 16);
     const uint64_t w = describe(w_stage(slot), kTransposed ? 64 * 128 : 16);
     FLATLORA_UNROLL
