@@ -35,7 +35,10 @@ _BUDGETS = {
     ("linear_sm80", "gaussian"): 17.0,
     ("linear_sm80", "rademacher"): 11.0,
     ("linear_sm90", "gaussian"): 20.0,
-    ("linear_sm90", "rademacher"): 12.5,  # on an H100 waiting for W costs more than to hold a second tile of it
+    (
+        "linear_sm90",
+        "rademacher",
+    ): 12.5,  # on an H100 waiting for W costs more than to hold a second tile of it
 }
 
 

@@ -1,8 +1,9 @@
 """`python -m bench roofline`: what each kernel asks of each unit, the time that implies, and the measurement beside it.
 
-Figures for GPUs are predictions of flatlora_kernels/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
-given. A measurement is taken from bench/results/ where there is one of that GPU. On a CPU the rates of this machine are
-measured, and the model with these rates is held against measured calls.
+Figures for GPUs are those of flatlora_kernels/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
+given. A measurement is taken from bench/results/ where there is one of that GPU: what `bench.truth time` wrote, else a
+run of the benchmark. On a CPU the rates of this machine are measured, and the model with these rates is held against
+measured calls.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,7 @@ SIZE, RANK = 4096, 16
 ROWS = (16, 256, 2048, 8192)
 CHIPS = tuple(c for c in cost.CHIPS if c.name in ("A100 SXM 80 GB", "H100 SXM", "B200 SXM"))
 KINDS = ("gaussian", "rademacher")
-UNITS = ("tensor", "issue", "special", "shared", "l2", "memory", "launch")
+UNITS = ("tensor", "issue", "draw", "shared", "l2", "memory", "step", "launch")
 # Name -> backend, way of cost.py, providers of the benchmark that are the same.
 WAYS = {
     "plain": ("cuda", "plain", ("plain",)),
@@ -42,6 +44,23 @@ WAYS = {
     "perturb": ("cuda", "perturb", ("perturb:cuda", "perturb:triton")),
 }
 _PREDICTED = "**PREDICTED, not measured**"
+# What `bench.truth time` calls them -> mode and provider.
+_TRUTH = {
+    "plain": ("forward", "plain"),
+    "plain dX": ("input_grad", "plain"),
+    "lora": ("forward", "lora"),
+    **{
+        f"{name} {suffix}": (mode, provider)
+        for backend in ("triton", "cuda")
+        for name, provider in (
+            (backend, f"fused:{backend}"),
+            (f"panel {backend}", f"panel:{backend}"),
+            (f"perturb {backend}", f"perturb:{backend}"),
+        )
+        for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
+    },
+}
+_OURS = {"triton fused": "fused:triton", "cuda fused": "fused:cuda", "panel": "panel:cuda"}
 
 
 def call(noise: str, M: int, direction: str = "forward", rank: int = RANK) -> Call:
@@ -73,7 +92,10 @@ class Measurement(NamedTuple):
 
 
 def measurements(chip: Chip, folder: Path = RESULTS) -> dict[tuple[str, str, int, str], Measurement]:
-    """(mode, provider, M, noise) -> of the latest run on this GPU, sizes as here; graphs where there are some."""
+    """(mode, provider, M, noise) -> of the latest run on this GPU, sizes as here; graphs where there are some.
+
+    What `truth` has goes before the benchmark's runs.
+    """
     found: dict[tuple[str, str, int, str], tuple[tuple[str, bool], Measurement]] = {}
     for path in sorted(folder.glob("**/*.csv")):
         with path.open(newline="") as file:
@@ -87,7 +109,23 @@ def measurements(chip: Chip, folder: Path = RESULTS) -> dict[tuple[str, str, int
                 age = (row["date"], row.get("launch") == "graph")
                 if key not in found or found[key][0] < age:
                     found[key] = age, value
-    return {key: value for key, (_, value) in found.items()}
+    return {key: value for key, (_, value) in found.items()} | truth(chip, RANK, folder)
+
+
+def truth(chip: Chip, rank: int, folder: Path = RESULTS) -> dict[tuple[str, str, int, str], Measurement]:
+    """The same from truth-time.jsonl of the folder that bears the GPU's name: graphs, a cold L2."""
+    found: dict[tuple[str, str, int, str], Measurement] = {}
+    for path in sorted(folder.glob("*/truth-time.jsonl")):
+        if not _named(chip, path.parent.name):
+            continue
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            mode, provider = _TRUTH.get(row["name"], ("", ""))
+            if provider and row["rank"] == rank:
+                noise = "none" if provider in ("plain", "lora") else row["noise"]
+                key = (mode, provider, int(row["M"]), noise)
+                found.setdefault(key, Measurement(row["median_us"] / 1e6, row["to_plain"]))
+    return found
 
 
 def _is_of(row: dict[str, str], chip: Chip) -> bool:
@@ -97,14 +135,14 @@ def _is_of(row: dict[str, str], chip: Chip) -> bool:
     about = {"device": "cuda", "dtype": "bfloat16", "N": str(SIZE), "K": str(SIZE)}
     if row["provider"] != "plain":  # which leaves the adapter out
         about["rank"] = str(RANK)
-    # "A100 SXM 80 GB" calls itself NVIDIA A100-SXM4-80GB.
+    return all(row.get(k) == v for k, v in about.items()) and _named(chip, row["hardware"])
+
+
+def _named(chip: Chip, hardware: str) -> bool:
+    """ "A100 SXM 80 GB" calls itself NVIDIA A100-SXM4-80GB."""
     name, *rest = chip.name.replace(" GB", "GB").split()
     memory = next((part for part in rest if part.endswith("GB")), "")
-    return (
-        all(row.get(k) == v for k, v in about.items())
-        and name in row["hardware"]
-        and memory in row["hardware"]
-    )
+    return name in hardware and memory in hardware
 
 
 # --- Tables ---
@@ -122,19 +160,13 @@ def _amount(work: list[Work], name: str, scale: float) -> str:
 def amounts(chip: Chip) -> str:
     """What the kernels of a call ask for."""
     body = []
-    columns = (
-        ("flops", 1e9),
-        ("memory", 1e6),
-        ("l2", 1e6),
-        ("shared", 1e6),
-        ("slots", 1e6),
-        ("special", 1e6),
-    )
+    columns = (("flops", 1e9), ("memory", 1e6), ("l2", 1e6), ("shared", 1e6), ("slots", 1e6))
     for name, kernels in _calls(chip, "forward"):
         body.append(
             [
                 *name,
                 *(both([_amount(k, field, scale) for k in kernels]) for field, scale in columns),
+                f"{sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6:,.0f}",
                 str(len(kernels[0])),
             ]
         )
@@ -146,7 +178,7 @@ def amounts(chip: Chip) -> str:
         "L2 MB",
         "shared MB",
         "M instructions",
-        "M special",
+        "M values drawn",
         "launches",
     ]
     return markdown(header, body)
@@ -233,21 +265,49 @@ def fastest(chip: Chip, of: Call) -> tuple[str, Cost]:
 
 
 def against_targets(chip: Chip) -> str:
-    """The fastest of ours, and the targets of a forward."""
+    """The fastest of ours as measured, and the targets of a forward; the model's ratio beside each."""
     limits = {(t.noise, t.M, t.base): t.most for t in targets.targets("cuda") if t.mode == "forward"}
+    whole, alone = measurements(chip), truth(chip, 0)
     body = []
     for noise, M in itertools.product(KINDS, ROWS):
-        base = cost.plain(chip, call("none", M)).seconds
+        times = {name: found for name, p in _OURS.items() if (found := whole.get(("forward", p, M, noise)))}
+        at_rank_0 = [found for p in _OURS.values() if (found := alone.get(("forward", p, M, noise)))]
+        unfused = [found for p in WAYS["perturb"][2] if (found := whole.get(("forward", p, M, noise)))]
+        if not (times and at_rank_0 and unfused):
+            continue
+        name = min(times, key=lambda n: times[n])
+        plain = cost.plain(chip, call("none", M)).seconds
         rival = min(cost.perturb(chip, b, call(noise, M)).seconds for b in ("triton", "cuda"))
-        name, ours = fastest(chip, call(noise, M))
-        alone = fastest(chip, call(noise, M, rank=0))[1].seconds
-        cells = [noise, str(M), name, ours.bound, f"{alone / base:.2f}"]
-        for what, ratio in (("plain", ours.seconds / base), ("rival", ours.seconds / rival)):
+        model = fastest(chip, call(noise, M))[1].seconds
+        cells = [noise, str(M), name, f"{min(at_rank_0).to_plain:.2f}"]
+        for what, ratio, predicted in (
+            ("plain", times[name].to_plain, model / plain),
+            ("rival", times[name].seconds / min(unfused).seconds, model / rival),
+        ):
             most = limits[noise, M, what]
-            cells += [f"{ratio:.2f}", f"{most:.2f}", "met" if ratio <= most else "missed"]
+            verdict = "met" if ratio <= most else "missed"  # type: ignore[operator]
+            cells += [f"{ratio:.2f}", f"{predicted:.2f}", f"{most:.2f}", verdict]
         body.append(cells)
-    header = ["noise", "M", "fastest of ours", "bound", "rank 0", f"rank {RANK}", "target", ""]
-    return markdown([*header, "to perturb", "target", ""], body)
+    header = ["noise", "M", "fastest of ours", "rank 0", f"rank {RANK}", "model", "target", ""]
+    return markdown([*header, "to perturb", "model", "target", ""], body)
+
+
+def residuals(chip: Chip) -> str:
+    """Measured microseconds, and the model's time over that."""
+    sizes, body = (16, 64, 256, 1024, 2048, 8192), []
+    for rank, (mode, column), (name, (backend, way, providers)) in itertools.product(
+        (0, RANK), (("forward", "y"), ("input_grad", "dX")), WAYS.items()
+    ):
+        measured = truth(chip, rank)
+        for noise in ("none",) if way == "plain" else KINDS:
+            cells = []
+            for M in sizes:
+                found = [measured[k].seconds for p in providers if (k := (mode, p, M, noise)) in measured]
+                model = cost.cost(chip, backend, way, call(noise, M, mode, rank)).seconds
+                cells.append(f"{1e6 * min(found):.1f} ({model / min(found):.2f})" if found else "-")
+            if (way != "plain" or not rank) and set(cells) != {"-"}:
+                body.append([name, noise, str(rank), column, *cells])
+    return markdown(["kernels", "noise", "rank", "", *(f"M = {M}" for M in sizes)], body)
 
 
 # --- The layer step ---
@@ -281,7 +341,9 @@ def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
     gradients = [product(r, N), product(r, M, held, rows=N), product(K, M, 0, rows=r)]
     rest = cost.total(chip, gradients)
     units = {u: sum(c.units.get(u, 0.0) for c in (*ours, rest)) for u in UNITS}
-    return Cost(sum(c.seconds for c in (*ours, rest)), max(c.workspace for c in ours), "", units), peft
+    units["launch"] -= 2 * cost.CALL  # as PEFT's, all in one graph
+    seconds = sum(c.seconds for c in (*ours, rest)) - 2 * cost.CALL
+    return Cost(seconds, max(c.workspace for c in ours), "", units), peft
 
 
 def steps(chip: Chip) -> str:
@@ -388,16 +450,20 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
 def gpu_report() -> str:
     h100 = _chip("H100 SXM")
     parts = [
-        f"{_PREDICTED}: an H100 against its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
+        f"**Measured** on an H100, beside its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
         against_targets(h100),
+        "**Measured** on an H100, microseconds (and the model's time over that)",
+        residuals(h100),
     ]
-    parts += [f"{_PREDICTED}: forward over a plain product", ratios("forward")]
-    parts += [f"{_PREDICTED}: input gradient over a plain product", ratios("input_grad")]
+    unless = f"{_PREDICTED}, but for what an H100 calibrates"
+    parts += [f"{unless}: forward over a plain product", ratios("forward")]
+    parts += [f"{unless}: input gradient over a plain product", ratios("input_grad")]
     parts += [f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds", steps(h100)]
     parts += [f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100", amounts(h100)]
     for chip in CHIPS:
         about = f"{chip.processors} processors, {chip.clock / 1e9:g} GHz, {chip.bandwidth / 1e12:g} TB/s"
-        parts.append(f"{_PREDICTED}, but for the last column: forward on {chip.name} ({about}), microseconds")
+        last = ", but for the last column" if measurements(chip) else ""
+        parts.append(f"{_PREDICTED}{last}: forward on {chip.name} ({about}), microseconds")
         parts.append(roofline(chip))
     return "\n\n".join(parts)
 

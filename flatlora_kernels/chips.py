@@ -13,10 +13,11 @@ class Chip(NamedTuple):
 
     Processors, bandwidth and the dense bfloat16 rate, which gives the clock: NVIDIA's data sheets and white papers of
     A100 (312 TFLOP/s = 108 x 2048 x 1.41 GHz), H100, H200 (989 = 132 x 4096 x 1.83 GHz) and B200 (2250 = 148 x 8192 x
-    1.86 GHz). Special functions, issue slots, float32 and shared memory: CUDA C++ Programming Guide, arithmetic
-    instructions and compute capabilities 8.0, 9.0 and 10.0. `l2`: the A100's white paper has 5120 bytes a cycle, the
-    same is assumed of H100 and H200, and of B200 what a vendor's tile needs to run at full rate. Assumed, too: `mma`
-    beyond the A100, where `mma.sync` does not reach the rate of `wgmma` and `tcgen05`.
+    1.86 GHz). Issue slots, float32 and shared memory: CUDA C++ Programming Guide, arithmetic instructions and compute
+    capabilities 8.0, 9.0 and 10.0. `l2`: the A100's white paper has 5120 bytes a cycle, the same is assumed of H100 and
+    H200, and of B200 what a vendor's tile needs to run at full rate. Assumed, too: `mma` beyond the A100, where
+    `mma.sync` does not reach the rate of `wgmma` and `tcgen05`. `launch` follows from the eight kernels of `panel` on
+    an H100 (docs/performance.md).
 
     A CPU has cores for processors and nanoseconds for cycles; its rates were measured (docs/performance.md).
     """
@@ -31,10 +32,9 @@ class Chip(NamedTuple):
     mma: int  # the same by `mma.sync`
     single: int  # multiply-adds in float32
     l2: int  # bytes
-    special: int = 16  # special functions
     issue: int = 4  # instructions of a warp
     shared: int = 128  # bytes
-    launch: float = 2e-6  # seconds
+    launch: float = 1e-6  # seconds
 
 
 CHIPS = (

@@ -1,27 +1,28 @@
-"""What a call should take, from counts and data sheets: the choice where nothing was measured, and `bench roofline`.
+"""What a call takes, from counts, data sheets and an H100: the choice where nothing was measured, and `bench roofline`.
 
 Every kernel is a `Work`: how much it asks of each unit of the chip, whose time is that amount over its rate. How units
 combine, and what else is assumed and not counted:
 
 * A multiprocessor takes whole tiles; beginning and end of a tile take as long as `_START` steps of it.
 * Every unit of a multiprocessor reaches `REACHED` of its rate and memory `MEMORY_REACHED`, ours and the vendor's alike.
-* Units work side by side (the busiest is all the time there is) in `perturb`, in the vendor's products and in `cuda` on
-  sm_90, where warps of their own draw the noise.
-* In `triton`, and in `cuda` elsewhere, the same warps draw and multiply. Taken is a time halfway (`OVERLAP`) between
-  that and noise and product in turn: the machine code has the noise between the issue of the products and the wait for
-  them (docs/kernels.md, "hidden"), yet with one or two warps to a scheduler nothing else fills the gaps.
-* Kernels of one stream follow each other `launch` apart: 2 us, as in a CUDA graph or a queue that is never empty.
-* Strategy "panel": noise is drawn beside a product only as far as that leaves multiprocessors idle, because a tile of
-  the vendor's fills registers and shared memory of its own.
-* A tensor that the kernel before has written or read comes from L2 where it takes less than half of it.
+* A call takes `CALL`, each of its kernels the chip's `launch`, and `RAMP` more if it multiplies or draws.
+* In the vendor's products units work side by side: the busiest is all the time there is.
+* In `cuda` on sm_90 the producers' latency binds, no unit: a step takes what was measured, `Tile.cycles`.
+* In `triton`, and in `cuda` elsewhere, the same warps draw and multiply: in turn where a processor has one tile,
+  halfway (`OVERLAP`) to side by side where it has several. Stalls make that `STALL` times as long.
+* A pass that perturbs waits for memory in the warps that draw: half of the drawing is hidden, too.
+* What the kernel before has read or written comes from L2, as much as half of it holds.
 * float32 on a GPU: the vendor's product, and noise that is drawn anew for every 64 rows.
 
-Nothing is timed here and no GPU has confirmed a figure. A measurement overrules: see dispatch.py.
+The constants of an H100 are in one place below. They put its measured times within about 15 % (docs/performance.md has
+all of them and says which are not). On other GPUs nothing was measured: what is about kernels is carried over to them,
+rates come from data sheets. A measurement overrules: see dispatch.py.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,10 +35,21 @@ from .triton_kernels import configs
 
 BACKENDS = ("triton", "cuda", "cpu")
 WAYS = ("fused", "panel", "perturb", "plain")
-REACHED = 0.8  # cuBLAS on an H100: 600 to 750 of 989 TFLOP/s in bfloat16, mostly as the clock drops
-MEMORY_REACHED = 0.9
-OVERLAP = 0.5
-_START = 4  # steps of a tile alone on its multiprocessor; tiles that share one hide each other's
+
+# Measured on an H100 80GB HBM3 on 2026-11-27, in CUDA graphs with a cold L2: bench/results/NVIDIA-H100-80GB-HBM3.
+REACHED = 0.92  # of 1.83 GHz: truth-time.jsonl, cuBLAS from 1024 rows on
+MEMORY_REACHED = 0.9  # gpu.txt: 3.01 TB/s copied, 3.05 read
+CALL = 3e-6  # parts.txt: a graph of one kernel that does next to nothing takes 4.1 us, `launch` included
+RAMP = 3e-6  # cuBLAS with 16 rows: 18.5 us, 11 of them for the weight
+DRAWN = {"gaussian": 6.8, "rademacher": 15.4}  # draw.txt: values a cycle and processor, with 16 warps
+OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
+STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
+# Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, in the build of commit
+# c30644c6a38c: truth-time.jsonl, and truth-time-tiles.jsonl for the last, whose rademacher is the gaussian one by the
+# ratio of the tile before it.
+_LARGE, _MIDDLE, _SMALL = (2290, 1670), (1500, 1200), (1200, 960)
+
+_START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's
 
 # Instructions of a thread per value of noise in the main loop, all else that the loop does included, in bfloat16:
 # docs/kernels.md (Triton 3.6) and docs/cuda_kernels.md; tests/test_cost.py compares. Each line: forward with gaussian
@@ -55,7 +67,7 @@ CUDA: dict[str, tuple[Counts, ...]] = {  # the tiles of configs.h and, "sm90a", 
              (15.19, 8.88, 15.72, 9.25), (13.91, 7.53, 14.47, 7.91)),
     "sm100": ((21.47, 15.62, 20.06, 14.88), (16.34, 10.06, 16.84, 10.38),
               (15.16, 8.88, 15.59, 9.03), (13.97, 7.69, 14.31, 7.84)),
-    "sm90a": ((15.34, 8.94, 16.19, 9.94), (18.38, 9.75, 18.69, 9.97), (15.94, 9.50, 16.38, 9.84)),
+    "sm90a": ((17.16, 10.81, 18.12, 11.84), (18.12, 11.56, 19.09, 12.12), (18.03, 11.59, 18.53, 12.16)),
 }  # fmt: skip
 PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
     "triton": {"sm80": (13.66, 8.06), "sm90": (13.69, 7.78), "sm100": (13.69, 7.59)},
@@ -73,9 +85,9 @@ class Tile(NamedTuple):
     by: str = "mma"  # the instruction: "mma", "wgmma", "tcgen05"
     at_a_time: int = 1  # on a processor
     high: int = 1  # blocks of a cluster along the rows, which share W + eps
-    wide: int = 1  # and along the outputs, which share x
     passes: float = 1.0  # of W and W + eps through shared memory, beside what the products read
     consumers: int = 0  # instructions of a step that are not counted per value of noise
+    cycles: tuple[int, int] = (0, 0)  # of a step, gaussian and rademacher, where they were measured
 
 
 # Of 8 consumer warps in a step of linear_sm90.h: 59 to 77 for each. Taken for the vendor's, too.
@@ -91,14 +103,13 @@ CUDA_TILES: tuple[Tile, ...] = (
     Tile(16, 64, warps=4, at_a_time=4, passes=3.0),
 )
 SM90_TILES: tuple[Tile, ...] = (
-    Tile(256, 128, by="wgmma", high=2, wide=2, passes=1.5, consumers=_CONSUMERS),
-    Tile(128, 64, by="wgmma", high=2, wide=2, passes=1.5, consumers=_CONSUMERS),
-    Tile(128, 64, by="wgmma", consumers=_CONSUMERS),
+    Tile(256, 128, by="wgmma", high=2, passes=1.5, consumers=_CONSUMERS, cycles=_LARGE),
+    Tile(256, 64, by="wgmma", consumers=_CONSUMERS, cycles=_MIDDLE),
+    Tile(128, 64, by="wgmma", consumers=_CONSUMERS, cycles=_SMALL),
 )
 # Rows and outputs of tiles that a vendor's library may have.
 _VENDOR = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 16))
 _BY = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}
-SPECIAL = {"gaussian": 2.0, "rademacher": 0.0, "none": 0.0}  # of a value: lg2, sqrt, cos and sin for two
 
 
 class Call(NamedTuple):
@@ -153,32 +164,42 @@ class Work(NamedTuple):
     flops: float = 0.0
     rate: float = 1.0  # multiply-adds of a processor and cycle that `flops` go at
     slots: float = 0.0  # instructions of a warp
-    special: float = 0.0
+    drawing: float = 0.0  # cycles of a processor, were nothing else done
     shared: float = 0.0  # bytes
     l2: float = 0.0  # bytes
     memory: float = 0.0  # bytes
+    steps: float = 0.0  # cycles of all steps, where their latency was measured
     filled: float = 1.0  # share of its time that the average processor is at it
     overlap: float = 1.0  # 0: product and noise in turn
+    stall: float = 1.0  # and how much longer that takes
 
     def units(self, chip: Chip) -> dict[str, float]:
         """Seconds."""
         cycles = {
             "tensor": self.flops / 2 / self.rate,
             "issue": self.slots / chip.issue,
-            "special": self.special / chip.special,
+            "draw": self.drawing,
             "shared": self.shared / chip.shared,
             "l2": self.l2 / chip.l2,
+            "step": self.steps,
         }
         rate = chip.processors * chip.clock * self.filled * REACHED
         units = {unit: c / rate for unit, c in cycles.items()}
         return units | {"memory": self.memory / chip.bandwidth / MEMORY_REACHED}
 
+    def launch(self, chip: Chip) -> float:
+        """Seconds until it runs at its rate, and of its end."""
+        return chip.launch + RAMP * (self.flops > 0 or self.drawing > 0)
+
     def seconds(self, chip: Chip) -> float:
         """Without its launch."""
         u = self.units(chip)
         best = max(u.values())
-        in_turn = max(best, u["tensor"] + max(u["issue"], u["special"]))
-        return self.overlap * best + (1 - self.overlap) * in_turn
+        if self.overlap == 1:
+            return best
+        one = max(u["tensor"], u["shared"]) if self.flops else u["memory"]
+        other = max(u["issue"], u["draw"])
+        return max(best, self.stall * (max(one, other) + (1 - self.overlap) * min(one, other)))
 
 
 def _ceil(a: int, b: int) -> int:
@@ -204,8 +225,7 @@ def _tiled(
             drawn: values drawn for each one used.
     """
     steps = _ceil(_ceil(call.length, tile.k), parts)
-    tiles = call.samples * _ceil(call.rows, tile.m * tile.high) * _ceil(call.outputs, tile.n * tile.wide)
-    tiles *= tile.high * tile.wide
+    tiles = call.samples * _ceil(call.rows, tile.m * tile.high) * tile.high * _ceil(call.outputs, tile.n)
     vendor, grid = not instructions, tiles * parts
     adapter = 0 if vendor else tiles * _ceil(call.rank, tile.k)  # steps of it; the first part has them
     products = 2 if call.noise_accum == "split" else 1  # by eps, then by W
@@ -217,21 +237,22 @@ def _tiled(
         around = macs / _MMA * (1 if vendor else 1 - 1 / products)
     # Tensor cores of sm_100 read the half of the second operand that the other block has.
     n = tile.n // 2 if vendor and tile.by == "tcgen05" else tile.n
-    # Clusters of four use 16 processors of a group of 18.
-    each = _ceil(grid, chip.processors // 16 * 16 if tile.high * tile.wide == 4 else chip.processors)
-    filled = grid / (max(each, tile.at_a_time) * chip.processors)
+    filled = grid / (max(_ceil(grid, chip.processors), tile.at_a_time) * chip.processors)
     moved = call.samples * call.N * call.K + call.M * (call.length + call.outputs + call.rank * (not vendor))
-    staged = tile.m + n * (tile.passes + products - 1)
+    # What the copy engine writes does not hold up the vendor's products.
+    staged = 0.0 if vendor else tile.m + n * (tile.passes + products - 1)
+    start = _START * 64 / tile.k / tile.at_a_time
     sums = 4.0 * (parts > 1) * parts * call.M * call.outputs * (1 + vendor)  # ours are read by another kernel
     return Work(
         flops=2.0 * macs,
         rate=chip.mma if tile.by == "mma" else chip.tensor,
         slots=values * instructions / 32 + around,
-        special=values * SPECIAL[call.noise],
+        drawing=values and values / DRAWN[call.noise],
         shared=2.0 * tile.k * (of_product * _operands(tile, n) + of_noise * staged),
-        l2=2.0 * tile.k * of_noise * (tile.m / tile.wide + tile.n / tile.high) + sums,
+        l2=2.0 * tile.k * of_noise * (tile.m + tile.n / tile.high) + sums,
         memory=2.0 * moved,
-        filled=filled * steps / (steps + _START / tile.at_a_time),
+        steps=float(of_noise * tile.cycles[call.noise == "rademacher"]),
+        filled=filled * steps / (steps + start),
     )  # fmt: skip
 
 
@@ -271,11 +292,13 @@ def product(
 
 def perturb_pass(chip: Chip, backend: str, call: Call, values: int, to_memory: bool = True) -> Work:
     """W + eps in one pass, to memory or to what L2 holds."""
+    size = call.size * values
     return Work(
         slots=values * PERTURB[backend][chip.architecture][call.noise == "rademacher"] / 32,
-        special=values * SPECIAL[call.noise],
-        l2=float(2 * call.size * values),
-        memory=float(call.size * values * (1 + to_memory)),
+        drawing=values / DRAWN[call.noise],
+        l2=2.0 * size,
+        memory=float(size + to_memory * (size - resident(chip, size))),
+        overlap=OVERLAP,
     )
 
 
@@ -292,7 +315,8 @@ def _fused(chip: Chip, backend: str, call: Call) -> tuple[Work, int]:
     if not half:
         work = product(chip, call.M, call.outputs, call.length, call.size)
         noise = perturb_pass(chip, backend, call, call.N * call.K * call.samples * _ceil(call.rows, 64))
-        return work._replace(slots=work.slots + noise.slots, special=noise.special, overlap=OVERLAP), 1
+        slots = work.slots + noise.slots
+        return work._replace(slots=slots, drawing=noise.drawing, overlap=OVERLAP, stall=STALL), 1
     if backend == "triton":
         config, tiles = configs.linear(
             arch, "half", call.direction, call.samples, call.rows, call.outputs, chip.processors,
@@ -308,32 +332,51 @@ def _fused(chip: Chip, backend: str, call: Call) -> tuple[Work, int]:
             more = {"flops": 2 * macs, "slots": work.flops / 2 / m * MAKES_U / 32, "l2": 2 * macs / m}
             more["shared"] = 2 * more["l2"]
             work = work._replace(**{unit: getattr(work, unit) + amount for unit, amount in more.items()})
-        return work._replace(overlap=OVERLAP), parts
+        return work._replace(overlap=_overlap(tile), stall=STALL), parts
     small = call.noise_accum == "split"  # has the small tiles alone
     if arch == "sm90" and call.rows > 64 and not small:
-        cuda, rows, table = SM90_TILES, slice(3), "sm90a"
-    else:
-        rows = slice(3, 4) if call.rows <= 16 else slice(2, 3) if call.rows <= 64 or small else slice(2)
-        cuda, table = CUDA_TILES, "sm100" if arch == "sm100" else "sm80"
+        best, parts = _sm90_choice(chip, call)
+        return _tiled(chip, SM90_TILES[best], call, parts, call.choose(CUDA["sm90a"][best])), parts
+    rows = slice(3, 4) if call.rows <= 16 else slice(2, 3) if call.rows <= 64 or small else slice(2)
+    table, tiles = CUDA["sm100" if arch == "sm100" else "sm80"][rows], CUDA_TILES[rows]
     # The choice does not depend on the noise.
     gaussian = call._replace(noise="gaussian")
-    counts = [gaussian.choose(c) for c in CUDA[table][rows]]
-    best, parts = _best(chip, cuda[rows], gaussian, call.workspace // part, counts)
-    work = _tiled(chip, cuda[rows][best], call, parts, call.choose(CUDA[table][rows][best]))
-    return work._replace(overlap=1.0 if table == "sm90a" else OVERLAP), parts
+    best, parts = _best(chip, tiles, gaussian, call.workspace // part, [gaussian.choose(c) for c in table])
+    work = _tiled(chip, tiles[best], call, parts, call.choose(table[best]))
+    return work._replace(overlap=_overlap(tiles[best]), stall=STALL), parts
+
+
+def _overlap(tile: Tile) -> float:
+    return OVERLAP if tile.at_a_time > 1 else 0.0
+
+
+def _sm90_choice(chip: Chip, call: Call) -> tuple[int, int]:
+    """The tile and the parts that csrc/cuda/linear_sm90.cu takes."""
+    steps, values = _ceil(call.length, 64), call.M * call.outputs
+
+    def cycles(choice: tuple[int, int]) -> float:
+        at, parts = choice
+        tile = SM90_TILES[at]
+        tiles = call.samples * _ceil(call.rows, tile.m * tile.high) * _ceil(call.outputs, tile.n)
+        turns = _ceil(tiles * parts, chip.processors // tile.high)
+        sums = parts * values * 16 / 25 / chip.processors if parts > 1 else 0.0
+        return turns * (_ceil(steps, parts) + 4) * tile.cycles[0] + sums
+
+    most = max(1, min(call.workspace // (4 * values), steps // 8))
+    return min(itertools.product(range(len(SM90_TILES)), range(1, most + 1)), key=cycles)
 
 
 # --- Calls ---
 
 
 def resident(chip: Chip, size: int) -> int:
-    """Of `size` bytes that were just used, those that L2 still holds: all or none."""
-    return size if 2 * size <= chip.l2_bytes else 0
+    """Of `size` bytes that were just used, those that L2 still holds."""
+    return min(size, chip.l2_bytes // 2)
 
 
 def total(chip: Chip, works: list[Work], workspace: int = 0) -> Cost:
     """Of kernels that follow each other."""
-    units = {"launch": len(works) * chip.launch}
+    units = {"launch": CALL + sum(work.launch(chip) for work in works)}
     for work in works:
         for unit, seconds in work.units(chip).items():
             units[unit] = units.get(unit, 0.0) + seconds
@@ -345,8 +388,8 @@ def works(chip: Chip, backend: str, how: str, call: Call) -> tuple[list[Work], i
     """The kernels of a call on a GPU in the order of their launches, and the bytes of workspace.
 
     Args:
-        how: a strategy, "perturb" (W + eps to memory in one pass, the vendor's product, the adapter's two: the best
-            that is not fused) or "plain" (the vendor's product alone).
+        how: a strategy, "perturb" (W + eps to memory in one pass, the vendor's product, the adapter's two, the last out
+            of place, as the benchmark has it) or "plain" (the vendor's product alone).
     """
     M, outputs, length, size = call.M, call.outputs, call.length, call.size
     if how == "plain":
@@ -364,7 +407,9 @@ def works(chip: Chip, backend: str, how: str, call: Call) -> tuple[list[Work], i
         weight = outputs * length * size
         multiply = product(chip, call.rows, outputs, length, size, resident(chip, weight))
         draw = perturb_pass(chip, backend, call, outputs * length)
-        return [*call.samples * [draw, multiply], *down, *onto], weight
+        # torch.addmm copies what it adds to.
+        copy = Work(l2=2.0 * M * outputs * size, memory=float(2 * M * outputs * size - 2 * y_held))
+        return [*call.samples * [draw, multiply], *down, *[copy] * bool(up), *onto], weight
     if how == "panel":
         found = panel.slices(outputs, length, size, call.workspace)
         count, width = len(found) * call.samples, found[0][1]
@@ -373,7 +418,7 @@ def works(chip: Chip, backend: str, how: str, call: Call) -> tuple[list[Work], i
         draw = perturb_pass(chip, backend, call, width * length, to_memory=False)
         # "split": by eps, and by W.
         products = [multiply] * (2 if call.noise_accum == "split" else 1)
-        return [*down, *up, *count * [draw, *products]], min(2, len(found)) * width * length * size
+        return [*down, *up, *count * [draw, *products]], width * length * size
     work, parts = _fused(chip, backend, call)
     down = [] if makes_u(backend, call) else down
     work = work._replace(memory=work.memory - (a_held if down else 0))
@@ -396,14 +441,7 @@ def cost(chip: Chip, backend: str, strategy: str, call: Call) -> Cost:
     if backend == "cpu":
         return _cpu(chip, strategy, call)
     kernels, workspace = works(chip, backend, strategy, call)
-    all_of_it = total(chip, kernels, workspace)
-    if strategy != "panel" or call.noise == "none":
-        return all_of_it
-    # All slices but the first are drawn on a stream of their own, where processors are idle.
-    drawn = [at for at, work in enumerate(kernels) if work.slots and not work.flops]
-    draw, multiply = kernels[drawn[0]], kernels[drawn[0] + 1]
-    hidden = chip.launch + min(draw.seconds(chip), (1 - multiply.filled) * multiply.seconds(chip))
-    return all_of_it._replace(seconds=all_of_it.seconds - (len(drawn) - 1) * hidden)
+    return total(chip, kernels, workspace)
 
 
 def plain(chip: Chip, call: Call) -> Cost:

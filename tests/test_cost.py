@@ -274,7 +274,7 @@ def test_panels_are_drawn_one_at_a_time() -> None:
 
 
 def test_parts_and_tiles_of_sm90_are_those_that_csrc_takes() -> None:
-    """As csrc/cuda/linear_sm90.cu: 256 rows have 64 tiles of the middle size, for which there are two parts' workspace."""
+    """As csrc/cuda/linear_sm90.cu: 256 rows have 64 middle tiles, and workspace for two parts."""
     for M, tile, parts in ((128, 2, 2), (256, 1, 2), (1024, 0, 1), (2048, 0, 1), (8192, 0, 1)):
         assert cost._sm90_choice(H100, call(M=M)) == (tile, parts), M
 
