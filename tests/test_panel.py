@@ -12,6 +12,7 @@ from targets import Target, randn
 
 import flatlora_kernels as fk
 from flatlora_kernels import panel
+from flatlora_kernels.arguments import workspace_limit
 
 DRAWS = [
     {},
@@ -50,6 +51,23 @@ def test_slices_cover_all_within_the_limit(outputs: int, length: int, limit: int
     if len(found) > 1:
         fewest = -(-outputs // max(limit // (length * 2) // 64 * 64, 8))
         assert len(found) <= max(fewest, -(-outputs // max(limit // (length * 2) // 8 * 8, 8)))
+
+
+def test_the_caller_may_allow_more_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    size = 2 * weight.numel()
+    assert workspace_limit(weight) == size // 4
+    assert workspace_limit(torch.empty(14336, 4096, dtype=torch.bfloat16, device="meta")) == 16 * MIB
+    for allowed, limit, count in ((16 * MIB, 16 * MIB, 2), (1 << 40, size, 1), (MIB, MIB, 32)):
+        monkeypatch.setenv("FLATLORA_WORKSPACE", str(allowed))
+        assert workspace_limit(weight) == limit
+        found, taken = panel.workspace(weight, "cuda", False)
+        assert len(found) == count and taken <= limit
+    monkeypatch.setenv("FLATLORA_WORKSPACE", "16M")
+    with pytest.raises(ValueError, match="FLATLORA_WORKSPACE: expected a number of bytes, got '16M'"):
+        workspace_limit(weight)
+    monkeypatch.setenv("FLATLORA_WORKSPACE", "")
+    assert workspace_limit(weight) == size // 4
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
