@@ -29,11 +29,13 @@ from torch import Tensor
 from flatlora_kernels import backends, panel
 from flatlora_kernels.noise import KINDS, Draw
 
-# Of the relative error ||y - exact|| / ||exact||: rounding the output alone gives half of it.
-TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-5}
+# Of the relative error ||y - exact|| / ||exact||. In 16 bits rounding the output alone gives half of it.
+TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-6}
 HALF = ("bfloat16", "float16")
 SM80 = {"large": 0, "middle": 1, "any": 2, "few": 3}
 SM90 = {"sm90 large": 1000, "sm90 middle": 1001, "sm90 small": 1002}
+# Yields (case, what computes its error, the most it may be).
+Family = Callable[[], Iterator[tuple[str, Callable[[], float], float]]]
 # M, N, K, rank, samples: tiles that are full, tiles that are not, several samples.
 SHAPES = ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2))
 FEW = ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2))
@@ -86,7 +88,6 @@ class Problem:
         samples: int,
         dtype: str,
         noise: str,
-        scale: float = 1.0,
         fresh: int = 0,
     ) -> None:
         self.dtype = getattr(torch, dtype)
@@ -96,7 +97,7 @@ class Problem:
         self.A = self._randn(rank, K, K**-0.5) if rank else None
         self.B = self._randn(N, rank, 0.1) if rank else None
         self.v = self._randn(M, rank) if rank else None
-        row_scale = scale * SIGMA * K**-0.5 * (0.5 + torch.rand(N, device=DEVICE, generator=self.generator))
+        row_scale = SIGMA * K**-0.5 * (0.5 + torch.rand(N, device=DEVICE, generator=self.generator))
         seed = torch.tensor(0x9E3779B97F4A7C15 - 2**64 + fresh, device=DEVICE)
         self.draw = Draw(row_scale, seed, 3, noise, samples)
 
@@ -115,9 +116,8 @@ class Problem:
         )
 
     def panel_forward(self, module: Any) -> Tensor:
-        return panel.linear(module.perturb, self.x, self.weight, self.A, self.B, None, None, 0.75, self.draw)[
-            0
-        ]
+        adapter = (self.A, self.B, None, None, 0.75)
+        return panel.linear(module.perturb, self.x, self.weight, *adapter, self.draw)[0]
 
     def panel_input_grad(self, module: Any) -> Tensor:
         return panel.linear_input_grad(module.perturb, self.dy, self.weight, self.A, self.v, self.draw)
@@ -148,15 +148,12 @@ class Problem:
 # --- check ---
 
 
-def _families(
-    libraries: list[str],
-) -> dict[str, Callable[[], Iterator[tuple[str, Callable[[], float], float]]]]:
-    """Name -> yields (case, what computes its relative error, the most it may be)."""
+def _families(libraries: list[str]) -> dict[str, Family]:
     found: dict[str, Any] = {}
     for backend in ["cuda", *(f"cuda@{name}" for name in libraries)]:
         found[f"{backend} passes"] = lambda b=backend: _passes(b)
         for name, config in SM80.items():
-            if not (backend.partition("@")[2]):
+            if backend == "cuda":  # other builds are of the sm_90a kernel
                 found[f"{backend} {name}"] = lambda b=backend, n=name, c=config: _products(
                     b,
                     c,
@@ -184,7 +181,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def _again(run: Callable[[], Tensor], exact: Tensor) -> float:
-    """The error, and NaN where a repetition gives other bits."""
+    """The relative error; raises where a repetition gives other bits."""
     first = run()
     error = _error(first, exact)
     for _ in range(4):
@@ -240,7 +237,7 @@ def _passes(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
                     module.perturb(None, draw, got)
                 return (got - exact).abs().max().item()
 
-            yield f"perturb {noise} {dtype}", perturb, TOLERANCE[dtype] / (1 if dtype == "bfloat16" else 0.1)
+            yield f"perturb {noise} {dtype}", perturb, TOLERANCE[dtype]
             if dtype == "float32":
                 yield f"z {noise}, largest difference", generator, 1e-4 if noise == "gaussian" else 0.0
         for rank in (0, 16):
@@ -258,7 +255,7 @@ def _passes(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             yield f"row_sq_norms rank {rank} {dtype}", norms, 1e-5
 
 
-def _check_family(name: str, family: Callable[[], Iterator[tuple[str, Callable[[], float], float]]]) -> int:
+def _check_family(name: str, family: Family) -> int:
     # Fresh memory is NaN: what a kernel does not write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -288,18 +285,16 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
     }
     failed = 0
     for name, process in running.items():
+        ended = ""
         try:
             status = process.wait(max(limit - (time.perf_counter() - start), 0.1))
+            if status < 0:
+                ended = f"ended by signal {-status}"
         except subprocess.TimeoutExpired:
             process.kill()
-            status = -9
-            _write(
-                "check", {"family": name, "case": "all", "ok": False, "raised": f"not done in {limit:.0f} s"}
-            )
-        if status < 0 and status != -9:
-            _write(
-                "check", {"family": name, "case": "all", "ok": False, "raised": f"ended by signal {-status}"}
-            )
+            status, ended = -1, f"not done in {limit:.0f} s"
+        if ended:
+            _write("check", {"family": name, "case": "all", "ok": False, "raised": ended})
         failed += status != 0
         print(f"{'right' if status == 0 else 'WRONG':6} {name}", flush=True)
     print(

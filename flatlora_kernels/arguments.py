@@ -16,9 +16,7 @@ from .noise import Draw
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NOISE = {"gaussian": 1, "rademacher": 2}
-_WORKSPACE = (
-    16 << 20
-)  # bytes for one call; never more than a quarter of the weight, unless FLATLORA_WORKSPACE allows
+_WORKSPACE = 16 << 20  # bytes for one call, see workspace_limit
 
 _NOISE_FIELDS = "qPqPqqqqqq"
 _WEIGHT_FIELDS = "Pqq"

@@ -1,9 +1,8 @@
 """Strategy "panel": W + eps is written a slice at a time into a small workspace, for the vendor's product.
 
 The slices are of outputs, rows of the weight in forward and columns in the input gradient, so that each is a whole
-contraction and nothing is added up in 16 bits. One slice at a time, as wide as the workspace allows: on an H100 two of
-half the width that take turns, one drawn on a stream of its own while the product reads the other, were slower by a
-third, because a product leaves no multiprocessor to draw on and a narrow one does not fill them.
+contraction and nothing is added up in 16 bits. One slice at a time, as wide as the workspace allows: a product leaves
+no multiprocessor to draw the next slice on, and a narrower one does not fill them (docs/design.md).
 """
 
 from __future__ import annotations

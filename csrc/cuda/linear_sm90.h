@@ -55,9 +55,9 @@ struct Sm90Linear {
   // A line of the tile of W is 64 columns of a row, 128 bytes.
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
-  static constexpr int kRows = kNoise == Noise::kRademacher || kShare >= 64 ? 4 : 2;  // lines of a thread
+  static constexpr int kRows = 4;  // lines of a thread
   static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
-  static_assert(kShare <= 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
+  static_assert(kShare == 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
   const LinearJob& job;
   gpu::Shared stages;
@@ -131,7 +131,6 @@ struct Sm90Linear {
   FLATLORA_DEVICE uint32_t first_line() const {
     return uint32_t(rank) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
   }
-  FLATLORA_DEVICE static bool has_lines() { return kShare == 16 * kRows || gpu::thread() % 128 / 8 * kRows < kShare; }
   // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
   FLATLORA_DEVICE int64_t first_row() const { return kInputGrad ? first_line() % 64 : first_out + first_line(); }
   FLATLORA_DEVICE int64_t first_column() const {
@@ -255,7 +254,7 @@ struct Sm90Linear {
       FLATLORA_NO_UNROLL
       for (; step < lora_steps; step += kTurns, advance()) {
         open(ring, u_map, step * kTile.k);
-        if (has_lines()) store_adapter(ring.slot, step * kTile.k);
+        store_adapter(ring.slot, step * kTile.k);
         close(ring);
       }
 
@@ -266,7 +265,7 @@ struct Sm90Linear {
       const int64_t from_step = kInputGrad ? kColumns * args.weight.row_stride : kColumns;
       const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
       const int64_t scale_step = kColumns * args.noise.scale_stride;
-      const int limit = !has_lines() ? 0 : int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
+      const int limit = int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
       Lines next;
       next.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
       Rows rows;
@@ -302,12 +301,10 @@ struct Sm90Linear {
           FLATLORA_UNROLL
           for (int i = 0; i < kRows; ++i) rows.factor[i] = lines.left > 0 ? rows.factor[i] : 0.0f;
         }
-        if (has_lines()) perturb(lines.w, draw, rows, block);
+        perturb(lines.w, draw, rows, block);
         open(ring, a_map, at, fetched);
-        if (has_lines()) {
-          FLATLORA_UNROLL
-          for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
-        }
+        FLATLORA_UNROLL
+        for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
         close(ring);
       }
       first = step - steps;  // of the next tile

@@ -246,7 +246,8 @@ FLATLORA_DEVICE void mbarrier_arrive_expect(Shared barrier, int bytes) {
   FLATLORA_SM90(
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"));
 }
-// Arrives at the barrier that block `rank` of the cluster has at this address.
+// Arrives at the barrier that block `rank` of the cluster has at this address. Like the waits without a scope, which of
+// the cluster would become fences of the whole GPU: what is handed over are stages that nobody reads any more.
 FLATLORA_DEVICE void mbarrier_arrive_cluster(Shared barrier, int rank) {
   FLATLORA_SM90(
       asm volatile("{\n"
@@ -256,7 +257,7 @@ FLATLORA_DEVICE void mbarrier_arrive_cluster(Shared barrier, int rank) {
                    "}" ::"r"(barrier),
                    "r"(rank) : "memory"));
 }
-// Until the phase of this parity has ended. Acquires what arrivals of the whole cluster released.
+// Until the phase of this parity has ended.
 FLATLORA_DEVICE void mbarrier_wait(Shared barrier, uint32_t parity) {
   FLATLORA_SM90(
       asm volatile("{\n"
