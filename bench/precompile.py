@@ -46,7 +46,7 @@ def using(tile: Any) -> Iterator[None]:
     if tile is None:
         yield
         return
-    from flatlora_kernels.triton_kernels import configs
+    from flatlora_kernels.triton_kernels import configs, launch
 
     rule = configs.linear
     signature = inspect.signature(rule)
@@ -57,30 +57,22 @@ def using(tile: Any) -> Iterator[None]:
         return tile, given["samples"] * rows * outputs
 
     configs.linear = linear
+    launch.forget()
     try:
         yield
     finally:
         configs.linear = rule
+        launch.forget()
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[list[Any]]:
     """Launches of Triton kernels inside are compiled, not run; yields the compiled kernels."""
-    from triton.runtime.jit import JITFunction
+    from flatlora_kernels.triton_kernels import launch
 
-    run = JITFunction.run
     seen: list[Any] = []
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        seen.append(kernel)
-        return kernel
-
-    JITFunction.run = compile_only
-    try:
+    with launch.instead(lambda kernel, arguments, compile: seen.append(compile())):
         yield seen
-    finally:
-        JITFunction.run = run
 
 
 @functools.lru_cache(1)

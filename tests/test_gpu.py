@@ -496,21 +496,21 @@ def test_unaligned_memory(gpu: Target, dtype: torch.dtype, rows: int, which: str
     compare.check_problem(gpu, p)
 
 
-def test_descriptors_are_made_of_aligned_matrices_alone(gpu: Target) -> None:
+def test_the_copy_engine_reads_aligned_matrices_alone(gpu: Target) -> None:
     if gpu.backend != "triton":
         pytest.skip("of Triton")
-    from flatlora_kernels.triton_kernels.launch import descriptor
+    from flatlora_kernels.triton_kernels.launch import addressable
 
     device = gpu.device
     good = randn(64, 72, dtype=torch.bfloat16, device=device)
-    assert descriptor(good, (16, 64)) is not None
-    assert descriptor(shifted(good), (16, 64)) is None
-    assert descriptor(shifted(good, 8), (16, 64)) is not None
-    assert descriptor(good.t(), (16, 64)) is None
-    assert descriptor(randn(64, 71, dtype=torch.bfloat16, device=device), (16, 64)) is None
-    assert descriptor(good[::2], (16, 64)) is not None
-    assert descriptor(good[:, 1:], (16, 64)) is None
-    assert descriptor(good[:1].expand(64, 72), (16, 64)) is None
+    assert addressable(good)
+    assert not addressable(shifted(good))
+    assert addressable(shifted(good, 8))
+    assert not addressable(good.t())
+    assert not addressable(randn(64, 71, dtype=torch.bfloat16, device=device))
+    assert addressable(good[::2])
+    assert not addressable(good[:, 1:])
+    assert not addressable(good[:1].expand(64, 72))
 
 
 @pytest.mark.parametrize("rows", [16, 48, 300])

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,13 @@ def inline_asm(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@pytest.fixture(autouse=True)
+def prepared_anew() -> Iterator[None]:
+    launch.forget()
+    yield
+    launch.forget()
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the kernels believe that they run on another machine."""
@@ -80,6 +87,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for module in (launch, forward, input_grad, perturb, row_norms, adapter_grads):
             if hasattr(module, "machine_of"):
                 monkeypatch.setattr(module, "machine_of", lambda tensor: machine)
+        launch.forget()
 
     monkeypatch.setattr(tl, "inline_asm_elementwise", inline_asm)
     turn = 2 * np.pi
@@ -187,21 +195,23 @@ def test_tensor_descriptors(
         monkeypatch.setattr(
             module, "descriptor", lambda *args: made.append(launch.descriptor(*args)) or made[-1]
         )
+    monkeypatch.setattr(configs, "DESCRIPTOR_ROWS", 0)  # the tiles here are small
     p = problem(*shape, torch.bfloat16, rank=4, bias=True, samples=samples, sample_offset=1, noise=noise)
     check_problem(TRITON, p)
-    assert [d is not None for d in made].count(True) == described
+    assert len(made) == described
 
 
-def test_descriptor_of_a_part_of_a_matrix(on: Any) -> None:
+def test_descriptor_of_a_part_of_a_matrix(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a wider matrix: what lies beside them is neither read nor multiplied by zero."""
     on("sm90")
+    monkeypatch.setattr(configs, "DESCRIPTOR_ROWS", 0)
     p = problem(21, 72, 136, torch.bfloat16)
     for name in ("x", "grad_y"):
         inside = getattr(p, name)
         wide = torch.full((inside.shape[0] + 16, inside.shape[1] + 24), float("nan"), dtype=inside.dtype)
         part = wide[8:-8, 8 : 8 + inside.shape[1]]
         setattr(p, name, part.copy_(inside))
-        assert launch.descriptor(part, (16, 64)) is not None
+        assert launch.addressable(part)
     check_problem(TRITON, p)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import INTERPRETED, by_eight, launch, machine_of, rank_block
+from .launch import INTERPRETED, Kernel, by_eight, facts, machine_of, prepared, rank_block
 from .split import add_splits
 from .tile import dot, round_to
 
@@ -20,6 +20,7 @@ def _adapter_grads_kernel(
     lora_B,  # (N, r)
     v,  # float32 parts (tiles of columns, M, r)
     grad_B,  # float32 parts (parts of the rows, N, r)
+    scaling: tl.float32,
     M,
     N,
     rank,
@@ -27,7 +28,6 @@ def _adapter_grads_kernel(
     stride_ym,
     stride_bn,
     stride_br,
-    scaling,
     MULTIPLE: tl.constexpr,  # as in the forward kernel
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,23 +93,13 @@ def takes(grad_y: Tensor, u: Tensor) -> bool:
     return able and grad_y.element_size() == 2 and by_eight(grad_y) and u.is_contiguous()
 
 
-def adapter_grads(grad_y: Tensor, u: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """v = scaling dY lora_B, (M, r), and dB = scaling dY^T u, (N, r), of dY's type; see `takes`.
-
-    grad_y: (M, N), of 16 bits; u: (M, r), contiguous, of dY's type; lora_B: (N, r); r <= 32.
-    """
+def _prepare(grad_y: Tensor, u: Tensor, lora_B: Tensor) -> tuple[int, int, Kernel]:
+    """The tiles of columns, the parts of the rows, and what makes v and dB of them."""
     (M, N), rank = grad_y.shape, u.shape[1]
     config = configs.ADAPTER_GRADS
     tiles = triton.cdiv(N, config.block_n)
     parts, steps_per_part = _parts(M, N, machine_of(grad_y).processors)
-    v_parts = grad_y.new_empty((tiles, M, rank), dtype=torch.float32)
-    B_parts = grad_y.new_empty((parts, N, rank), dtype=torch.float32)
-    arguments = {
-        "grad_y": grad_y,
-        "u": u,
-        "lora_B": lora_B,
-        "v": v_parts,
-        "grad_B": B_parts,
+    rest = {
         "M": M,
         "N": N,
         "rank": rank,
@@ -117,14 +107,25 @@ def adapter_grads(grad_y: Tensor, u: Tensor, lora_B: Tensor, scaling: float) -> 
         "stride_ym": grad_y.stride(0),
         "stride_bn": lora_B.stride(0),
         "stride_br": lora_B.stride(1),
-        "scaling": scaling,
         "MULTIPLE": 8,
         "BLOCK_R": rank_block(rank),
         "BLOCK_M": config.block_k,
         "BLOCK_N": config.block_n,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_adapter_grads_kernel, (tiles, parts), grad_y.device, arguments, options)
+    return tiles, parts, Kernel(_adapter_grads_kernel, (tiles, parts), grad_y, rest, options)
+
+
+def adapter_grads(grad_y: Tensor, u: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """v = scaling dY lora_B, (M, r), and dB = scaling dY^T u, (N, r), of dY's type; see `takes`.
+
+    grad_y: (M, N), of 16 bits; u: (M, r), contiguous, of dY's type; lora_B: (N, r); r <= 32.
+    """
+    (M, N), rank = grad_y.shape, u.shape[1]
+    tiles, parts, kernel = prepared(_prepare, facts(grad_y, u, lora_B), grad_y, u, lora_B)
+    v_parts = grad_y.new_empty((tiles, M, rank), dtype=torch.float32)
+    B_parts = grad_y.new_empty((parts, N, rank), dtype=torch.float32)
+    kernel(grad_y, u, lora_B, v_parts, B_parts, scaling)
     v, grad_B = grad_y.new_empty((M, rank)), grad_y.new_empty((N, rank))
     add_splits(v_parts, None, v, B_parts, grad_B)
     return v, grad_B

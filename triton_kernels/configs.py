@@ -30,6 +30,7 @@ class Pass(NamedTuple):
     steps: int = 1  # tiles of columns that one program goes through
 
 
+DESCRIPTOR_ROWS = 64  # a tile of so many is loaded without a descriptor, which takes the host 8 us
 GROUP_M = 8  # tiles of rows that take turns on one tile of the weight
 ANY = 1 << 62
 
@@ -183,7 +184,7 @@ ADAPTER_GRADS = Pass(256, 64, 8, 2)  # columns and rows of dY
 ADAPTER_GRADS_PARTS = 16  # of the rows, at most
 ADAPTER_GRADS_BYTES = 48 << 20  # of dY at least, what an L2 holds: below, reading it twice costs little
 ADAPTER_GRADS_WORKSPACE = 16 << 20
-ADD_SPLITS_BLOCK = 1024
+ADD_SPLITS_BLOCK = 512
 # The forward makes u = x A^T itself up to so many rows that see one sample, rank, and elements of a weight of 16 bits:
 # its loop then has 3 to 6 % more instructions (docs/kernels.md), and there is a launch less.
 U_ROWS, U_RANK, U_WEIGHT = 16, 16, 1 << 26

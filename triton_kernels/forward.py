@@ -10,7 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import INTERPRETED, by_eight, descriptor, draw_arguments, launch, machine_of, plan, rank_block
+from .launch import (
+    CHANGING,
+    INTERPRETED,
+    Kernel,
+    Plan,
+    by_eight,
+    descriptor,
+    draw_constants,
+    draw_facts,
+    facts,
+    machine_of,
+    plan,
+    precision_of,
+    prepared,
+    rank_block,
+)
 from .split import add_splits
 from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
@@ -34,16 +49,8 @@ def _load_B(lora_B, n, r, rank, stride_bn, stride_br, DTYPE: tl.constexpr, BLOCK
 
 
 @triton.jit(
-    do_not_specialize=[
-        "M",
-        "rows_per_sample",
-        "steps_per_split",
-        "scaling",
-        "stream_id",
-        "sample_offset",
-        "row_offset",
-        "col_offset",
-    ]
+    do_not_specialize=[*CHANGING, "scaling", "M", "rows_per_sample", "steps_per_split"],
+    do_not_specialize_on_alignment=["seed"],
 )
 def _linear_forward_kernel(
     x,  # (M, K), or its descriptor
@@ -55,6 +62,11 @@ def _linear_forward_kernel(
     noise_scale,  # (N,)
     seed,
     y,  # (M, N), or with SPLIT float32 partial sums (splits, M, N); contiguous
+    scaling: tl.float32,
+    stream_id: tl.int64,
+    sample_offset: tl.int64,
+    row_offset: tl.int64,
+    col_offset: tl.int64,
     M,
     N,
     K,
@@ -71,11 +83,6 @@ def _linear_forward_kernel(
     stride_br,
     stride_bias,
     stride_scale,
-    scaling,
-    stream_id,
-    sample_offset,
-    row_offset,
-    col_offset,
     NOISE: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -212,9 +219,61 @@ def _linear_forward_kernel(
 def makes_u(x: Tensor, weight: Tensor, rank: int, samples: int) -> bool:
     """Whether `linear_forward` had better make u itself: so few rows that a launch saved is more than A read again."""
     few = 0 < x.shape[0] <= configs.U_ROWS * samples and 0 < weight.numel() <= configs.U_WEIGHT
+    if not (few and 0 < rank <= configs.U_RANK):
+        return False
     regular = INTERPRETED or (x.element_size() == 2 and by_eight(x) and by_eight(weight))
-    regular = regular and machine_of(x).arithmetic != "amdgcn"  # whose scalar registers it would spill
-    return few and 0 < rank <= configs.U_RANK and regular
+    return regular and machine_of(x).arithmetic != "amdgcn"  # whose scalar registers it would spill
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    rank: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    draw: Any,
+    noise_accum: str,
+    workspace: int,
+    precision: str,
+) -> tuple[Plan, Kernel]:
+    (M, K), N = x.shape, weight.shape[0]
+    p = plan("forward", x, weight, N, draw.samples, noise_accum, workspace, precision)
+    rest = {
+        "M": M,
+        "N": N,
+        "K": K,
+        "rank": rank,
+        "rows_per_sample": p.rows_per_sample,
+        "steps_per_split": p.steps_per_split,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
+        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
+        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
+        "stride_br": 0 if lora_B is None else lora_B.stride(1),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "stride_scale": draw.noise_scale.stride(0),
+        **draw_constants(draw, p.machine),
+        "PRECISION": precision,
+        "USE_DESCRIPTOR": p.box is not None,
+        "EVEN": K % p.config.block_in == 0,
+        "MULTIPLE": 8 if p.regular else 1,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_R": rank_block(rank),
+        "MAKES_U": lora_A is not None,
+        "SPLIT": p.splits > 1,
+        "APART": noise_accum == "split",
+        "CARRY": p.config.carry,
+        "GROUP_M": configs.GROUP_M,
+        "BLOCK_M": p.config.block_m,
+        "BLOCK_N": p.config.block_out,
+        "BLOCK_K": p.config.block_in,
+    }
+    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
+    return p, Kernel(_linear_forward_kernel, (p.tiles, p.splits), x, rest, options)
 
 
 def linear_forward(
@@ -235,59 +294,26 @@ def linear_forward(
     lora_A: (r, K), r <= 32, in place of u, which is then made in the kernel's own pass over x; see `makes_u`.
     draw: `flatlora_kernels.noise.Draw`. noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
     """
-    (M, K), N = x.shape, weight.shape[0]
-    p = plan("forward", x, weight, N, draw.samples, noise_accum, workspace)
+    (M, _), N = x.shape, weight.shape[0]
+    rank = 0 if lora_B is None else lora_B.shape[1]
+    precision = precision_of(x)
+    key = (
+        *facts(x, weight, u, lora_A, lora_B, bias, draw.noise_scale), *draw_facts(draw), draw.samples, noise_accum,
+        workspace, precision,
+    )  # fmt: skip
+    p, kernel = prepared(
+        _prepare, key, x, weight, rank, lora_A, lora_B, bias, draw, noise_accum, workspace, precision
+    )
     y = x.new_empty((M, N))
     partial = y if p.splits == 1 else x.new_empty((p.splits, M, N), dtype=torch.float32)
     u_partial = u
     if lora_A is not None:
-        u = x.new_empty((M, lora_A.shape[0]))
-        u_partial = u if p.splits == 1 else x.new_empty((p.splits, *u.shape), dtype=torch.float32)
-    x_tiles = descriptor(x, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
-    rank = 0 if u is None else u.shape[1]
-    arguments = {
-        "x": x if x_tiles is None else x_tiles,
-        "weight": weight,
-        "u": u_partial,
-        "lora_A": lora_A,
-        "lora_B": lora_B,
-        "bias": bias,
-        "y": partial,
-        "M": M,
-        "N": N,
-        "K": K,
-        "rank": rank,
-        "rows_per_sample": p.rows_per_sample,
-        "steps_per_split": p.steps_per_split,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
-        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
-        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
-        "stride_br": 0 if lora_B is None else lora_B.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0),
-        "scaling": scaling,
-        "sample_offset": draw.sample_offset,
-        **draw_arguments(draw, p.machine),
-        "PRECISION": p.precision,
-        "USE_DESCRIPTOR": x_tiles is not None,
-        "EVEN": K % p.config.block_in == 0,
-        "MULTIPLE": 8 if p.regular else 1,
-        "HAS_BIAS": bias is not None,
-        "BLOCK_R": rank_block(rank),
-        "MAKES_U": lora_A is not None,
-        "SPLIT": p.splits > 1,
-        "APART": noise_accum == "split",
-        "CARRY": p.config.carry,
-        "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": p.config.block_m,
-        "BLOCK_N": p.config.block_out,
-        "BLOCK_K": p.config.block_in,
-    }
-    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
-    launch(_linear_forward_kernel, (p.tiles, p.splits), x.device, arguments, options)
+        u = x.new_empty((M, rank))
+        u_partial = u if p.splits == 1 else x.new_empty((p.splits, M, rank), dtype=torch.float32)
+    kernel(
+        x if p.box is None else descriptor(x, p.box), weight, u_partial, lora_A, lora_B, bias, draw.noise_scale,
+        draw.seed, partial, scaling, draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
+    )  # fmt: skip
     if p.splits > 1:
         add_splits(partial, bias, y, *(() if lora_A is None else (u_partial, u)))
     return y, u

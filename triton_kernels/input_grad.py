@@ -10,7 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import descriptor, draw_arguments, launch, plan, rank_block
+from .launch import (
+    CHANGING,
+    Kernel,
+    Plan,
+    descriptor,
+    draw_constants,
+    draw_facts,
+    facts,
+    plan,
+    precision_of,
+    prepared,
+    rank_block,
+)
 from .split import add_splits
 from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
 
@@ -28,15 +40,8 @@ def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K
 
 
 @triton.jit(
-    do_not_specialize=[
-        "M",
-        "rows_per_sample",
-        "steps_per_split",
-        "stream_id",
-        "sample_offset",
-        "row_offset",
-        "col_offset",
-    ]
+    do_not_specialize=[*CHANGING, "M", "rows_per_sample", "steps_per_split"],
+    do_not_specialize_on_alignment=["seed"],
 )
 def _linear_input_grad_kernel(
     grad_y,  # (M, N), or its descriptor
@@ -46,6 +51,10 @@ def _linear_input_grad_kernel(
     noise_scale,  # (N,)
     seed,
     grad_x,  # (M, K), or with SPLIT float32 partial sums (splits, M, K); contiguous
+    stream_id: tl.int64,
+    sample_offset: tl.int64,
+    row_offset: tl.int64,
+    col_offset: tl.int64,
     M,
     N,
     K,
@@ -59,10 +68,6 @@ def _linear_input_grad_kernel(
     stride_ar,
     stride_ak,
     stride_scale,
-    stream_id,
-    sample_offset,
-    row_offset,
-    col_offset,
     NOISE: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -168,6 +173,50 @@ def _linear_input_grad_kernel(
         tl.store(grad_x, round_to(acc, DTYPE), mask=inside)
 
 
+def _prepare(
+    grad_y: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    rank: int,
+    draw: Any,
+    noise_accum: str,
+    workspace: int,
+    precision: str,
+) -> tuple[Plan, Kernel]:
+    (M, N), K = grad_y.shape, weight.shape[1]
+    p = plan("input_grad", grad_y, weight, K, draw.samples, noise_accum, workspace, precision)
+    rest = {
+        "M": M,
+        "N": N,
+        "K": K,
+        "rank": rank,
+        "rows_per_sample": p.rows_per_sample,
+        "steps_per_split": p.steps_per_split,
+        "stride_ym": grad_y.stride(0),
+        "stride_yn": grad_y.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
+        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
+        "stride_scale": draw.noise_scale.stride(0),
+        **draw_constants(draw, p.machine),
+        "PRECISION": precision,
+        "USE_DESCRIPTOR": p.box is not None,
+        "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
+        "MULTIPLE": 8 if p.regular else 1,
+        "BLOCK_R": rank_block(rank),
+        "SPLIT": p.splits > 1,
+        "APART": noise_accum == "split",
+        "CARRY": p.config.carry,
+        "GROUP_M": configs.GROUP_M,
+        "BLOCK_M": p.config.block_m,
+        "BLOCK_N": p.config.block_in,
+        "BLOCK_K": p.config.block_out,
+    }
+    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
+    return p, Kernel(_linear_input_grad_kernel, (p.tiles, p.splits), grad_y, rest, options)
+
+
 def linear_input_grad(
     grad_y: Tensor,
     weight: Tensor,
@@ -182,47 +231,20 @@ def linear_input_grad(
     grad_y: (M, N); weight: (N, K); lora_A: (r, K) and v: (M, r) contiguous, or None.
     draw, noise_accum: the forward's. workspace: bytes of scratch memory allowed.
     """
-    (M, N), K = grad_y.shape, weight.shape[1]
-    p = plan("input_grad", grad_y, weight, K, draw.samples, noise_accum, workspace)
+    M, K = grad_y.shape[0], weight.shape[1]
+    precision = precision_of(grad_y)
+    key = (
+        *facts(grad_y, weight, v, lora_A, draw.noise_scale), *draw_facts(draw), draw.samples, noise_accum, workspace,
+        precision,
+    )  # fmt: skip
+    rank = 0 if v is None else v.shape[1]
+    p, kernel = prepared(_prepare, key, grad_y, weight, lora_A, rank, draw, noise_accum, workspace, precision)
     grad_x = grad_y.new_empty((M, K))
     partial = grad_x if p.splits == 1 else grad_y.new_empty((p.splits, M, K), dtype=torch.float32)
-    y_tiles = descriptor(grad_y, (p.config.block_m, p.config.block_in)) if p.machine.has_descriptors else None
-    rank = 0 if v is None else v.shape[1]
-    arguments = {
-        "grad_y": grad_y if y_tiles is None else y_tiles,
-        "weight": weight,
-        "v": v,
-        "lora_A": lora_A,
-        "grad_x": partial,
-        "M": M,
-        "N": N,
-        "K": K,
-        "rank": rank,
-        "rows_per_sample": p.rows_per_sample,
-        "steps_per_split": p.steps_per_split,
-        "stride_ym": grad_y.stride(0),
-        "stride_yn": grad_y.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
-        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
-        "sample_offset": draw.sample_offset,
-        **draw_arguments(draw, p.machine),
-        "PRECISION": p.precision,
-        "USE_DESCRIPTOR": y_tiles is not None,
-        "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
-        "MULTIPLE": 8 if p.regular else 1,
-        "BLOCK_R": rank_block(rank),
-        "SPLIT": p.splits > 1,
-        "APART": noise_accum == "split",
-        "CARRY": p.config.carry,
-        "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": p.config.block_m,
-        "BLOCK_N": p.config.block_in,
-        "BLOCK_K": p.config.block_out,
-    }
-    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
-    launch(_linear_input_grad_kernel, (p.tiles, p.splits), grad_y.device, arguments, options)
+    kernel(
+        grad_y if p.box is None else descriptor(grad_y, p.box), weight, v, lora_A, draw.noise_scale, draw.seed, partial,
+        draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
+    )  # fmt: skip
     if p.splits > 1:
         add_splits(partial, None, grad_x)
     return grad_x

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,42 +48,127 @@ def machine_of(tensor: Tensor) -> Machine:
     return Machine("interpreter", 4) if INTERPRETED else _machine(tensor.device.index)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    arguments: dict[str, Any],
-    options: dict[str, Any],
-) -> None:
-    """`arguments`: by the names of the kernel's parameters. Multiply-adds are fused where the source says so only."""
-    if not INTERPRETED:
-        options = {**options, "enable_fp_fusion": False}
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
-    else:
-        kernel[grid](**arguments, **options)
+# Parameters of kernels that change from one call to the next: their values select no machine code.
+CHANGING = ("stream_id", "sample_offset", "row_offset", "col_offset")
+_REMEMBERED = 4096  # calls, in each of which everything but addresses is the same
+_prepared: dict[Any, Any] = {}
+_thread = threading.local()
+# The rest of what a launch takes from torch.
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
-def descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:
-    """Of a matrix that the hardware can address: 16-byte aligned rows of contiguous elements; else None."""
+def facts(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All of a call's tensors that its tiles and its machine code depend on; the first of them is not None."""
+    found: list[Any] = [tensors[0].device.index]
+    found += [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
+    return tuple(found)
+
+
+def prepared(make: Callable[..., Any], key: tuple[Any, ...], *arguments: Any) -> Any:
+    """`make(*arguments)`, made once for each `key`, which has all that it depends on."""
+    key = (make, key)
+    found = _prepared.get(key)
+    if found is None:
+        if len(_prepared) >= _REMEMBERED:
+            _prepared.clear()
+        found = _prepared[key] = make(*arguments)
+    return found
+
+
+def forget() -> None:
+    """For tests and tuning, which change what calls are prepared from."""
+    _prepared.clear()
+
+
+@contextlib.contextmanager
+def instead(do: Callable[[Any, dict[str, Any], Callable[[], Any]], None]) -> Iterator[None]:
+    """Nothing is launched by this thread inside: `do` gets the kernel, its arguments and options by name, and a
+    function that compiles it."""
+    before = getattr(_thread, "instead", None)
+    _thread.instead = do
+    try:
+        yield
+    finally:
+        _thread.instead = before
+
+
+class Kernel:
+    """A kernel with its grid, its options and all arguments but those that change from one call to the next.
+
+    Triton finds the machine code by what each argument is, which takes longer than many of these kernels run. A
+    `Kernel` belongs to calls that are alike in all that decides (see `facts`), so its second call goes straight to it.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], like: Tensor, rest: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """rest: the kernel's last parameters, by name. like: a tensor on the device."""
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.index = like.device.index
+        names = kernel.arg_names
+        self.changing = names[: len(names) - len(rest)]
+        self.rest = tuple(rest[name] for name in names[len(self.changing) :])
+        # Multiply-adds are fused where the source says so only.
+        self.options = options if INTERPRETED else {**options, "enable_fp_fusion": False}
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *changing: Any) -> None:
+        """Launches it on the current stream. changing: the kernel's first parameters."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                self._launch(changing)
+        else:
+            self._launch(changing)
+
+    def _launch(self, changing: tuple[Any, ...]) -> None:
+        if (do := getattr(_thread, "instead", None)) is not None:
+            self._instead(do, changing)
+        elif self.run is None:
+            compiled = self.kernel[self.grid](*changing, *self.rest, **self.options)
+            if compiled is not None:  # the interpreter compiles nothing
+                self.run = compiled[self.grid]
+        else:
+            # Addresses: of a tensor the launcher asks the driver whether a GPU can read it.
+            addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in changing]
+            self.run(*addresses, *self.rest, stream=_stream_of(self.index))
+
+    def _instead(self, do: Callable[..., None], changing: tuple[Any, ...]) -> None:
+        arguments = (*changing, *self.rest)
+
+        def compile() -> Any:
+            return self.kernel.warmup(*arguments, grid=self.grid, **self.options)
+
+        do(self.kernel, dict(zip(self.kernel.arg_names, arguments, strict=True)) | self.options, compile)
+
+
+def descriptor(tensor: Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """Of a matrix that is `addressable`."""
+    rows, cols = tensor.shape
+    return TensorDescriptor(tensor, [rows, cols], [tensor.stride(0) if rows > 1 else cols, 1], list(box))
+
+
+def addressable(tensor: Tensor) -> bool:
+    """The copy engine can read this matrix: 16-byte aligned rows of contiguous elements."""
     size = tensor.element_size()
     rows, cols = tensor.shape
     row_stride = tensor.stride(0) if rows > 1 else cols
-    if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or row_stride * size % 16 or row_stride < cols:
-        return None
-    return TensorDescriptor(tensor, [rows, cols], [row_stride, 1], list(block))
+    return (
+        tensor.stride(1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and row_stride * size % 16 == 0
+        and row_stride >= cols
+    )
 
 
-def draw_arguments(draw: Any, machine: Machine) -> dict[str, Any]:
-    """What every kernel that draws noise takes."""
+def draw_facts(draw: Any) -> tuple[Any, ...]:
+    """All of a draw, beside the tensors, that machine code depends on."""
+    return draw.noise, draw.antithetic, draw.row_offset % 4 == 0
+
+
+def draw_constants(draw: Any, machine: Machine) -> dict[str, Any]:
+    """Of every kernel that draws noise."""
     return {
-        "noise_scale": draw.noise_scale,
-        "stride_scale": draw.noise_scale.stride(0),
-        "seed": draw.seed,
-        "stream_id": draw.stream,  # `stream` as a keyword is Triton's own
-        "row_offset": draw.row_offset,
-        "col_offset": draw.col_offset,
         "NOISE": draw.noise,
         "ANTITHETIC": draw.antithetic,
         "ALIGNED": draw.row_offset % 4 == 0,
@@ -94,6 +182,14 @@ def by_eight(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0 and aligned
 
 
+def precision_of(a: Tensor) -> str:
+    """`input_precision` of products of `a`: float32 as torch's own products of it."""
+    if a.dtype != torch.float32 or machine_of(a).arithmetic != "ptx":
+        return "ieee"
+    # torch.get_float32_matmul_precision raises where this, the newer way, was used to set it.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 class Plan(NamedTuple):
     """How the product of the forward or of the input gradient is cut into tiles."""
 
@@ -104,22 +200,25 @@ class Plan(NamedTuple):
     splits: int  # of the contraction
     steps_per_split: int
     regular: bool  # all rows can be loaded eight elements at a time
-    precision: str  # `input_precision` of its products: float32 as torch's own products of it
+    box: tuple[int, int] | None  # of `a` for the copy engine; None: it is loaded by addresses
 
 
 def plan(
-    direction: str, a: Tensor, weight: Tensor, outputs: int, samples: int, noise_accum: str, workspace: int
+    direction: str,
+    a: Tensor,
+    weight: Tensor,
+    outputs: int,
+    samples: int,
+    noise_accum: str,
+    workspace: int,
+    precision: str,
 ) -> Plan:
     """Of `a` (M, contraction) times `weight` or its transpose, with so many outputs; see configs.py."""
     machine = machine_of(a)
     M, length = a.shape
     regular = by_eight(a) and by_eight(weight) and outputs % 8 == 0
-    precision = "ieee"
     kind = "half" if regular else "ragged"
     if a.dtype == torch.float32:
-        # torch.get_float32_matmul_precision raises where this, the newer way, was used to set it.
-        if machine.arithmetic == "ptx" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            precision = "tf32"
         kind = "tf32" if regular and precision == "tf32" else "single"
     rows = M // samples
     config, tiles = configs.linear(
@@ -133,7 +232,9 @@ def plan(
         noise_accum == "split",
     )
     splits, steps = configs.splits(config, tiles, length, 4 * M * outputs, workspace, machine.processors)
-    return Plan(machine, config, rows, tiles, splits, steps, regular, precision)
+    by_engine = machine.has_descriptors and config.block_m > configs.DESCRIPTOR_ROWS and addressable(a)
+    box = (config.block_m, config.block_in) if by_engine else None
+    return Plan(machine, config, rows, tiles, splits, steps, regular, box)
 
 
 def rank_block(rank: int) -> int:

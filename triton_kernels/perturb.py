@@ -9,16 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import by_eight, draw_arguments, launch, machine_of
+from .launch import CHANGING, Kernel, by_eight, draw_constants, draw_facts, facts, machine_of, prepared
 from .tile import perturb_tile, sample_of, weight_rows
 
 
-@triton.jit(do_not_specialize=["stream_id", "sample", "row_offset", "col_offset"])
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=["seed"])
 def _perturb_kernel(
     weight,  # (N, K), or None
     noise_scale,  # (N,)
     seed,
     out,  # (N, K)
+    stream_id: tl.int64,
+    sample_offset: tl.int64,
+    row_offset: tl.int64,
+    col_offset: tl.int64,
     N,
     K,
     stride_wn,
@@ -26,10 +30,6 @@ def _perturb_kernel(
     stride_scale,
     stride_on,
     stride_ok,
-    stream_id,
-    sample,
-    row_offset,
-    col_offset,
     HAS_WEIGHT: tl.constexpr,
     NOISE: tl.constexpr,
     ANTITHETIC: tl.constexpr,
@@ -54,7 +54,7 @@ def _perturb_kernel(
     n = tl.minimum(rows, N - 1).to(tl.int64)
     scale = tl.load(noise_scale + n * stride_scale)
     seed = tl.load(seed)
-    sample, negate = sample_of(sample, 0, ANTITHETIC)
+    sample, negate = sample_of(sample_offset, 0, ANTITHETIC)
     row_offset = tl.cast(row_offset, tl.int64)
     first_col = tl.cast(col_offset, tl.int64)
     w_tile = weight
@@ -79,26 +79,23 @@ def _perturb_kernel(
         tl.store(out_tile + k_long * stride_ok, w, mask=inside)
 
 
-def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
-    """out = weight + eps, or eps where `weight` is None; both (N, K), N, K > 0, of one type."""
+def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
     N, K = out.shape
     machine = machine_of(out)
     regular = by_eight(out) and (weight is None or by_eight(weight))
     config = configs.PERTURB if regular else configs.PERTURB_RAGGED
     if machine.architecture == "interpreter":
         config = configs.PERTURB_INTERPRETER
-    arguments = {
-        "weight": weight,
-        "out": out,
+    rest = {
         "N": N,
         "K": K,
         "stride_wn": 0 if weight is None else weight.stride(0),
         "stride_wk": 0 if weight is None else weight.stride(1),
+        "stride_scale": draw.noise_scale.stride(0),
         "stride_on": out.stride(0),
         "stride_ok": out.stride(1),
-        "sample": draw.sample_offset,
-        **draw_arguments(draw, machine),
         "HAS_WEIGHT": weight is not None,
+        **draw_constants(draw, machine),
         "EVEN": K % config.block_k == 0,
         "MULTIPLE": 8 if regular else 1,
         "STEPS": config.steps,
@@ -106,6 +103,14 @@ def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    options = {"num_warps": config.num_warps}
     grid = (triton.cdiv(N, config.block_n) * triton.cdiv(K, config.steps * config.block_k),)
-    launch(_perturb_kernel, grid, out.device, arguments, options)
+    return Kernel(_perturb_kernel, grid, out, rest, {"num_warps": config.num_warps})
+
+
+def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
+    """out = weight + eps, or eps where `weight` is None; both (N, K), N, K > 0, of one type."""
+    kernel = prepared(_prepare, (*facts(out, weight, draw.noise_scale), *draw_facts(draw)), weight, draw, out)
+    kernel(
+        weight, draw.noise_scale, draw.seed, out,
+        draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import by_eight, launch, machine_of, rank_block
+from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block
 from .tile import dot, to_float
 
 
@@ -35,6 +35,7 @@ def _row_sq_norms_kernel(
     lora_A,  # (r, K)
     lora_B,  # (N, r)
     out,  # (N,) float32
+    scaling: tl.float32,
     N,
     K,
     rank,
@@ -44,7 +45,6 @@ def _row_sq_norms_kernel(
     stride_ak,
     stride_bn,
     stride_br,
-    scaling,
     ARITHMETIC: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
@@ -85,20 +85,14 @@ def _row_sq_norms_kernel(
     tl.store(out + offs_n, tl.sum(squares, axis=1), mask=offs_n < N)
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
-    """(N,) float32 of weight (N, K), lora_A (r, K) and lora_B (N, r); the latter two of one type, or None."""
+def _prepare(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Kernel:
     N, K = weight.shape
-    out = weight.new_empty(N, dtype=torch.float32)
     rank = 0 if lora_A is None else lora_A.shape[0]
     config = configs.ROW_NORMS
     if rank:
         long = rank > rank_block(rank) or lora_A.dtype == torch.float32
         config = configs.ROW_NORMS_LONG_ADAPTER if long else configs.ROW_NORMS_ADAPTER
-    arguments = {
-        "weight": weight,
-        "lora_A": lora_A,
-        "lora_B": lora_B,
-        "out": out,
+    rest = {
         "N": N,
         "K": K,
         "rank": rank,
@@ -108,7 +102,6 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
         "stride_ak": 0 if lora_A is None else lora_A.stride(1),
         "stride_bn": 0 if lora_B is None else lora_B.stride(0),
         "stride_br": 0 if lora_B is None else lora_B.stride(1),
-        "scaling": scaling,
         "ARITHMETIC": machine_of(weight).arithmetic,
         "EVEN": K % config.block_k == 0,
         "BLOCK_R": rank_block(rank),
@@ -118,6 +111,13 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    options = {"num_warps": config.num_warps}
-    launch(_row_sq_norms_kernel, (triton.cdiv(N, config.block_n),), weight.device, arguments, options)
+    grid = (triton.cdiv(N, config.block_n),)
+    return Kernel(_row_sq_norms_kernel, grid, weight, rest, {"num_warps": config.num_warps})
+
+
+def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+    """(N,) float32 of weight (N, K), lora_A (r, K) and lora_B (N, r); the latter two of one type, or None."""
+    out = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    kernel = prepared(_prepare, facts(weight, lora_A, lora_B), weight, lora_A, lora_B)
+    kernel(weight, lora_A, lora_B, out, scaling)
     return out

@@ -7,48 +7,73 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import launch
+from .launch import Kernel, facts, prepared
 from .tile import round_to
 
 
 @triton.jit
-def _sum_of(partial, offsets, inside, size, SPLITS: tl.constexpr):
+def _sum_of(partial, offsets, inside, size, splits):
     total = tl.load(partial + offsets, mask=inside, other=0)
-    for s in tl.static_range(1, SPLITS):
+    for s in tl.range(1, splits, loop_unroll_factor=4):  # whose loads are under way together
         total += tl.load(partial + s * tl.cast(size, tl.int64) + offsets, mask=inside, other=0)
     return total
 
 
-@triton.jit(do_not_specialize=["size", "size_2"])
+@triton.jit(do_not_specialize=["size", "size_2", "splits", "splits_2", "N", "stride_bias"])
 def _add_splits_kernel(
-    partial,  # (SPLITS, M, N) float32
+    partial,  # (splits, M, N) float32
     bias,  # (N,)
     out,  # (M, N)
-    partial_2,  # (SPLITS_2, any) float32
+    partial_2,  # (splits_2, any) float32
     out_2,  # (any,)
     size,  # M N
     size_2,
+    splits,
+    splits_2,
     N,
     stride_bias,
-    SPLITS: tl.constexpr,
-    SPLITS_2: tl.constexpr,  # 0 = there is no second sum
     HAS_BIAS: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    MULTIPLE: tl.constexpr,  # 8 where that divides both sizes, else 1
     BLOCK: tl.constexpr,
 ):
+    # So that the compiler knows, and loads and masks eight elements at a time.
+    size = size // MULTIPLE * MULTIPLE
+    size_2 = size_2 // MULTIPLE * MULTIPLE
     block = tl.program_id(0)
     first = tl.cdiv(size, BLOCK)
     if block < first:
         offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < size
-        total = _sum_of(partial, offsets, inside, size, SPLITS)
+        total = _sum_of(partial, offsets, inside, size, splits)
         if HAS_BIAS:
             total += tl.load(bias + offsets % N * stride_bias, mask=inside, other=0).to(tl.float32)
         tl.store(out + offsets, round_to(total, out.dtype.element_ty), mask=inside)
-    elif SPLITS_2 > 0:
+    elif HAS_SECOND:
         offsets = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < size_2
-        total = _sum_of(partial_2, offsets, inside, size_2, SPLITS_2)
+        total = _sum_of(partial_2, offsets, inside, size_2, splits_2)
         tl.store(out_2 + offsets, round_to(total, out_2.dtype.element_ty), mask=inside)
+
+
+def _prepare(
+    partial: Tensor, bias: Tensor | None, out: Tensor, partial_2: Tensor | None, out_2: Tensor | None
+) -> Kernel:
+    size_2 = 0 if out_2 is None else out_2.numel()
+    rest = {
+        "size": out.numel(),
+        "size_2": size_2,
+        "splits": partial.shape[0],
+        "splits_2": 0 if partial_2 is None else partial_2.shape[0],
+        "N": out.shape[1],
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "HAS_BIAS": bias is not None,
+        "HAS_SECOND": out_2 is not None,
+        "MULTIPLE": 8 if out.numel() % 8 == 0 == size_2 % 8 else 1,
+        "BLOCK": configs.ADD_SPLITS_BLOCK,
+    }
+    blocks = triton.cdiv(out.numel(), rest["BLOCK"]) + triton.cdiv(size_2, rest["BLOCK"])
+    return Kernel(_add_splits_kernel, (blocks,), out, rest, {"num_warps": 4})
 
 
 def add_splits(
@@ -62,22 +87,6 @@ def add_splits(
 
     partial: (splits, M, N) float32; bias: (N,) or None; out: (M, N), contiguous. partial_2, out_2: likewise, or None.
     """
-    block = configs.ADD_SPLITS_BLOCK
-    size_2 = 0 if out_2 is None else out_2.numel()
-    arguments = {
-        "partial": partial,
-        "bias": bias,
-        "out": out,
-        "partial_2": partial_2,
-        "out_2": out_2,
-        "size": out.numel(),
-        "size_2": size_2,
-        "N": out.shape[1],
-        "stride_bias": 0 if bias is None else bias.stride(0),
-        "SPLITS": partial.shape[0],
-        "SPLITS_2": 0 if partial_2 is None else partial_2.shape[0],
-        "HAS_BIAS": bias is not None,
-        "BLOCK": block,
-    }
-    grid = (triton.cdiv(out.numel(), block) + triton.cdiv(size_2, block),)
-    launch(_add_splits_kernel, grid, out.device, arguments, {"num_warps": 4})
+    key = facts(partial, bias, out, partial_2, out_2)
+    kernel = prepared(_prepare, key, partial, bias, out, partial_2, out_2)
+    kernel(partial, bias, out, partial_2, out_2)

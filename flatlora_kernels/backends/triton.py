@@ -6,9 +6,11 @@ With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, in Triton
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,12 @@ def describe() -> str:
     return "fused Triton kernels" + (f", triton {version}{how}" if version else "")
 
 
+@functools.cache
+def _kernel(name: str) -> Any:
+    """The module of a kernel. Imported when it is first called, because that imports triton."""
+    return importlib.import_module(f"flatlora_kernels.triton_kernels.{name}")
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -71,17 +79,18 @@ def linear(
     noise_accum: str,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear`."""
-    from ..triton_kernels.forward import linear_forward, makes_u
+    kernel = _kernel("forward")
+    limit = workspace_limit(weight)
 
     def fused(x, weight, u, lora_B, bias, scaling, draw, noise_accum):  # type: ignore[no-untyped-def]
-        limit = workspace_limit(weight)
-        return linear_forward(x, weight, u, None, lora_B, bias, scaling, draw, noise_accum, limit)[0]
+        return kernel.linear_forward(x, weight, u, None, lora_B, bias, scaling, draw, noise_accum, limit)[0]
 
     if draw is not None and lora_A is not None and lora_x is None:
         x2 = x if x.dim() == 2 else x.flatten(0, -2)
-        if makes_u(x2, weight, lora_A.shape[0], draw.samples):
-            limit = workspace_limit(weight)
-            y, u = linear_forward(x2, weight, None, lora_A, lora_B, bias, scaling, draw, noise_accum, limit)
+        if kernel.makes_u(x2, weight, lora_A.shape[0], draw.samples):
+            y, u = kernel.linear_forward(
+                x2, weight, None, lora_A, lora_B, bias, scaling, draw, noise_accum, limit
+            )
             return y.view(*x.shape[:-1], weight.shape[0]), u
     return products.linear(fused, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, noise_accum)
 
@@ -95,10 +104,10 @@ def linear_input_grad(
     noise_accum: str,
 ) -> Tensor:
     """See `reference.linear_input_grad`."""
-    from ..triton_kernels.input_grad import linear_input_grad
+    kernel = _kernel("input_grad").linear_input_grad
 
     def fused(dy, weight, v, lora_A, draw, noise_accum):  # type: ignore[no-untyped-def]
-        return linear_input_grad(dy, weight, lora_A, v, draw, noise_accum, workspace_limit(weight))
+        return kernel(dy, weight, lora_A, v, draw, noise_accum, workspace_limit(weight))
 
     return products.linear_input_grad(fused, grad_y, weight, lora_A, v, draw, noise_accum)
 
@@ -107,8 +116,7 @@ def adapter_grads(
     dy: Tensor, u: Tensor | None, lora_B: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """See `products.adapter_grads`: one pass over dY where both are wanted and dY is larger than an L2."""
-    from ..triton_kernels import adapter_grads as kernel
-
+    kernel = _kernel("adapter_grads")
     if u is not None and lora_B is not None and kernel.pays(*dy.shape, u.shape[1]) and kernel.takes(dy, u):
         return kernel.adapter_grads(dy, u, lora_B, scaling)
     return products.adapter_grads(dy, u, lora_B, scaling)
@@ -116,18 +124,14 @@ def adapter_grads(
 
 def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
-    from ..triton_kernels.row_norms import row_sq_norms
-
     if 0 in weight.shape:
         return weight.new_zeros(weight.shape[0], dtype=torch.float32)
     if lora_A is not None and lora_A.dtype != lora_B.dtype:
         lora_A, lora_B = lora_A.float(), lora_B.float()
-    return row_sq_norms(weight, lora_A, lora_B, scaling)
+    return _kernel("row_norms").row_sq_norms(weight, lora_A, lora_B, scaling)
 
 
 def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """See `reference.perturb`."""
-    from ..triton_kernels.perturb import perturb
-
     if out.numel():
-        perturb(weight, draw, out)
+        _kernel("perturb").perturb(weight, draw, out)
