@@ -159,7 +159,8 @@ def _reached(case: Case) -> list[int]:
     reached: dict[int, int] = {}
     with _launches(lambda *_: None), _tiles() as tiles:
         for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
-            _call(case._replace(rows=rows))
+            _compile_for(case.architecture)
+            call(case._replace(rows=rows))
             reached.setdefault(id(tiles[-1]), rows)
     return sorted(reached.values())
 
@@ -284,19 +285,24 @@ def _key(case: Case, kernel: str, arguments: dict[str, Any]) -> tuple[str, ...]:
     return name, case.architecture, case.dtype, noise, text, ", ".join(about) or "-"
 
 
-def _call(case: Case) -> None:
+def _compile_for(architecture: str) -> None:
+    from flatlora_kernels.triton_kernels import launch
+    from triton.runtime.driver import driver
+
+    driver.set_active(_Target(architecture))
+    machine = launch.Machine(architecture, _CHIPS[architecture][0])
+    launch._machine = lambda index: machine
+    launch.forget()
+
+
+def call(case: Case) -> None:
     """One call of the launcher that `case` names, on tensors without memory."""
     import torch
-    from flatlora_kernels.triton_kernels import adapter_grads, forward, input_grad, launch, perturb, row_norms
-    from triton.runtime.driver import driver
+    from flatlora_kernels.triton_kernels import adapter_grads, forward, input_grad, perturb, row_norms
 
     from flatlora_kernels.arguments import workspace_limit
     from flatlora_kernels.noise import Draw
 
-    driver.set_active(_Target(case.architecture))
-    machine = launch.Machine(case.architecture, _CHIPS[case.architecture][0])
-    launch._machine = lambda index: machine
-    launch.forget()
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
     odd = case.variant == "odd"
@@ -368,8 +374,9 @@ def _work(only: str, listings: str, architectures: str) -> dict[str, Any]:
                     result = error
                 launches[key] = _Launch(case, key, kernel.__name__, arguments, result)
 
+            _compile_for(case.architecture)
             with _launches(compile):
-                _call(case)
+                call(case)
     rows = []
     for number, launch in enumerate(launches.values()):
         text, row = _measure(launch)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import nodriver
 import pytest
 import targets
 
@@ -329,3 +331,44 @@ def test_no_spills_tensor_cores_and_budgets(compiled: offline.Outcome) -> None:
 def test_matches_the_committed_table(compiled: offline.Outcome) -> None:
     problems = offline.compare(compiled, offline.committed(offline.TABLE.read_text()))
     assert not problems, "\n".join(["", *problems])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm90", "sm100", "sm120"])
+def test_every_configuration_launches(
+    architecture: str, compiled: offline.Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton's own launcher down to the driver, and a second time without Triton's search for the kernel."""
+    if compiled.version != offline.environment_version():
+        pytest.skip("of the Triton that this process imports")
+    from flatlora_kernels.triton_kernels import launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(offline.CACHE / "triton"))
+    cases = [case for case in offline.cases() if case.architecture == architecture]
+    seen = []
+    with nodriver.active(architecture, monkeypatch) as driver:
+        start = launch.Kernel._launch
+
+        def checked(self: Any, changing: tuple[Any, ...]) -> None:
+            before, maps = driver.launches, driver.maps
+            start(self, changing)
+            seen.append((self.kernel.__name__, driver.grid, driver.threads, driver.shared, driver.values(6)))
+            assert driver.launches == before + 1
+            assert driver.grid == self.grid and driver.threads == 32 * self.options["num_warps"]
+            assert driver.stream == nodriver.STREAM
+            if isinstance(changing[0], TensorDescriptor):
+                rows, columns = changing[0].block_shape
+                assert driver.maps == maps + 1
+                assert driver.box[0] == rows and columns % driver.box[1] == 0
+            else:
+                assert driver.maps == maps
+
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        monkeypatch.setattr(launch.Kernel, "_launch", checked)
+        for case in cases:
+            seen.clear()
+            offline.call(case)
+            offline.call(case)
+            first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+            assert first == second and len(first) in (1, 2), case
