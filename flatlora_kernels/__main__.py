@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -56,6 +57,35 @@ def _nvcc() -> str:
     return f"{version[1] if version else 'of unknown version'}, {path}"
 
 
+def _compiler() -> list[str]:
+    """What Triton needs to build its launchers, looked for as its runtime/build.py does."""
+    named = os.environ.get("CC")
+    path = (shutil.which("gcc") or shutil.which("clang")) if named is None else shutil.which(named)
+    if path is not None:
+        compiler = path
+    elif named is None:
+        compiler = (
+            "none: CC is not set, and PATH has neither gcc nor clang; triton needs one at its first launch"
+            " (apt install build-essential)"
+        )
+    else:
+        compiler = (
+            f"none: CC is {named!r}, and triton needs the path or name of a program there, without options"
+        )
+    # Debian's default scheme has a folder for what is installed locally.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    include = sysconfig.get_path("include", scheme)
+    listed = os.pathsep.join(os.environ.get(k, "") for k in ("CPATH", "C_INCLUDE_PATH")).split(os.pathsep)
+    folder = next((f for f in (include, *listed) if f and (Path(f) / "Python.h").is_file()), None)
+    if folder is not None:
+        return [compiler, f"Python.h found in {folder}"]
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return [
+        compiler,
+        f"no Python.h in {include}; triton needs it at its first launch (apt install python3-dev, or {package})",
+    ]
+
+
 def _libraries() -> list[str]:
     """What each compiled library says it was built for, and by which compiler."""
     lines = []
@@ -86,6 +116,7 @@ def report() -> str:
         ),
         ("gpu", _gpus()),
         ("nvcc", [_nvcc()]),
+        ("compiler", _compiler()),
         ("libraries", _libraries()),
         ("settings", settings or ["none (no FLATLORA_... in the environment)"]),
     ]

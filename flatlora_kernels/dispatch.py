@@ -1,8 +1,12 @@
 """The automatic choice: which backend and strategy a call uses, and `explain`, which tells.
 
-Nothing is timed at run time, so that results never depend on load. Measurements decide, where `python -m bench tune
---strategies` has made a table for this kind of device (tables/*.csv). Where it has not, backends go by their PRIORITY
-and strategies by the model in cost.py. Sizes are rounded to classes before anything is looked up.
+Nothing is timed at run time, so that results never depend on load. Sizes are rounded to classes, then the first of
+these decides:
+
+1. Measurements, where `python -m bench tune --strategies` has made a table for this kind of device (tables/*.csv) that
+   has all candidates.
+2. On a GPU the model in cost.py, between all backends and strategies that it knows.
+3. PRIORITY, and `fused`; but on AMD `panel` from _AMD_PANEL_ROWS rows on.
 """
 
 from __future__ import annotations
@@ -25,9 +29,12 @@ STRATEGIES = ("fused", "panel")
 STRATEGY, BACKEND_AND_STRATEGY = FREE = ("auto", "auto backend")
 DIRECTIONS = ("forward", "input_grad")
 _TABLES = Path(__file__).parent / "tables"
-_CLASSES = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-# Another choice than the first must be that much faster: it takes memory, or is less proven.
+# 255 ends the class below _AMD_PANEL_ROWS.
+_CLASSES = (16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+# Another choice than an earlier one must be that much faster: it takes memory, or is less proven.
 _MARGIN = 0.97
+# By the instructions in docs/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
+_AMD_PANEL_ROWS = 256
 
 
 class Problem(NamedTuple):
@@ -143,7 +150,7 @@ def _distance(size: tuple[int, int, int], p: Problem) -> float:
 def _measured(p: Problem, ways: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Of the nearest problem on which all of `ways` were measured."""
     key = device_key(p.device)
-    if key is None:
+    if key is None or p.noise_accum == "split":  # the tables are of folded noise
         return {}
     cases = _table(key).get((str(p.dtype).removeprefix("torch."), p.noise), {})
     usable = [size for size, times in cases.items() if all(way in times for way in ways)]
@@ -179,15 +186,16 @@ def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -
     if measured:
         reason, times, field = "measured", candidates, "measured"
     elif len(candidates) > 1:
-        # Between backends no model decides, nor on a processor, where the vendor's product is not known well enough.
-        own = tuple(c for c in candidates if c.backend == first.backend)
-        if p.device.type == "cpu" or any(c.predicted is None for c in own):
-            reason = "not measured on this device"
+        # On a processor no model decides: the vendor's product is not known well enough.
+        if p.device.type != "cpu" and first.predicted is not None:
+            reason, times = "predicted", tuple(c for c in candidates if c.predicted is not None)
+        elif backends == ("triton",) and (device_key(p.device) or "").startswith("gfx"):
+            reason = f"not measured on this device; panels from {_AMD_PANEL_ROWS} rows on"
+            times = (candidates[strategies.index("panel" if p.M >= _AMD_PANEL_ROWS else "fused")],)
         else:
-            reason, times = "predicted", own
-    best = min(times, key=lambda c: getattr(c, field) or 0.0)
-    if best is not first and getattr(best, field) >= _MARGIN * getattr(first, field):
-        best = first
+            reason = f"not measured on this device; {first.backend} {first.strategy} goes first"
+    limit = min(getattr(c, field) or 0.0 for c in times)
+    best = next(c for c in times if limit >= _MARGIN * (getattr(c, field) or 0.0))
     return Decision(best.backend, best.strategy, reason, candidates)
 
 

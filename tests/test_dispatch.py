@@ -15,7 +15,8 @@ from targets import randn
 import flatlora_kernels as fk
 from flatlora_kernels import backends, cost, dispatch, panel
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+OURS = ("cuda", "triton")
 COLUMNS = "device,dtype,noise,direction,M,N,K,rank,backend,strategy,ratio,p20,p80,date,commit".split(",")
 
 
@@ -101,10 +102,18 @@ def test_split_noise_is_fused(table: Any) -> None:
     assert strategy_of(problem(256, noise_accum="split")) == "fused"
 
 
+def test_split_noise_does_not_go_by_measurements_of_folded(table: Any) -> None:
+    table(*both(256, 1.2, 1.5, backend="cuda"), *both(256, 1.0, 1.5, backend="triton"))
+    assert dispatch.choose(OURS, dispatch.STRATEGIES, problem(256))[:3] == ("triton", "fused", "measured")
+    split = dispatch.choose(OURS, dispatch.STRATEGIES, problem(256, noise_accum="split"))
+    assert split[:3] == ("cuda", "fused", "not measured on this device; cuda fused goes first")
+
+
 def test_measurements_choose_between_backends(table: Any) -> None:
-    """Without them PRIORITY does, whatever the model says."""
+    """Without them, and where no model does either, PRIORITY."""
     ways = ("triton", "cuda"), dispatch.STRATEGIES
-    assert dispatch.choose(*ways, problem(256)).backend == "triton"
+    unmeasured = dispatch.choose(*ways, problem(256))
+    assert unmeasured[:3] == ("triton", "fused", "not measured on this device; triton fused goes first")
     rows = [
         row(256, strategy, ratio, direction, backend=backend)
         for (backend, strategy), ratio in zip(
@@ -126,22 +135,105 @@ def test_the_model_decides_on_a_gpu_without_measurements(
     if chip.architecture == "cpu":
         pytest.skip("on a processor measurements alone decide")
     monkeypatch.setattr(cost, "chip_of", lambda device: chip)
-    p = problem(M, 4096, 4096, device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    decision = dispatch.choose(("triton",), dispatch.STRATEGIES, p)
-    times = {c.strategy: c.predicted for c in decision.candidates}
-    assert decision.reason == "predicted"
-    assert all(0 < t < 1 for t in times.values())  # type: ignore[operator]
-    best = min(times, key=times.__getitem__)  # type: ignore[arg-type]
-    if times[best] < 0.97 * times["fused"]:  # type: ignore[operator]
-        assert decision.strategy == best
-    else:
-        assert decision.strategy == "fused"
+    p = problem(M, 4096, 4096, device=GPU, dtype=torch.bfloat16)
+    for names in (OURS, ("triton",)):
+        decision = dispatch.choose(names, dispatch.STRATEGIES, p)
+        times = {c[:2]: c.predicted for c in decision.candidates}
+        assert list(times) == [(b, s) for b in names for s in dispatch.STRATEGIES]
+        assert all(0 < t < 1 for t in times.values())  # type: ignore[operator]
+        best = min(times.values())  # type: ignore[type-var]
+        assert decision[:2] == next(way for way, t in times.items() if best >= 0.97 * t)  # type: ignore[operator]
+        assert decision.reason == "predicted"
+
+
+@pytest.fixture
+def model(table: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a GPU whose model says what it is told: times of (cuda fused, cuda panel, triton fused, triton panel)."""
+    monkeypatch.setattr(cost, "chip_of", lambda device: cost.CHIPS[0])
+
+    def says(*times: float) -> dispatch.Decision:
+        told = dict(zip([(b, s) for b in OURS for s in dispatch.STRATEGIES], times, strict=True))
+        monkeypatch.setattr(
+            cost, "cost", lambda c, b, strategy, call: cost.Cost(told[b, strategy], 0, "", {})
+        )
+        dispatch.choose.cache_clear()
+        return dispatch.choose(OURS, dispatch.STRATEGIES, problem(256, device=GPU))
+
+    return says
+
+
+@pytest.mark.parametrize(
+    ("times", "way"),
+    [
+        ((1.0, 1.2, 1.1, 1.2), ("cuda", "fused")),
+        ((1.0, 1.2, 0.96, 1.2), ("triton", "fused")),
+        ((1.0, 1.2, 0.98, 1.2), ("cuda", "fused")),
+        ((1.0, 0.98, 0.99, 0.975), ("cuda", "fused")),
+        ((1.0, 0.5, 0.9, 0.499), ("cuda", "panel")),
+        ((1.0, 0.5, 0.9, 0.4), ("triton", "panel")),
+    ],
+)
+def test_the_model_decides_between_backends(
+    model: Any, times: tuple[float, ...], way: tuple[str, str]
+) -> None:
+    """Where it sees no more than 3 % between two ways, the earlier one has it: the favourite, and `fused`."""
+    assert model(*times)[:3] == (*way, "predicted")
+
+
+def test_a_backend_without_a_model_does_not_compete(model: Any) -> None:
+    model(1.0, 0.9, 0.8, 0.7)
+    p = problem(256, device=GPU)
+    assert dispatch.choose(("cuda", "reference"), dispatch.STRATEGIES, p)[:3] == (
+        "cuda",
+        "panel",
+        "predicted",
+    )
+    first = dispatch.choose(("reference", "cuda"), dispatch.STRATEGIES, p)
+    assert first[:3] == ("reference", "fused", "not measured on this device; reference fused goes first")
+
+
+def test_one_backend_measured_is_no_measurement(table: Any, model: Any) -> None:
+    table(*both(256, 1.0, 1.2, backend="cuda"))
+    decision = model(1.0, 1.2, 0.9, 1.2)
+    assert decision[:3] == ("triton", "fused", "predicted")
+    assert all(c.measured is None for c in decision.candidates)
+    table(*both(256, 1.0, 1.2, backend="cuda"), *both(256, 1.1, 1.2, backend="triton"))
+    assert model(1.0, 1.2, 0.9, 1.2)[:3] == ("cuda", "fused", "measured")
+    other_type = problem(256, device=GPU, dtype=torch.bfloat16)
+    assert dispatch.choose(OURS, dispatch.STRATEGIES, other_type)[:3] == ("triton", "fused", "predicted")
+
+
+def test_panels_on_amd(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "chip_of", lambda device: None)
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    amd = "not measured on this device; panels from 256 rows on"
+
+    def choice(
+        backend: str, rows: int, strategy: str = dispatch.STRATEGY, noise_accum: str = "folded"
+    ) -> Any:
+        found = dispatch.explain(backend, strategy, noise_accum, "gaussian", rows, GPU, weight)
+        assert found.reason in str(found)
+        return found.strategy, found.reason
+
+    gfx = True
+    monkeypatch.setattr(dispatch, "device_key", lambda device: "gfx942" if gfx else "sm86")
+    assert [choice("triton", rows) for rows in (1, 64, 65, 255)] == 4 * [("fused", amd)]
+    assert [choice("triton", rows) for rows in (256, 257, 8192)] == 3 * [("panel", amd)]
+    assert choice("triton", 8192, noise_accum="split") == ("fused", "nothing to choose from")
+    assert choice("triton", 8192, "fused") == ("fused", "asked for")
+    assert choice("reference", 8192)[0] == "fused"
+    table(*both(256, 1.0, 1.2, device="gfx942", backend="triton", dtype="bfloat16"))
+    assert choice("triton", 256) == ("fused", "measured")
+    table()
+    gfx = False
+    assert choice("triton", 8192) == ("fused", "not measured on this device; triton fused goes first")
 
 
 def test_no_prediction_decides_on_a_processor(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cheap_panels = lambda chip, backend, strategy, call: cost.Cost(1.0 + (strategy == "fused"), 0, "", {})  # noqa: E731
     monkeypatch.setattr(cost, "cost", cheap_panels)
-    assert strategy_of(problem(256)) == "fused"
+    decision = dispatch.choose(("cpu",), dispatch.STRATEGIES, problem(256))
+    assert decision[:3] == ("cpu", "fused", "not measured on this device; cpu fused goes first")
 
 
 def test_sizes_come_in_classes() -> None:
@@ -230,6 +322,22 @@ def test_committed_tables(path: Path) -> None:
         assert r["direction"] not in directions.setdefault(key, set()), f"twice: {key}"
         directions[key].add(r["direction"])
     assert all(found == set(dispatch.DIRECTIONS) for found in directions.values())
+
+
+def test_the_model_does_as_well_as_docs_design_md_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "chip_of", lambda device: next(c for c in cost.CHIPS if "H100" in c.name))
+    monkeypatch.setattr(dispatch, "device_key", lambda device: None)
+    dispatch.choose.cache_clear()
+    loss = {}
+    for (dtype, noise), cases in dispatch._table("sm90").items():
+        for (M, N, K), ratios in cases.items():
+            p = problem(M, N, K, device=GPU, dtype=getattr(torch, dtype), noise=noise)
+            decision = dispatch.choose(OURS, dispatch.STRATEGIES, p)
+            assert decision.reason == "predicted"
+            loss[noise, M, N] = ratios[decision[:2]] / min(ratios.values())
+    dispatch.choose.cache_clear()
+    assert len(loss) >= 20
+    assert max(loss.values()) < 1.065, loss
 
 
 def test_a_table_is_committed_and_read() -> None:

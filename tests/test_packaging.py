@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from flatlora_kernels import __main__ as doctor
 from flatlora_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,8 +101,80 @@ def test_doctor_reports_every_backend() -> None:
         assert ("does not run here" in lines[index]) != runs
         if not runs:
             assert str(info["unavailable"]) in lines[index + 1]
-    for name in ("package", "python", "gpu", "nvcc", "libraries"):
+    for name in ("package", "python", "gpu", "nvcc", "compiler", "libraries"):
         assert any(line.startswith(f"{name} ") for line in lines), name
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One without compiler and Python.h: PATH is `bin`, Python's headers belong into `include`."""
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path / name))
+    return tmp_path
+
+
+def program(path: Path) -> str:
+    path.touch(0o755)
+    return str(path)
+
+
+def test_doctor_finds_the_compiler_as_triton_does(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "PATH has neither gcc nor clang" in doctor._compiler()[0]
+    assert "apt install build-essential" in doctor._compiler()[0]
+    program(machine / "bin/cc")  # for which Triton does not look
+    assert doctor._compiler()[0].startswith("none: ")
+    clang = program(machine / "bin/clang")
+    assert doctor._compiler()[0] == clang
+    gcc = program(machine / "bin/gcc")
+    assert doctor._compiler()[0] == gcc
+    other = program(machine / "other-cc")
+    for named, expected in ((other, other), ("clang", clang)):
+        monkeypatch.setenv("CC", named)
+        assert doctor._compiler()[0] == expected
+    for named in ("", "gcc -m64", "/opt/none/gcc"):
+        monkeypatch.setenv("CC", named)
+        assert doctor._compiler()[0].startswith(f"none: CC is {named!r}")
+
+
+def test_doctor_looks_for_the_headers(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = doctor._compiler()[1]
+    assert said.startswith(f"no Python.h in {machine / 'include'}; ")
+    assert f"python{sys.version_info.major}.{sys.version_info.minor}-dev" in said
+    (machine / "elsewhere").mkdir()
+    (machine / "elsewhere/Python.h").touch()
+    monkeypatch.setenv("C_INCLUDE_PATH", f"{machine / 'bin'}{os.pathsep}{machine / 'elsewhere'}")
+    assert doctor._compiler()[1] == f"Python.h found in {machine / 'elsewhere'}"
+    (machine / "include/Python.h").touch()
+    assert doctor._compiler()[1] == f"Python.h found in {machine / 'include'}"
+
+
+def test_doctor_agrees_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what Triton calls, here and with CC."""
+    build = pytest.importorskip("triton.runtime.build")
+    if hasattr(build, "_find_compiler"):  # Triton 3.9 remembers what it found
+        monkeypatch.setattr(build, "_find_compiler", build._find_compiler.__wrapped__)
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    compiled: list[list[str]] = []
+    monkeypatch.setattr(build.subprocess, "check_call", lambda command, **more: compiled.append(command))
+    for named in (None, sys.executable):
+        if named is None:
+            monkeypatch.delenv("CC", raising=False)
+        else:
+            monkeypatch.setenv("CC", named)
+        compiler, headers = doctor._compiler()
+        if compiler.startswith("none: "):
+            with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+                build._build("name", "name.c", ".", [], [], [], [])
+            continue
+        build._build("name", "name.c", ".", [], [], [], [])
+        assert compiled[-1][0] == compiler
+        if headers.startswith("Python.h found"):
+            assert f"-I{headers.removeprefix('Python.h found in ')}" in compiled[-1]
 
 
 def test_doctor_says_why_a_backend_does_not_run(bare: Path) -> None:

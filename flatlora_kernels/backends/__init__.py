@@ -2,7 +2,7 @@
 
 Every module of this folder is a backend and has the same members:
 
-    PRIORITY                 automatic choice prefers the highest, where no measurement says otherwise
+    PRIORITY                 automatic choice prefers the highest, where no measurement or model says otherwise
     DEVICE_TYPES, DTYPES     what it takes (None = any)
     NOISE_ACCUMS             the `noise_accum` names it implements
     unavailable()            None, or one sentence: what is missing here and how to get it
