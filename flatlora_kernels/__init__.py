@@ -15,6 +15,7 @@ from .functional import (
 )
 from .nn import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
 from .noisy import NoisyLayer
+from .warmup import warm_up
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,5 @@ __all__ = [
     "row_sq_norms",
     "use_backend",
     "use_strategy",
+    "warm_up",
 ]
