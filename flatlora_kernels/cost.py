@@ -109,6 +109,7 @@ SM90_TILES: tuple[Tile, ...] = (
 )
 # Rows and outputs of tiles that a vendor's library may have.
 _VENDOR = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 16))
+_VENDOR_SINGLE = ((16, 64), (32, 64), *_VENDOR)  # in float32 without tensor cores
 _BY = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}
 
 
@@ -256,12 +257,16 @@ def _tiled(
     )  # fmt: skip
 
 
+def _parts(call: Call, most: int) -> list[int]:
+    """Into how many a contraction may be cut."""
+    return [p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p <= max(1, min(most, _ceil(call.length, 64) // 4))]
+
+
 def _best(
     chip: Chip, tiles: Sequence[Tile], call: Call, most: int, instructions: Sequence[float]
 ) -> tuple[int, int]:
     """Which of the tiles, and in how many parts up to `most`, takes least time; `instructions`: of each tile."""
-    few = [p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p <= max(1, min(most, _ceil(call.length, 64) // 4))]
-    found = [(t, p) for t in range(len(tiles)) for p in few]
+    found = [(t, p) for t in range(len(tiles)) for p in _parts(call, most)]
     return min(found, key=lambda f: _tiled(chip, tiles[f[0]], call, f[1], instructions[f[0]]).seconds(chip))
 
 
@@ -275,19 +280,22 @@ def product(
         size: bytes of an element. held: bytes of the operands that L2 holds. onto: is added to what the result holds.
     """
     by = _BY[chip.architecture]
-    # From sm_90 on two blocks share the tile of the second operand.
-    tiles = []
-    for m, n in _VENDOR:
-        tile = Tile(m, n, warps=8 if m * n > 8192 else 4, by=by, consumers=_CONSUMERS)
-        tiles.append(tile._replace(high=2 if by != "mma" and M > m else 1))
     call = Call("forward", "none", "folded", "bfloat16", M, outputs, length)
-    best, parts = _best(chip, tiles, call, 16, [0.0] * len(tiles))
-    work = _tiled(chip, tiles[best], call, parts)
     scale = size / 2
-    if size > 2:
-        work = work._replace(rate=chip.single, slots=work.flops / 64)
-    memory = scale * work.memory + size * onto * M * outputs - held
-    return work._replace(shared=scale * work.shared, l2=scale * work.l2, memory=memory)
+
+    def work_of(tile: Tile, parts: int) -> Work:
+        work = _tiled(chip, tile, call, parts)
+        work = work._replace(shared=scale * work.shared, l2=scale * work.l2, memory=scale * work.memory)
+        return work if size == 2 else work._replace(rate=chip.single, slots=work.flops / 64)
+
+    tiles = []
+    for m, n in _VENDOR if size == 2 else _VENDOR_SINGLE:
+        tile = Tile(m, n, warps=8 if m * n > 8192 else 4, by=by, consumers=_CONSUMERS)
+        # From sm_90 on two blocks share the tile of the second operand.
+        tiles.append(tile._replace(high=2 if by != "mma" and M > m else 1))
+    works = [work_of(tile, parts) for tile in tiles for parts in _parts(call, 16)]
+    work = min(works, key=lambda work: work.seconds(chip))
+    return work._replace(memory=work.memory + size * onto * M * outputs - held)
 
 
 def perturb_pass(chip: Chip, backend: str, call: Call, values: int, to_memory: bool = True) -> Work:

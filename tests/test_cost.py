@@ -486,3 +486,15 @@ def test_report_of_a_processor() -> None:
     text = roofline.cpu(budget=0.001, size=64, rows=(4,))
     assert text.startswith("**Measured** beside predicted: ")
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 2 * 7
+
+
+def test_float32_of_few_rows_reads_the_weight_and_little_else() -> None:
+    chip = next(c for c in chips.CHIPS if c.name == "H100 SXM")
+    calls = [cost.Call("forward", "gaussian", "folded", "float32", M, 4096, 4096) for M in (1, 16, 64, 256)]
+    plain = [cost.plain(chip, call).seconds for call in calls]
+    assert plain == sorted(plain)
+    assert plain[1] < 2 * 4 * 4096**2 / chip.bandwidth
+    assert all(
+        cost.cost(chip, b, "fused", calls[1]).seconds < cost.cost(chip, b, "panel", calls[1]).seconds
+        for b in ("cuda", "triton")
+    )
