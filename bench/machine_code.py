@@ -11,6 +11,8 @@ class Instruction(NamedTuple):
     opcode: str  # "IMAD.WIDE.U32", "v_mul_hi_u32"
     text: str  # without the predicate that guards it
     after: tuple[int, ...]  # the instructions that may come next
+    sets: int | None = None  # the scoreboard that tells when its result is there
+    waits: tuple[int, ...] = ()  # the scoreboards it waits for
 
 
 class Loop(NamedTuple):
@@ -24,17 +26,20 @@ class _Line(NamedTuple):
     guarded: bool
     opcode: str
     text: str
+    word: int = 0  # the upper half of the instruction
 
 
 # What may stand before the semicolon, &req={1} ?trans5, tells when it is issued.
 _SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([^;&?]*[^;&?\s])[^;]*;")
+_SASS_WORD = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/$")
 _SASS_LABEL = re.compile(r"\s*([.$][\w.$]+):")
 _SASS_TARGET = re.compile(r"`\(([^)]+)\)")
 _SASS_PREDICATE = re.compile(r"[\s,]!?U?P\d\b")
 
 
 def sass(listing: str, kernel: str) -> list[Instruction]:
-    """The instructions of `kernel` in a listing of `nvdisasm -c`. Branches that cannot be followed are an error."""
+    """The instructions of `kernel` in a listing of `nvdisasm -c`, and with `-hex` their scoreboards. Branches that
+    cannot be followed are an error."""
     lines: list[_Line] = []
     labels: dict[str, int] = {}
     inside = False
@@ -45,11 +50,14 @@ def sass(listing: str, kernel: str) -> list[Instruction]:
             labels[label[1]] = len(lines)
         elif inside and (found := _SASS_LINE.match(line)):
             lines.append(_Line(found[1] not in (None, "@PT", "@UPT"), found[2].split()[0], found[2]))
+        elif inside and (word := _SASS_WORD.match(line)):
+            lines[-1] = lines[-1]._replace(word=int(word[1], 16))
     code = [
-        Instruction(line.opcode, line.text, _sass_after(i, lines, labels)) for i, line in enumerate(lines)
+        Instruction(line.opcode, line.text, _sass_after(i, lines, labels), *_scoreboards(line))
+        for i, line in enumerate(lines)
     ]
     # ptxas also leaves a loop by a CALL, to code from where nothing returns.
-    for i, (guarded, opcode, text) in enumerate(lines):
+    for i, (guarded, opcode, text, _) in enumerate(lines):
         target = _SASS_TARGET.search(text)
         if opcode.startswith("CALL") and target is not None:
             to = labels[target[1]]
@@ -58,8 +66,43 @@ def sass(listing: str, kernel: str) -> list[Instruction]:
     return code
 
 
+def _scoreboards(line: _Line) -> tuple[int | None, tuple[int, ...]]:
+    """What a line sets and waits for. Control bits of sm_70 and later, from the 41st of the upper half on: 4 of stall,
+    1 of yield, 3 name the scoreboard of the result (7: none), 3 that of the operands read, 6 are a mask to wait for."""
+    if not line.word:
+        return None, ()
+    control = line.word >> 41
+    waits = {i for i in range(6) if control >> 11 + i & 1}
+    if line.opcode.startswith("DEPBAR"):
+        waits |= {int(i) for i in re.findall(r"\bSB(\d)", line.text)}
+    result = control >> 5 & 7
+    return None if result == 7 else result, tuple(sorted(waits))
+
+
+def exposed_waits(body: Iterable[Instruction]) -> list[str]:
+    """The instructions of a loop for sm_90 that wait for a global load while no warp-group product runs: after the wait
+    for the last product, up to the next first one. A load that a first product finds under way has the time of a
+    product, and does not count. Branches inside the loop are taken for straight code."""
+    body = list(body)
+    running, loading, found = False, set[int](), list[str]()
+    for turn in range(2):  # the first one shows what is under way when the second begins
+        for instruction in body:
+            waited = loading.intersection(instruction.waits)
+            if waited and turn and not running:
+                found.append(instruction.text)
+            loading -= waited
+            if instruction.opcode.startswith("LDG.") and instruction.sets is not None:
+                loading.add(instruction.sets)
+            elif instruction.opcode.startswith("HGMMA") and not running:
+                running = True
+                loading.clear()
+            elif instruction.text == "WARPGROUP.DEPBAR.LE gsb0, 0x0":
+                running = False
+    return found
+
+
 def _sass_after(i: int, lines: list[_Line], labels: dict[str, int]) -> tuple[int, ...]:
-    guarded, opcode, text = lines[i]
+    guarded, opcode, text, _ = lines[i]
     name = opcode.split(".")[0]
     following = (i + 1,) if i + 1 < len(lines) else ()
     if name == "BRA":

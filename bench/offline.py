@@ -42,8 +42,8 @@ _SMALL_SHARED = 99 << 10  # of sm_86 and sm_89, which take the tiles of sm_80
 
 # Instructions per element of W at most, of bfloat16: kernel, target, noise -> with more than 128 rows of x.
 _BUDGETS = {
-    ("forward", "sm90", "gaussian"): 17.0,
-    ("input_grad", "sm90", "gaussian"): 18.5,
+    ("forward", "sm90", "gaussian"): 17.5,
+    ("input_grad", "sm90", "gaussian"): 18.6,
     ("forward", "sm80", "gaussian"): 19.2,
     ("input_grad", "sm80", "gaussian"): 20.6,
     ("forward", "sm80", "rademacher"): 12.5,
@@ -56,7 +56,6 @@ _BUDGETS = {
     **{("row_sq_norms", target, "none"): 5.5 for target in ("sm80", "sm90", "sm100")},
 }
 _MANY = 8192  # rows of x
-_HIDDEN = 40 / 64  # of the special functions: under the tensor cores, with tiles of 256 rows
 
 
 class Case(NamedTuple):
@@ -99,6 +98,7 @@ class Row(NamedTuple):
     tensor: str  # instruction of the tensor cores in the loop, and how many
     special: int  # special functions in the loop
     hidden: int | None  # those between the first warp-group product and its wait
+    exposed: int | None  # waits for a global load while no warp-group product runs
     registers: int
     shared: int  # bytes of a block
     rows: int
@@ -425,7 +425,7 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     name, target, dtype, noise, *_ = launch.key
     if isinstance(launch.result, Exception):
         problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
-        return "", Row(*launch.key, 0.0, "-", 0, None, 0, 0, launch.case.rows, (problem,))
+        return "", Row(*launch.key, 0.0, "-", 0, None, None, 0, 0, launch.case.rows, (problem,))
     from . import machine_code
 
     asm = launch.result.asm
@@ -459,7 +459,7 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
         body = _body(name, dtype, code)
     except ValueError as error:
         return text, Row(
-            *launch.key, 0.0, "-", 0, None, registers, shared, launch.case.rows, (*problems, str(error))
+            *launch.key, 0.0, "-", 0, None, None, registers, shared, launch.case.rows, (*problems, str(error))
         )
     if calls := [i.text for i in body if i.opcode.startswith("CALL")]:
         problems.append(f"calls inside what is counted: {calls[0]}")
@@ -479,6 +479,7 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
         ", ".join(f"{count} {opcode}" for opcode, count in tensor.items()) or "-",
         sum(map(_special, body)),
         _hidden(body),
+        len(machine_code.exposed_waits(body)) if any("HGMMA" in opcode for opcode in tensor) else None,
         registers,
         shared,
         launch.case.rows,
@@ -540,15 +541,15 @@ def _disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
         file.write(cubin)
         file.flush()
 
-        def tool(path: str, option: str) -> str:
+        def tool(path: str, *options: str) -> str:
             return subprocess.run(
-                [path, option, file.name], capture_output=True, text=True, check=True
+                [path, *options, file.name], capture_output=True, text=True, check=True
             ).stdout
 
         usage = re.findall(
             r"\b(REG|STACK|SHARED|LOCAL):(\d+)", tool(knobs.nvidia.cuobjdump.path, "-res-usage")
         )
-        return tool(knobs.nvidia.nvdisasm.path, "-c"), {k: int(v) for k, v in usage}
+        return tool(knobs.nvidia.nvdisasm.path, "-c", "-hex"), {k: int(v) for k, v in usage}
 
 
 def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
@@ -568,17 +569,8 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
         wanted = _tensor_wanted(row.target, row.dtype, arguments["BLOCK_M"])
         if wanted and wanted not in row.tensor:
             found.append(f"expected {wanted} in the main loop, got {row.tensor}")
-        if (
-            row.target == "sm90"
-            and row.dtype == "bfloat16"
-            and row.noise == "gaussian"
-            and _regular(row)
-            and arguments["BLOCK_M"] == 256
-            and (row.hidden or 0) < _HIDDEN * row.special
-        ):
-            found.append(
-                f"{row.hidden} of {row.special} special functions under the products, expected 40 of 64"
-            )
+        if row.exposed and arguments["CARRY"] and row.rows > 128 and _regular(row):
+            found.append(f"{row.exposed} waits for a global load while no warp-group product runs")
     limit = budget(row)
     if limit is not None and row.instructions > limit:
         found.append(f"{row.instructions} instructions per element of W, the budget is {limit}")
@@ -720,6 +712,7 @@ _HEADINGS = {
     "tensor": "---",
     "special": "---:",
     "hidden": "---:",
+    "exposed": "---:",
     "regs": "---:",
     "KiB": "---:",
 }
@@ -732,7 +725,7 @@ def table(outcome: Outcome) -> str:
             f"{row.instructions:.2f}",
             row.tensor,
             row.special,
-            "" if row.hidden is None else row.hidden,
+            *("" if figure is None else figure for figure in (row.hidden, row.exposed)),
         )
         lines.append(_line((*row.key, *figures, row.registers, f"{row.shared / 1024:.1f}")))
     return "\n".join(lines)
@@ -830,11 +823,19 @@ rows that make u = x A^T on the way are on NVIDIA's three, `adapter_grads` on sm
 
 Of each, these must hold: no spills, no stack, no local memory; shared memory within a block's limit (163 KiB on sm_80
 and 99 KiB for its tiles, which sm_86, sm_89 and sm_120 get too; 227 KiB on sm_90 and sm_100; 64 KiB on gfx942);
-tensor-core instructions in the main loop, other than in full float32 (HGMMA and UTCHMMA from 64 rows a tile on); at
-least 40 of 64 special functions hidden in the gaussian tiles of 256 rows on sm_90; on gfx942 its own special functions
-and no PTX. Instructions per element of W are at most 17.0 (forward) and 18.5 (input gradient) on sm_90, 19.2 and 20.6
-on sm_80, 12.5 with Rademacher noise, for bfloat16 and more than 128 rows; 15.2 in `perturb`, 5.5 in `row_sq_norms`
-without an adapter.
+tensor-core instructions in the main loop, other than in full float32 (HGMMA and UTCHMMA from 64 rows a tile on); on
+gfx942 its own special functions and no PTX. Instructions per element of W are at most 17.5 (forward) and 18.6 (input
+gradient) on sm_90, 19.2 and 20.6 on sm_80, 12.5 with Rademacher noise, for bfloat16 and more than 128 rows; 15.2 in
+`perturb`, 5.5 in `row_sq_norms` without an adapter.
+
+On sm_90 the tensor cores must not idle because a load is late. The control bits of the instructions (`nvdisasm -hex`)
+say on which scoreboard a result arrives and for which ones an instruction waits. From the wait for the last HGMMA of a
+step to the first HGMMA of the next, nothing may wait for a global load that was not already under way at the step's
+first HGMMA: `exposed` is 0. That holds for all types and both noises, with more than 128 rows of aligned operands. It
+is not asked of loops that do not carry a tile from step to step, which multiply what they have just loaded; of up to
+128 rows, where several blocks share a processor and one multiplies while another waits; nor of sizes that are no
+multiples of the tile, whose masks the compiler orders as it likes. `hidden` is for information: special functions that
+stand under the products may still wait there for a load, so it says nothing about time.
 
 The figures below may only go down. The test fails where `instr`, `special` or `KiB` is more than 7 % above the table,
 and where its rows are not those that are compiled. `{REGENERATE}` refuses to write a figure that went
@@ -848,7 +849,8 @@ others. `python -m bench offline --only sm90 forward --listings FOLDER` prints s
 | instr | instructions of the main loop per element of W that a thread holds; kernels without a loop: all there are |
 | tensor | instructions of the tensor cores in the main loop |
 | special | special functions (MUFU; v_sin, v_log and the like) in the main loop, of one thread |
-| hidden | those from the first HGMMA to the wait for the last, which run beside the tensor cores |
+| hidden | those from the first HGMMA to the wait for the last, which run beside the tensor cores; not compared |
+| exposed | waits for a global load while no HGMMA runs, see above; not compared |
 | regs | registers of a thread; not compared |
 | KiB | shared memory of a block |
 """

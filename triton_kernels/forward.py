@@ -27,7 +27,7 @@ from .launch import (
     rank_block,
 )
 from .split import add_splits
-from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
+from .tile import dot, in_order, loads_ahead, perturb_tile, round_to, sample_of, step_at, tile_of, weight_rows
 
 
 @triton.jit
@@ -157,22 +157,32 @@ def _linear_forward_kernel(
     seed = tl.load(seed)
 
     # Few rows: loads of the weight are what takes time, and the compiler keeps several under way.
-    # Many: the noise of one tile is drawn while the tensor cores multiply by the one before.
+    # Many: the noise of one tile is drawn while the tensor cores multiply by the one before. With AHEAD its weight was
+    # loaded a step before that, or they would wait for it.
+    AHEAD: tl.constexpr = CARRY and loads_ahead()
     if CARRY:
         w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN)
         w, rest = perturb_tile(
             w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
         )  # fmt: skip
-    for k in tl.range(begin, end, BLOCK_K):
-        this_k = tl.minimum(k + BLOCK_K, end - 1) // BLOCK_K * BLOCK_K if CARRY else k  # the last one twice
+    if AHEAD:
+        this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
         this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN)
+    for k in tl.range(begin, end, BLOCK_K):
+        if not AHEAD:
+            this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CARRY else k
+            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN)
         if USE_DESCRIPTOR:
             x_k = x.load([first_m, k])
         elif EVEN:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk)
         else:
             x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk, mask=offs_xk[None, :] < K - k, other=0)
+        if AHEAD:
+            # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
+            next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
+            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, EVEN)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank
             if not EVEN:
@@ -187,6 +197,8 @@ def _linear_forward_kernel(
             this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
         )  # fmt: skip
+        if AHEAD:
+            this_k, this_w = next_k, next_w
         if not CARRY:
             acc = dot(x_k, in_order(w, NOISE).T, acc, PRECISION)
             if APART:

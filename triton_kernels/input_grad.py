@@ -24,7 +24,7 @@ from .launch import (
     rank_block,
 )
 from .split import add_splits
-from .tile import dot, in_order, perturb_tile, round_to, sample_of, tile_of, weight_rows
+from .tile import dot, in_order, loads_ahead, perturb_tile, round_to, sample_of, step_at, tile_of, weight_rows
 
 
 @triton.jit
@@ -134,18 +134,30 @@ def _linear_input_grad_kernel(
     seed = tl.load(seed)
     row_offset = tl.cast(row_offset, tl.int64)
 
-    # As in the forward kernel.
+    # As in the forward kernel; but behind the wait for dY the compiler would put off the loads until after the product.
+    AHEAD: tl.constexpr = CARRY and loads_ahead()
     if CARRY:
         w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
         w, rest = perturb_tile(
             w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
             NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
         )  # fmt: skip
-    for n in tl.range(begin, end, BLOCK_N):
-        this_n = tl.minimum(n + BLOCK_N, end - 1) // BLOCK_N * BLOCK_N if CARRY else n  # the last one twice
+    if AHEAD:
+        this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
         this_w, scale = _load_tile(
             w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
         )
+    for n in tl.range(begin, end, BLOCK_N):
+        if AHEAD:
+            next_n = step_at(n + 2 * BLOCK_N, end, BLOCK_N)
+            next_w, next_scale = _load_tile(
+                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+            )
+        else:
+            this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CARRY else n
+            this_w, scale = _load_tile(
+                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+            )
         if USE_DESCRIPTOR:
             y_n = grad_y.load([first_m, n])
         elif EVEN:
@@ -160,6 +172,8 @@ def _linear_input_grad_kernel(
             this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
             seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
         )  # fmt: skip
+        if AHEAD:
+            this_n, this_w, scale = next_n, next_w, next_scale
         if not CARRY:
             acc = dot(y_n, in_order(w, NOISE), acc, PRECISION)
             if APART:

@@ -4,20 +4,22 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .philox import RADIUS_FACTOR, gaussian, rademacher
 
 # The interpreter multiplies bfloat16 as if it were integers, and cuts where it should round.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Two bfloat16 of one register; the compiler's own conversion takes three instructions.
+# Two bfloat16 of one register; the compiler's own conversion takes three instructions. The first result is written
+# before the operand is read for the last time.
 _UNPACK_PTX = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 
 @triton.jit
 def to_float(x, ARITHMETIC: tl.constexpr):
     if ARITHMETIC == "ptx" and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(_UNPACK_PTX, "=r,=r,r", [x], tl.float32, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_UNPACK_PTX, "=&r,=r,r", [x], tl.float32, is_pure=True, pack=2)
     else:
         return x.to(tl.float32)
 
@@ -53,6 +55,20 @@ def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first = pid // width * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
     return first + pid % width % size, pid % width // size
+
+
+@triton.constexpr_function
+def loads_ahead():
+    """Whether loops that carry a tile load the weight one step earlier still: on Hopper, whose tensor cores would wait
+    for it. That takes registers, which sm_80 and sm_120 do not have, and instructions, which nothing shows to pay on
+    sm_100 and AMD."""
+    return _INTERPRETED.value or (cuda_capability_geq(9) and not cuda_capability_geq(10))
+
+
+@triton.jit
+def step_at(i, end, BLOCK: tl.constexpr):
+    """Where the step of a contraction that holds i begins; beyond the end, the last step."""
+    return tl.minimum(i, end - 1) // BLOCK * BLOCK
 
 
 @triton.jit
