@@ -146,4 +146,4 @@ def main(
     print("\n".join([*(f"Skipped: {s}" for s in bench.skipped), *(f"FAILED: {f}" for f in bench.failures)]))
     if backends is None and write(lines, path):
         return 1
-    return 1 if bench.failures or not lines else 0
+    return 1 if bench.failures or not bench.rows else 0

@@ -4,9 +4,11 @@
     python -m bench.truth check [--limit SECONDS] [--each SECONDS]
     python -m bench.truth time [--limit SECONDS] [--rows 16,256,2048,8192]
 
-`driver` prints versions and how many clusters run at once. `check` runs each family of kernels in a process of its own,
-all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays CUDA graphs in turns from a cold L2 and prints ratios to the vendor's product
-in the same rounds; `lora` is what PEFT computes, by the same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is there.
+`driver` prints versions and how many clusters run at once. `check` runs each family of kernels in a process of its
+own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays CUDA graphs in
+turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT computes, by the
+same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is
+there.
 `--library NAME=FILE`, repeated, takes other builds of libflatlora_cuda in turns with the installed one, as cuda@NAME.
 """
 
