@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         "--processes", type=int, help="that compile Triton kernels before anything is timed; 0 = none"
     )
     _place(p)
+    p.add_argument(
+        "--parts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first the overhead, the generator and noise_scale by themselves",
+    )
     p.add_argument("--ways", action="store_true", help="the op's panels, split noise and own choice, too")
     p = add("tune", "search tiles for the Triton kernels on this GPU and print a table for configs.py")
     p.add_argument(
@@ -103,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
         help="instead measure fused kernels against panels and write the table of the automatic choice",
     )
     p.add_argument("--quick", action="store_true", help="with --strategies: a few cases")
+    p.add_argument("--backends", nargs="+", help="with --strategies: measure these alone, and write no table")
+    p.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="with --strategies: the table of these measurements",
+    )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="with --strategies: default cuda where there is one"
     )
@@ -197,7 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if args.strategies:
                 device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-                return strategies.main(device, args.quick, args.time_limit, args.out, args.name)
+                if args.rows:
+                    return strategies.combine(args.rows)
+                return strategies.main(
+                    device, args.quick, args.time_limit, args.out, args.name, backends=args.backends
+                )
             return tune.main(
                 args.dtypes, args.time_limit, args.candidates, args.processes, args.out, args.name, args.dry_run,
                 args.table,
@@ -254,13 +272,20 @@ def _run(args: argparse.Namespace, device: str) -> int:
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
         graph=args.graph or ("small" if device == "cuda" else "none"),
+        parts=args.parts,
     )
     cases = _cases(args, device)
     meta = environment.describe(device)
     started = time.perf_counter()
     run.compile_first(device, cases, settings.noises, args.processes)
     settings = settings._replace(time_limit=settings.time_limit - (time.perf_counter() - started))
-    bench = run.run(settings, cases, _memory_cases(default(args.memory, "first", "largest"), cases))
+    memory_cases = _memory_cases(default(args.memory, "first", "largest"), cases)
+    stem = _stem(args, meta, args.set)
+
+    def after_case(bench: run.Bench) -> None:
+        results.save_json(Results(meta, bench.rows, bench.failures, list(bench.skipped)), stem)
+
+    bench = run.run(settings, cases, memory_cases, after_case)
     if isinstance(bench.timer, timing.CudaTimer):
         meta["launched_late"] = f"{bench.timer.late} of {bench.timer.calls} calls"
     return _finish(args, meta, Results(meta, bench.rows, bench.failures, list(bench.skipped)), args.set)
@@ -277,16 +302,20 @@ def _training(args: argparse.Namespace, device: str) -> int:
     return _finish(args, meta, Results(meta, *training.main(args, device)), "training")
 
 
+def _stem(args: argparse.Namespace, meta: dict[str, Any], what: str) -> Path:
+    name = args.name or f"{what}-{meta['device']}-{meta['date'].replace(':', '').split('+')[0]}"
+    return args.out / name
+
+
 def _finish(args: argparse.Namespace, meta: dict[str, Any], found: Results, what: str) -> int:
     meta["clocks_after"] = environment.clocks(meta["device"])
     meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     meta["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("FLATLORA_", "OMP_", "MKL_"))}
     meta["float32_matmul_precision"] = torch.get_float32_matmul_precision()
-    name = args.name or f"{what}-{meta['device']}-{meta['date'].replace(':', '').split('+')[0]}"
     print(table.summary(found))
     if what == "targets":
         print("\n" + targets.report(found.rows, meta["device"]))
-    print("\n" + "\n".join(f"Written: {path}" for path in results.save(found, args.out / name)))
+    print("\n" + "\n".join(f"Written: {path}" for path in results.save(found, _stem(args, meta, what))))
     return 1 if found.failures else 0
 
 

@@ -1,127 +1,205 @@
 #!/usr/bin/env bash
-# All that wants a GPU, on a machine with one and no network, in 9 minutes: build, doctor, one test for each wrapper of
-# PTX, every kernel against its oracle and a first time, tests, the project's targets, a training step, the table of the automatic choice, and in what time is left
-# compute-sanitizer, more of the benchmark, the shared tests and the search for tiles.
+# All that wants a GPU, on a machine with one and no network, in stages of at most four minutes, what says most first:
 #
-#   bench/gpu_suite.sh [--dry-run] [PART...]
+#   bench/gpu_suite.sh [--dry-run] [STAGE|PART...]
 #
-# Parts: build doctor wrappers truth tests targets training strategies table sanitizer bench shared tune.
-# Needs python3 (or $PYTHON) with torch, triton and pytest (with pytest-xdist, tests compile their kernels on all
-# cores); nvcc and cmake for the CUDA backend. Without PART all run, in that order; the first run needs build.
-# Results go to $OUT, or to bench/results/<GPU>: suite.log, summary.txt, truth-{check,time}.jsonl, {targets,training,bench}.{json,csv,md},
-# tune-strategies.{json,csv}, of which flatlora_kernels/tables/ gets the table, tune.{json,csv,txt}.
-# PEFT's rows need peft.
-# Pictures need no GPU: python -m bench plot targets.json. A part that fails or runs out of time does not stop the rest,
-# but the exit status is 1 then. $SUITE_SECONDS is for all together, 525 where it is not given.
+#   truth        150 s  driver wrappers check time: each instruction, each kernel's values, first times
+#   correctness  200 s  cuda large triton: the tests; large are tensors of more than 2^31 elements
+#   numbers      230 s  targets strategies-cuda strategies-triton training-cuda training-triton
+#   sanitizer    100 s  each instruction again, under compute-sanitizer
+#
+# Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
+# triton, numpy and pytest. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK); where that is not,
+# the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does everything on the CPU, tiny, in the
+# emulator that `make emulator` builds: no time means anything there.
+#
+# Results go to $OUT, or to bench/results/<GPU>, at most 8 files of a stage, as they are found: summary.txt (its first line
+# says where to look first), suite.log, {wrappers,cuda,large,triton}.jsonl, truth-{check,time}.jsonl, and a JSON to each
+# part of numbers. A part that fails or runs out of time stops no other; then the exit status is 1. One for which no time
+# was left is no failure. Pictures need no GPU: python -m bench plot targets.json; nor does the table of the automatic
+# choice: python -m bench tune --strategies --rows strategies-cuda.json strategies-triton.json.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
-all_parts="build doctor wrappers truth tests targets training strategies table sanitizer bench shared tune"
+truth="driver wrappers check time"
+correctness="cuda large triton"
+numbers="targets strategies-cuda strategies-triton training-cuda training-triton"
+all="setup $truth $correctness $numbers sanitizer"
 dry_run=false
-wanted=" "
+wanted=
 for argument in "$@"; do
-  case "$argument" in
-    --dry-run) dry_run=true ;;
-    build | doctor | wrappers | truth | tests | targets | training | strategies | table | sanitizer | bench | shared | tune)
-      wanted="$wanted$argument " ;;
-    *) echo "usage: bench/gpu_suite.sh [--dry-run] [PART...], parts: $all_parts; got '$argument'" >&2; exit 2 ;;
+  case " $argument $all " in
+    *" --dry-run "*) dry_run=true ;;
+    *" truth "*) wanted="$wanted $truth" ;;
+    *" correctness "*) wanted="$wanted $correctness" ;;
+    *" numbers "*) wanted="$wanted $numbers" ;;
+    *" $argument "*" $argument "*) wanted="$wanted $argument" ;;
+    *) echo "gpu_suite: expected truth, correctness, numbers or of $all; got '$argument'" >&2; exit 2 ;;
   esac
 done
-[ "$wanted" != " " ] || wanted=" $all_parts "
-
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null)
-capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
-if [ -z "$gpu" ]; then
-  if ! $dry_run; then
-    echo "gpu_suite: torch in '$python' sees no GPU; with --dry-run this says what would be done" >&2
-    exit 2
-  fi
-  gpu="no GPU"
-fi
-out=${OUT:-bench/results/$(printf %s "$gpu" | tr -cs 'A-Za-z0-9.\n' '-')}
-log=$out/suite.log
-summary=$out/summary.txt
+wanted=" ${wanted:-$all} "
 
 export PATH="$PATH:/usr/local/cuda/bin" # where nvcc and compute-sanitizer often are
-export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# Tests of these fail where they would be skipped.
-export FLATLORA_REQUIRE_BACKENDS=triton
-if command -v nvcc > /dev/null; then FLATLORA_REQUIRE_BACKENDS=triton,cuda; fi
-# One architecture builds in a fraction of the time of all.
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-
-total=${SUITE_SECONDS:-525} # for all parts together; each has a limit of its own as well
-failed=0
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+gpu="dry run"
 if ! $dry_run; then
-  mkdir -p "$out" || exit 1
-  : > "$log"
-  { echo "$gpu, $(date -u +%FT%TZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"; } > "$summary"
+  gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+  [ -n "$gpu" ] || { echo "gpu_suite: torch in '$python' sees no GPU; --dry-run needs none" >&2; exit 2; }
+  export FLATLORA_REQUIRE_BACKENDS=triton,cuda # tests of these fail where they would be skipped
 fi
+out=${OUT:-bench/results/$(printf %s "$gpu" | tr -cs 'A-Za-z0-9.\n' '-')}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+export OUT=$out
+log=$out/suite.log
+summary=$out/summary.txt
+rows=$(mktemp -d)
+trap 'rm -rf "$rows"' EXIT
+for name in $all; do # of earlier calls
+  grep "^$name  " "$summary" 2> /dev/null > "$rows/$name" || rm -f "$rows/$name"
+done
+about="$gpu, $(date -u +%FT%TZ), commit $(git rev-parse --short=12 HEAD 2> /dev/null || echo unknown)"
+printf '\n### %s: %s\n' "$about" "$wanted" >> "$log"
+
+cat_rows() {
+  local name
+  for name in $all; do [ ! -e "$rows/$name" ] || cat "$rows/$name"; done
+}
+
+# Rewrites the summary, with part NAME as it ended.
+note() {
+  local name=$1 first bad
+  printf '%s  %s\n' "$name" "$2" | tee "$rows/$name"
+  # In the order of $all: what a later part says follows from what an earlier one found.
+  bad=$(cat_rows | grep -E ' s: (FAILED|ran out)')
+  first=${bad%%$'\n'*}
+  {
+    if [ -n "$first" ]; then echo "LOOK FIRST AT $first"; else echo "nothing failed in what ran"; fi
+    echo "$about"
+    cat_rows
+  } > "$summary"
+}
+
+failed=0
+total=${SUITE_SECONDS:-100000}
+stage() { # SECONDS: of the parts that follow, together
+  end=$((SECONDS + $1))
+  [ "$end" -le "$total" ] || end=$total
+}
 
 # part NAME SECONDS COMMAND: runs COMMAND, a shell line that finds the seconds it has in $limit, and notes how it ended.
 part() {
-  local name=$1 limit=$2 command=$3 left=$((total - SECONDS)) start=$SECONDS verdict
+  local name=$1 limit=$2 command=$3 left=$((end - SECONDS)) start=$SECONDS verdict from said
   case "$wanted" in *" $name "*) ;; *) return ;; esac
-  if $dry_run; then
-    printf '%-10s %4d s  %s\n' "$name" "$limit" "$command"
+  [ "$limit" -le "$left" ] || limit=$left
+  if [ "$limit" -lt 5 ]; then
+    note "$name" "0 s: not run, no time left"
     return
   fi
-  [ "$limit" -le "$left" ] || limit=$left
-  printf '\n=== %s, at most %d s: %s\n' "$name" "$limit" "$command" | tee -a "$log"
-  if [ "$limit" -le 0 ]; then
-    verdict="not run, no time left"
-    failed=1
-  else
-    env limit="$limit" timeout --kill-after=5 "$limit" bash -c "$command" 2>&1 | tee -a "$log"
-    case ${PIPESTATUS[0]} in
-      0) verdict=passed ;;
-      77) verdict="skipped, see suite.log" ;;
-      124 | 137) verdict="ran out of its $limit s"; failed=1 ;;
-      *) verdict=FAILED; failed=1 ;;
-    esac
-  fi
-  printf '%-10s %4d s  %s: %s\n' "$name" $((SECONDS - start)) "$verdict" "$(grep . "$log" | tail -n 1)" >> "$summary"
+  printf '\n=== %s, at most %d s: %s\n' "$name" "$limit" "$command" >> "$log"
+  from=$(wc -l < "$log")
+  # Into the file and no pipe: a process that hangs in the driver would keep a pipe open.
+  limit=$limit timeout --kill-after=5 "$limit" bash -c "$command" >> "$log" 2>&1
+  case $? in
+    0) verdict=passed ;;
+    75) verdict="passed as far as its time went" ;;
+    77) verdict=skipped ;;
+    124 | 137) verdict="ran out of its $limit s"; failed=1 ;;
+    *) verdict=FAILED; failed=1 ;;
+  esac
+  rm -f "$out"/*.csv "$out"/*.unfinished # the JSON has the same rows
+  said=$(tail -n +$((from + 1)) "$log" | grep . | tail -n 1 | cut -c 1-300)
+  note "$name" "$((SECONDS - start)) s: $verdict: $said"
 }
 
-# Of pytest, 5 means that no test was selected.
-# shellcheck disable=SC2016 # for the shell of the part
-none_selected='{ status=$?; [ $status = 5 ] && echo "no such tests" && exit 77; exit $status; }'
+# --- what runs, on a GPU or dry ---
+device=cuda backends="cuda triton"
+pytest="'$python' -m bench.gpu_tests"
+cores=$(nproc)
+workers=$((cores > 15 ? 14 : cores > 2 ? cores - 2 : 1))
+each=60 # seconds for a family of kernels, which Triton may have to compile
+on_gpu="-m gpu" of_cuda="-m gpu tests -k 'not two_to_the_31'" of_large="-m gpu tests/test_gpu.py -k two_to_the_31"
+of_triton=$of_cuda
+check= few_cases='$((limit - 20))' rows_of_x=16,256,2048,8192
+times="--budget 0.012 --only '^(lora|(triton|cuda) (y|dX)|panel (triton|cuda) (y|dX)|perturb (triton|cuda) y)\$'"
+targets="--set targets --budget 0.04 --providers auto plain lora peft perturb inplace"
+training="--budget 1 --providers plain lora peft inplace"
+if $dry_run; then
+  export FLATLORA_EMULATE=90
+  device=cpu backends="cpu reference" workers=2
+  on_gpu="-k emulated" of_cuda="-m emulator tests/test_gpu.py -k noise_is_that"
+  of_large="-m emulator tests/test_gpu.py -k 'two_to_the_31 and rademacher'"
+  of_triton="-m interpreter tests/test_gpu.py -k copy_engine_reads"
+  check="--only 'cuda few'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
+  targets="--set square2048 --m 1 --dtypes float32 --modes forward --rank 0 --noise rademacher --budget 0 --min-rounds 1"
+  targets="$targets --providers fused:reference"
+  training="--size tiny --dtypes float32 --noise rademacher --budget 0 --min-rounds 1 --no-memory --providers plain"
+fi
 
-# Most of the time of tests goes into compiling kernels, which several processes share.
-workers=
-if "$python" -c 'import xdist' 2>/dev/null; then workers="-n $(($(nproc) > 2 ? $(nproc) - 2 : 1))"; fi
-pytest="'$python' -m pytest -q -m gpu -p no:cacheprovider"
+end=300
+pack=${SUITE_PACK:-$PWD/build/gpu-pack}
+if $dry_run; then
+  :
+elif [ -e "$pack" ]; then
+  wanted="$wanted setup "
+  export FLATLORA_WRAPPERS=$pack/wrappers.so TRITON_CACHE_DIR=${PACK_CACHE:-/tmp/flatlora-gpu-pack}
+  part setup 60 "'$python' -m bench.pack unpack '$pack'"
+  if [ "$failed" = 0 ] && ! grep -q "compiles its kernels here" "$rows/setup"; then
+    export BENCH_PROCESSES=0 # nothing is left to compile
+    each=15
+  fi
+else
+  wanted="$wanted setup "
+  # One architecture builds in a fraction of the time of all.
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch
+print("%d.%d" % torch.cuda.get_device_capability())')}
+  export TORCH_CUDA_ARCH_LIST
+  part setup 300 "FLATLORA_BUILD=cuda '$python' -m pip install --no-build-isolation --no-deps -e ."
+fi
+[ "$failed" = 0 ] || { cat "$summary"; exit 1; } # every part would fail of it
 
-part build 150 "'$python' -m pip install --no-build-isolation --no-deps -e . \
-|| { cmake -S . -B build/gpu-suite && cmake --build build/gpu-suite --parallel; }"
-part doctor 30 "'$python' -m flatlora_kernels"
-# What no emulator can know comes first: whether each instruction does what its emulated twin does.
-part wrappers 60 "$pytest tests/test_wrappers.py || $none_selected"
-part truth 95 "OUT='$out' '$python' -m bench.truth check --limit 45 && OUT='$out' '$python' -m bench.truth time --limit 30"
-part tests 150 "$pytest $workers --durations=5 tests/test_gpu.py || $none_selected"
+stage 150
+part driver 25 "'$python' -m flatlora_kernels && '$python' -m bench.truth driver"
+# What no emulator can know: whether each instruction does what its emulated twin does.
+part wrappers 50 "$pytest '$out/wrappers.jsonl' --each 10 --limit \$((limit - 5)) \
+$on_gpu tests/test_wrappers.py tests/test_emulator_layouts.py"
+part check 90 "rm -f '$out/truth-check.jsonl'; '$python' -m bench.truth check --each $each --limit \$((limit - 10)) $check"
+part time 60 "rm -f '$out/truth-time.jsonl'; '$python' -m bench.truth time --limit \$((limit - 15)) --rows $rows_of_x $times"
+
+stage 200
+part cuda 90 "$pytest '$out/cuda.jsonl' --workers $workers --limit \$((limit - 5)) --backend cuda,others $of_cuda"
+part large 50 "$pytest '$out/large.jsonl' --each 40 --limit \$((limit - 5)) $of_large"
+if $dry_run; then unset FLATLORA_EMULATE && export TRITON_INTERPRET=1; fi
+part triton 100 "$pytest '$out/triton.jsonl' --workers $workers --limit \$((limit - 5)) --backend triton $of_triton"
+unset TRITON_INTERPRET
+
 bench="'$python' -m bench"
-to="--device cuda --out '$out' --name"
-part targets 130 "$bench --set targets --budget 0.15 --time-limit \$((limit - 25)) $to targets"
-part training 80 "$bench training --budget 2 $to training"
-part strategies 100 "$bench tune --strategies --quick --time-limit \$((limit - 25)) $to tune-strategies"
-part table 15 "for run in targets training; do [ ! -e '$out'/\$run.json ] || \
-$bench table '$out'/\$run.json > '$out'/\$run.md || exit; done"
-# Without torch's own cache of memory, each tensor ends where its allocation ends. The tests ran before: nothing is
-# compiled here.
-sanitizer="PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
-part sanitizer 100 "command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; exit 77; }; failed=0; \
-$sanitizer memcheck $pytest tests/test_gpu.py -k '(unaligned and bfloat16 and (all or odd)) or small_shapes' || failed=1; \
-for tool in racecheck synccheck initcheck; do \
-$sanitizer \$tool $pytest tests/test_gpu.py -k 'cuda and small_shapes and bfloat16' || failed=1; done; exit \$failed"
-part bench 170 "$bench --set square4096 --budget 0.15 --time-limit \$((limit - 25)) $to bench \
-&& $bench table '$out/bench.json' > '$out/bench.md'"
-part shared 150 "$pytest $workers --durations=5 --ignore=tests/test_gpu.py tests || $none_selected"
-# shellcheck disable=SC2016 # for the shell of the part
-part tune 300 '[ "$limit" -ge 60 ] || { echo "only $limit s left, it needs 60"; exit 77; }; '"set -o pipefail; \
-$bench tune --time-limit \$((limit - 25)) --out '$out' --name tune | tee '$out/tune.txt'"
+to="--device $device --out '$out' --name"
+stage 230
+# One process: what is aimed at are ratios within a round that has all rivals, and the op's own choice takes both backends.
+part targets 90 "$bench run $targets --no-parts --memory none --time-limit \$((limit - 25)) $to targets"
+# A process to each backend: one that breaks its CUDA context leaves the other its numbers.
+for backend in $backends; do
+  case $backend in triton | reference) name=triton ;; *) name=cuda ;; esac
+  part strategies-$name 45 "$bench tune --strategies --quick --backends ${backend/reference/cpu} \
+--time-limit $few_cases $to strategies-$name"
+done
+for backend in $backends; do
+  case $backend in triton | reference) name=triton ;; *) name=cuda ;; esac
+  part training-$name 45 "$bench training $training $($dry_run || echo "flatlora:$backend") $to training-$name"
+done
 
-$dry_run && { echo "results would go to $out"; exit 0; }
+stage 100
+if $dry_run; then export FLATLORA_EMULATE=90; fi
+sanitizer='command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; exit 77; }
+export FLATLORA_RECORD_WRAPPERS=$(mktemp -d); trap "rm -rf $FLATLORA_RECORD_WRAPPERS" EXIT; failed=0'
+part sanitizer 100 "$sanitizer
+'$python' -m pytest -q -p no:cacheprovider $on_gpu tests/test_wrappers.py tests/test_emulator_layouts.py || exit 1
+for tool in memcheck racecheck synccheck initcheck; do echo \$tool
+compute-sanitizer --error-exitcode 1 --tool \$tool '$python' tests/replay.py \$FLATLORA_RECORD_WRAPPERS \
+|| failed=\"\$failed \$tool\"; done
+[ \"\$failed\" = 0 ] && echo 'nothing found' || { echo \"found by: \${failed#0 }\"; exit 1; }"
+
 printf '\n'
 cat "$summary"
 echo "all of it: $out"

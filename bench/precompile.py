@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
     case: Case
     noise: str
-    what: str = "fused"  # provider; "noise_scale": its refresh
+    what: str = "fused"  # provider, or "panel"; "noise_scale": its refresh
     tile: Any = None  # triton_kernels.configs.Config; None = what the table says
     precision: str = "highest"  # of torch.set_float32_matmul_precision
 
@@ -75,11 +75,14 @@ def compiling() -> Iterator[list[Any]]:
         yield seen
 
 
+DEVICE = "cuda"  # pack.py has none
+
+
 @functools.lru_cache(1)
 def _problem(case: Case) -> Any:
     from .problem import Problem
 
-    return Problem(case, "cuda", copies=1)
+    return Problem(case, DEVICE, copies=1)
 
 
 def _step(job: Job) -> None:
@@ -93,7 +96,10 @@ def _step(job: Job) -> None:
     if job.what == "noise_scale":
         fk.flat_noise_scale(i.weight, i.lora_A, i.lora_B, scaling=SCALING, sigma=SIGMA, backend="triton")
     else:
-        run = {"fused": Fused, "perturb": Perturb}[job.what](problem, job.noise, "triton")
+        if job.what == "perturb":
+            run = Perturb(problem, job.noise, "triton")
+        else:
+            run = Fused(problem, job.noise, "triton", job.what)
         run.step(0)
         if job.tile is None:
             run.eps(0)  # for the gate

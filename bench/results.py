@@ -41,15 +41,23 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEYS)
 
 
-def save(results: Results, stem: Path) -> list[Path]:
+def save_json(results: Results, stem: Path) -> Path:
+    """All or nothing: whoever is stopped here leaves the file of before."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")]
+    path = stem.with_name(stem.name + ".json")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results._asdict(), indent=1) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def save(results: Results, stem: Path) -> list[Path]:
+    paths = [stem.with_name(stem.name + ".csv"), save_json(results, stem)]
     with paths[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, (*COLUMNS, *_META))
         writer.writeheader()
         meta = {name: results.meta.get(name) for name in _META}
         writer.writerows({**row, **meta} for row in results.rows)
-    paths[1].write_text(json.dumps(results._asdict(), indent=1) + "\n")
     return paths
 
 

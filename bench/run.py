@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import sys
 import time
 import traceback
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
     graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
+    parts: bool = True  # also overhead, generator and noise_scale by themselves
 
 
 class Progress:
@@ -79,6 +81,7 @@ class Bench:
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.skipped: dict[str, None] = {}  # in order, each once
+        self.after_case: Callable[[Bench], object] = lambda bench: None
         for name, reason in providers.available_backends(settings.device).items():
             if reason is not None:
                 self.skip(f"fused:{name}: {reason}")
@@ -139,6 +142,7 @@ class Bench:
                 break
             self.progress.step(str(case))
             self.linear(case, case in memory_cases)
+            self.after_case(self)
             gc.collect()
         self.progress.close()
 
@@ -290,19 +294,33 @@ def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:
 def compile_first(
     device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
 ) -> None:
-    """Compiles what the triton backend will run, on all cores, before anything is timed; processes: 0 = not."""
+    """Compiles what the triton backend will run, on all cores, before anything is timed.
+
+    processes: 0 = not; None = as BENCH_PROCESSES says, else for all cores.
+    """
+    if processes is None and "BENCH_PROCESSES" in os.environ:
+        processes = int(os.environ["BENCH_PROCESSES"])
     if device == "cuda" and processes != 0 and "fused:triton" in [p.name for p in providers.every(device)]:
         for line in precompile.run(precompile.table_jobs(cases, noises), processes):
             print(f"compiling: {line}", file=sys.stderr)
 
 
-def run(settings: Settings, cases: Sequence[Case], memory_cases: set[Case]) -> Bench:
+def run(
+    settings: Settings,
+    cases: Sequence[Case],
+    memory_cases: set[Case],
+    after_case: Callable[[Bench], object] = lambda bench: None,
+) -> Bench:
     """Everything there is to measure in `cases`."""
     started = time.perf_counter()
     layers = list(dict.fromkeys(c._replace(M=1, mode="forward") for c in cases))
     dtypes = list(dict.fromkeys(c.dtype for c in cases))
     progress = Progress(len(cases))
     bench = Bench(settings, progress)
+    bench.after_case = after_case
+    if not settings.parts:
+        bench.linear_cases(cases, memory_cases, started)
+        return bench
     progress.note("overhead per call")
     backends = [p.name.partition(":")[2] for p in bench.providers if p.name.startswith("fused:")]
     bench.rows += overhead.measure(backends, settings.device)

@@ -1,6 +1,7 @@
 """Measures the ways to run the op that work here and writes the table that dispatch.py chooses by.
 
     python -m bench tune --strategies [--quick]
+    python -m bench tune --strategies --backends cuda; the same with triton; ... --rows FILE.json FILE.json
 
 One row to a way, direction, noise, type and problem: its time over that of a plain product in the same round. The raw
 rows go beside the other results. What fails the gate is not written, so that it is never chosen.
@@ -72,33 +73,22 @@ def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[di
     return [line for line in found if count[tuple(line[name] for name in names)] == len(MODES)]
 
 
-def main(device: str, quick: bool, limit: float, out: Path, name: str | None, tables: Path = TABLES) -> int:
-    """What the command does; its exit status."""
-    key = dispatch.device_key(torch.device(device))
-    if key is None:
-        raise ValueError(f"--device: expected one that a backend with kernels runs on, got {device!r}")
-    ways = [name.partition(":") for name in (p.name for p in providers.every(device))]
-    candidates = tuple(
-        f"{w}:{b}" for w, _, b in ways if w in dispatch.STRATEGIES and b != providers.REFERENCE
-    )
-    settings = run.Settings(
-        device, providers=candidates, compiled=False, ways=True, reference=False, time_limit=limit,
-        budget=0.05 if quick else 0.3, min_rounds=5,
-    )  # fmt: skip
-    meta = environment.describe(device)
-    meta["config"] = {"strategies": True, "quick": quick, "time_limit": limit}
-    started, problems = time.perf_counter(), cases(device, quick)
-    bench = run.Bench(settings, run.Progress(0))
-    run.compile_first(device, problems, settings.noises)
-    bench.linear_cases(problems, started=started)
-    found = results.Results(meta, bench.rows, bench.failures, list(bench.skipped))
-    stem = out / (name or f"tune-strategies-{key.replace(' ', '-')}")
-    lines = table(bench.rows, key, meta)
-    path = tables / f"{key.replace(' ', '-')}.csv"
-    if quick and path.exists():  # it may hold all cases
-        path = stem.with_name(f"{stem.name}-table.csv")
-    print("\n".join(f"Written: {p}" for p in results.save(found, stem)))
-    print("\n".join([*(f"Skipped: {s}" for s in found.skipped), *(f"FAILED: {f}" for f in found.failures)]))
+def combine(files: list[Path], tables: Path = TABLES) -> int:
+    """The table of measurements that --backends left; the exit status."""
+    found = [results.load(file) for file in files]
+    keys = {one.meta["config"]["table"] for one in found}
+    if len(keys) != 1:
+        raise ValueError(
+            f"--rows: expected measurements of one kind of device, got {', '.join(sorted(keys))}"
+        )
+    return write([line for one in found for line in table(one.rows, *keys, one.meta)], tables / _file(*keys))
+
+
+def _file(key: str) -> str:
+    return f"{key.replace(' ', '-')}.csv"
+
+
+def write(lines: list[dict[str, Any]], path: Path) -> int:
     if not lines:
         print("No table: nothing was measured both ways")
         return 1
@@ -108,4 +98,52 @@ def main(device: str, quick: bool, limit: float, out: Path, name: str | None, ta
         writer.writeheader()
         writer.writerows(lines)
     print(f"{len(lines)} rows: {path}")
-    return 1 if bench.failures else 0
+    return 0
+
+
+def main(
+    device: str,
+    quick: bool,
+    limit: float,
+    out: Path,
+    name: str | None,
+    tables: Path = TABLES,
+    backends: list[str] | None = None,
+) -> int:
+    """What the command does; its exit status."""
+    key = dispatch.device_key(torch.device(device))
+    if key is None:
+        raise ValueError(f"--device: expected one that a backend with kernels runs on, got {device!r}")
+    ways = [name.partition(":") for name in (p.name for p in providers.every(device))]
+    candidates = tuple(
+        f"{w}:{b}"
+        for w, _, b in ways
+        if w in dispatch.STRATEGIES and b != providers.REFERENCE and (backends is None or b in backends)
+    )
+    if not candidates:
+        raise ValueError(f"--backends: none of {', '.join(backends or ['the backends'])} runs on {device}")
+    settings = run.Settings(
+        device, providers=candidates, compiled=False, ways=True, reference=False, time_limit=limit,
+        budget=0.05 if quick else 0.3, min_rounds=5,
+    )  # fmt: skip
+    meta = environment.describe(device)
+    meta["config"] = {"strategies": True, "quick": quick, "time_limit": limit, "table": key}
+    started, problems = time.perf_counter(), cases(device, quick)
+    bench = run.Bench(settings, run.Progress(0))
+    stem = out / (name or f"tune-strategies-{key.replace(' ', '-')}")
+
+    def found() -> results.Results:
+        return results.Results(meta, bench.rows, bench.failures, list(bench.skipped))
+
+    bench.after_case = lambda _: results.save_json(found(), stem)
+    run.compile_first(device, problems, settings.noises)
+    bench.linear_cases(problems, started=started)
+    lines = table(bench.rows, key, meta)
+    path = tables / _file(key)
+    if quick and path.exists():  # it may hold all cases
+        path = stem.with_name(f"{stem.name}-table.csv")
+    print("\n".join(f"Written: {p}" for p in results.save(found(), stem)))
+    print("\n".join([*(f"Skipped: {s}" for s in bench.skipped), *(f"FAILED: {f}" for f in bench.failures)]))
+    if backends is None and write(lines, path):
+        return 1
+    return 1 if bench.failures or not bench.rows else 0

@@ -1,11 +1,14 @@
 """What a GPU says first: is each kernel right, does it give the same bits again, and how long does it take?
 
-    python -m bench.truth check [--limit SECONDS]
+    python -m bench.truth driver
+    python -m bench.truth check [--limit SECONDS] [--each SECONDS]
     python -m bench.truth time [--limit SECONDS] [--rows 16,256,2048,8192]
 
-`check` runs each family of kernels in a process of its own, all at once: one that hangs or breaks its CUDA context
-costs the others nothing. `time` replays CUDA graphs in turns from a cold L2 and prints ratios to the vendor's product
-in the same rounds. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is there.
+`driver` prints versions and how many clusters run at once. `check` runs each family of kernels in a process of its
+own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays CUDA graphs in
+turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT computes, by the
+same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is
+there.
 `--library NAME=FILE`, repeated, takes other builds of libflatlora_cuda in turns with the installed one, as cuda@NAME.
 """
 
@@ -13,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +41,21 @@ SM80 = {"large": 0, "middle": 1, "any": 2, "few": 3}
 SM90 = {"sm90 large": 1000, "sm90 middle": 1001, "sm90 small": 1002}
 # Yields (case, what computes its error, the most it may be).
 Family = Callable[[], Iterator[tuple[str, Callable[[], float], float]]]
-# M, N, K, rank, samples: tiles that are full, tiles that are not, several samples.
-SHAPES = ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2))
-FEW = ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2))
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
+# M, N, K, rank, samples: tiles that are full, tiles that are not, several samples; for many and for few rows.
+SIZES = {
+    "cuda": (
+        ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2)),
+        ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2)),
+    ),
+    "cpu": (
+        ((40, 72, 72, 0, 1), (36, 40, 72, 16, 1), (20, 40, 72, 24, 2)),
+        ((16, 40, 72, 0, 1), (1, 40, 72, 16, 1), (12, 40, 72, 24, 2)),
+    ),
+}
+SHAPES, FEW = SIZES[DEVICE]
+TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
 
 _libraries: dict[str, Path] = {}
 
@@ -143,6 +158,28 @@ class Problem:
             else:
                 result += 0.75 * ((self.x.double() @ A.t()).to(self.dtype).double() @ B.t())
         return result
+
+
+# --- driver ---
+
+
+def driver() -> int:
+    from . import environment
+
+    about = environment.describe(DEVICE)
+    kept = ("hardware", "clocks_before", "python", "torch", "cuda", "triton", "peft", "commit", "dirty")
+    print(", ".join(f"{name} {about[name]}" for name in kept), flush=True)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import wrappers
+
+    library = (wrappers.get_on_gpu if DEVICE == "cuda" else wrappers.get_emulated)()
+    for size in (2, 4, 8, 16):
+        for kib in (100, 200, 226):
+            count = ctypes.c_int()
+            error = library.library.test_clusters(size, kib << 10, ctypes.byref(count))
+            said = library.library.test_error(error).decode() if error else f"{count.value} at once"
+            print(f"clusters of {size:2} with {kib} KiB a block: {said}", flush=True)
+    return 0
 
 
 # --- check ---
@@ -255,7 +292,16 @@ def _passes(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             yield f"row_sq_norms rank {rank} {dtype}", norms, 1e-5
 
 
-def _check_family(name: str, family: Family) -> int:
+def _check_family(name: str, family: Family, each: float) -> int:
+    case = "start"
+
+    def over() -> None:
+        _write("check", {"family": name, "case": case, "ok": False, "raised": f"not done in {each:.0f} s"})
+        os._exit(1)
+
+    clock = threading.Timer(each, over)
+    clock.daemon = True
+    clock.start()
     # Fresh memory is NaN: what a kernel does not write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -273,6 +319,7 @@ def _check_family(name: str, family: Family) -> int:
         _write("check", row)
         if "CUDA error" in row.get("raised", "") or "illegal" in row.get("raised", ""):
             break  # this process has lost its context
+    clock.cancel()
     return wrong
 
 
@@ -283,7 +330,7 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
         name: subprocess.Popen([sys.executable, "-m", "bench.truth", "family", name, *arguments])
         for name in families
     }
-    failed = 0
+    failed, first = 0, ""
     for name, process in running.items():
         ended = ""
         try:
@@ -296,10 +343,12 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
         if ended:
             _write("check", {"family": name, "case": "all", "ok": False, "raised": ended})
         failed += status != 0
+        if status and not first:
+            first = f"; first wrong: {name}"
         print(f"{'right' if status == 0 else 'WRONG':6} {name}", flush=True)
     print(
         f"check: {len(families) - failed} of {len(families)} families right, "
-        f"{time.perf_counter() - start:.0f} s",
+        f"{time.perf_counter() - start:.0f} s{first}",
         flush=True,
     )
     return failed
@@ -312,8 +361,8 @@ def _calls(
     rows: int, rank: int, noise: str, libraries: list[str], sweep: bool
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Name -> function of the number of the copy."""
-    size, dtype, copies = 4096 if DEVICE == "cuda" else 128, "bfloat16", 2
-    problems = [Problem(rows, size, size, rank, 1, dtype, noise, fresh=i) for i in range(copies)]
+    dtype, copies = "bfloat16", 2
+    problems = [Problem(rows, TIMED, TIMED, rank, 1, dtype, noise, fresh=i) for i in range(copies)]
     scratch = torch.empty_like(problems[0].weight)
 
     def plain(c: int) -> Tensor:
@@ -408,7 +457,7 @@ def measure(
                     _write("time", {"M": M, "rank": rank, "noise": noise, "name": name, "raised": text})
                     print(f"{M:5} {name}: {text}", flush=True)
             rounds = timing.interleaved(graphs, timing.timer(DEVICE), len(problems), budget, 15, 60)
-            print(f"--- M = {M}, rank {rank}, {noise}, bfloat16, N = K = 4096", flush=True)
+            print(f"--- M = {M}, rank {rank}, {noise}, bfloat16, N = K = {TIMED}", flush=True)
             for name in graphs:
                 base = "plain dX" if name.endswith("dX") else "plain"
                 ratio = timing.paired_ratio(rounds, name, base)
@@ -434,9 +483,10 @@ def _write(part: str, row: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=["check", "family", "time"])
+    parser.add_argument("what", choices=["driver", "check", "family", "time"])
     parser.add_argument("family", nargs="?")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds")
+    parser.add_argument("--each", type=float, default=60.0, help="seconds for a family, with check")
     parser.add_argument("--rows", default="16,256,2048,8192")
     parser.add_argument(
         "--budget", type=float, default=0.02, help="seconds of the device for each call's times"
@@ -451,9 +501,12 @@ def main() -> int:
         return 2
     names = list(_libraries)
     if given.what == "family":
-        return min(_check_family(given.family, _families(names)[given.family]), 100)
+        return min(_check_family(given.family, _families(names)[given.family], given.each), 100)
+    if given.what == "driver":
+        return driver()
     if given.what == "check":
-        return min(check(given.limit, names, [f"--library={x}" for x in given.library], given.only), 100)
+        more = [f"--library={x}" for x in given.library] + [f"--each={given.each}"]
+        return min(check(given.limit, names, more, given.only), 100)
     return min(
         measure(
             given.limit,

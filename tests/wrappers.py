@@ -12,6 +12,7 @@ import ctypes
 import functools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import tempfile
@@ -52,29 +53,31 @@ class Library:
         self.library = ctypes.CDLL(str(path))
         self.library.test_error.restype = ctypes.c_char_p
         self.has_sm90 = has_sm90
+        self.record = None
+        if folder := os.environ.get("FLATLORA_RECORD_WRAPPERS"):  # for replay.py
+            shutil.copy(path, Path(folder) / "wrappers.so")
+            self.record = Path(folder) / "calls"
 
     def check(self, error: int) -> None:
         assert error == 0, self.library.test_error(error).decode()
 
     def run(self, name: str, data: np.ndarray, out: np.ndarray) -> np.ndarray:
         data = np.ascontiguousarray(data)
-        self.check(
-            self.library.test_run(
-                name.encode(),
-                data.ctypes.data_as(ctypes.c_void_p),
-                ctypes.c_int64(data.nbytes),
-                out.ctypes.data_as(ctypes.c_void_p),
-                ctypes.c_int64(out.nbytes),
-            )
-        )
+        self.call("test_run", name.encode(), data, data.nbytes, out, out.nbytes)
         return out
 
-    def call(self, name: str, *arguments: np.ndarray | int) -> None:
-        """Any other function of wrappers.cu."""
+    def call(self, name: str, *arguments: np.ndarray | int | bytes) -> None:
+        """Any function of wrappers.cu."""
+        before = [a.tobytes() if isinstance(a, np.ndarray) else a for a in arguments]
+        kinds = {int: ctypes.c_int64, bytes: ctypes.c_char_p}
         converted = [
-            ctypes.c_int64(a) if isinstance(a, int) else a.ctypes.data_as(ctypes.c_void_p) for a in arguments
+            kinds[type(a)](a) if type(a) in kinds else a.ctypes.data_as(ctypes.c_void_p) for a in arguments
         ]
         self.check(getattr(self.library, name)(*converted))
+        if self.record:
+            after = [a.tobytes() if isinstance(a, np.ndarray) else a for a in arguments]
+            with self.record.open("ab") as file:
+                pickle.dump((name, before, after), file)
 
 
 FOLDER = tempfile.TemporaryDirectory()

@@ -386,6 +386,22 @@ EXPORT const char* test_error(int error) {
 #endif
 }
 
+// How many clusters of so many blocks (2 or more), each with this shared memory, run at once.
+EXPORT int test_clusters(int size, int shared_bytes, int* count) {
+#if defined(FLATLORA_EMULATED)
+  int64_t architecture, processors, limit;
+  emulated_device(&architecture, &processors, &limit);
+  *count = shared_bytes <= limit ? int(processors / size) : 0;
+  return 0;
+#else
+  const auto kernel = reinterpret_cast<const void*>(&position);
+  const LaunchConfig launch({size, 64, shared_bytes - 1024, nullptr, size});
+  int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == 0 && size > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error ? error : cudaOccupancyMaxActiveClusters(count, kernel, &launch.config);
+#endif
+}
+
 EXPORT int test_run(const char* name, const void* in, int64_t in_bytes, void* out, int64_t out_bytes) {
   for (const Case& test : cases) {
     if (std::string(test.name) != name) continue;

@@ -1,0 +1,217 @@
+"""What bench/gpu_pack.sh brings to a GPU's machine besides the CUDA libraries: Triton's cache, and a check of it all.
+
+    python -m bench.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
+    python -m bench.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
+    python -m bench.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
+
+`triton` goes through the calls of `bench.truth` and of the benchmark on tensors of the CPU, with Triton set up for the
+GPU: kernels and Triton's launchers are compiled, nothing is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROCESSORS = {"8.0": 108, "9.0": 132, "10.0": 148}
+
+
+def about() -> dict[str, str]:
+    """What must be the same here and there; a cache of another `triton_key` is of no use."""
+    import triton
+    from triton.runtime.cache import triton_key
+
+    files = [ROOT / "CMakeLists.txt", ROOT / "tests/cpp/wrappers.cu"]
+    for folder in ("csrc", "triton_kernels"):
+        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cu", ".py", ".txt")]
+    text = "".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files))
+    key = f"{triton_key()} python {platform.python_version_tuple()[:2]}"
+    return {
+        "sources": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "triton_key": hashlib.sha256(key.encode()).hexdigest()[:16],
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}",
+        "cache": os.environ["TRITON_CACHE_DIR"],
+    }
+
+
+def seal(folder: Path, arch: str) -> int:
+    (folder / "pack.json").write_text(json.dumps({**about(), "arch": arch}, indent=1) + "\n")
+    return 0
+
+
+def unpack(folder: Path) -> int:
+    packed, here = json.loads((folder / "pack.json").read_text()), about()
+    print(f"{folder} is by {packed['versions']}; here are {here['versions']}")
+    if packed["sources"] != here["sources"]:
+        print(f"{folder} was built from other sources than these: build it again with bench/gpu_pack.sh")
+        return 1
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    if packed["arch"] != capability:
+        print(f"{folder} is for compute capability {packed['arch']}, this GPU has {capability}")
+        return 1
+    libraries = ROOT / "flatlora_kernels/lib"
+    libraries.mkdir(exist_ok=True)
+    shutil.copy(folder / "libflatlora_cuda.so", libraries)
+    kernels = ROOT / "flatlora_kernels/triton_kernels"
+    if not kernels.exists():
+        kernels.symlink_to("../triton_kernels")
+    if (packed["triton_key"], packed["cache"]) != (here["triton_key"], here["cache"]):
+        print(
+            "its Triton cache is for another Triton, Python or TRITON_CACHE_DIR: Triton compiles its kernels here"
+        )
+        return 0
+    with tarfile.open(folder / "triton.tar.xz") as tar:
+        tar.extractall(here["cache"], filter="data")
+    print(f"{len(list(Path(here['cache']).iterdir()))} entries in Triton's cache, {here['cache']}")
+    return 0
+
+
+# --- Triton's cache ---
+
+
+def _no_driver(folder: Path) -> None:
+    """A libcuda without a driver, which Triton's launchers are linked to and find loaded."""
+    from triton.backends import nvidia
+
+    source = Path(nvidia.__path__[0])
+    text = (source / "driver.c").read_text() + (source / "driver.py").read_text()
+    names = sorted(set(re.findall(r"\b(cu[A-Z]\w*)\(", text)))
+    code = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
+    library = folder / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=code, text=True, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # in no key, as the next one
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _pretend(arch: str) -> None:
+    """Backend `triton` takes tensors of the CPU as if they lay on a GPU."""
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    from flatlora_kernels import panel
+    from flatlora_kernels.backends import triton as backend
+    from flatlora_kernels.triton_kernels import launch
+
+    from . import precompile
+
+    capability = tuple(map(int, arch.split(".")))
+
+    class Driver(CudaDriver):  # type: ignore[misc]
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: object = None) -> int:
+            return 0
+
+        def get_device_capability(self, device: object = None) -> tuple[int, ...]:
+            return capability
+
+    CudaDriver.__bases__[0].__init__ = lambda self: None  # asks torch for its GPU
+    driver.set_active(Driver())
+    torch.cuda.is_available = lambda: False
+    machine = launch.Machine(f"sm{arch.replace('.', '')}", PROCESSORS[arch])
+    launch._machine = lambda index: machine
+    backend.DEVICE_TYPES = ("cuda", "cpu")
+    backend.unavailable = lambda: None
+    panel._through_float32 = lambda dtype, device_type: False
+    precompile.DEVICE = "cpu"
+    torch.Tensor.normal_ = lambda self, *a, **k: self.zero_()  # values do not matter
+
+
+def _truth() -> Iterator[Callable[[], object]]:
+    from . import truth
+
+    truth.SHAPES, truth.FEW = truth.SIZES["cuda"]
+    truth.TIMED = 4096
+    truth._again = lambda run, exact: float(run() is None)
+    truth.Problem.exact = lambda self, input_grad: None
+    truth.Problem.perturbed = lambda self, group=0: None
+    for name, family in truth._families([]).items():
+        if name.startswith("triton"):
+            for _, run, _ in family():
+                yield run
+    for rank in (16, 0):
+        for noise in truth.KINDS:
+            for rows in (16, 256, 2048, 8192):
+                calls, _ = truth._calls(rows, rank, noise, [], False)
+                wanted = ["triton y", "triton dX"]
+                if rows == 16:  # the others do not depend on the rows, or by a product that is not Triton's
+                    wanted += ["panel triton y", "panel triton dX", "perturb triton alone", "norms triton"]
+                for call in (calls[name] for name in wanted if name in calls):
+                    yield lambda call=call: call(0)
+
+
+def _numbers() -> Iterator[Callable[[], object]]:
+    from . import precompile, shapes, strategies, training
+
+    size = training.SIZES["llama3-8b"]
+    cases = [*shapes.cases("targets", "cuda"), *strategies.cases("cuda", True)]
+    for N, K in dict.fromkeys(size.shapes()):
+        cases.append(shapes.Case("", "", size.tokens, N, K, "bfloat16", "forward+backward", training.RANK))
+    few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
+    jobs = precompile.table_jobs(cases, training.KINDS)
+    jobs += [precompile.Job(case, noise, "panel") for case in few for noise in training.KINDS]
+    for job in jobs:
+        yield lambda job=job: precompile._step(job)
+
+
+def compile_all(arch: str, part: int, parts: int) -> int:
+    from triton.runtime import driver
+
+    from . import precompile
+
+    start, failed, known = time.perf_counter(), 0, {}
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        _no_driver(Path(folder))
+        _pretend(arch)
+        calls = (call for found in (_truth, _numbers) for call in found())
+        for number, call in enumerate(calls):
+            if number % parts != part:
+                continue
+            with precompile.compiling() as kernels:
+                try:
+                    call()
+                except Exception as error:  # the rest is worth having
+                    failed += 1
+                    print(f"FAILED: {type(error).__name__}: {error}", flush=True)
+            for kernel in kernels:
+                if kernel.hash not in known:
+                    known[kernel.hash] = driver.active.launcher_cls(kernel.src, kernel.metadata)
+    print(f"{len(known)} kernels, {failed} calls failed, {time.perf_counter() - start:.0f} s", flush=True)
+    return int(failed > 0 or not known)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=["triton", "seal", "unpack"])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--arch", choices=PROCESSORS, help="compute capability")
+    parser.add_argument("--part", default="0/1")
+    given: Any = parser.parse_args()
+    if given.what == "triton":
+        return compile_all(given.arch, *map(int, given.part.split("/")))
+    return seal(given.folder, given.arch) if given.what == "seal" else unpack(given.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
