@@ -104,12 +104,15 @@ def _no_driver(folder: Path) -> None:
 
 def _pretend(arch: str) -> None:
     """Backend `triton` takes tensors of the CPU as if they lay on a GPU."""
+    import flatlora_kernels
+
+    flatlora_kernels.__path__.append(str(ROOT))  # its triton_kernels, in a checkout that is not installed
+    from flatlora_kernels.triton_kernels import launch
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
     from flatlora_kernels import panel
     from flatlora_kernels.backends import triton as backend
-    from flatlora_kernels.triton_kernels import launch
 
     from . import precompile
 
