@@ -1021,6 +1021,57 @@ def few_rounds(real: Any, calls: Any, timer: Any, copies: int, budget: float, le
     return real(calls, timer, copies, 0.0, least, least)
 
 
+def test_strategies_by_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --backends measured is on disk after each case, makes no table, and --rows makes one of it."""
+    from flatlora_kernels import dispatch
+
+    key = dispatch.device_key(torch.device("cpu"))
+    if key is None:
+        pytest.skip("needs the cpu backend")
+    monkeypatch.setattr(strategies, "QUICK", {"cpu": (((16, 24),), (5,))})
+    monkeypatch.setattr(timing, "interleaved", functools.partial(few_rounds, timing.interleaved))
+    saved: list[int] = []
+    save = results.save_json
+
+    def counted(found: results.Results, stem: Path) -> Path:
+        saved.append(len(found.rows))
+        return save(found, stem)
+
+    monkeypatch.setattr(results, "save_json", counted)
+    tables = tmp_path / "tables"
+    assert strategies.main("cpu", True, 60, tmp_path, "one", tables, backends=["cpu"]) == 0
+    assert len(saved) == 5 and saved == sorted(saved) and saved[0] > 0  # four cases, and the end
+    assert not tables.exists()
+    with pytest.raises(ValueError, match="--backends: none of cuda runs on cpu"):
+        strategies.main("cpu", True, 60, tmp_path, "none", tables, backends=["cuda"])
+
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["meta"]["config"]["table"] == key
+    assert strategies.combine([tmp_path / "one.json"], tables) == 0
+    assert len((tables / f"{key.replace(' ', '-')}.csv").read_text().splitlines()) == 17
+    one["meta"]["config"]["table"] = "sm90"
+    (tmp_path / "two.json").write_text(json.dumps(one))
+    with pytest.raises(ValueError, match="--rows: expected measurements of one kind of device"):
+        strategies.combine([tmp_path / "one.json", tmp_path / "two.json"], tables)
+
+
+def test_run_saves_after_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped leaves the cases before; without --parts these are all there is."""
+    linear, count = Bench.linear, iter((1, 1, 0))
+
+    def stopped(self: Bench, *arguments: Any) -> None:
+        if not next(count):
+            raise KeyboardInterrupt
+        linear(self, *arguments)
+
+    monkeypatch.setattr(Bench, "linear", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*FAST, "--no-parts", "--out", str(tmp_path)])
+    found = results.load(tmp_path / "tiny.json")
+    assert len({(r["M"], r["rank"], r["mode"]) for r in found.rows}) == 2
+    assert {r["kind"] for r in found.rows} == {"linear"}
+
+
 def test_strategies_cover_what_is_asked_for() -> None:
     for device in ("cpu", "cuda"):
         every, quick = strategies.cases(device, False), strategies.cases(device, True)
@@ -1151,6 +1202,23 @@ def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyP
     assert [r["case"] for r in rows if "raised" in r] == [
         r["case"] for r in rows if r["family"] == "raises" and r["case"].startswith("forward")
     ]
+
+
+def test_truth_ends_a_family_over_its_limit(small_truth: Any, tmp_path: Path) -> None:
+    code = """
+import time
+from bench import truth
+cases = [("right", lambda: 0.0, 0.0), ("hangs", lambda: time.sleep(60) or 0.0, 0.0)]
+truth._check_family("slow", lambda: iter(cases), 0.5)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, timeout=50, env={**os.environ, "OUT": str(tmp_path)}
+    )
+    rows = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
+    assert done.returncode == 1
+    assert [(row["case"], row["ok"]) for row in rows] == [("right", True), ("hangs", False)]
+    assert rows[1]["raised"] == "not done in 0.5 s"
 
 
 def test_truth_passes_of_a_backend(small_truth: Any) -> None:

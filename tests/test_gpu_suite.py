@@ -43,7 +43,11 @@ def program(folder: Path, name: str, text: str) -> Path:
 
 def suite(folder: Path, *arguments: str, python: Path | str = sys.executable, **variables: str) -> Any:
     """Exit status, first line of the summary, verdict of each part, files."""
-    program(folder, "compute-sanitizer", 'while [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n')
+    program(
+        folder,
+        "compute-sanitizer",
+        'while [ $# -gt 1 ] && [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n',
+    )
     out = folder / "out"
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "OMP_NUM_THREADS": "1", **variables}
     environment["SUITE_PACK"] = str(folder / "none")
@@ -118,9 +122,9 @@ case "$*" in
 esac
 echo "ran: $*"
 case "$*" in
-  *${FAKE_BROKEN:-nothing}*) echo "it is broken"; exit 1 ;;
-  *${FAKE_SLOW:-nothing}*) [ -z "${FAKE_FILE:-}" ] || echo '{"n": 1}' > "$OUT/$FAKE_FILE"; sleep 60 ;;
-  *${FAKE_CUT:-nothing}*) exit 75 ;;
+  *${FAKE_BROKEN:-NONE}*) echo "it is broken"; exit 1 ;;
+  *${FAKE_SLOW:-NONE}*) [ -z "${FAKE_FILE:-}" ] || echo '{"n": 1}' > "$OUT/$FAKE_FILE"; sleep 60 ;;
+  *${FAKE_CUT:-NONE}*) exit 75 ;;
 esac
 """
 
