@@ -292,19 +292,19 @@ def _passes(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             yield f"row_sq_norms rank {rank} {dtype}", norms, 1e-5
 
 
-def _check_family(name: str, family: Family, each: float) -> int:
+def _check_family(name: str, family: Family, each: float = 60.0) -> int:
     case = "start"
 
     def over() -> None:
-        _write("check", {"family": name, "case": case, "ok": False, "raised": f"not done in {each:.0f} s"})
+        _write("check", {"family": name, "case": case, "ok": False, "raised": f"not done in {each:g} s"})
         os._exit(1)
 
-    clock = threading.Timer(each, over)
-    clock.daemon = True
-    clock.start()
     # Fresh memory is NaN: what a kernel does not write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    clock = threading.Timer(each, over)
+    clock.daemon = True
+    clock.start()
     wrong = 0
     for case, run, most in family():
         start = time.perf_counter()

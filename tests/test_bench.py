@@ -1204,6 +1204,23 @@ def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_truth_ends_a_family_over_its_limit(small_truth: Any, tmp_path: Path) -> None:
+    code = """
+import time
+from bench import truth
+cases = [("right", lambda: 0.0, 0.0), ("hangs", lambda: time.sleep(60) or 0.0, 0.0)]
+truth._check_family("slow", lambda: iter(cases), 0.5)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, timeout=50, env={**os.environ, "OUT": str(tmp_path)}
+    )
+    rows = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
+    assert done.returncode == 1
+    assert [(row["case"], row["ok"]) for row in rows] == [("right", True), ("hangs", False)]
+    assert rows[1]["raised"] == "not done in 0.5 s"
+
+
 def test_truth_passes_of_a_backend(small_truth: Any) -> None:
     for case, run, most in small_truth._passes("cpu"):
         assert run() <= most, case

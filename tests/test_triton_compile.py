@@ -432,13 +432,15 @@ def test_matches_the_committed_table(compiled: offline.Outcome) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm90", "sm100", "sm120"])
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "sm120"])
 def test_every_configuration_launches(
     architecture: str, compiled: offline.Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Triton's own launcher down to the driver, and a second time without Triton's search for the kernel."""
     if compiled.version != offline.environment_version():
         pytest.skip("of the Triton that this process imports")
+    if architecture not in {row.target for row in compiled.rows}:
+        pytest.skip("compiled for it by the other Triton, unless FLATLORA_COMPILE=all")
     from flatlora_kernels.triton_kernels import launch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(offline.CACHE / "triton"))
