@@ -84,6 +84,14 @@ def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) ->
     assert len(set(kinds.values())) == len(kinds)
 
 
+def test_a_backward_stays_in_the_thread_that_launches_nothing() -> None:
+    """On a GPU autograd has a thread for each device, which would launch."""
+    assert torch._C._is_multithreading_enabled()
+    with launch.instead(lambda kernel, arguments, compile: None):
+        assert not torch._C._is_multithreading_enabled()
+    assert torch._C._is_multithreading_enabled()
+
+
 def variant(kernel: Any, arguments: dict[str, Any]) -> str:
     """By what Triton finds machine code: the same text, the same code."""
     binder = kernel.device_caches[nodriver.index("sm90")][4]

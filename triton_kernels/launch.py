@@ -87,7 +87,10 @@ def instead(do: Callable[[Any, dict[str, Any], Callable[[], Any]], None]) -> Ite
     before = getattr(_thread, "instead", None)
     _thread.instead = do
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(
+            False
+        ):  # a GPU's backward would run in a thread of its own
+            yield
     finally:
         _thread.instead = before
 
