@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flatlora_kernels.noise import KINDS
+from flatlora_kernels.spec.noise import KINDS
 
 from . import (
     compare,

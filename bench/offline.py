@@ -301,7 +301,7 @@ def call(case: Case) -> None:
     from flatlora_kernels.triton_kernels import adapter_grads, forward, input_grad, perturb, row_norms
 
     from flatlora_kernels.arguments import workspace_limit
-    from flatlora_kernels.noise import Draw
+    from flatlora_kernels.spec.noise import Draw
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
@@ -677,7 +677,7 @@ def _digest() -> str:
     """Of all that decides what is compiled and how it is read."""
     sources = [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "flatlora_kernels" / "backends" / "triton.py"]
     sources += [
-        ROOT / "flatlora_kernels" / "noise.py",
+        ROOT / "flatlora_kernels" / "spec" / "noise.py",
         Path(__file__),
         Path(__file__).parent / "machine_code.py",
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.noise import KINDS
+from flatlora_kernels.spec.noise import KINDS
 
 from .problem import SCALING, Inputs, Problem
 from .shapes import Case

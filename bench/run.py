@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import flatlora_kernels as fk
-from flatlora_kernels.noise import KINDS
+from flatlora_kernels.spec.noise import KINDS
 
 from . import gate, memory, overhead, precompile, providers, timing
 from .problem import SCALING, SIGMA, Problem

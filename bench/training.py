@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatlora_kernels as fk
-from flatlora_kernels.noise import KINDS
+from flatlora_kernels.spec.noise import KINDS
 
 from . import gate, memory, providers, timing
 from .problem import SCALING, SIGMA

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from flatlora_kernels import backends, panel
-from flatlora_kernels.noise import KINDS, Draw
+from flatlora_kernels.spec.noise import KINDS, Draw
 
 # Of the relative error ||y - exact|| / ||exact||. In 16 bits rounding the output alone gives half of it.
 TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-6}

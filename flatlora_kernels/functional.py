@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, checks, dispatch
 from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
-from .noise import KINDS
+from .spec.noise import KINDS
 
 
 def fused_flat_lora_linear(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks
 from .controller import NoiseController
 from .functional import flat_noise_scale
-from .noise import KINDS
+from .spec.noise import KINDS
 from .streams import beside
 
 Self = TypeVar("Self", bound="NoisyLayer")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, dispatch, panel, products
-from .noise import Draw
+from .spec.noise import Draw
 
 # Mirrors noise.Draw; noise_scale is None where nothing is drawn.
 _DRAW = (

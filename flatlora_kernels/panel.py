@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import workspace_limit
 from .backends.reference import matmul
-from .noise import Draw
+from .spec.noise import Draw
 
 # Of a backend, see `backends.reference.perturb`.
 Perturb = Callable[[Tensor, Draw, Tensor], None]

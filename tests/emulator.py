@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatlora_kernels import arguments
 from flatlora_kernels.backends import cuda
-from flatlora_kernels.noise import Draw
+from flatlora_kernels.spec.noise import Draw
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"

@@ -459,7 +459,7 @@ def test_more_than_two_to_the_31_elements(gpu: Target, what: str, noise: str) ->
 
 
 def _draw(scale: Tensor, draw: dict[str, Any]) -> Any:
-    from flatlora_kernels.noise import Draw
+    from flatlora_kernels.spec.noise import Draw
 
     return Draw(scale, draw["seed"], draw["stream"], draw["noise"])
 

@@ -16,7 +16,7 @@ from targets import INTERPRETED, REQUIRED, randn
 from torch import Tensor
 
 from flatlora_kernels import backends
-from flatlora_kernels.noise import Draw
+from flatlora_kernels.spec.noise import Draw
 
 if "triton" in REQUIRED:
     import triton  # noqa: F401

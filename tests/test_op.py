@@ -196,7 +196,7 @@ def test_reading_a_fake_tensor_is_an_error(fake: Any) -> None:
 def test_reference_never_reads_values(fake: Any) -> None:
     """Nor does the maths of the reference backend, which then costs a GPU no synchronisation."""
     from flatlora_kernels.backends import reference
-    from flatlora_kernels.noise import Draw
+    from flatlora_kernels.spec.noise import Draw
 
     for noise in ("gaussian", "rademacher"):
         draw = Draw(torch.empty(5), torch.zeros((), dtype=torch.int64), noise=noise, samples=2)

@@ -388,7 +388,7 @@ def test_loads_ahead_change_no_bit() -> None:
     program = """
         import torch
         from flatlora_kernels.backends import triton
-        from flatlora_kernels.noise import Draw
+        from flatlora_kernels.spec.noise import Draw
         from flatlora_kernels.triton_kernels import configs, forward, input_grad
 
         def products(steps, noise):

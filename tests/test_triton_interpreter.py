@@ -21,7 +21,7 @@ from compare import check_problem, problem, run
 from targets import INTERPRETED, Target, randn
 
 import flatlora_kernels as fk
-from flatlora_kernels import noise as oracle
+from flatlora_kernels.spec import noise as oracle
 from flatlora_kernels import products
 
 pytest.importorskip("triton")
@@ -254,7 +254,7 @@ def test_u_is_made_in_the_same_pass(
     p.lora_A = p.lora_A.t().contiguous().t()
     check_problem(TRITON, p)
     assert bool(seen) == (processors > 1)
-    draw = fk.noise.Draw(p.options["noise_scale"], torch.tensor(3), samples=samples)
+    draw = fk.spec.noise.Draw(p.options["noise_scale"], torch.tensor(3), samples=samples)
     arguments = (p.x, p.weight, p.lora_A, p.lora_B, None, None, 1.0, draw, "folded")
     u = TRITON.module.linear(*arguments)[1]
     exactly_rounded(u, p.x.double() @ p.lora_A.double().t())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..noise import Draw
+from ..spec.noise import Draw
 from .reference import matmul
 
 PRIORITY = 10

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments, products
-from ..noise import Draw
+from ..spec.noise import Draw
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
 _EMULATED = _ARCHITECTURE is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import Draw, epsilon
+from ..spec.noise import Draw, epsilon
 
 PRIORITY = 0
 DEVICE_TYPES = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import products
 from ..arguments import workspace_limit
-from ..noise import Draw
+from ..spec.noise import Draw
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
