@@ -300,7 +300,7 @@ def call(case: Case) -> None:
     import torch
     from flatlora_kernels.triton_kernels import adapter_grads, forward, input_grad, perturb, row_norms
 
-    from flatlora_kernels.arguments import workspace_limit
+    from flatlora_kernels.backends.shared.arguments import workspace_limit
     from flatlora_kernels.spec.noise import Draw
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")

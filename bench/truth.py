@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_kernels import backends, panel
+from flatlora_kernels import backends
+from flatlora_kernels.backends.shared import panel
 from flatlora_kernels.spec.noise import KINDS, Draw
 
 # Of the relative error ||y - exact|| / ||exact||. In 16 bits rounding the output alone gives half of it.

@@ -26,8 +26,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from . import panel
-from .arguments import _WORKSPACE
+from .backends.shared import panel
+from .backends.shared.arguments import _WORKSPACE
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
 from .chips import chip_of as chip_of

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import panel
-from .arguments import workspace_limit
+from .backends.shared import panel
+from .backends.shared.arguments import workspace_limit
 
 STRATEGIES = ("fused", "panel")
 # What stands for a strategy that nobody asked for, see `backends.resolve`.

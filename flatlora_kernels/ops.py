@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import autograd, backends, dispatch, panel, products
+from . import autograd, backends, dispatch
+from .backends.shared import panel, products
 from .spec.noise import Draw
 
 # Mirrors noise.Draw; noise_scale is None where nothing is drawn.

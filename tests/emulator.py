@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_kernels import arguments
+from flatlora_kernels.backends.shared import arguments
 from flatlora_kernels.backends import cuda
 from flatlora_kernels.spec.noise import Draw
 

@@ -927,7 +927,8 @@ def test_what_is_noisy_is_compared_with_the_strongest_other_unfused() -> None:
 
 
 def test_every_way_of_the_op_is_right_and_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_kernels import backends, panel
+    from flatlora_kernels import backends
+    from flatlora_kernels.backends.shared import panel
 
     seen: list[str] = []
     for name in ("linear", "linear_input_grad"):

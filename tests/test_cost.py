@@ -12,7 +12,8 @@ import pytest
 import torch
 from flatlora_kernels.triton_kernels import configs
 
-from flatlora_kernels import backends, chips, cost, panel
+from flatlora_kernels import backends, chips, cost
+from flatlora_kernels.backends.shared import panel
 from flatlora_kernels.cost import Call, Chip, Work
 
 pytest.importorskip("bench")

@@ -11,8 +11,8 @@ from compare import problem
 from targets import Target, randn
 
 import flatlora_kernels as fk
-from flatlora_kernels import panel
-from flatlora_kernels.arguments import workspace_limit
+from flatlora_kernels.backends.shared import panel
+from flatlora_kernels.backends.shared.arguments import workspace_limit
 
 DRAWS = [
     {},

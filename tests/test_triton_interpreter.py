@@ -22,7 +22,7 @@ from targets import INTERPRETED, Target, randn
 
 import flatlora_kernels as fk
 from flatlora_kernels.spec import noise as oracle
-from flatlora_kernels import products
+from flatlora_kernels.backends.shared import products
 
 pytest.importorskip("triton")
 

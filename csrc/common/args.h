@@ -1,4 +1,4 @@
-// What Python passes: structs of 8-byte fields, packed by flatlora_kernels/arguments.py in this order.
+// What Python passes: structs of 8-byte fields, packed by flatlora_kernels/backends/shared/arguments.py in this order.
 // Strides are in elements. Sizes are checked in Python.
 #pragma once
 

@@ -38,7 +38,7 @@ _context = threading.local()
 @functools.cache
 def names() -> tuple[str, ...]:
     """Backend names, the automatic choice's favourite first."""
-    found = [m.name for m in pkgutil.iter_modules(__path__)]
+    found = [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
     return tuple(sorted(found, key=lambda name: -get(name).PRIORITY))
 
 

@@ -2,7 +2,7 @@
 
 The library knows no torch headers, so one build serves every torch and every Python. What it needs of torch is its
 thread pool, and it gets that at load time: the address of `torch_parallel_for` from torch's stable C interface
-(torch >= 2.10). Arguments travel as one packed struct, see ../arguments.py.
+(torch >= 2.10). Arguments travel as one packed struct, see shared/arguments.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .shared import arguments
 from ..spec.noise import Draw
 from .reference import matmul
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import products
-from ..arguments import workspace_limit
+from .shared import products
+from .shared.arguments import workspace_limit
 from ..spec.noise import Draw
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

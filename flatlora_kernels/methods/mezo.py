@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import workspace_limit
+from ..backends.shared.arguments import workspace_limit
 from ..functional import materialize_noise
 from ..noisy import NoisyLayer, eval_mode, instead_of_noise
-from ..panel import slices
+from ..backends.shared.panel import slices
 from .base import Closure, Method, kept, mean, mean_over_ranks
 
 

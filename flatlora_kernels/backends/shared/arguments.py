@@ -12,7 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
-from .spec.noise import Draw
+from ...spec.noise import Draw
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NOISE = {"gaussian": 1, "rademacher": 2}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .arguments import workspace_limit
-from .backends.reference import matmul
-from .spec.noise import Draw
+from ..reference import matmul
+from ...spec.noise import Draw
 
 # Of a backend, see `backends.reference.perturb`.
 Perturb = Callable[[Tensor, Draw, Tensor], None]
