@@ -173,7 +173,7 @@ setup(
         ),
     ],
     package_dir={"flatlora_kernels.triton_kernels": "triton_kernels"},
-    package_data={"flatlora_kernels": ["py.typed", "tables/*.csv"]},
+    package_data={"flatlora_kernels": ["py.typed", "choice/tables/*.csv"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
 )

@@ -1,6 +1,6 @@
 """`python -m bench roofline`: what each kernel asks of each unit, the time that implies, and the measurement beside it.
 
-Figures for GPUs are those of flatlora_kernels/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
+Figures for GPUs are those of flatlora_kernels/choice/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
 given. A measurement is taken from bench/results/ where there is one of that GPU: what `bench.truth time` wrote, else a
 run of the benchmark. On a CPU the rates of this machine are measured, and the model with these rates is held against
 measured calls.
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flatlora_kernels as fk
-from flatlora_kernels import cost
-from flatlora_kernels.cost import Call, Chip, Cost, Work
+from flatlora_kernels.choice import cost
+from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
 
 from . import environment, targets, timing
 from .table import markdown

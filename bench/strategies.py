@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flatlora_kernels import dispatch
+from flatlora_kernels.choice import dispatch
 
 from . import environment, providers, results, run
 from .shapes import Case

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, dispatch
+from . import backends, checks
+from .choice import dispatch
 from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
 from .spec.noise import KINDS
 

@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import autograd, backends, dispatch
+from . import autograd, backends
+from .choice import dispatch
 from .backends.shared import panel, products
 from .spec.noise import Draw
 

@@ -962,7 +962,7 @@ def test_strategies_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command: what is written is what dispatch.py reads, and nothing that failed the gate."""
-    from flatlora_kernels import dispatch
+    from flatlora_kernels.choice import dispatch
 
     key = dispatch.device_key(torch.device("cpu"))
     if key is None:
@@ -1024,7 +1024,7 @@ def few_rounds(real: Any, calls: Any, timer: Any, copies: int, budget: float, le
 
 def test_strategies_by_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What --backends measured is on disk after each case, makes no table, and --rows makes one of it."""
-    from flatlora_kernels import dispatch
+    from flatlora_kernels.choice import dispatch
 
     key = dispatch.device_key(torch.device("cpu"))
     if key is None:

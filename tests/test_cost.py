@@ -1,4 +1,4 @@
-"""flatlora_kernels/cost.py against the pages, sources and allocations that it speaks of, and `bench roofline`."""
+"""flatlora_kernels/choice/cost.py against the pages, sources and allocations that it speaks of, and `bench roofline`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from flatlora_kernels.triton_kernels import configs
 
-from flatlora_kernels import backends, chips, cost
+from flatlora_kernels import backends
+from flatlora_kernels.choice import chips, cost
 from flatlora_kernels.backends.shared import panel
-from flatlora_kernels.cost import Call, Chip, Work
+from flatlora_kernels.choice.cost import Call, Chip, Work
 
 pytest.importorskip("bench")
 from bench import cli, results, roofline, targets  # noqa: E402

@@ -13,7 +13,8 @@ import torch
 from targets import randn
 
 import flatlora_kernels as fk
-from flatlora_kernels import backends, cost, dispatch
+from flatlora_kernels import backends
+from flatlora_kernels.choice import cost, dispatch
 from flatlora_kernels.backends.shared import panel
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

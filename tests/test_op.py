@@ -16,7 +16,8 @@ from targets import Target, randn
 from torch import Tensor
 
 import flatlora_kernels as fk
-from flatlora_kernels import backends, dispatch
+from flatlora_kernels import backends
+from flatlora_kernels.choice import dispatch
 
 OPS = torch.ops.flatlora
 

@@ -329,7 +329,7 @@ def test_wheel_without_libraries(sdist: Path, tmp_path: Path) -> None:
     assert {f.split("/")[0] for f in files if ".dist-info" not in f} == {"flatlora_kernels"}
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "flatlora_kernels").rglob("*.py")}
     modules |= {f"flatlora_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").rglob("*.py")}
-    data = {str(p.relative_to(ROOT)) for p in (ROOT / "flatlora_kernels/tables").glob("*.csv")}
+    data = {str(p.relative_to(ROOT)) for p in (ROOT / "flatlora_kernels/choice/tables").glob("*.csv")}
     assert data
     assert {f for f in files if ".dist-info" not in f} == modules | data | {"flatlora_kernels/py.typed"}
 

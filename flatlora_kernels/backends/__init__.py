@@ -27,7 +27,7 @@ from types import ModuleType
 
 import torch
 
-from .. import dispatch
+from ..choice import dispatch
 
 _LARGE = 1 << 20  # weight elements from which falling to `reference` is worth a warning
 _COMPETES = 10  # PRIORITY from which the automatic choice may prefer another backend by its speed

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.shared import panel
-from .backends.shared.arguments import workspace_limit
+from ..backends.shared import panel
+from ..backends.shared.arguments import workspace_limit
 
 STRATEGIES = ("fused", "panel")
 # What stands for a strategy that nobody asked for, see `backends.resolve`.
@@ -107,7 +107,7 @@ def size_class(size: int) -> int:
 def device_key(device: torch.device) -> str | None:
     """What the tables call this kind of device: "cpu avx512bf16", "sm90", "gfx942"."""
     if device.type == "cpu":
-        from .backends import cpu
+        from ..backends import cpu
 
         level = cpu.level()
         return None if level is None else f"cpu {level}"
@@ -236,7 +236,7 @@ def way(
     weight_shape: Sequence[int],
 ) -> Decision:
     """What a call runs, `backend` and `strategy` as `backends.resolve` gives them; rows: that see one sample."""
-    from . import backends
+    from .. import backends
 
     names = [backend]
     if strategy == BACKEND_AND_STRATEGY:

@@ -26,12 +26,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .backends.shared import panel
-from .backends.shared.arguments import _WORKSPACE
+from ..backends.shared import panel
+from ..backends.shared.arguments import _WORKSPACE
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
 from .chips import chip_of as chip_of
-from .triton_kernels import configs
+from ..triton_kernels import configs
 
 BACKENDS = ("triton", "cuda", "cpu")
 WAYS = ("fused", "panel", "perturb", "plain")
