@@ -111,8 +111,8 @@ def _pretend(arch: str) -> None:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from flatlora_kernels.backends.shared import panel
     from flatlora_kernels.backends import triton as backend
+    from flatlora_kernels.backends.shared import panel
 
     from . import precompile
 

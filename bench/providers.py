@@ -17,6 +17,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 from flatlora_kernels.spec.noise import KINDS
 
 from .problem import SCALING, Inputs, Problem
@@ -177,7 +178,7 @@ class Fused(Run):
         device, dtype = problem.device, problem.dtype
         numel = problem.inputs[0].weight.numel()
         try:
-            self.resolved = backends.resolve(backend, strategy, accum, device, dtype, numel)
+            self.resolved = resolve.resolve(backend, strategy, accum, device, dtype, numel)
         except NotImplementedError as reason:
             raise Unfit(str(reason)) from None
 

@@ -3,7 +3,8 @@
 Importing this package touches no GPU and needs neither triton nor a compiled library.
 """
 
-from .backends import backend_info, use_backend, use_strategy
+from .backends import backend_info
+from .choice.resolve import use_backend, use_strategy
 from .controller import NoiseController
 from .functional import (
     explain,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks
-from .choice import dispatch
+from . import checks
 from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
+from .choice import dispatch
+from .choice.resolve import resolve
 from .spec.noise import KINDS
 
 
@@ -90,9 +91,7 @@ def fused_flat_lora_linear(
     checks.choice("strategy", strategy, ("fused", "panel"))
     checks.choice("noise_accum", noise_accum, ("folded", "split"))
     device = x.device
-    backend, strategy, noise_accum = backends.resolve(
-        backend, strategy, noise_accum, device.type, x.dtype, N * K
-    )
+    backend, strategy, noise_accum = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K)
     checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
     if noise_scale is not None:
         checks.noise_scale(noise_scale, N, device)
@@ -150,7 +149,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     rows = math.prod(x.shape[:-1])
     checks.sample_range(given["samples"], given["sample_offset"], rows)
     drawn = given["noise_scale"] is not None or isinstance(sigma, Tensor) or sigma != 0
-    backend, strategy, noise_accum = backends.resolve(
+    backend, strategy, noise_accum = resolve(
         given["backend"], given["strategy"], noise_accum, x.device.type, dtype, weight.numel()
     )
     return dispatch.explain(
@@ -183,7 +182,7 @@ def row_sq_norms(
     checks.weight(weight)
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
-    name, _, _ = backends.resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
+    name, _, _ = resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
     return _row_sq_norms(weight, lora_A, lora_B, scaling, name)
 
 
@@ -213,7 +212,7 @@ def flat_noise_scale(
         raise TypeError(f"in_features: expected an int, got {type(in_features).__name__}")
     elif in_features < 1:
         raise ValueError(f"in_features: expected an int >= 1, got {in_features}")
-    name, _, _ = backends.resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
+    name, _, _ = resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
     return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, name)
 
 
@@ -346,7 +345,7 @@ def _perturb(
     checks.seed(seed, noise_scale.device)
     seed = _seed_tensor(seed, noise_scale.device)
     # Asked for by name or not, the values come from the backend that a linear of this type would use.
-    name, _, _ = backends.resolve(backend, None, None, out.device.type, out.dtype, out.numel())
+    name, _, _ = resolve(backend, None, None, out.device.type, out.dtype, out.numel())
     torch.ops.flatlora.perturb(
         weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, name, out
     )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends
-from .choice import dispatch
 from .backends.shared import panel, products
+from .choice import dispatch
 from .spec.noise import Draw
 
 # Mirrors noise.Draw; noise_scale is None where nothing is drawn.

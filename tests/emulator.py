@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_kernels.backends.shared import arguments
 from flatlora_kernels.backends import cuda
+from flatlora_kernels.backends.shared import arguments
 from flatlora_kernels.spec.noise import Draw
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,7 +51,7 @@ class Target(NamedTuple):
         """Keyword arguments of every strategy and noise_accum that the backend implements."""
         return [
             {"strategy": s, "noise_accum": a}
-            for s in backends.STRATEGIES
+            for s in resolve.STRATEGIES
             for a in self.module.NOISE_ACCUMS
             if (s, a) != ("panel", "split")
         ]

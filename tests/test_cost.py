@@ -13,8 +13,8 @@ import torch
 from flatlora_kernels.triton_kernels import configs
 
 from flatlora_kernels import backends
-from flatlora_kernels.choice import chips, cost
 from flatlora_kernels.backends.shared import panel
+from flatlora_kernels.choice import chips, cost
 from flatlora_kernels.choice.cost import Call, Chip, Work
 
 pytest.importorskip("bench")

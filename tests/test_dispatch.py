@@ -14,8 +14,8 @@ from targets import randn
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.choice import cost, dispatch
 from flatlora_kernels.backends.shared import panel
+from flatlora_kernels.choice import cost, dispatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")

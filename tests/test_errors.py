@@ -16,6 +16,7 @@ from targets import Target, randn
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
 M, N, K, R = 6, 5, 16, 3
 NAN, INF = float("nan"), float("inf")
@@ -349,7 +350,7 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend that cannot run here, whatever this machine has."""
     name = next(name for name in backends.names() if name != "reference")
     monkeypatch.setattr(backends.get(name), "unavailable", lambda: "part P is missing; type this to get it")
-    caches = (backends.unavailable, backends._select)
+    caches = (backends.unavailable, resolve._select)
     for cache in caches:
         cache.cache_clear()
     yield name

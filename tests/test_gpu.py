@@ -20,6 +20,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
 MIB = 1 << 20
 
@@ -50,7 +51,7 @@ def strategy(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-PANELS = pytest.mark.parametrize("strategy", backends.STRATEGIES, indirect=True)
+PANELS = pytest.mark.parametrize("strategy", resolve.STRATEGIES, indirect=True)
 
 
 @pytest.fixture

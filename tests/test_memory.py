@@ -17,7 +17,7 @@ import pytest
 import torch
 from targets import Target
 
-from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
 MIB = 1 << 20
 ROWS, RANK = 64, 16
@@ -101,7 +101,7 @@ pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/
         ("float16", 8192, 8192, "row_major"),
     ],
 )
-@pytest.mark.parametrize("strategy", backends.STRATEGIES)
+@pytest.mark.parametrize("strategy", resolve.STRATEGIES)
 def test_workspace_is_bounded(target: Target, name: str, N: int, K: int, layout: str, strategy: str) -> None:
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
@@ -110,7 +110,7 @@ def test_workspace_is_bounded(target: Target, name: str, N: int, K: int, layout:
     assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
 
 
-@pytest.mark.parametrize("strategy", backends.STRATEGIES)
+@pytest.mark.parametrize("strategy", resolve.STRATEGIES)
 def test_small_weight(target: Target, strategy: str) -> None:
     """A quarter of the weight where that is the smaller."""
     if target.backend == "reference" or target.device != "cpu":
@@ -136,7 +136,7 @@ def test_perturbing_first_exceeds_the_bound(target: Target, layout: str) -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", ["row_major", "column_major"])
-@pytest.mark.parametrize("strategy", backends.STRATEGIES)
+@pytest.mark.parametrize("strategy", resolve.STRATEGIES)
 def test_workspace_on_a_gpu(target: Target, layout: str, strategy: str) -> None:
     if target.device != "cuda" or target.backend == "reference":
         pytest.skip("GPU memory of fused backends")

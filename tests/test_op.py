@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.choice import dispatch
+from flatlora_kernels.choice import dispatch, resolve
 
 OPS = torch.ops.flatlora
 
@@ -245,7 +245,7 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
         monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
     known = ("one", "two", *backends.names())
     monkeypatch.setattr(backends, "names", lambda: known)
-    caches = (backends.get, backends.unavailable, backends._select)
+    caches = (backends.get, backends.unavailable, resolve._select)
     for cache in caches:
         cache.cache_clear()
     yield calls
@@ -285,7 +285,7 @@ def test_precedence(doubles: list[tuple[str, str]], monkeypatch: pytest.MonkeyPa
 
 def test_precedence_of_strategies(doubles: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     def used(**keywords: str) -> str:
-        return backends.resolve("one", keywords.get("strategy"), None, "cpu", torch.float32, 1)[1]
+        return resolve.resolve("one", keywords.get("strategy"), None, "cpu", torch.float32, 1)[1]
 
     assert used() == dispatch.STRATEGY
     monkeypatch.setenv("FLATLORA_STRATEGY", "panel")
@@ -347,7 +347,7 @@ def test_contexts_of_threads_are_their_own(doubles: list[tuple[str, str]]) -> No
     seen: list[str] = []
 
     def forward() -> None:
-        seen.append(backends.resolve(None, None, None, "cpu", torch.float32, 1)[0])
+        seen.append(resolve.resolve(None, None, None, "cpu", torch.float32, 1)[0])
 
     with fk.use_backend("two"):
         thread = threading.Thread(target=forward)
@@ -383,7 +383,7 @@ def test_automatic_choice_of_reference_warns_once_on_large_problems(monkeypatch:
     for name in backends.names():
         if name != "reference":
             monkeypatch.setattr(backends.get(name), "unavailable", lambda: "switched off by this test")
-    caches = (backends.unavailable, backends._select)
+    caches = (backends.unavailable, resolve._select)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -408,10 +408,10 @@ def test_automatic_choice_of_reference_warns_once_on_large_problems(monkeypatch:
 
 def test_automatic_choice_skips_what_cannot_do_it(doubles: list[tuple[str, str]]) -> None:
     backends.get("one").DTYPES = (torch.float32,)
-    assert backends.resolve(None, None, None, "cpu", torch.float64, 1)[0] == "two"
+    assert resolve.resolve(None, None, None, "cpu", torch.float64, 1)[0] == "two"
     backends.get("one").NOISE_ACCUMS = ("folded",)
-    backends._select.cache_clear()
-    assert backends.resolve(None, None, "split", "cpu", torch.float32, 1)[0] == "two"
+    resolve._select.cache_clear()
+    assert resolve.resolve(None, None, "split", "cpu", torch.float32, 1)[0] == "two"
 
 
 def test_backend_info() -> None:

@@ -21,8 +21,8 @@ from compare import check_problem, problem, run
 from targets import INTERPRETED, Target, randn
 
 import flatlora_kernels as fk
-from flatlora_kernels.spec import noise as oracle
 from flatlora_kernels.backends.shared import products
+from flatlora_kernels.spec import noise as oracle
 
 pytest.importorskip("triton")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
 TRITON = backends.get("triton")
 
@@ -29,10 +30,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[nodriver.NoDriver]:
         monkeypatch.setattr(TRITON, "DEVICE_TYPES", ("cuda", "cpu"))
         monkeypatch.setattr(TRITON, "unavailable", lambda: None)
         backends.unavailable.cache_clear()
-        backends._select.cache_clear()
+        resolve._select.cache_clear()
         yield found
     backends.unavailable.cache_clear()
-    backends._select.cache_clear()
+    resolve._select.cache_clear()
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .shared import arguments
 from ..spec.noise import Draw
 from .reference import matmul
+from .shared import arguments
 
 PRIORITY = 10
 DEVICE_TYPES = ("cpu",)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .shared import arguments, products
 from ..spec.noise import Draw
+from .shared import arguments, products
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
 _EMULATED = _ARCHITECTURE is not None

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec.noise import Draw
 from .shared import products
 from .shared.arguments import workspace_limit
-from ..spec.noise import Draw
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

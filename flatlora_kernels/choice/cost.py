@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 from ..backends.shared import panel
 from ..backends.shared.arguments import _WORKSPACE
+from ..triton_kernels import configs
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
 from .chips import chip_of as chip_of
-from ..triton_kernels import configs
 
 BACKENDS = ("triton", "cuda", "cpu")
 WAYS = ("fused", "panel", "perturb", "plain")

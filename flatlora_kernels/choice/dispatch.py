@@ -21,12 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.arguments import workspace_limit
+from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
-STRATEGIES = ("fused", "panel")
-# What stands for a strategy that nobody asked for, see `backends.resolve`.
-STRATEGY, BACKEND_AND_STRATEGY = FREE = ("auto", "auto backend")
 DIRECTIONS = ("forward", "input_grad")
 _TABLES = Path(__file__).parent / "tables"
 # 255 ends the class below _AMD_PANEL_ROWS.
@@ -107,8 +106,6 @@ def size_class(size: int) -> int:
 def device_key(device: torch.device) -> str | None:
     """What the tables call this kind of device: "cpu avx512bf16", "sm90", "gfx942"."""
     if device.type == "cpu":
-        from ..backends import cpu
-
         level = cpu.level()
         return None if level is None else f"cpu {level}"
     if device.type == "cuda" and torch.cuda.is_available():
@@ -208,7 +205,7 @@ def explain(
     device: torch.device,
     weight: Tensor,
 ) -> Explanation:
-    """Of a call as `backends.resolve` has it; noise: None = nothing is drawn."""
+    """Of a call as `resolve` has it; noise: None = nothing is drawn."""
     if noise is None or 0 in (rows, *weight.shape):
         return Explanation(backend, "fused", noise_accum, "nothing is drawn: products without noise", 0)
     found = way(backend, strategy, noise_accum, noise, rows, device, weight.dtype, weight.shape)
@@ -235,12 +232,10 @@ def way(
     dtype: torch.dtype,
     weight_shape: Sequence[int],
 ) -> Decision:
-    """What a call runs, `backend` and `strategy` as `backends.resolve` gives them; rows: that see one sample."""
-    from .. import backends
-
+    """What a call runs, `backend` and `strategy` as `resolve` gives them; rows: that see one sample."""
     names = [backend]
     if strategy == BACKEND_AND_STRATEGY:
-        names = backends.competitors(backend, noise_accum, device.type, dtype)
+        names = competitors(backend, noise_accum, device.type, dtype)
     N, K = weight_shape
     sizes = (size_class(rows), size_class(N), size_class(K))
     problem = Problem(device, dtype, noise, noise_accum, *sizes)

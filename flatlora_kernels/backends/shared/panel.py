@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arguments import workspace_limit
-from ..reference import matmul
 from ...spec.noise import Draw
+from ..reference import matmul
+from .arguments import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
 Perturb = Callable[[Tensor, Draw, Tensor], None]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..reference import matmul
 from ...spec.noise import Draw
+from ..reference import matmul
 
 # (a, weight, u, lora, bias, scaling, draw, noise_accum) -> (M, outputs), all matrices, none empty
 Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float, Draw, str], Tensor]
