@@ -1,6 +1,6 @@
 """`python -m bench roofline`: what each kernel asks of each unit, the time that implies, and the measurement beside it.
 
-Figures for GPUs are those of flatlora_kernels/choice/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
+Figures for GPUs are those of choice/cost.py, bfloat16, N = K = 4096, an adapter of rank 16, noise_scale
 given. A measurement is taken from bench/results/ where there is one of that GPU: what `bench.truth time` wrote, else a
 run of the benchmark. On a CPU the rates of this machine are measured, and the model with these rates is held against
 measured calls.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flatlora_kernels.choice import dispatch
+from flatlora_kernels.choice import dispatch, resolve
 
 from . import environment, providers, results, run
 from .shapes import Case
@@ -53,7 +53,7 @@ def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[di
     found = []
     for row in rows:
         way, _, backend = row["provider"].partition(":")
-        if row["kind"] != "linear" or way not in dispatch.STRATEGIES or row.get("launch"):
+        if row["kind"] != "linear" or way not in resolve.STRATEGIES or row.get("launch"):
             continue
         ratios = zip(("ratio", "p20", "p80"), ("", "_p20", "_p80"), strict=True)
         found.append(
@@ -118,7 +118,7 @@ def main(
     candidates = tuple(
         f"{w}:{b}"
         for w, _, b in ways
-        if w in dispatch.STRATEGIES and b != providers.REFERENCE and (backends is None or b in backends)
+        if w in resolve.STRATEGIES and b != providers.REFERENCE and (backends is None or b in backends)
     )
     if not candidates:
         raise ValueError(f"--backends: none of {', '.join(backends or ['the backends'])} runs on {device}")

@@ -6,7 +6,9 @@ Importing this package touches no GPU and needs neither triton nor a compiled li
 from .backends import backend_info
 from .choice.resolve import use_backend, use_strategy
 from .controller import NoiseController
-from .functional import (
+from .nn import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
+from .noisy import NoisyLayer
+from .op.functional import (
     explain,
     flat_noise_scale,
     fused_flat_lora_linear,
@@ -14,8 +16,6 @@ from .functional import (
     perturb_weight,
     row_sq_norms,
 )
-from .nn import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
-from .noisy import NoisyLayer
 from .warmup import warm_up
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks
+from .op import checks
 
 if TYPE_CHECKING:
     from .noisy import NoisyLayer

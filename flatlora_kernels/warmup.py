@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks
-from .functional import row_sq_norms
+from . import backends
 from .noisy import NoisyLayer, instead_of_noise
+from .op import checks
+from .op.functional import row_sq_norms
 
 Rows = int | tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""flatlora_kernels/choice/cost.py against the pages, sources and allocations that it speaks of, and `bench roofline`."""
+"""choice/cost.py against the pages, sources and allocations that it speaks of, and `bench roofline`."""
 
 from __future__ import annotations
 

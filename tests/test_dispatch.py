@@ -15,7 +15,7 @@ from targets import randn
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.backends.shared import panel
-from flatlora_kernels.choice import cost, dispatch
+from flatlora_kernels.choice import cost, dispatch, resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")
@@ -64,7 +64,7 @@ def both(M: int, fused: float, panels: float, **more: Any) -> list[dict[str, Any
 
 
 def strategy_of(p: dispatch.Problem) -> str:
-    return dispatch.choose(("cpu",), dispatch.STRATEGIES, p).strategy
+    return dispatch.choose(("cpu",), resolve.STRATEGIES, p).strategy
 
 
 def test_measurements_decide(table: Any) -> None:
@@ -73,7 +73,7 @@ def test_measurements_decide(table: Any) -> None:
     assert [strategy_of(problem(M)) for M in (16, 256, 1024, 2048, 8192, 65536)] == [
         "fused", "fused", "fused", "panel", "panel", "panel",
     ]  # fmt: skip
-    assert dispatch.choose(("cpu",), dispatch.STRATEGIES, problem(256)).reason == "measured"
+    assert dispatch.choose(("cpu",), resolve.STRATEGIES, problem(256)).reason == "measured"
 
 
 def test_a_choice_needs_both_directions_of_all_candidates(table: Any) -> None:
@@ -106,14 +106,14 @@ def test_split_noise_is_fused(table: Any) -> None:
 
 def test_split_noise_does_not_go_by_measurements_of_folded(table: Any) -> None:
     table(*both(256, 1.2, 1.5, backend="cuda"), *both(256, 1.0, 1.5, backend="triton"))
-    assert dispatch.choose(OURS, dispatch.STRATEGIES, problem(256))[:3] == ("triton", "fused", "measured")
-    split = dispatch.choose(OURS, dispatch.STRATEGIES, problem(256, noise_accum="split"))
+    assert dispatch.choose(OURS, resolve.STRATEGIES, problem(256))[:3] == ("triton", "fused", "measured")
+    split = dispatch.choose(OURS, resolve.STRATEGIES, problem(256, noise_accum="split"))
     assert split[:3] == ("cuda", "fused", "not measured on this device; cuda fused goes first")
 
 
 def test_measurements_choose_between_backends(table: Any) -> None:
     """Without them, and where no model does either, PRIORITY."""
-    ways = ("triton", "cuda"), dispatch.STRATEGIES
+    ways = ("triton", "cuda"), resolve.STRATEGIES
     unmeasured = dispatch.choose(*ways, problem(256))
     assert unmeasured[:3] == ("triton", "fused", "not measured on this device; triton fused goes first")
     rows = [
@@ -126,7 +126,7 @@ def test_measurements_choose_between_backends(table: Any) -> None:
     table(*rows)
     decision = dispatch.choose(*ways, problem(256))
     assert (decision.backend, decision.strategy, decision.reason) == ("cuda", "fused", "measured")
-    assert dispatch.choose(("triton",), dispatch.STRATEGIES, problem(256)).strategy == "panel"
+    assert dispatch.choose(("triton",), resolve.STRATEGIES, problem(256)).strategy == "panel"
 
 
 @pytest.mark.parametrize("chip", cost.CHIPS, ids=lambda chip: chip.name)
@@ -139,9 +139,9 @@ def test_the_model_decides_on_a_gpu_without_measurements(
     monkeypatch.setattr(cost, "chip_of", lambda device: chip)
     p = problem(M, 4096, 4096, device=GPU, dtype=torch.bfloat16)
     for names in (OURS, ("triton",)):
-        decision = dispatch.choose(names, dispatch.STRATEGIES, p)
+        decision = dispatch.choose(names, resolve.STRATEGIES, p)
         times = {c[:2]: c.predicted for c in decision.candidates}
-        assert list(times) == [(b, s) for b in names for s in dispatch.STRATEGIES]
+        assert list(times) == [(b, s) for b in names for s in resolve.STRATEGIES]
         assert all(0 < t < 1 for t in times.values())  # type: ignore[operator]
         best = min(times.values())  # type: ignore[type-var]
         assert decision[:2] == next(way for way, t in times.items() if best >= 0.97 * t)  # type: ignore[operator]
@@ -154,12 +154,12 @@ def model(table: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cost, "chip_of", lambda device: cost.CHIPS[0])
 
     def says(*times: float) -> dispatch.Decision:
-        told = dict(zip([(b, s) for b in OURS for s in dispatch.STRATEGIES], times, strict=True))
+        told = dict(zip([(b, s) for b in OURS for s in resolve.STRATEGIES], times, strict=True))
         monkeypatch.setattr(
             cost, "cost", lambda c, b, strategy, call: cost.Cost(told[b, strategy], 0, "", {})
         )
         dispatch.choose.cache_clear()
-        return dispatch.choose(OURS, dispatch.STRATEGIES, problem(256, device=GPU))
+        return dispatch.choose(OURS, resolve.STRATEGIES, problem(256, device=GPU))
 
     return says
 
@@ -185,12 +185,12 @@ def test_the_model_decides_between_backends(
 def test_a_backend_without_a_model_does_not_compete(model: Any) -> None:
     model(1.0, 0.9, 0.8, 0.7)
     p = problem(256, device=GPU)
-    assert dispatch.choose(("cuda", "reference"), dispatch.STRATEGIES, p)[:3] == (
+    assert dispatch.choose(("cuda", "reference"), resolve.STRATEGIES, p)[:3] == (
         "cuda",
         "panel",
         "predicted",
     )
-    first = dispatch.choose(("reference", "cuda"), dispatch.STRATEGIES, p)
+    first = dispatch.choose(("reference", "cuda"), resolve.STRATEGIES, p)
     assert first[:3] == ("reference", "fused", "not measured on this device; reference fused goes first")
 
 
@@ -202,7 +202,7 @@ def test_one_backend_measured_is_no_measurement(table: Any, model: Any) -> None:
     table(*both(256, 1.0, 1.2, backend="cuda"), *both(256, 1.1, 1.2, backend="triton"))
     assert model(1.0, 1.2, 0.9, 1.2)[:3] == ("cuda", "fused", "measured")
     other_type = problem(256, device=GPU, dtype=torch.bfloat16)
-    assert dispatch.choose(OURS, dispatch.STRATEGIES, other_type)[:3] == ("triton", "fused", "predicted")
+    assert dispatch.choose(OURS, resolve.STRATEGIES, other_type)[:3] == ("triton", "fused", "predicted")
 
 
 def test_panels_on_amd(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +210,7 @@ def test_panels_on_amd(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     amd = "not measured on this device; panels from 256 rows on"
 
-    def choice(
-        backend: str, rows: int, strategy: str = dispatch.STRATEGY, noise_accum: str = "folded"
-    ) -> Any:
+    def choice(backend: str, rows: int, strategy: str = resolve.STRATEGY, noise_accum: str = "folded") -> Any:
         found = dispatch.explain(backend, strategy, noise_accum, "gaussian", rows, GPU, weight)
         assert found.reason in str(found)
         return found.strategy, found.reason
@@ -234,7 +232,7 @@ def test_panels_on_amd(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_prediction_decides_on_a_processor(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cheap_panels = lambda chip, backend, strategy, call: cost.Cost(1.0 + (strategy == "fused"), 0, "", {})  # noqa: E731
     monkeypatch.setattr(cost, "cost", cheap_panels)
-    decision = dispatch.choose(("cpu",), dispatch.STRATEGIES, problem(256))
+    decision = dispatch.choose(("cpu",), resolve.STRATEGIES, problem(256))
     assert decision[:3] == ("cpu", "fused", "not measured on this device; cpu fused goes first")
 
 
@@ -317,7 +315,7 @@ def test_committed_tables(path: Path) -> None:
         assert hasattr(torch, r["dtype"])
         assert r["noise"] in ("gaussian", "rademacher")
         assert r["backend"] in backends.names()
-        assert r["strategy"] in dispatch.STRATEGIES
+        assert r["strategy"] in resolve.STRATEGIES
         ratio, p20, p80 = (float(r[name]) for name in ("ratio", "p20", "p80"))
         assert 0 < p20 <= ratio <= p80 < math.inf
         key = tuple(r[name] for name in COLUMNS[:3] + COLUMNS[4:10])
@@ -334,7 +332,7 @@ def test_the_model_does_as_well_as_docs_design_md_says(monkeypatch: pytest.Monke
     for (dtype, noise), cases in dispatch._table("sm90").items():
         for (M, N, K), ratios in cases.items():
             p = problem(M, N, K, device=GPU, dtype=getattr(torch, dtype), noise=noise)
-            decision = dispatch.choose(OURS, dispatch.STRATEGIES, p)
+            decision = dispatch.choose(OURS, resolve.STRATEGIES, p)
             assert decision.reason == "predicted"
             loss[noise, M, N] = ratios[decision[:2]] / min(ratios.values())
     dispatch.choose.cache_clear()

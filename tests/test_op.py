@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.choice import dispatch, resolve
+from flatlora_kernels.choice import resolve
 
 OPS = torch.ops.flatlora
 
@@ -287,7 +287,7 @@ def test_precedence_of_strategies(doubles: list[tuple[str, str]], monkeypatch: p
     def used(**keywords: str) -> str:
         return resolve.resolve("one", keywords.get("strategy"), None, "cpu", torch.float32, 1)[1]
 
-    assert used() == dispatch.STRATEGY
+    assert used() == resolve.STRATEGY
     monkeypatch.setenv("FLATLORA_STRATEGY", "panel")
     assert used() == "panel"
     with fk.use_strategy("fused"):
@@ -398,7 +398,7 @@ def test_automatic_choice_of_reference_warns_once_on_large_problems(monkeypatch:
             fk.fused_flat_lora_linear(x, large)
             fk.fused_flat_lora_linear(x, large)
         assert len(record) == 1
-        others = [n for n in backends.names() if n != "reference" and not backends._unfit(n, "cpu", x.dtype)]
+        others = [n for n in backends.names() if n != "reference" and not backends.unfit(n, "cpu", x.dtype)]
         for name in others:
             assert f"{name}: switched off by this test" in str(record[0].message)
     finally:

@@ -304,7 +304,7 @@ def linear_forward(
 
     x: (M, K); weight: (N, K); u: (M, r) contiguous and lora_B: (N, r), or None; bias: (N,) or None.
     lora_A: (r, K), r <= 32, in place of u, which is then made in the kernel's own pass over x; see `makes_u`.
-    draw: `flatlora_kernels.spec.noise.Draw`. noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
+    draw: `spec.noise.Draw`. noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
     """
     (M, _), N = x.shape, weight.shape[0]
     rank = 0 if lora_B is None else lora_B.shape[1]

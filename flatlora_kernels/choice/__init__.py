@@ -1,1 +1,1 @@
-"""Which backend and which strategy a call uses: what was asked for, else what was measured, else what a model predicts."""
+"""Which backend and strategy a call uses: what was asked for, else what was measured, else what a model predicts."""

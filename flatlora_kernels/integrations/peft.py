@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..controller import NoiseController
-from ..functional import fused_flat_lora_linear, row_sq_norms
 from ..nn import _HOOKS, _matches, obstacle_to
 from ..noisy import NoisyLayer
+from ..op.functional import fused_flat_lora_linear, row_sq_norms
 
 
 class FlatLinear(NoisyLayer, Linear):

@@ -18,10 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import autograd, backends
-from .backends.shared import panel, products
-from .choice import dispatch
-from .spec.noise import Draw
+from .. import backends
+from ..backends.shared import panel, products
+from ..choice import dispatch
+from ..choice.resolve import FREE
+from ..spec.noise import Draw
+from . import autograd
 
 # Mirrors noise.Draw; noise_scale is None where nothing is drawn.
 _DRAW = (
@@ -56,7 +58,7 @@ def _way(
     """The backend that runs, and whether it is asked for panels."""
     if draw is None or 0 in (*a.shape, *weight.shape):
         return backends.get(backend), False
-    if strategy in dispatch.FREE:
+    if strategy in FREE:
         rows = a.numel() // a.shape[-1] // draw.samples
         choice = dispatch.way(
             backend, strategy, noise_accum, draw.noise, rows, a.device, a.dtype, weight.shape

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
-from .backends.reference import matmul
+from ..backends.reference import matmul
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."

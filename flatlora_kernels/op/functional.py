@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choice import dispatch
+from ..choice.resolve import STRATEGIES, resolve
+from ..spec.noise import KINDS
 from . import checks
-from . import ops as _ops  # noqa: F401  (registers torch.ops.flatlora)
-from .choice import dispatch
-from .choice.resolve import resolve
-from .spec.noise import KINDS
+from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 
 
 def fused_flat_lora_linear(
@@ -144,7 +144,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
         dtype = torch.get_autocast_dtype(x.device.type)
         weight = weight.to(dtype) if weight.is_meta else torch.empty_like(weight, dtype=dtype, device="meta")
     checks.choice("noise", given["noise"], KINDS)
-    checks.choice("strategy", given["strategy"], dispatch.STRATEGIES)
+    checks.choice("strategy", given["strategy"], STRATEGIES)
     checks.choice("noise_accum", noise_accum, ("folded", "split"))
     rows = math.prod(x.shape[:-1])
     checks.sample_range(given["samples"], given["sample_offset"], rows)
