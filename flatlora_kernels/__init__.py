@@ -5,9 +5,6 @@ Importing this package touches no GPU and needs neither triton nor a compiled li
 
 from .backends import backend_info
 from .choice.resolve import use_backend, use_strategy
-from .controller import NoiseController
-from .nn import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
-from .noisy import NoisyLayer
 from .op.functional import (
     explain,
     flat_noise_scale,
@@ -16,7 +13,10 @@ from .op.functional import (
     perturb_weight,
     row_sq_norms,
 )
-from .warmup import warm_up
+from .train.controller import NoiseController
+from .train.layer import NoisyLayer
+from .train.linear import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
+from .train.warm_up import warm_up
 
 __version__ = "0.1.0"
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .noisy import NoisyLayer, eval_mode, instead_of_noise
 from .op.functional import flat_noise_scale, perturb_weight
+from .train.layer import NoisyLayer, eval_mode, instead_of_noise
 
 Loss = Callable[[], Tensor]
 SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2)

@@ -382,8 +382,10 @@ def test_changed_parameters_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
     layer(x)
     reads = []
-    original = fk.noisy.flat_noise_scale
-    monkeypatch.setattr(fk.noisy, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k))
+    original = fk.train.layer.flat_noise_scale
+    monkeypatch.setattr(
+        fk.train.layer, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k)
+    )
     for i, change in enumerate((in_place, replaced, wrapped_again, through_data, scaled), 1):
         with torch.no_grad():
             change()

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flatlora_kernels import FlatLoraLinear, apply_flat_lora, materialize_noise
-from flatlora_kernels.controller import NoiseController
 from flatlora_kernels.methods import METHODS, EFlatLoRA, make
 from flatlora_kernels.methods.neftune import generator
+from flatlora_kernels.train.controller import NoiseController
 
 LR, RANK, ALPHA = 0.2, 3, 6.0
 SCALING = ALPHA / RANK

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flatlora_kernels as fk
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
-from flatlora_kernels.controller import _mix
+from flatlora_kernels.train.controller import _mix
 
 
 def small_layer(
@@ -228,8 +228,10 @@ def test_noise_scale_is_refreshed_once_per_step_by_one_read(monkeypatch: pytest.
     model, controller = small_model()
     x = randn(6, 16)
     reads = []
-    original = fk.noisy.flat_noise_scale
-    monkeypatch.setattr(fk.noisy, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k))
+    original = fk.train.layer.flat_noise_scale
+    monkeypatch.setattr(
+        fk.train.layer, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k)
+    )
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     for step in range(1, 3):
         for _ in range(4):  # micro-batches
@@ -246,7 +248,7 @@ def test_noise_scale_is_refreshed_once_per_step_by_one_read(monkeypatch: pytest.
 
 def test_without_noise_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, controller = small_model(sigma=0.0)
-    monkeypatch.setattr(fk.noisy, "flat_noise_scale", None)
+    monkeypatch.setattr(fk.train.layer, "flat_noise_scale", None)
     controller.advance()
     assert model(randn(2, 16)).shape == (2, 3)
 

@@ -19,10 +19,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..controller import NoiseController
-from ..nn import _HOOKS, _matches, obstacle_to
-from ..noisy import NoisyLayer
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
+from ..train.controller import NoiseController
+from ..train.layer import NoisyLayer
+from ..train.linear import _HOOKS, _matches, obstacle_to
 
 
 class FlatLinear(NoisyLayer, Linear):

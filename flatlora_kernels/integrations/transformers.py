@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controller import NoiseController
-from ..noisy import NoisyLayer
+from ..train.controller import NoiseController
+from ..train.layer import NoisyLayer
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..controller import NoiseController
-from ..noisy import NoisyLayer
+from ..train.controller import NoiseController
+from ..train.layer import NoisyLayer
 
 Closure = Callable[[], Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..controller import unwrapped
+from ..train.controller import unwrapped
 from .base import Adapter, Closure, Method, mean_over_ranks
 from .neftune import generator
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..backends.shared.arguments import workspace_limit
 from ..backends.shared.panel import slices
-from ..noisy import NoisyLayer, eval_mode, instead_of_noise
 from ..op.functional import materialize_noise
+from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from .base import Closure, Method, kept, mean, mean_over_ranks
 
 

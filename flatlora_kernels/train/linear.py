@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..op import checks
+from ..op.functional import fused_flat_lora_linear
 from .controller import NoiseController, signed
-from .noisy import NoisyLayer, check_noise_options
-from .op import checks
-from .op.functional import fused_flat_lora_linear
+from .layer import NoisyLayer, check_noise_options
 
 _MASK64 = (1 << 64) - 1
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.

@@ -6,15 +6,12 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .op import checks
-
-if TYPE_CHECKING:
-    from .noisy import NoisyLayer
+from ..op import checks
 
 SCHEDULES = ("constant", "linear", "cosine")
 NORMS = ("flat", "row")
@@ -30,6 +27,16 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+class Drawing(Protocol):
+    """What a controller asks of the layers that draw with it, see `layer.NoisyLayer`."""
+
+    stream: int
+
+    def refresh_noise_scale(self, *, overlap: bool = False) -> None: ...
+    def _rescale(self) -> None: ...
+    def _base_parameter(self) -> Tensor: ...
 
 
 def signed(value: int) -> int:
@@ -99,11 +106,11 @@ class NoiseController:
         self._total_steps = _checked_total(total_steps)
         self._off = 0  # how many disabled() are open
         self._tensors: dict[torch.device, Tensor] = {}
-        self._layers: weakref.WeakSet[NoisyLayer] = weakref.WeakSet()
+        self._layers: weakref.WeakSet[Drawing] = weakref.WeakSet()
         self._attachment: weakref.ref[Attachment] | None = None
 
     @property
-    def layers(self) -> tuple[NoisyLayer, ...]:
+    def layers(self) -> tuple[Drawing, ...]:
         """The living layers that draw with this controller, by stream. Held weakly."""
         return tuple(sorted(self._layers, key=lambda layer: layer.stream))
 
@@ -297,7 +304,7 @@ class NoiseController:
         )
         return None if unknown else self.sigma
 
-    def _stream_for(self, layer: NoisyLayer) -> int:
+    def _stream_for(self, layer: Drawing) -> int:
         """That of a layer with the very same base weight, else the next that is free."""
         weight = layer._base_parameter()
         others = [other for other in self._layers if other is not layer]

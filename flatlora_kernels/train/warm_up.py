@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from .noisy import NoisyLayer, instead_of_noise
-from .op import checks
-from .op.functional import row_sq_norms
+from .. import backends
+from ..op import checks
+from ..op.functional import row_sq_norms
+from .layer import NoisyLayer, instead_of_noise
 
 Rows = int | tuple[int, ...]
 
@@ -104,7 +104,7 @@ def _kind(layer: NoisyLayer) -> Any:
 def _compile(passes: Sequence[tuple[NoisyLayer, tuple[int, ...]]], workers: int, progress: bool) -> int:
     import triton
 
-    from .triton_kernels import launch
+    from ..triton_kernels import launch
 
     if launch.INTERPRETED:
         return 0

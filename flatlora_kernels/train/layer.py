@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..op import checks
+from ..op.functional import flat_noise_scale
+from ..spec.noise import KINDS
 from .controller import NoiseController
-from .op import checks
-from .op.functional import flat_noise_scale
-from .spec.noise import KINDS
 from .streams import beside
 
 Self = TypeVar("Self", bound="NoisyLayer")
