@@ -1,0 +1,5 @@
+"""See command.py."""
+
+from .command import main
+
+main()
