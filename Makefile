@@ -34,7 +34,7 @@ test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
-HALF := $(addprefix tests/test_,linear.py noise_spec.py noise_accum.py bench.py compile.py)
+HALF := $(addprefix tests/,op/test_linear.py spec/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py op/test_compile.py)
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest
@@ -46,12 +46,12 @@ interpret-rest:
 # What nvcc makes of the CUDA kernels, without a GPU: two architectures, or with FLATLORA_COMPILE=all all.
 .PHONY: test-cuda-compile
 test-cuda-compile: install
-	$(PY) -m pytest $(PYTEST_ARGS) tests/test_cuda_compile.py
+	$(PY) -m pytest $(PYTEST_ARGS) tests/csrc/test_cuda_compile.py
 
 # What compilers make of the Triton kernels, without a GPU: the oldest supported Triton, and the environment's.
 .PHONY: test-compile
 test-compile: install build/triton-3.6.0/.installed
-	FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_compile.py
+	FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest $(PYTEST_ARGS) tests/triton_kernels/test_triton_compile.py
 build/triton-3.6.0/.installed: | install
 	rm -rf $(@D)
 	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
@@ -70,15 +70,15 @@ emulator-sanitized:
 	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=ON)
 
 EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
-MACHINE_TESTS := $(wildcard tests/test_emulator*.py tests/test_wrappers.py)
+MACHINE_TESTS := $(wildcard tests/csrc/test_emulator*.py tests/csrc/test_wrappers.py)
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FLATLORA_SANITIZE=1 FLATLORA_EMULATOR=build/emulator-sanitized/libflatlora_cuda_emulated.so
 test-emulator: install emulator emulator-sanitized
 	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
 emulate-matrix:
 	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
-	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/test_gpu.py -k 'bfloat16 or float16'
-	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/test_gpu.py tests/test_emulator.py -m emulator \
+	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
+	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/backends/test_gpu.py tests/csrc/test_emulator.py -m emulator \
 	  -k 'small_shapes or test_product and (config3 or odd)'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
@@ -114,7 +114,7 @@ example-deps: install
 # The first line fetches the sentences, without which the test would be skipped.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
-	$(PY) -m pytest $(PYTEST_ARGS) tests/test_example.py
+	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py
 
 # In an environment of their own: they are no part of the user's.
 lint-tools: build/lint/.installed

@@ -380,7 +380,7 @@ def stale(rows: list[Row], known: dict[tuple[str, str], Committed]) -> list[str]
 
 _TEXT = f"""# What nvcc makes of the CUDA kernels
 
-Written by `{REGENERATE}`, without a GPU; checked by `tests/test_cuda_compile.py`.
+Written by `{REGENERATE}`, without a GPU; checked by `tests/csrc/test_cuda_compile.py`.
 What the kernels take on a GPU is in [performance.md](performance.md).
 
 Of each kernel these must hold: no spills, no stack, no local memory; no warning of ptxas (C7510 and the like tell that

@@ -118,7 +118,7 @@ pytest="'$python' -m bench.gpu_tests"
 cores=$(nproc)
 workers=$((cores > 15 ? 14 : cores > 2 ? cores - 2 : 1))
 each=60 # seconds for a family of kernels, which Triton may have to compile
-on_gpu="-m gpu" of_cuda="-m gpu tests -k 'not two_to_the_31'" of_large="-m gpu tests/test_gpu.py -k two_to_the_31"
+on_gpu="-m gpu" of_cuda="-m gpu tests -k 'not two_to_the_31'" of_large="-m gpu tests/backends/test_gpu.py -k two_to_the_31"
 of_triton=$of_cuda
 check= few_cases='$((limit - 20))' rows_of_x=16,256,2048,8192
 times="--budget 0.012 --only '^(lora|(triton|cuda) (y|dX)|panel (triton|cuda) (y|dX)|perturb (triton|cuda) y)\$'"
@@ -127,9 +127,9 @@ training="--budget 1 --providers plain lora peft inplace"
 if $dry_run; then
   export FLATLORA_EMULATE=90
   device=cpu backends="cpu reference" workers=2
-  on_gpu="-k emulated" of_cuda="-m emulator tests/test_gpu.py -k noise_is_that"
-  of_large="-m emulator tests/test_gpu.py -k 'two_to_the_31 and rademacher'"
-  of_triton="-m interpreter tests/test_gpu.py -k copy_engine_reads"
+  on_gpu="-k emulated" of_cuda="-m emulator tests/backends/test_gpu.py -k noise_is_that"
+  of_large="-m emulator tests/backends/test_gpu.py -k 'two_to_the_31 and rademacher'"
+  of_triton="-m interpreter tests/backends/test_gpu.py -k copy_engine_reads"
   check="--only 'cuda few'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
   targets="--set square2048 --m 1 --dtypes float32 --modes forward --rank 0 --noise rademacher --budget 0 --min-rounds 1"
   targets="$targets --providers fused:reference"
@@ -162,7 +162,7 @@ stage 150
 part driver 25 "'$python' -m flatlora_kernels && '$python' -m bench.truth driver"
 # What no emulator can know: whether each instruction does what its emulated twin does.
 part wrappers 50 "$pytest '$out/wrappers.jsonl' --each 10 --limit \$((limit - 5)) \
-$on_gpu tests/test_wrappers.py tests/test_emulator_layouts.py"
+$on_gpu tests/csrc/test_wrappers.py tests/csrc/test_emulator_layouts.py"
 part check 90 "rm -f '$out/truth-check.jsonl'; '$python' -m bench.truth check --each $each --limit \$((limit - 10)) $check"
 part time 60 "rm -f '$out/truth-time.jsonl'; '$python' -m bench.truth time --limit \$((limit - 15)) --rows $rows_of_x $times"
 
@@ -194,7 +194,7 @@ if $dry_run; then export FLATLORA_EMULATE=90; fi
 sanitizer='command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; exit 77; }
 export FLATLORA_RECORD_WRAPPERS=$(mktemp -d); trap "rm -rf $FLATLORA_RECORD_WRAPPERS" EXIT; failed=0'
 part sanitizer 100 "$sanitizer
-'$python' -m pytest -q -p no:cacheprovider $on_gpu tests/test_wrappers.py tests/test_emulator_layouts.py || exit 1
+'$python' -m pytest -q -p no:cacheprovider $on_gpu tests/csrc/test_wrappers.py tests/csrc/test_emulator_layouts.py || exit 1
 for tool in memcheck racecheck synccheck initcheck; do echo \$tool
 compute-sanitizer --error-exitcode 1 --tool \$tool '$python' tests/replay.py \$FLATLORA_RECORD_WRAPPERS \
 || failed=\"\$failed \$tool\"; done

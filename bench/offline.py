@@ -804,8 +804,9 @@ def _figures(row: Row) -> Committed:
 _TEXT = f"""# What the compiler makes of the Triton kernels
 
 Written by `{REGENERATE}`; compiled without a GPU, and checked by
-`tests/test_triton_compile.py`. `make test-compile` installs Triton {OLDEST}, the oldest that is supported, beside the
-environment's and runs that test. What the kernels take on a GPU is in [performance.md](performance.md).
+`tests/triton_kernels/test_triton_compile.py`. `make test-compile` installs Triton {OLDEST}, the oldest that is
+supported, beside the environment's and runs that test. What the kernels take on a GPU is in
+[performance.md](performance.md).
 
 The real launchers run on tensors without memory, Triton's own JIT specialises and compiles what they launch, and the
 machine code is read: nvdisasm's listing for NVIDIA, the compiler's assembly for AMD. The main loop is found by

@@ -1,6 +1,6 @@
 """Repeats calls of the wrappers' library that tests wrote down, without torch, for compute-sanitizer.
 
-FLATLORA_RECORD_WRAPPERS=FOLDER python -m pytest -m gpu tests/test_wrappers.py tests/test_emulator_layouts.py
+FLATLORA_RECORD_WRAPPERS=FOLDER python -m pytest -m gpu tests/csrc/test_wrappers.py tests/csrc/test_emulator_layouts.py
 compute-sanitizer python tests/replay.py FOLDER
 """
 

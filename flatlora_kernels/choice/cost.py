@@ -52,8 +52,8 @@ _LARGE, _MIDDLE, _SMALL = (2290, 1670), (1500, 1200), (1200, 960)
 _START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's
 
 # Instructions of a thread per value of noise in the main loop, all else that the loop does included, in bfloat16:
-# docs/kernels.md (Triton 3.6) and docs/cuda_kernels.md; tests/test_cost.py compares. Each line: forward with gaussian
-# and with rademacher noise, input gradient with both.
+# docs/kernels.md (Triton 3.6) and docs/cuda_kernels.md; tests/choice/test_cost.py compares. Each line: forward with
+# gaussian and with rademacher noise, input gradient with both.
 Counts = tuple[float, float, float, float]
 # Of many rows, and of up to 16, where no page has rademacher for sm80 and sm100: as far below gaussian as of many.
 TRITON: dict[str, tuple[Counts, Counts]] = {

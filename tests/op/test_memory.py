@@ -69,13 +69,13 @@ def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider
 
 
 def in_child(*arguments: Any) -> dict[str, int]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

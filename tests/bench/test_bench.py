@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import (  # noqa: E402
     cli,
@@ -495,7 +495,7 @@ def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 def test_tune_dry_run(tmp_path: Path) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the interpreter's: make test-interpreter")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -927,8 +927,8 @@ def test_what_is_noisy_is_compared_with_the_strongest_other_unfused() -> None:
 
 
 def test_every_way_of_the_op_is_right_and_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_kernels import backends
     from flatlora_kernels.backends.shared import panel
+    from flatlora_kernels.choice import resolve
 
     seen: list[str] = []
     for name in ("linear", "linear_input_grad"):
@@ -952,7 +952,7 @@ def test_every_way_of_the_op_is_right_and_is_what_it_says(monkeypatch: pytest.Mo
     def lacks(*arguments: Any) -> Any:
         raise NotImplementedError("noise_accum: lacks split")
 
-    monkeypatch.setattr(backends, "resolve", lacks)
+    monkeypatch.setattr(resolve, "resolve", lacks)
     with pytest.raises(providers.Unfit, match="lacks split"):
         run(f"split:{backend}")
 
@@ -1212,7 +1212,7 @@ from bench import truth
 cases = [("right", lambda: 0.0, 0.0), ("hangs", lambda: time.sleep(60) or 0.0, 0.0)]
 truth._check_family("slow", lambda: iter(cases), 0.5)
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, timeout=50, env={**os.environ, "OUT": str(tmp_path)}
     )

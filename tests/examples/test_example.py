@@ -15,7 +15,7 @@ import torch
 
 from flatlora_kernels import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 
 

@@ -13,7 +13,7 @@ import nodriver
 import pytest
 import targets
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import machine_code, offline  # noqa: E402
 

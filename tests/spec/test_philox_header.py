@@ -15,7 +15,7 @@ import torch
 import flatlora_kernels
 from flatlora_kernels.backends import cpu
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SOURCE = HERE / "cpp" / "philox_tile.cpp"
 TILES = json.loads((HERE / "data" / "noise_vectors.json").read_text())["tiles"]
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

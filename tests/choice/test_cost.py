@@ -20,7 +20,7 @@ from flatlora_kernels.choice.cost import Call, Chip, Work
 pytest.importorskip("bench")
 from bench import cli, results, roofline, targets  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPUS = [c for c in cost.CHIPS if c.architecture != "cpu"]
 H100 = next(c for c in cost.CHIPS if c.name == "H100 SXM")
 NOISES = ("gaussian", "rademacher")

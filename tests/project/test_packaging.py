@@ -16,7 +16,7 @@ import pytest
 from flatlora_kernels import __main__ as doctor
 from flatlora_kernels import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
     needs_setuptools = pytest.mark.skip(reason="needs setuptools 77 or later: pip install -U setuptools")
@@ -316,7 +316,7 @@ def test_sdist_has_all_that_building_and_testing_take(sdist: Path) -> None:
         "pyproject.toml",
         "LICENSE",
     }
-    expected |= {f"tests/{Path(__file__).name}", "bench/__main__.py", "Makefile"}
+    expected |= {f"tests/project/{Path(__file__).name}", "bench/__main__.py", "Makefile"}
     assert expected <= files
     assert not [f for f in files if f.endswith((".so", ".dylib", ".pyc"))]
 

@@ -129,7 +129,7 @@ def median_us(run: Callable[[], object], rounds: int = 9, calls: int = 100) -> f
 
 
 def test_host_time(driver: nodriver.NoDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prints what `python -m pytest -s -k host_time tests/test_launch_path.py` is for: microseconds of a call."""
+    """Prints microseconds of a call: `python -m pytest -s -k host_time tests/triton_kernels/test_launch_path.py`."""
     x, weight, draw = operands(16, 64, 64)
     by_search, direct = [], []
     for _ in range(3):

@@ -22,7 +22,7 @@ from torch import nn
 import flatlora_kernels
 from flatlora_kernels.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(

@@ -16,7 +16,7 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels.spec import noise as oracle
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "noise_vectors.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
 KINDS = ("gaussian", "rademacher")
 TOP = 2**32
 

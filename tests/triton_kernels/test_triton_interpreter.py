@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -356,7 +358,8 @@ def stay_inside() -> None:
 @pytest.mark.parametrize("beyond", [False, True], ids=["the kernels", "control"])
 def test_nothing_beyond_the_end_is_touched(beyond: bool) -> None:
     command = [sys.executable, __file__, *(["beyond"] if beyond else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert ("inside" in done.stdout) == (not beyond), done.stderr
     assert (done.returncode == 0) == (not beyond), done.stderr
 

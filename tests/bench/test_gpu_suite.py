@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import gpu_tests  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 pytestmark = pytest.mark.skipif(
     not shutil.which("bash") or not shutil.which("timeout"), reason="needs bash and timeout"
@@ -141,7 +141,9 @@ def test_all_stages_on_a_gpu(tmp_path: Path) -> None:
     log = (out / "suite.log").read_text()
     assert "-m pip install --no-build-isolation --no-deps -e ." in log
     assert "--backend cuda,others -m gpu tests -k not two_to_the_31" in log
-    assert "--each 40 --limit 45 -m gpu tests/test_gpu.py -k two_to_the_31" in log  # one process, alone
+    assert (
+        "--each 40 --limit 45 -m gpu tests/backends/test_gpu.py -k two_to_the_31" in log
+    )  # one process, alone
     assert "training --budget 1 --providers plain lora peft inplace flatlora:triton --device cuda" in log
     assert "tune --strategies --quick --backends cuda --time-limit 25" in log
     assert "bench.truth check --each 60 --limit 80" in log
