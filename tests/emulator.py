@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatlora_kernels.backends import cuda
 from flatlora_kernels.backends.shared import arguments
-from flatlora_kernels.spec.noise import Draw
+from flatlora_kernels.spec.records import Draw, Product
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -116,7 +116,9 @@ class Kernels(Emulator):
     ) -> tuple[Tensor, Tensor | None]:
         """The product, and where its sum was cut the float32 (parts, M, outputs) that were added."""
         y = torch.full((a.shape[0], weight.shape[1 if input_grad else 0]), torch.nan, dtype=a.dtype)
-        packed = arguments.linear(a, weight, input_grad, u, lora, bias, scaling, draw, noise_accum, y)
+        packed = arguments.linear(
+            Product(a, weight, input_grad, u, lora, bias, scaling), draw, noise_accum, y
+        )
 
         def gpu(workspace: Tensor | None) -> bytes:
             where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.nbytes)

@@ -238,26 +238,19 @@ def makes_u(x: Tensor, weight: Tensor, rank: int, samples: int) -> bool:
 
 
 def _prepare(
-    x: Tensor,
-    weight: Tensor,
-    rank: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    draw: Any,
-    noise_accum: str,
-    workspace: int,
-    precision: str,
+    p: Any, lora_A: Tensor | None, draw: Any, noise_accum: str, workspace: int, precision: str
 ) -> tuple[Plan, Kernel]:
-    (M, K), N = x.shape, weight.shape[0]
-    p = plan("forward", x, weight, N, draw.samples, noise_accum, workspace, precision)
+    x, weight, lora_B, bias = p.a, p.weight, p.lora, p.bias
+    (M, K), N = x.shape, p.outputs
+    rank = 0 if lora_B is None else lora_B.shape[1]
+    cut = plan(p, draw.samples, noise_accum, workspace, precision)
     rest = {
         "M": M,
         "N": N,
         "K": K,
         "rank": rank,
-        "rows_per_sample": p.rows_per_sample,
-        "steps_per_split": p.steps_per_split,
+        "rows_per_sample": cut.rows_per_sample,
+        "steps_per_split": cut.steps_per_split,
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
         "stride_wn": weight.stride(0),
@@ -268,64 +261,55 @@ def _prepare(
         "stride_br": 0 if lora_B is None else lora_B.stride(1),
         "stride_bias": 0 if bias is None else bias.stride(0),
         "stride_scale": draw.noise_scale.stride(0),
-        **draw_constants(draw, p.machine),
+        **draw_constants(draw, cut.machine),
         "PRECISION": precision,
-        "USE_DESCRIPTOR": p.box is not None,
-        "EVEN": K % p.config.block_in == 0,
-        "MULTIPLE": 8 if p.regular else 1,
+        "USE_DESCRIPTOR": cut.box is not None,
+        "EVEN": K % cut.config.block_in == 0,
+        "MULTIPLE": 8 if cut.regular else 1,
         "HAS_BIAS": bias is not None,
         "BLOCK_R": rank_block(rank),
         "MAKES_U": lora_A is not None,
-        "SPLIT": p.splits > 1,
+        "SPLIT": cut.splits > 1,
         "APART": noise_accum == "split",
-        "CARRY": p.config.carry,
+        "CARRY": cut.config.carry,
         "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": p.config.block_m,
-        "BLOCK_N": p.config.block_out,
-        "BLOCK_K": p.config.block_in,
+        "BLOCK_M": cut.config.block_m,
+        "BLOCK_N": cut.config.block_out,
+        "BLOCK_K": cut.config.block_in,
     }
-    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
-    return p, Kernel(_linear_forward_kernel, (p.tiles, p.splits), x, rest, options)
+    options = {"num_warps": cut.config.num_warps, "num_stages": cut.config.num_stages}
+    return cut, Kernel(_linear_forward_kernel, (cut.tiles, cut.splits), x, rest, options)
 
 
 def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    draw: Any,
-    noise_accum: str,
-    workspace: int,
+    p: Any, draw: Any, noise_accum: str, workspace: int, lora_A: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x (W + eps)^T + scaling u lora_B^T + bias, (M, N), and u; M, N, K > 0.
+    """y, (M, N), of a product that is not empty, and u.
 
-    x: (M, K); weight: (N, K); u: (M, r) contiguous and lora_B: (N, r), or None; bias: (N,) or None.
-    lora_A: (r, K), r <= 32, in place of u, which is then made in the kernel's own pass over x; see `makes_u`.
-    draw: `spec.noise.Draw`. noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
+    Args:
+        p: `flatlora_kernels.spec.records.Product`. lora_A: (r, K), r <= 32, in place of its u, which is then made in
+            the kernel's own pass over x; see `makes_u`. draw: `flatlora_kernels.spec.records.Draw`.
+        noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
     """
-    (M, _), N = x.shape, weight.shape[0]
-    rank = 0 if lora_B is None else lora_B.shape[1]
+    x, weight, _, u, lora_B, bias, scaling = p
+    (M, _), N = x.shape, p.outputs
     precision = precision_of(x)
     key = (
         *facts(x, weight, u, lora_A, lora_B, bias, draw.noise_scale), *draw_facts(draw), draw.samples, noise_accum,
         workspace, precision,
     )  # fmt: skip
-    p, kernel = prepared(
-        _prepare, key, x, weight, rank, lora_A, lora_B, bias, draw, noise_accum, workspace, precision
-    )
+    cut, kernel = prepared(_prepare, key, p, lora_A, draw, noise_accum, workspace, precision)
     y = x.new_empty((M, N))
-    partial = y if p.splits == 1 else x.new_empty((p.splits, M, N), dtype=torch.float32)
+    partial = y if cut.splits == 1 else x.new_empty((cut.splits, M, N), dtype=torch.float32)
     u_partial = u
     if lora_A is not None:
+        rank = lora_A.shape[0]
         u = x.new_empty((M, rank))
-        u_partial = u if p.splits == 1 else x.new_empty((p.splits, M, rank), dtype=torch.float32)
+        u_partial = u if cut.splits == 1 else x.new_empty((cut.splits, M, rank), dtype=torch.float32)
     kernel(
-        x if p.box is None else descriptor(x, p.box), weight, u_partial, lora_A, lora_B, bias, draw.noise_scale,
+        x if cut.box is None else descriptor(x, cut.box), weight, u_partial, lora_A, lora_B, bias, draw.noise_scale,
         draw.seed, partial, scaling, draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
     )  # fmt: skip
-    if p.splits > 1:
+    if cut.splits > 1:
         add_splits(partial, bias, y, *(() if lora_A is None else (u_partial, u)))
     return y, u

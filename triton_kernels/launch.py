@@ -206,20 +206,12 @@ class Plan(NamedTuple):
     box: tuple[int, int] | None  # of `a` for the copy engine; None: it is loaded by addresses
 
 
-def plan(
-    direction: str,
-    a: Tensor,
-    weight: Tensor,
-    outputs: int,
-    samples: int,
-    noise_accum: str,
-    workspace: int,
-    precision: str,
-) -> Plan:
-    """Of `a` (M, contraction) times `weight` or its transpose, with so many outputs; see configs.py."""
+def plan(p: Any, samples: int, noise_accum: str, workspace: int, precision: str) -> Plan:
+    """Of a product `flatlora_kernels.spec.records.Product`; see configs.py."""
+    a, outputs = p.a, p.outputs
     machine = machine_of(a)
     M, length = a.shape
-    regular = by_eight(a) and by_eight(weight) and outputs % 8 == 0
+    regular = by_eight(a) and by_eight(p.weight) and outputs % 8 == 0
     kind = "half" if regular else "ragged"
     if a.dtype == torch.float32:
         kind = "tf32" if regular and precision == "tf32" else "single"
@@ -227,7 +219,7 @@ def plan(
     config, tiles = configs.linear(
         machine.architecture,
         kind,
-        direction,
+        "input_grad" if p.input_grad else "forward",
         samples,
         rows,
         outputs,

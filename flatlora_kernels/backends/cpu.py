@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.noise import Draw
-from .reference import matmul
+from ..spec.records import Draw, Product
 from .shared import arguments
 
 PRIORITY = 10
@@ -93,58 +92,12 @@ def _call(function: str, packed: bytes) -> None:
         )
 
 
-def _fused(
-    a: Tensor,
-    weight: Tensor,
-    input_grad: bool,
-    u: Tensor | None,
-    lora: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    noise_accum: str,
-) -> Tensor:
-    """``a P^T + scaling u lora^T + bias`` with P = W + eps, or its transpose; `lora` is (outputs, r)."""
-    N, K = weight.shape
-    outputs = K if input_grad else N
-    y = a.new_empty((*a.shape[:-1], outputs))
-    if y.numel() == 0:
-        return y
-    a2 = a if a.dim() == 2 else a.flatten(0, -2)
-    _call("linear", arguments.linear(a2, weight, input_grad, u, lora, bias, scaling, draw, noise_accum, y))
+def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
+    """See `reference.product`."""
+    y = p.a.new_empty((len(p.a), p.outputs))
+    if y.numel():
+        _call("linear", arguments.linear(p, draw, noise_accum, y))
     return y
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    noise_accum: str,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.linear`."""
-    if lora_A is None:
-        return _fused(x, weight, False, None, None, bias, scaling, draw, noise_accum), x.new_empty(0)
-    u = matmul((x if lora_x is None else lora_x).flatten(0, -2), lora_A.to(x.dtype).t())
-    return _fused(x, weight, False, u, lora_B, bias, scaling, draw, noise_accum), u
-
-
-def linear_input_grad(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    v: Tensor | None,
-    draw: Draw | None,
-    noise_accum: str,
-) -> Tensor:
-    """See `reference.linear_input_grad`."""
-    if v is None:
-        return _fused(grad_y, weight, True, None, None, None, 1.0, draw, noise_accum)
-    return _fused(grad_y, weight, True, v.contiguous(), lora_A.t(), None, 1.0, draw, noise_accum)
 
 
 def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.noise import Draw
+from ..spec.records import Draw, Product
 from .shared import arguments, products
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
@@ -160,57 +160,13 @@ def _call(device: torch.device, function: str, packed: bytes) -> None:
         _run(device, function, packed)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    draw: Draw,
-    noise_accum: str,
-) -> Tensor:
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    _call(
-        x.device, "linear", arguments.linear(x, weight, False, u, lora_B, bias, scaling, draw, noise_accum, y)
-    )
+def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
+    """See `reference.product`."""
+    if draw is None or p.empty:
+        return products.plain(p)
+    y = p.a.new_empty((len(p.a), p.outputs))
+    _call(y.device, "linear", arguments.linear(p, draw, noise_accum, y))
     return y
-
-
-def _input_grad(
-    dy: Tensor, weight: Tensor, v: Tensor | None, lora_A: Tensor | None, draw: Draw, noise_accum: str
-) -> Tensor:
-    dx = dy.new_empty((dy.shape[0], weight.shape[1]))
-    lora = None if lora_A is None else lora_A.t()
-    _call(dy.device, "linear", arguments.linear(dy, weight, True, v, lora, None, 1.0, draw, noise_accum, dx))
-    return dx
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    noise_accum: str,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.linear`."""
-    return products.linear(_forward, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, noise_accum)
-
-
-def linear_input_grad(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    v: Tensor | None,
-    draw: Draw | None,
-    noise_accum: str,
-) -> Tensor:
-    """See `reference.linear_input_grad`."""
-    return products.linear_input_grad(_input_grad, grad_y, weight, lora_A, v, draw, noise_accum)
 
 
 def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:

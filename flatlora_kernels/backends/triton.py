@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.noise import Draw
+from ..spec.records import Draw, Product
 from .shared import products
 from .shared.arguments import workspace_limit
 
@@ -67,49 +67,21 @@ def _kernel(name: str) -> Any:
     return importlib.import_module(f"flatlora_kernels.triton_kernels.{name}")
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    noise_accum: str,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.linear`."""
+def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
+    """See `reference.product`."""
+    if draw is None or p.empty:
+        return products.plain(p)
+    if p.input_grad:
+        return _kernel("input_grad").linear_input_grad(p, draw, noise_accum, workspace_limit(p.weight))
+    return _kernel("forward").linear_forward(p, draw, noise_accum, workspace_limit(p.weight))[0]
+
+
+def product_and_u(p: Product, lora_A: Tensor, draw: Draw, noise_accum: str) -> tuple[Tensor, Tensor] | None:
+    """`product` of a forward without its u, and u = a lora_A^T, in one kernel; None where two are faster."""
     kernel = _kernel("forward")
-    limit = workspace_limit(weight)
-
-    def fused(x, weight, u, lora_B, bias, scaling, draw, noise_accum):  # type: ignore[no-untyped-def]
-        return kernel.linear_forward(x, weight, u, None, lora_B, bias, scaling, draw, noise_accum, limit)[0]
-
-    if draw is not None and lora_A is not None and lora_x is None:
-        x2 = x if x.dim() == 2 else x.flatten(0, -2)
-        if kernel.makes_u(x2, weight, lora_A.shape[0], draw.samples):
-            y, u = kernel.linear_forward(
-                x2, weight, None, lora_A, lora_B, bias, scaling, draw, noise_accum, limit
-            )
-            return y.view(*x.shape[:-1], weight.shape[0]), u
-    return products.linear(fused, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, noise_accum)
-
-
-def linear_input_grad(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    v: Tensor | None,
-    draw: Draw | None,
-    noise_accum: str,
-) -> Tensor:
-    """See `reference.linear_input_grad`."""
-    kernel = _kernel("input_grad").linear_input_grad
-
-    def fused(dy, weight, v, lora_A, draw, noise_accum):  # type: ignore[no-untyped-def]
-        return kernel(dy, weight, lora_A, v, draw, noise_accum, workspace_limit(weight))
-
-    return products.linear_input_grad(fused, grad_y, weight, lora_A, v, draw, noise_accum)
+    if p.empty or not kernel.makes_u(p.a, p.weight, lora_A.shape[0], draw.samples):
+        return None
+    return kernel.linear_forward(p, draw, noise_accum, workspace_limit(p.weight), lora_A)
 
 
 def adapter_grads(

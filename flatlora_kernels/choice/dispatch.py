@@ -24,6 +24,7 @@ from torch import Tensor
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.arguments import workspace_limit
+from ..spec.records import Choice
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
 DIRECTIONS = ("forward", "input_grad")
@@ -196,47 +197,36 @@ def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -
     return Decision(best.backend, best.strategy, reason, candidates)
 
 
+def problem_of(
+    noise: str, noise_accum: str, rows: int, device: torch.device, dtype: torch.dtype, N: int, K: int
+) -> Problem:
+    """rows: those that see one sample."""
+    return Problem(device, dtype, noise, noise_accum, size_class(rows), size_class(N), size_class(K))
+
+
+def way(choice: Choice, p: Problem) -> Decision:
+    """What a call runs."""
+    names = [choice.backend]
+    if choice.strategy == BACKEND_AND_STRATEGY:
+        names = competitors(choice.backend, p.noise_accum, p.device.type, p.dtype)
+    return choose(tuple(names), STRATEGIES if choice.strategy in FREE else (choice.strategy,), p)
+
+
 def explain(
-    backend: str,
-    strategy: str,
-    noise_accum: str,
-    noise: str | None,
-    rows: int,
-    device: torch.device,
-    weight: Tensor,
+    choice: Choice, noise: str | None, rows: int, device: torch.device, weight: Tensor
 ) -> Explanation:
-    """Of a call as `resolve` has it; noise: None = nothing is drawn."""
+    """Of a call; noise: None = nothing is drawn. rows: those that see one sample."""
+    backend, noise_accum = choice.backend, choice.noise_accum
     if noise is None or 0 in (rows, *weight.shape):
         return Explanation(backend, "fused", noise_accum, "nothing is drawn: products without noise", 0)
-    found = way(backend, strategy, noise_accum, noise, rows, device, weight.dtype, weight.shape)
-    reason = found.reason if strategy in FREE else "asked for"
+    problem = problem_of(noise, noise_accum, rows, device, weight.dtype, *weight.shape)
+    found = way(choice, problem)
+    reason = found.reason if choice.strategy in FREE else "asked for"
     workspace = workspace_limit(weight)
     if found.strategy == "panel":
         workspace = max(panel.workspace(weight, device.type, input_grad)[1] for input_grad in (False, True))
     elif found.backend == "reference":
         workspace = weight.numel() * max(weight.element_size(), 4)
-    sizes = (size_class(rows), *(size_class(size) for size in weight.shape))
-    problem = Problem(device, weight.dtype, noise, noise_accum, *sizes)
     return Explanation(
         found.backend, found.strategy, noise_accum, reason, workspace, found.candidates, problem
     )
-
-
-def way(
-    backend: str,
-    strategy: str,
-    noise_accum: str,
-    noise: str,
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    weight_shape: Sequence[int],
-) -> Decision:
-    """What a call runs, `backend` and `strategy` as `resolve` gives them; rows: that see one sample."""
-    names = [backend]
-    if strategy == BACKEND_AND_STRATEGY:
-        names = competitors(backend, noise_accum, device.type, dtype)
-    N, K = weight_shape
-    sizes = (size_class(rows), size_class(N), size_class(K))
-    problem = Problem(device, dtype, noise, noise_accum, *sizes)
-    return choose(tuple(names), STRATEGIES if strategy in FREE else (strategy,), problem)

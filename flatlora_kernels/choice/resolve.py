@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import backends
+from ..spec.records import Choice
 
 STRATEGIES = ("fused", "panel")
 # What stands for a strategy that nobody asked for, see `resolve`.
@@ -37,7 +38,7 @@ def _select(
     device_type: str,
     dtype: torch.dtype,
     large: bool,
-) -> tuple[str, str, str]:
+) -> Choice:
     if strategy == "panel" and noise_accum == "split":
         raise NotImplementedError(
             "noise_accum: expected 'folded' or None with strategy='panel', whose slices of W + eps are rounded"
@@ -55,10 +56,10 @@ def _select(
             raise TypeError(f"{source}={name!r} {reason}")
         if feature := backends.lacks(name, noise_accum):
             raise NotImplementedError(f"backend {name!r} does not implement {feature} yet")
-    return name, strategy or free, noise_accum or backends.get(name).NOISE_ACCUMS[0]
+    return Choice(strategy or free, noise_accum or backends.get(name).NOISE_ACCUMS[0], name)
 
 
-def _select_once(*arguments: object) -> tuple[str, str, str]:
+def _select_once(*arguments: object) -> Choice:
     return _select(*arguments)
 
 
@@ -112,8 +113,8 @@ def resolve(
     device_type: str,
     dtype: torch.dtype,
     weight_numel: int,
-) -> tuple[str, str, str]:
-    """(backend, strategy, noise_accum) for a call with these arguments.
+) -> Choice:
+    """How to compute a call with these arguments.
 
     Precedence: keyword, then `use_backend` / `use_strategy`, then FLATLORA_BACKEND / FLATLORA_STRATEGY, then
     automatic. What nobody asked for is left to `dispatch.choose`, which the op calls with the sizes of the moment:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
-from ..backends.reference import matmul
+from ..backends.shared.products import matmul
+from ..spec.records import Operands
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
@@ -32,7 +33,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest = inputs
+        x, weight, lora_A, lora_B, bias, lora_x, scaling = inputs[: len(Operands._fields)]
+        noise_scale, seed, *rest = inputs[len(Operands._fields) :]
         with below_autograd():
             y, u = torch.ops.flatlora.linear(*inputs)
         ctx.mark_non_differentiable(u)
@@ -57,7 +59,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest_of_inputs = (None,) * (3 + len(ctx.rest))
+        rest_of_inputs = (None,) * (3 + len(ctx.rest))  # scaling, noise_scale, seed and on
         if grad_y is None:
             return (None,) * 6 + rest_of_inputs
         with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..spec.noise import KINDS
+from ..spec.records import NO_DRAW, Draw, Operands
 from . import checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 
@@ -91,31 +92,30 @@ def fused_flat_lora_linear(
     checks.choice("strategy", strategy, ("fused", "panel"))
     checks.choice("noise_accum", noise_accum, ("folded", "split"))
     device = x.device
-    backend, strategy, noise_accum = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K)
+    choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K)
     checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
     if noise_scale is not None:
         checks.noise_scale(noise_scale, N, device)
     drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
     if drawn or seed is not None:
         checks.seed(seed, device)
+    draw = NO_DRAW
     if drawn:
-        seed = _seed_tensor(seed, device)  # type: ignore[arg-type]
         if noise_scale is None:
-            noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, backend)
-    else:
-        seed, samples, sample_offset = None, 1, 0
+            noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
+        draw = Draw(
+            noise_scale, _seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
+            row_offset, col_offset,
+        )  # fmt: skip
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
-    arguments = (
-        x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, stream, noise, samples, sample_offset,
-        antithetic, row_offset, col_offset, strategy, noise_accum, backend,
-    )  # fmt: skip
+    operands = Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)
     if disabled is None:
-        y = torch.ops.flatlora.linear(*arguments)[0]
+        y = torch.ops.flatlora.linear(*operands, *draw, *choice)[0]
     else:
         with disabled:
-            y = torch.ops.flatlora.linear(*arguments)[0]
+            y = torch.ops.flatlora.linear(*operands, *draw, *choice)[0]
     return y[0] if vector else y
 
 
@@ -138,29 +138,22 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     bound = _SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    x, weight, sigma, noise_accum = (given[name] for name in ("x", "weight", "sigma", "noise_accum"))
+    x, weight, sigma = given["x"], given["weight"], given["sigma"]
     dtype = x.dtype
     if _autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight = weight.to(dtype) if weight.is_meta else torch.empty_like(weight, dtype=dtype, device="meta")
     checks.choice("noise", given["noise"], KINDS)
     checks.choice("strategy", given["strategy"], STRATEGIES)
-    checks.choice("noise_accum", noise_accum, ("folded", "split"))
+    checks.choice("noise_accum", given["noise_accum"], ("folded", "split"))
     rows = math.prod(x.shape[:-1])
     checks.sample_range(given["samples"], given["sample_offset"], rows)
     drawn = given["noise_scale"] is not None or isinstance(sigma, Tensor) or sigma != 0
-    backend, strategy, noise_accum = resolve(
-        given["backend"], given["strategy"], noise_accum, x.device.type, dtype, weight.numel()
+    choice = resolve(
+        given["backend"], given["strategy"], given["noise_accum"], x.device.type, dtype, weight.numel()
     )
-    return dispatch.explain(
-        backend,
-        strategy,
-        noise_accum,
-        given["noise"] if drawn else None,
-        rows // given["samples"],
-        x.device,
-        weight,
-    )
+    noise = given["noise"] if drawn else None
+    return dispatch.explain(choice, noise, rows // given["samples"], x.device, weight)
 
 
 def row_sq_norms(
@@ -182,8 +175,7 @@ def row_sq_norms(
     checks.weight(weight)
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
-    name, _, _ = resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
-    return _row_sq_norms(weight, lora_A, lora_B, scaling, name)
+    return _row_sq_norms(weight, lora_A, lora_B, scaling, _backend_for(weight, backend))
 
 
 def flat_noise_scale(
@@ -212,8 +204,7 @@ def flat_noise_scale(
         raise TypeError(f"in_features: expected an int, got {type(in_features).__name__}")
     elif in_features < 1:
         raise ValueError(f"in_features: expected an int >= 1, got {in_features}")
-    name, _, _ = resolve(backend, None, None, weight.device.type, weight.dtype, weight.numel())
-    return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, name)
+    return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, _backend_for(weight, backend))
 
 
 def materialize_noise(
@@ -241,7 +232,8 @@ def materialize_noise(
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
     out = noise_scale.new_empty((noise_scale.shape[0], num_cols), dtype=dtype)
-    _perturb(None, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out)
+    draw = _one_draw(out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset)
+    torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
     return out
 
 
@@ -273,9 +265,8 @@ def perturb_weight(
         out = torch.empty_like(weight)
     else:
         checks.out(out, weight)
-    _perturb(
-        weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out
-    )
+    draw = _one_draw(out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset)
+    torch.ops.flatlora.perturb(weight, *draw, _backend_for(out, backend), out)
     return out
 
 
@@ -327,8 +318,13 @@ def _noise_scale(
     return norms.mul_(sigma / math.sqrt(max(in_features, 1)))
 
 
-def _perturb(
-    weight: Tensor | None,
+def _backend_for(like: Tensor, backend: str | None) -> str:
+    """Asked for by name or not: the one that a linear with a weight like this would use."""
+    return resolve(backend, None, None, like.device.type, like.dtype, like.numel()).backend
+
+
+def _one_draw(
+    out: Tensor,
     noise_scale: Tensor,
     seed: int | Tensor,
     stream: int,
@@ -337,15 +333,10 @@ def _perturb(
     antithetic: bool,
     row_offset: int,
     col_offset: int,
-    backend: str | None,
-    out: Tensor,
-) -> None:
+) -> Draw:
+    """Of a single sample, checked; `out` (N, K) is what it fills."""
     checks.draw(noise, stream, row_offset, col_offset, *out.shape)
     checks.uint32("sample", sample)
     checks.seed(seed, noise_scale.device)
     seed = _seed_tensor(seed, noise_scale.device)
-    # Asked for by name or not, the values come from the backend that a linear of this type would use.
-    name, _, _ = resolve(backend, None, None, out.device.type, out.dtype, out.numel())
-    torch.ops.flatlora.perturb(
-        weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, name, out
-    )
+    return Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,67 +23,86 @@ from .. import backends
 from ..backends.shared import panel, products
 from ..choice import dispatch
 from ..choice.resolve import FREE
-from ..spec.noise import Draw
+from ..spec.records import Choice, Draw, Operands, Product
 from . import autograd
 
-# Mirrors noise.Draw; noise_scale is None where nothing is drawn.
-_DRAW = (
-    "Tensor? noise_scale, Tensor? seed, int stream, str noise, int samples, int sample_offset, bool antithetic, "
-    "int row_offset, int col_offset"
-)
-_CHOICE = "str strategy, str noise_accum, str backend"
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
 
+
+def _arguments(record: type) -> str:
+    """The fields of a record as a schema has them."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
+
+
+_DRAW, _CHOICE = _arguments(Draw).replace("Tensor ", "Tensor? "), _arguments(Choice)
+_SCHEMAS = (
+    f"linear({_arguments(Operands)}, {_DRAW}, {_CHOICE}) -> (Tensor, Tensor)",
+    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}) -> Tensor",
+    "adapter_grads(Tensor grad_y, Tensor? u, Tensor? lora_B, float scaling, str backend) -> (Tensor, Tensor)",
+    "row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor",
+    f"perturb(Tensor? weight, {_arguments(Draw)}, str backend, Tensor(a!) out) -> ()",
+)
 _lib = torch.library.Library("flatlora", "DEF")
-_lib.define(
-    "linear(Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? bias, Tensor? lora_x, float scaling, "
-    f"{_DRAW}, {_CHOICE}) -> (Tensor, Tensor)"
-)
-_lib.define(
-    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}) -> Tensor"
-)
-_lib.define(
-    "adapter_grads(Tensor grad_y, Tensor? u, Tensor? lora_B, float scaling, str backend) -> (Tensor, Tensor)"
-)
-_lib.define(
-    "row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor"
-)
-_lib.define(
-    "perturb(Tensor? weight, Tensor noise_scale, Tensor seed, int stream, str noise, int sample, bool antithetic, "
-    "int row_offset, int col_offset, str backend, Tensor(a!) out) -> ()"
-)
+for _schema in _SCHEMAS:
+    _lib.define(_schema)
 
 
-def _way(
-    draw: Draw | None, strategy: str, noise_accum: str, backend: str, a: Tensor, weight: Tensor
-) -> tuple[ModuleType, bool]:
+def _records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
+    """The arguments of a draw and a choice, which come last."""
+    draw, choice = Draw(*flat[: len(Draw._fields)]), Choice(*flat[len(Draw._fields) :])
+    return None if draw.noise_scale is None else draw, choice
+
+
+def _way(p: Product, draw: Draw | None, choice: Choice) -> tuple[ModuleType, bool]:
     """The backend that runs, and whether it is asked for panels."""
-    if draw is None or 0 in (*a.shape, *weight.shape):
-        return backends.get(backend), False
-    if strategy in FREE:
-        rows = a.numel() // a.shape[-1] // draw.samples
-        choice = dispatch.way(
-            backend, strategy, noise_accum, draw.noise, rows, a.device, a.dtype, weight.shape
-        )
-        backend, strategy = choice.backend, choice.strategy
-    return backends.get(backend), strategy == "panel"
+    if draw is None or 0 in (*p.a.shape, *p.weight.shape):
+        return backends.get(choice.backend), False
+    if choice.strategy not in FREE:
+        return backends.get(choice.backend), choice.strategy == "panel"
+    problem = dispatch.problem_of(
+        draw.noise, choice.noise_accum, len(p.a) // draw.samples, p.a.device, p.a.dtype, *p.weight.shape
+    )
+    found = dispatch.way(choice, problem)
+    return backends.get(found.backend), found.strategy == "panel"
 
 
-def _linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, noise_scale, seed, *rest):  # type: ignore[no-untyped-def]
-    *draw_rest, strategy, noise_accum, backend = rest
-    draw = None if noise_scale is None else Draw(noise_scale, seed, *draw_rest)
-    module, by_panels = _way(draw, strategy, noise_accum, backend, x, weight)
-    if draw is not None and by_panels:
-        return panel.linear(module.perturb, x, weight, lora_A, lora_B, bias, lora_x, scaling, draw)
-    return module.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, noise_accum)
+def _product(module: ModuleType, by_panels: bool, p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
+    if by_panels and draw is not None:
+        return panel.product(module.perturb, p, draw)
+    return module.product(p, draw, noise_accum)
 
 
-def _linear_input_grad(grad_y, weight, lora_A, v, noise_scale, seed, *rest):  # type: ignore[no-untyped-def]
-    *draw_rest, strategy, noise_accum, backend = rest
-    draw = None if noise_scale is None else Draw(noise_scale, seed, *draw_rest)
-    module, by_panels = _way(draw, strategy, noise_accum, backend, grad_y, weight)
-    if draw is not None and by_panels:
-        return panel.linear_input_grad(module.perturb, grad_y, weight, lora_A, v, draw)
-    return module.linear_input_grad(grad_y, weight, lora_A, v, draw, noise_accum)
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
+    x, weight, lora_A, lora_B, bias, lora_x, scaling = flat[: len(Operands._fields)]
+    draw, choice = _records(flat[len(Operands._fields) :])
+    p = Product(_matrix(x), weight, bias=bias, scaling=scaling)
+    module, by_panels = _way(p, draw, choice)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if lora_A is None:
+        return _product(module, by_panels, p, draw, choice.noise_accum).view(shape), x.new_empty(0)
+    if lora_x is None and draw is not None and not by_panels and hasattr(module, "product_and_u"):
+        made = module.product_and_u(p._replace(lora=lora_B), lora_A, draw, choice.noise_accum)
+        if made is not None:
+            return made[0].view(shape), made[1]
+    u = products.matmul(p.a if lora_x is None else _matrix(lora_x), lora_A.to(x.dtype).t())
+    p = p._replace(u=u, lora=lora_B)
+    return _product(module, by_panels, p, draw, choice.noise_accum).view(shape), u
+
+
+def _linear_input_grad(
+    grad_y: Tensor, weight: Tensor, lora_A: Tensor | None, v: Tensor | None, *flat: Any
+) -> Tensor:
+    draw, choice = _records(flat)
+    p = Product(_matrix(grad_y), weight, True)
+    if v is not None:
+        p = p._replace(u=v.contiguous(), lora=lora_A.t())
+    module, by_panels = _way(p, draw, choice)
+    grad_x = _product(module, by_panels, p, draw, choice.noise_accum)
+    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
 def _adapter_grads(
@@ -98,11 +118,9 @@ def _row_sq_norms(
     return backends.get(backend).row_sq_norms(weight, lora_A, lora_B, scaling)
 
 
-def _perturb(  # type: ignore[no-untyped-def]
-    weight, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, backend, out
-):
-    draw = Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset)
-    backends.get(backend).perturb(weight, draw, out)
+def _perturb(weight: Tensor | None, *flat: Any) -> None:
+    *draw, backend, out = flat
+    backends.get(backend).perturb(weight, Draw(*draw), out)
 
 
 for _name, _kernel in (

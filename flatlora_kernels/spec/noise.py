@@ -8,37 +8,17 @@ uniforms (``gaussian``) or one bit per value (``rademacher``).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .records import Draw
 
 KINDS = ("gaussian", "rademacher")
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-
-
-class Draw(NamedTuple):
-    """Which noise a call sees: everything that `eps` depends on besides the indices themselves."""
-
-    noise_scale: Tensor  # (N,) float32, std of eps per row
-    seed: Tensor  # 0-d int64, all 64 bits count
-    stream: int = 0
-    noise: str = "gaussian"
-    samples: int = 1
-    sample_offset: int = 0
-    antithetic: bool = False
-    row_offset: int = 0
-    col_offset: int = 0
-
-    def sample_and_sign(self, group: int) -> tuple[int, int]:
-        """The sample index and the sign of `z` that row group `group` uses."""
-        sample = self.sample_offset + group
-        if not self.antithetic:
-            return sample, 1
-        return sample >> 1, -1 if sample & 1 else 1
 
 
 def _mulhilo(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.backends.shared import panel
 from flatlora_kernels.choice import cost, dispatch, resolve
+from flatlora_kernels.spec.records import Choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")
@@ -211,7 +212,7 @@ def test_panels_on_amd(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     amd = "not measured on this device; panels from 256 rows on"
 
     def choice(backend: str, rows: int, strategy: str = resolve.STRATEGY, noise_accum: str = "folded") -> Any:
-        found = dispatch.explain(backend, strategy, noise_accum, "gaussian", rows, GPU, weight)
+        found = dispatch.explain(Choice(strategy, noise_accum, backend), "gaussian", rows, GPU, weight)
         assert found.reason in str(found)
         return found.strategy, found.reason
 
@@ -248,8 +249,8 @@ def test_the_op_follows(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if backends.unavailable("cpu"):
         pytest.skip(str(backends.unavailable("cpu")))
     calls: list[str] = []
-    product = panel._product
-    monkeypatch.setattr(panel, "_product", lambda *args: calls.append("panel") or product(*args))
+    product = panel.product
+    monkeypatch.setattr(panel, "product", lambda *args: calls.append("panel") or product(*args))
     x, weight = randn(64, 48).requires_grad_(), randn(40, 48)
 
     def panels(**more: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import compare
 import pytest
 import torch
@@ -10,6 +12,7 @@ from compare import assert_close, check_problem, leaves, problem
 from targets import Target, randn
 
 import flatlora_kernels as fk
+from flatlora_kernels.spec.records import Product
 
 SHAPES = [  # (M, N, K)
     (1, 1, 1),
@@ -253,10 +256,13 @@ def test_only_needed_gradients(
     p = problem(7, 33, 40, device=target.device, rank=4, bias=True, lora_x=True)
     everything = compare.run(target, p)
     calls = []
-    original = target.module.linear_input_grad
-    monkeypatch.setattr(
-        target.module, "linear_input_grad", lambda *args: calls.append(args) or original(*args)
-    )
+    original = target.module.product
+
+    def counted(p: Product, *args: Any) -> Any:
+        calls.extend([p] * p.input_grad)
+        return original(p, *args)
+
+    monkeypatch.setattr(target.module, "product", counted)
     inputs = {k: t.detach().clone().requires_grad_(k in wanted) for k, t in p.inputs.items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

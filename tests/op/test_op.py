@@ -89,7 +89,7 @@ def test_opcheck_row_sq_norms(target: Target, dtype: torch.dtype) -> None:
 def test_opcheck_perturb(target: Target, dtype: torch.dtype) -> None:
     p = problem(6, 5, 16, dtype, target.device)
     seed = torch.tensor(5, device=target.device)
-    rest = (p.options["noise_scale"], seed, 3, "gaussian", 1, True, 2, 8, target.backend)
+    rest = (p.options["noise_scale"], seed, 3, "gaussian", 1, 1, True, 2, 8, target.backend)
     opcheck(OPS.perturb.default, (p.weight, *rest, torch.empty_like(p.weight)))
     opcheck(OPS.perturb.default, (None, *rest, torch.empty_like(p.weight)))
 
@@ -197,14 +197,16 @@ def test_reading_a_fake_tensor_is_an_error(fake: Any) -> None:
 def test_reference_never_reads_values(fake: Any) -> None:
     """Nor does the maths of the reference backend, which then costs a GPU no synchronisation."""
     from flatlora_kernels.backends import reference
-    from flatlora_kernels.spec.noise import Draw
+    from flatlora_kernels.spec.records import Draw, Product
 
     for noise in ("gaussian", "rademacher"):
         draw = Draw(torch.empty(5), torch.zeros((), dtype=torch.int64), noise=noise, samples=2)
         x, W, A, B = (t.detach() for t in fake_layer())
-        y, u = reference.linear(x, W, A, B, None, None, 0.5, draw, "folded")
-        assert y.shape == (2, 3, 5)
-        assert reference.linear_input_grad(y, W, A, u, draw, "folded").shape == x.shape
+        u = x.flatten(0, 1) @ A.t()
+        y = reference.product(Product(x.flatten(0, 1), W, u=u, lora=B, scaling=0.5), draw, "folded")
+        assert y.shape == (6, 5)
+        dx = reference.product(Product(y, W, True, u, A.t()), draw, "folded")
+        assert dx.shape == x.flatten(0, 1).shape
 
 
 @pytest.mark.gpu
@@ -234,12 +236,17 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     reference = backends.get("reference")
 
     def logged(name: str, function: str) -> Any:
-        return lambda *args: calls.append((name, function)) or getattr(reference, function)(*args)
+        def double(*args: Any) -> Any:
+            direction = "linear_input_grad" if function == "product" and args[0].input_grad else "linear"
+            calls.append((name, direction if function == "product" else function))
+            return getattr(reference, function)(*args)
+
+        return double
 
     for priority, name in ((101, "one"), (100, "two")):
         module = types.ModuleType(f"{backends.__name__}.{name}")
         vars(module).update({k: v for k, v in vars(reference).items() if not k.startswith("__")})
-        for function in ("linear", "linear_input_grad", "row_sq_norms", "perturb"):
+        for function in ("product", "row_sq_norms", "perturb"):
             setattr(module, function, logged(name, function))
         module.PRIORITY = priority
         monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
@@ -285,7 +292,7 @@ def test_precedence(doubles: list[tuple[str, str]], monkeypatch: pytest.MonkeyPa
 
 def test_precedence_of_strategies(doubles: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     def used(**keywords: str) -> str:
-        return resolve.resolve("one", keywords.get("strategy"), None, "cpu", torch.float32, 1)[1]
+        return resolve.resolve("one", keywords.get("strategy"), None, "cpu", torch.float32, 1).strategy
 
     assert used() == resolve.STRATEGY
     monkeypatch.setenv("FLATLORA_STRATEGY", "panel")
@@ -347,7 +354,7 @@ def test_contexts_of_threads_are_their_own(doubles: list[tuple[str, str]]) -> No
     seen: list[str] = []
 
     def forward() -> None:
-        seen.append(resolve.resolve(None, None, None, "cpu", torch.float32, 1)[0])
+        seen.append(resolve.resolve(None, None, None, "cpu", torch.float32, 1).backend)
 
     with fk.use_backend("two"):
         thread = threading.Thread(target=forward)
@@ -408,10 +415,10 @@ def test_automatic_choice_of_reference_warns_once_on_large_problems(monkeypatch:
 
 def test_automatic_choice_skips_what_cannot_do_it(doubles: list[tuple[str, str]]) -> None:
     backends.get("one").DTYPES = (torch.float32,)
-    assert resolve.resolve(None, None, None, "cpu", torch.float64, 1)[0] == "two"
+    assert resolve.resolve(None, None, None, "cpu", torch.float64, 1).backend == "two"
     backends.get("one").NOISE_ACCUMS = ("folded",)
     resolve._select.cache_clear()
-    assert resolve.resolve(None, None, "split", "cpu", torch.float32, 1)[0] == "two"
+    assert resolve.resolve(None, None, "split", "cpu", torch.float32, 1).backend == "two"
 
 
 def test_backend_info() -> None:

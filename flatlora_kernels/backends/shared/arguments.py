@@ -12,7 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ...spec.noise import Draw
+from ...spec.records import Draw, Product
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NOISE = {"gaussian": 1, "rademacher": 2}
@@ -56,19 +56,9 @@ def _noise(draw: Draw | None) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def linear(
-    a: Tensor,
-    weight: Tensor,
-    input_grad: bool,
-    u: Tensor | None,
-    lora: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    noise_accum: str,
-    y: Tensor,
-) -> bytes:
-    """LinearArgs of ``y = a P^T + scaling u lora^T + bias``; `a` is a matrix, `lora` (outputs, r)."""
+def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:
+    """LinearArgs."""
+    a, weight, input_grad, u, lora, bias, scaling = p
     lora_fields = (
         (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
     )

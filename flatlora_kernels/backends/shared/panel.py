@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...spec.noise import Draw
-from ..reference import matmul
+from ...spec.records import Draw, Product
 from .arguments import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
@@ -52,51 +51,14 @@ def workspace(weight: Tensor, device_type: str, input_grad: bool) -> tuple[list[
 
 
 def _through_float32(dtype: torch.dtype, device_type: str) -> bool:
-    return dtype == torch.float16 and device_type == "cpu"  # see reference.matmul
+    return dtype == torch.float16 and device_type == "cpu"  # see products.matmul
 
 
-def linear(
-    perturb: Perturb,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-    draw: Draw,
-) -> tuple[Tensor, Tensor]:
-    """`backends.reference.linear` with slices of W + eps by `perturb`."""
-    u = None
-    if lora_A is not None:
-        u = matmul((x if lora_x is None else lora_x).flatten(0, -2), lora_A.to(x.dtype).t())
-        lora_B = lora_B.to(x.dtype).t()
-    bias = None if bias is None else bias.to(x.dtype)
-    y = _product(perturb, x.flatten(0, -2), weight, False, u, lora_B, bias, scaling, draw)
-    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0) if u is None else u
-
-
-def linear_input_grad(
-    perturb: Perturb, grad_y: Tensor, weight: Tensor, lora_A: Tensor | None, v: Tensor | None, draw: Draw
-) -> Tensor:
-    """`backends.reference.linear_input_grad` with slices of W + eps by `perturb`."""
-    lora = None if v is None else lora_A.to(v.dtype)
-    dx = _product(perturb, grad_y.flatten(0, -2), weight, True, v, lora, None, 1.0, draw)
-    return dx.view(*grad_y.shape[:-1], weight.shape[1])
-
-
-def _product(
-    perturb: Perturb,
-    a: Tensor,
-    weight: Tensor,
-    input_grad: bool,
-    u: Tensor | None,
-    lora: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    draw: Draw,
-) -> Tensor:
-    """``a P + scaling u lora + bias`` with P = W + eps (M, K), or its transpose (M, N); `lora` is (r, outputs)."""
+def product(perturb: Perturb, p: Product, draw: Draw) -> Tensor:
+    """The product `p` with slices of W + eps by `perturb`; (M, outputs)."""
+    a, weight, input_grad, u, lora, bias, scaling = p
+    lora = None if lora is None else lora.to(a.dtype).t()  # (r, outputs)
+    bias = None if bias is None else bias.to(a.dtype)
     dim = 1 if input_grad else 0
     outputs, length = weight.shape[dim], weight.shape[1 - dim]
     out = a.new_empty(len(a), outputs)
