@@ -247,7 +247,13 @@ def _launches(instead: Callable[[Any, dict[str, Any], Callable[[], Any]], None])
     """Launches inside call `instead` with the kernel, its arguments and a function that compiles it."""
     from flatlora_kernels.triton_kernels import launch
 
-    with launch.instead(instead):
+    def flat(kernel: Any, arguments: dict[str, Any], compile: Callable[[], Any]) -> None:
+        """What the constants DRAW and CUT hold goes by names of its own: NOISE, BLOCK_M."""
+        records = [vars(arguments[name]) for name in ("DRAW", "CUT") if name in arguments]
+        fields = {name.upper(): value for record in records for name, value in record.items()}
+        instead(kernel, {**arguments, **fields}, compile)
+
+    with launch.instead(flat):
         yield
 
 
@@ -298,10 +304,10 @@ def _compile_for(architecture: str) -> None:
 def call(case: Case) -> None:
     """One call of the launcher that `case` names, on tensors without memory."""
     import torch
-    from flatlora_kernels.triton_kernels import adapter_grads, forward, input_grad, perturb, row_norms
+    from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
 
     from flatlora_kernels.backends.shared.arguments import workspace_limit
-    from flatlora_kernels.spec.noise import Draw
+    from flatlora_kernels.spec.records import Draw, Product
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
@@ -333,11 +339,12 @@ def call(case: Case) -> None:
         u = matrix(M, r).contiguous() if r else None
         bias = torch.empty(N, dtype=dtype, device="meta") if case.variant == "samples" else None
         u, own = (None, A) if case.variant == "u" else (u, None)
-        x, limit = matrix(M, K), workspace_limit(weight)
-        forward.linear_forward(x, weight, u, own, B, bias, 2.0, draw, accum, limit)
+        p = Product(matrix(M, K), weight, False, u, B, bias, 2.0)
+        product.product(p, draw, accum, workspace_limit(weight), own)
     elif case.kernel == "input_grad":
         v = matrix(M, r).contiguous() if r else None
-        input_grad.linear_input_grad(matrix(M, N), weight, A, v, draw, accum, workspace_limit(weight))
+        p = Product(matrix(M, N), weight, True, v, None if A is None else A.t())
+        product.product(p, draw, accum, workspace_limit(weight))
     elif case.kernel == "adapter_grads":
         adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
     elif case.kernel == "perturb":

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import configs
-from .launch import (
-    CHANGING,
-    INTERPRETED,
-    Kernel,
-    Plan,
-    by_eight,
-    descriptor,
-    draw_constants,
-    draw_facts,
-    facts,
-    machine_of,
-    plan,
-    precision_of,
-    prepared,
-    rank_block,
-)
-from .split import add_splits
-from .tile import dot, in_order, loads_ahead, perturb_tile, round_to, sample_of, step_at, tile_of, weight_rows
+from .launch import CHANGING
+from .tile import (
+    dot,
+    in_order,
+    load_step,
+    loads_ahead,
+    perturb_tile,
+    place,
+    round_to,
+    sample_of,
+    step_at,
+    weight_rows,
+)  # fmt: skip
 
 
 @triton.jit
-def _load_weight(tile, k, cols, stride_wk, K, EVEN: tl.constexpr):
+def _load_weight(tile, k, cols, stride_wk, K, CUT: tl.constexpr):
     """Columns k + `cols` of the weight; zeros beyond its edge."""
     tile += tl.cast(k, tl.int64) * stride_wk
-    if EVEN:
+    if CUT.even:
         return tl.load(tile)
     else:
         return tl.load(tile, mask=cols < K - k, other=0)
@@ -55,13 +45,13 @@ def _load_B(lora_B, n, r, rank, stride_bn, stride_br, DTYPE: tl.constexpr, BLOCK
 def _linear_forward_kernel(
     x,  # (M, K), or its descriptor
     weight,  # (N, K)
-    u,  # (M, r), contiguous; with MAKES_U written, and with SPLIT float32 parts of it (splits, M, r)
+    u,  # (M, r), contiguous; with MAKES_U written, and with CUT.split float32 parts of it (splits, M, r)
     lora_A,  # (r, K), with MAKES_U
     lora_B,  # (N, r)
     bias,  # (N,)
     noise_scale,  # (N,)
     seed,
-    y,  # (M, N), or with SPLIT float32 partial sums (splits, M, N); contiguous
+    y,  # (M, N), or with CUT.split float32 partial sums (splits, M, N); contiguous
     scaling: tl.float32,
     stream_id: tl.int64,
     sample_offset: tl.int64,
@@ -83,34 +73,20 @@ def _linear_forward_kernel(
     stride_br,
     stride_bias,
     stride_scale,
-    NOISE: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_K divides K
-    MULTIPLE: tl.constexpr,  # 8 where that divides N, K and the strides of rows, else 1
+    DRAW: tl.constexpr,  # tile.Drawn
+    CUT: tl.constexpr,  # tile.Cut
     HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # 0 = no adapter
-    MAKES_U: tl.constexpr,  # u = x lora_A^T is a result; rank <= BLOCK_R
-    SPLIT: tl.constexpr,
-    APART: tl.constexpr,  # noise_accum = "split"
-    CARRY: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    MAKES_U: tl.constexpr,  # u = x lora_A^T is a result; rank <= CUT.block_r
 ):
-    tiles_per_sample = tl.cdiv(rows_per_sample, BLOCK_M)
-    num_m = M // rows_per_sample * tiles_per_sample
-    pid_m, pid_n = tile_of(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
-    split = tl.program_id(1)
-    group = pid_m // tiles_per_sample
-    first_m = group * rows_per_sample + pid_m % tiles_per_sample * BLOCK_M
-    last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
-    first_n = pid_n * BLOCK_N
+    BLOCK_M: tl.constexpr = CUT.block_m
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_K: tl.constexpr = CUT.block_k
+    BLOCK_R: tl.constexpr = CUT.block_r
+    MULTIPLE: tl.constexpr = CUT.multiple
+    PRECISION: tl.constexpr = CUT.precision
     DTYPE: tl.constexpr = weight.dtype.element_ty
+    group, first_m, last_m, first_n = place(M, rows_per_sample, N, BLOCK_N, CUT)
+    split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
     N = N // MULTIPLE * MULTIPLE
     K = K // MULTIPLE * MULTIPLE
@@ -135,9 +111,10 @@ def _linear_forward_kernel(
 
     begin = split * steps_per_split * BLOCK_K
     end = tl.minimum(begin + steps_per_split * BLOCK_K, K)
-    if not USE_DESCRIPTOR:
-        offs_xk = tl.arange(0, BLOCK_K)
-        x_tile = x + m[:, None] * stride_xm + offs_xk[None, :].to(tl.int64) * stride_xk
+    x_cols = tl.arange(0, BLOCK_K)[None, :]
+    x_tile = x
+    if not CUT.by_engine:
+        x_tile = x + m[:, None] * stride_xm + x_cols.to(tl.int64) * stride_xk
 
     if MAKES_U:
         # The part of u for this part of the contraction; all tiles of columns make it, the first one writes it.
@@ -146,63 +123,58 @@ def _linear_forward_kernel(
         A_tile = lora_A + offs_r[:, None].to(tl.int64) * stride_ar + offs_ak[None, :].to(tl.int64) * stride_ak
         u_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
-    w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, NOISE), N - 1)
+    w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, DRAW), N - 1)
     w_cols = tl.arange(0, BLOCK_K)[None, :]
     w_tile = weight + w_cols.to(tl.int64) * stride_wk + w_rows.to(tl.int64) * stride_wn
     scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
     rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
     first_row = tl.cast(first_n, tl.int64) + row_offset
     col_offset = tl.cast(col_offset, tl.int64)
-    sample, negate = sample_of(group, sample_offset, ANTITHETIC)
+    sample, negate = sample_of(group, sample_offset, DRAW)
     seed = tl.load(seed)
 
     # Few rows: loads of the weight are what takes time, and the compiler keeps several under way.
     # Many: the noise of one tile is drawn while the tensor cores multiply by the one before. With AHEAD its weight was
     # loaded a step before that, or they would wait for it.
-    AHEAD: tl.constexpr = CARRY and loads_ahead()
-    if CARRY:
-        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, EVEN)
+    AHEAD: tl.constexpr = CUT.carry and loads_ahead()
+    if CUT.carry:
+        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, CUT)
         w, rest = perturb_tile(
             w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed,
-            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
+            DRAW,
         )  # fmt: skip
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
-        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN)
+        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, CUT)
     for k in tl.range(begin, end, BLOCK_K):
         if not AHEAD:
-            this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CARRY else k
-            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, EVEN)
-        if USE_DESCRIPTOR:
-            x_k = x.load([first_m, k])
-        elif EVEN:
-            x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk)
-        else:
-            x_k = tl.load(x_tile + tl.cast(k, tl.int64) * stride_xk, mask=offs_xk[None, :] < K - k, other=0)
+            this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CUT.carry else k
+            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, CUT)
+        x_k = load_step(x, x_tile, k, first_m, x_cols, K, stride_xk, CUT)
         if AHEAD:
             # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
             next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
-            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, EVEN)
+            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, CUT)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank
-            if not EVEN:
+            if not CUT.even:
                 inside_A = inside_A & (offs_ak[None, :] < K - k)
             A_k = tl.load(A_tile + tl.cast(k, tl.int64) * stride_ak, mask=inside_A, other=0)
             u_acc = dot(x_k, round_to(A_k.to(tl.float32), DTYPE).T, u_acc, PRECISION)
-        if CARRY:
-            acc = dot(x_k, in_order(w, NOISE).T, acc, PRECISION)
-            if APART:
-                acc = dot(x_k, in_order(rest, NOISE).T, acc, PRECISION)
+        if CUT.carry:
+            acc = dot(x_k, in_order(w, DRAW).T, acc, PRECISION)
+            if DRAW.apart:
+                acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
             this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed,
-            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
+            DRAW,
         )  # fmt: skip
         if AHEAD:
             this_k, this_w = next_k, next_w
-        if not CARRY:
-            acc = dot(x_k, in_order(w, NOISE).T, acc, PRECISION)
-            if APART:
-                acc = dot(x_k, in_order(rest, NOISE).T, acc, PRECISION)
+        if not CUT.carry:
+            acc = dot(x_k, in_order(w, DRAW).T, acc, PRECISION)
+            if DRAW.apart:
+                acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
 
     if MAKES_U:
         u_acc = tl.where(
@@ -210,106 +182,19 @@ def _linear_forward_kernel(
         )  # infinite x times the zeros beyond the rank is NaN
         B = _load_B(lora_B, n, 0, rank, stride_bn, stride_br, DTYPE, BLOCK_R)
         acc = dot(u_acc * scaling, B.to(tl.float32), acc, "ieee")
-        if pid_n == 0:
+        if first_n == 0:
             u_tile = u + (tl.cast(split, tl.int64) * M + offs_m[:, None]) * rank + offs_r[None, :]
             inside_u = (offs_m[:, None] < last_m) & (offs_r[None, :] < rank)
-            if SPLIT:
+            if CUT.split:
                 tl.store(u_tile, u_acc, mask=inside_u)
             else:
                 tl.store(u_tile, round_to(u_acc, DTYPE), mask=inside_u)
 
     inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
     y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
-    if SPLIT:
+    if CUT.split:
         tl.store(y, acc, mask=inside)
     else:
         if HAS_BIAS:
             acc += tl.load(bias + n * stride_bias).to(tl.float32)[None, :]
         tl.store(y, round_to(acc, DTYPE), mask=inside)
-
-
-def makes_u(x: Tensor, weight: Tensor, rank: int, samples: int) -> bool:
-    """Whether `linear_forward` had better make u itself: so few rows that a launch saved is more than A read again."""
-    few = 0 < x.shape[0] <= configs.U_ROWS * samples and 0 < weight.numel() <= configs.U_WEIGHT
-    if not (few and 0 < rank <= configs.U_RANK):
-        return False
-    regular = INTERPRETED or (x.element_size() == 2 and by_eight(x) and by_eight(weight))
-    return regular and machine_of(x).arithmetic != "amdgcn"  # whose scalar registers it would spill
-
-
-def _prepare(
-    p: Any, lora_A: Tensor | None, draw: Any, noise_accum: str, workspace: int, precision: str
-) -> tuple[Plan, Kernel]:
-    x, weight, lora_B, bias = p.a, p.weight, p.lora, p.bias
-    (M, K), N = x.shape, p.outputs
-    rank = 0 if lora_B is None else lora_B.shape[1]
-    cut = plan(p, draw.samples, noise_accum, workspace, precision)
-    rest = {
-        "M": M,
-        "N": N,
-        "K": K,
-        "rank": rank,
-        "rows_per_sample": cut.rows_per_sample,
-        "steps_per_split": cut.steps_per_split,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
-        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
-        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
-        "stride_br": 0 if lora_B is None else lora_B.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0),
-        "stride_scale": draw.noise_scale.stride(0),
-        **draw_constants(draw, cut.machine),
-        "PRECISION": precision,
-        "USE_DESCRIPTOR": cut.box is not None,
-        "EVEN": K % cut.config.block_in == 0,
-        "MULTIPLE": 8 if cut.regular else 1,
-        "HAS_BIAS": bias is not None,
-        "BLOCK_R": rank_block(rank),
-        "MAKES_U": lora_A is not None,
-        "SPLIT": cut.splits > 1,
-        "APART": noise_accum == "split",
-        "CARRY": cut.config.carry,
-        "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": cut.config.block_m,
-        "BLOCK_N": cut.config.block_out,
-        "BLOCK_K": cut.config.block_in,
-    }
-    options = {"num_warps": cut.config.num_warps, "num_stages": cut.config.num_stages}
-    return cut, Kernel(_linear_forward_kernel, (cut.tiles, cut.splits), x, rest, options)
-
-
-def linear_forward(
-    p: Any, draw: Any, noise_accum: str, workspace: int, lora_A: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """y, (M, N), of a product that is not empty, and u.
-
-    Args:
-        p: `flatlora_kernels.spec.records.Product`. lora_A: (r, K), r <= 32, in place of its u, which is then made in
-            the kernel's own pass over x; see `makes_u`. draw: `flatlora_kernels.spec.records.Draw`.
-        noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
-    """
-    x, weight, _, u, lora_B, bias, scaling = p
-    (M, _), N = x.shape, p.outputs
-    precision = precision_of(x)
-    key = (
-        *facts(x, weight, u, lora_A, lora_B, bias, draw.noise_scale), *draw_facts(draw), draw.samples, noise_accum,
-        workspace, precision,
-    )  # fmt: skip
-    cut, kernel = prepared(_prepare, key, p, lora_A, draw, noise_accum, workspace, precision)
-    y = x.new_empty((M, N))
-    partial = y if cut.splits == 1 else x.new_empty((cut.splits, M, N), dtype=torch.float32)
-    u_partial = u
-    if lora_A is not None:
-        rank = lora_A.shape[0]
-        u = x.new_empty((M, rank))
-        u_partial = u if cut.splits == 1 else x.new_empty((cut.splits, M, rank), dtype=torch.float32)
-    kernel(
-        x if cut.box is None else descriptor(x, cut.box), weight, u_partial, lora_A, lora_B, bias, draw.noise_scale,
-        draw.seed, partial, scaling, draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
-    )  # fmt: skip
-    if cut.splits > 1:
-        add_splits(partial, bias, y, *(() if lora_A is None else (u_partial, u)))
-    return y, u

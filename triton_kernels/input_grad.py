@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import configs
-from .launch import (
-    CHANGING,
-    Kernel,
-    Plan,
-    descriptor,
-    draw_constants,
-    draw_facts,
-    facts,
-    plan,
-    precision_of,
-    prepared,
-    rank_block,
-)
-from .split import add_splits
-from .tile import dot, in_order, loads_ahead, perturb_tile, round_to, sample_of, step_at, tile_of, weight_rows
+from .launch import CHANGING
+from .tile import (
+    dot,
+    in_order,
+    load_step,
+    loads_ahead,
+    perturb_tile,
+    place,
+    round_to,
+    sample_of,
+    step_at,
+    weight_rows,
+)  # fmt: skip
 
 
 @triton.jit
-def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, EVEN: tl.constexpr):
+def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, CUT: tl.constexpr):
     """Rows n + `rows` of the weight, and their noise_scale; zeros beyond its edges."""
     weight += tl.cast(n, tl.int64) * stride_wn
     noise_scale += tl.cast(n, tl.int64) * stride_scale
-    if EVEN:
+    if CUT.even:
         return tl.load(weight), tl.load(noise_scale)
     else:
         inside = rows < N - n
@@ -50,7 +43,7 @@ def _linear_input_grad_kernel(
     lora_A,  # (r, K)
     noise_scale,  # (N,)
     seed,
-    grad_x,  # (M, K), or with SPLIT float32 partial sums (splits, M, K); contiguous
+    grad_x,  # (M, K), or with CUT.split float32 partial sums (splits, M, K); contiguous
     stream_id: tl.int64,
     sample_offset: tl.int64,
     row_offset: tl.int64,
@@ -68,32 +61,18 @@ def _linear_input_grad_kernel(
     stride_ar,
     stride_ak,
     stride_scale,
-    NOISE: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_N divides N, BLOCK_K divides K
-    MULTIPLE: tl.constexpr,  # 8 where that divides N, K and the strides of rows, else 1
-    BLOCK_R: tl.constexpr,  # 0 = no adapter
-    SPLIT: tl.constexpr,
-    APART: tl.constexpr,  # noise_accum = "split"
-    CARRY: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    DRAW: tl.constexpr,  # tile.Drawn
+    CUT: tl.constexpr,  # tile.Cut
 ):
-    tiles_per_sample = tl.cdiv(rows_per_sample, BLOCK_M)
-    num_m = M // rows_per_sample * tiles_per_sample
-    pid_m, pid_k = tile_of(tl.program_id(0), num_m, tl.cdiv(K, BLOCK_K), GROUP_M)
-    split = tl.program_id(1)
-    group = pid_m // tiles_per_sample
-    first_m = group * rows_per_sample + pid_m % tiles_per_sample * BLOCK_M
-    last_m = (group + 1) * rows_per_sample  # a tile sees the noise of one sample
-    first_k = pid_k * BLOCK_K
+    BLOCK_M: tl.constexpr = CUT.block_m
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_K: tl.constexpr = CUT.block_k
+    BLOCK_R: tl.constexpr = CUT.block_r
+    MULTIPLE: tl.constexpr = CUT.multiple
+    PRECISION: tl.constexpr = CUT.precision
     DTYPE: tl.constexpr = weight.dtype.element_ty
+    group, first_m, last_m, first_k = place(M, rows_per_sample, K, BLOCK_K, CUT)
+    split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
     N = N // MULTIPLE * MULTIPLE
     K = K // MULTIPLE * MULTIPLE
@@ -121,144 +100,63 @@ def _linear_input_grad_kernel(
 
     begin = split * steps_per_split * BLOCK_N
     end = tl.minimum(begin + steps_per_split * BLOCK_N, N)
-    if not USE_DESCRIPTOR:
-        offs_yn = tl.arange(0, BLOCK_N)
-        y_tile = grad_y + m[:, None] * stride_ym + offs_yn[None, :].to(tl.int64) * stride_yn
+    y_cols = tl.arange(0, BLOCK_N)[None, :]
+    y_tile = grad_y
+    if not CUT.by_engine:
+        y_tile = grad_y + m[:, None] * stride_ym + y_cols.to(tl.int64) * stride_yn
 
-    w_rows = weight_rows(BLOCK_N, NOISE)
+    w_rows = weight_rows(BLOCK_N, DRAW)
     w_cols = first_k + tl.arange(0, BLOCK_K)[None, :]
     first_col = tl.cast(first_k, tl.int64) + col_offset
     w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
     scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
-    sample, negate = sample_of(group, sample_offset, ANTITHETIC)
+    sample, negate = sample_of(group, sample_offset, DRAW)
     seed = tl.load(seed)
     row_offset = tl.cast(row_offset, tl.int64)
 
     # As in the forward kernel; but behind the wait for dY the compiler would put off the loads until after the product.
-    AHEAD: tl.constexpr = CARRY and loads_ahead()
-    if CARRY:
-        w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN)
+    AHEAD: tl.constexpr = CUT.carry and loads_ahead()
+    if CUT.carry:
+        w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT)
         w, rest = perturb_tile(
             w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
-            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
+            DRAW,
         )  # fmt: skip
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
         this_w, scale = _load_tile(
-            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
         )
     for n in tl.range(begin, end, BLOCK_N):
         if AHEAD:
             next_n = step_at(n + 2 * BLOCK_N, end, BLOCK_N)
             next_w, next_scale = _load_tile(
-                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
             )
         else:
-            this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CARRY else n
+            this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CUT.carry else n
             this_w, scale = _load_tile(
-                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, EVEN
+                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
             )
-        if USE_DESCRIPTOR:
-            y_n = grad_y.load([first_m, n])
-        elif EVEN:
-            y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn)
-        else:
-            y_n = tl.load(y_tile + tl.cast(n, tl.int64) * stride_yn, mask=offs_yn[None, :] < N - n, other=0)
-        if CARRY:
-            acc = dot(y_n, in_order(w, NOISE), acc, PRECISION)
-            if APART:
-                acc = dot(y_n, in_order(rest, NOISE), acc, PRECISION)
+        y_n = load_step(grad_y, y_tile, n, first_m, y_cols, N, stride_yn, CUT)
+        if CUT.carry:
+            acc = dot(y_n, in_order(w, DRAW), acc, PRECISION)
+            if DRAW.apart:
+                acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
             this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
-            seed, NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, APART,
+            seed, DRAW,
         )  # fmt: skip
         if AHEAD:
             this_n, this_w, scale = next_n, next_w, next_scale
-        if not CARRY:
-            acc = dot(y_n, in_order(w, NOISE), acc, PRECISION)
-            if APART:
-                acc = dot(y_n, in_order(rest, NOISE), acc, PRECISION)
+        if not CUT.carry:
+            acc = dot(y_n, in_order(w, DRAW), acc, PRECISION)
+            if DRAW.apart:
+                acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
 
     grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
     inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
-    if SPLIT:
+    if CUT.split:
         tl.store(grad_x, acc, mask=inside)
     else:
         tl.store(grad_x, round_to(acc, DTYPE), mask=inside)
-
-
-def _prepare(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    rank: int,
-    draw: Any,
-    noise_accum: str,
-    workspace: int,
-    precision: str,
-) -> tuple[Plan, Kernel]:
-    (M, N), K = grad_y.shape, weight.shape[1]
-    p = plan("input_grad", grad_y, weight, K, draw.samples, noise_accum, workspace, precision)
-    rest = {
-        "M": M,
-        "N": N,
-        "K": K,
-        "rank": rank,
-        "rows_per_sample": p.rows_per_sample,
-        "steps_per_split": p.steps_per_split,
-        "stride_ym": grad_y.stride(0),
-        "stride_yn": grad_y.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
-        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
-        "stride_scale": draw.noise_scale.stride(0),
-        **draw_constants(draw, p.machine),
-        "PRECISION": precision,
-        "USE_DESCRIPTOR": p.box is not None,
-        "EVEN": N % p.config.block_in == 0 and K % p.config.block_out == 0,
-        "MULTIPLE": 8 if p.regular else 1,
-        "BLOCK_R": rank_block(rank),
-        "SPLIT": p.splits > 1,
-        "APART": noise_accum == "split",
-        "CARRY": p.config.carry,
-        "GROUP_M": configs.GROUP_M,
-        "BLOCK_M": p.config.block_m,
-        "BLOCK_N": p.config.block_in,
-        "BLOCK_K": p.config.block_out,
-    }
-    options = {"num_warps": p.config.num_warps, "num_stages": p.config.num_stages}
-    return p, Kernel(_linear_input_grad_kernel, (p.tiles, p.splits), grad_y, rest, options)
-
-
-def linear_input_grad(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    v: Tensor | None,
-    draw: Any,
-    noise_accum: str,
-    workspace: int,
-) -> Tensor:
-    """dX = dY (W + eps) + v lora_A, (M, K); M, N, K > 0.
-
-    grad_y: (M, N); weight: (N, K); lora_A: (r, K) and v: (M, r) contiguous, or None.
-    draw, noise_accum: the forward's. workspace: bytes of scratch memory allowed.
-    """
-    M, K = grad_y.shape[0], weight.shape[1]
-    precision = precision_of(grad_y)
-    key = (
-        *facts(grad_y, weight, v, lora_A, draw.noise_scale), *draw_facts(draw), draw.samples, noise_accum, workspace,
-        precision,
-    )  # fmt: skip
-    rank = 0 if v is None else v.shape[1]
-    p, kernel = prepared(_prepare, key, grad_y, weight, lora_A, rank, draw, noise_accum, workspace, precision)
-    grad_x = grad_y.new_empty((M, K))
-    partial = grad_x if p.splits == 1 else grad_y.new_empty((p.splits, M, K), dtype=torch.float32)
-    kernel(
-        grad_y if p.box is None else descriptor(grad_y, p.box), weight, v, lora_A, draw.noise_scale, draw.seed, partial,
-        draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
-    )  # fmt: skip
-    if p.splits > 1:
-        add_splits(partial, None, grad_x)
-    return grad_x

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
+from .tile import Drawn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -169,14 +170,8 @@ def draw_facts(draw: Any) -> tuple[Any, ...]:
     return draw.noise, draw.antithetic, draw.row_offset % 4 == 0
 
 
-def draw_constants(draw: Any, machine: Machine) -> dict[str, Any]:
-    """Of every kernel that draws noise."""
-    return {
-        "NOISE": draw.noise,
-        "ANTITHETIC": draw.antithetic,
-        "ALIGNED": draw.row_offset % 4 == 0,
-        "ARITHMETIC": machine.arithmetic,
-    }
+def drawn(draw: Any, machine: Machine, noise_accum: str = "folded") -> Drawn:
+    return Drawn(*draw_facts(draw), machine.arithmetic, noise_accum == "split")
 
 
 def by_eight(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import CHANGING, Kernel, by_eight, draw_constants, draw_facts, facts, machine_of, prepared
+from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
 from .tile import perturb_tile, sample_of, weight_rows
 
 
@@ -31,10 +31,7 @@ def _perturb_kernel(
     stride_on,
     stride_ok,
     HAS_WEIGHT: tl.constexpr,
-    NOISE: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
+    DRAW: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
     MULTIPLE: tl.constexpr,  # as in the forward kernel
     STEPS: tl.constexpr,  # tiles of columns that a program goes through
@@ -49,12 +46,12 @@ def _perturb_kernel(
     first_n = tl.program_id(0) // num_k * BLOCK_N
     begin = tl.program_id(0) % num_k * STEPS * BLOCK_K
     DTYPE: tl.constexpr = out.dtype.element_ty
-    rows = first_n + weight_rows(BLOCK_N, NOISE)
+    rows = first_n + weight_rows(BLOCK_N, DRAW)
     cols = tl.arange(0, BLOCK_K)[None, :]
     n = tl.minimum(rows, N - 1).to(tl.int64)
     scale = tl.load(noise_scale + n * stride_scale)
     seed = tl.load(seed)
-    sample, negate = sample_of(sample_offset, 0, ANTITHETIC)
+    sample, negate = sample_of(sample_offset, 0, DRAW)
     row_offset = tl.cast(row_offset, tl.int64)
     first_col = tl.cast(col_offset, tl.int64)
     w_tile = weight
@@ -71,7 +68,7 @@ def _perturb_kernel(
             w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
         w, _ = perturb_tile(
             w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample, negate, seed,
-            NOISE, ANTITHETIC, ALIGNED, ARITHMETIC, False,
+            DRAW,
         )  # fmt: skip
         inside = rows < N
         if not EVEN:
@@ -95,7 +92,7 @@ def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
         "stride_on": out.stride(0),
         "stride_ok": out.stride(1),
         "HAS_WEIGHT": weight is not None,
-        **draw_constants(draw, machine),
+        "DRAW": drawn(draw, machine),
         "EVEN": K % config.block_k == 0,
         "MULTIPLE": 8 if regular else 1,
         "STEPS": config.steps,

@@ -71,17 +71,15 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
     if draw is None or p.empty:
         return products.plain(p)
-    if p.input_grad:
-        return _kernel("input_grad").linear_input_grad(p, draw, noise_accum, workspace_limit(p.weight))
-    return _kernel("forward").linear_forward(p, draw, noise_accum, workspace_limit(p.weight))[0]
+    return _kernel("product").product(p, draw, noise_accum, workspace_limit(p.weight))[0]
 
 
 def product_and_u(p: Product, lora_A: Tensor, draw: Draw, noise_accum: str) -> tuple[Tensor, Tensor] | None:
     """`product` of a forward without its u, and u = a lora_A^T, in one kernel; None where two are faster."""
-    kernel = _kernel("forward")
+    kernel = _kernel("product")
     if p.empty or not kernel.makes_u(p.a, p.weight, lora_A.shape[0], draw.samples):
         return None
-    return kernel.linear_forward(p, draw, noise_accum, workspace_limit(p.weight), lora_A)
+    return kernel.product(p, draw, noise_accum, workspace_limit(p.weight), lora_A)
 
 
 def adapter_grads(

@@ -21,6 +21,7 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
+from flatlora_kernels.spec.records import Draw, Product
 
 MIB = 1 << 20
 
@@ -444,7 +445,7 @@ def test_more_than_two_to_the_31_elements(gpu: Target, what: str, noise: str) ->
     grad_y = torch.zeros(M, N, dtype=dtype, device=device)
     part = randn(M, len(outs), seed=5, dtype=dtype, device=device)
     grad_y[:, outs] = part
-    dx = gpu.module.linear_input_grad(grad_y, weight, None, None, _draw(scale, draw), "folded")
+    dx = gpu.module.product(Product(grad_y, weight, True), _draw(scale, draw), "folded")
     got, exact = dx[rows][:, ins].double(), part[rows].double() @ W[:, ins]
     assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
     del dx, grad_y
@@ -459,9 +460,7 @@ def test_more_than_two_to_the_31_elements(gpu: Target, what: str, noise: str) ->
         torch.cuda.empty_cache()
 
 
-def _draw(scale: Tensor, draw: dict[str, Any]) -> Any:
-    from flatlora_kernels.spec.noise import Draw
-
+def _draw(scale: Tensor, draw: dict[str, Any]) -> Draw:
     return Draw(scale, draw["seed"], draw["stream"], draw["noise"])
 
 

@@ -16,7 +16,7 @@ from targets import INTERPRETED, REQUIRED, randn
 from torch import Tensor
 
 from flatlora_kernels import backends
-from flatlora_kernels.spec.noise import Draw
+from flatlora_kernels.spec.records import Draw, Product
 
 if "triton" in REQUIRED:
     import triton  # noqa: F401
@@ -45,7 +45,7 @@ def operands(M: int, N: int, K: int, device: str = "cpu") -> tuple[Tensor, Tenso
 
 
 def forward(x: Tensor, weight: Tensor, draw: Draw) -> Tensor:
-    return TRITON.linear(x, weight, None, None, None, None, 1.0, draw, "folded")[0]
+    return TRITON.product(Product(x, weight), draw, "folded")
 
 
 def test_a_call_passes_its_own_tensors_and_numbers(driver: nodriver.NoDriver) -> None:
@@ -78,7 +78,7 @@ def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) ->
     run("columns", x, randn(72, 64, dtype=torch.bfloat16).t(), draw)
     run("shifted", torch.empty(16 * 72 + 1, dtype=torch.bfloat16)[1:].view(16, 72), weight, draw)
     run("again", x.clone(), weight, draw)
-    constants = ("ANTITHETIC", "NOISE", "ALIGNED", "stride_wn", "MULTIPLE")
+    constants = ("DRAW", "CUT", "stride_wn")
     kinds = {name: tuple(a[c] for c in constants) for name, a in seen.items()}
     assert kinds.pop("again") == kinds["first"]
     assert len(set(kinds.values())) == len(kinds)

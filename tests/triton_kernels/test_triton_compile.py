@@ -388,16 +388,16 @@ def test_loads_ahead_change_no_bit() -> None:
     program = """
         import torch
         from flatlora_kernels.backends import triton
-        from flatlora_kernels.spec.noise import Draw
-        from flatlora_kernels.triton_kernels import configs, forward, input_grad
+        from flatlora_kernels.spec.records import Draw, Product
+        from flatlora_kernels.triton_kernels import configs, forward, input_grad, product
 
         def products(steps, noise):
             torch.manual_seed(0)
             M, N, K = 40, 64 * steps - 5, 64 * steps - 7
             x, w, y = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
             draw = Draw(torch.rand(N), torch.tensor(7), noise=noise)
-            out, _ = forward.linear_forward(x, w, None, None, None, None, 1.0, draw, "split", 1 << 24)
-            return out, input_grad.linear_input_grad(y, w, None, None, draw, "split", 1 << 24)
+            both = Product(x, w), Product(y, w, True)
+            return [product.product(p, draw, "split", 1 << 24)[0] for p in both]
 
         def everything():
             noises = ("gaussian", "rademacher")

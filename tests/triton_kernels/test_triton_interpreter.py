@@ -25,6 +25,7 @@ from targets import INTERPRETED, Target, randn
 import flatlora_kernels as fk
 from flatlora_kernels.backends.shared import products
 from flatlora_kernels.spec import noise as oracle
+from flatlora_kernels.spec.records import Draw, Product
 
 pytest.importorskip("triton")
 
@@ -32,11 +33,10 @@ import triton.language as tl  # noqa: E402
 from flatlora_kernels.triton_kernels import (  # noqa: E402
     adapter_grads,
     configs,
-    forward,
-    input_grad,
     launch,
     perturb,
     philox,
+    product,
     row_norms,
     tile,
 )
@@ -86,7 +86,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def use(architecture: str, processors: int = 4) -> None:
         machine = launch.Machine(architecture, processors)
-        for module in (launch, forward, input_grad, perturb, row_norms, adapter_grads):
+        for module in (launch, product, perturb, row_norms, adapter_grads):
             if hasattr(module, "machine_of"):
                 monkeypatch.setattr(module, "machine_of", lambda tensor: machine)
         launch.forget()
@@ -140,15 +140,12 @@ def test_input_grad_tiles(config: Any, dtype: torch.dtype, monkeypatch: pytest.M
 def count_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many partial sums each product is added up from, where it is more than one."""
     seen: list[int] = []
-    for module in (forward, input_grad):
-        monkeypatch.setattr(
-            module,
-            "add_splits",
-            lambda partial, *rest, original=module.add_splits: (
-                seen.append(partial.shape[0]),
-                original(partial, *rest),
-            ),
-        )
+    original = product.add_splits
+    monkeypatch.setattr(
+        product,
+        "add_splits",
+        lambda partial, *rest: (seen.append(partial.shape[0]), original(partial, *rest)),
+    )
     return seen
 
 
@@ -193,10 +190,9 @@ def test_tensor_descriptors(
 ) -> None:
     on("sm90")
     made = []
-    for module in (forward, input_grad):
-        monkeypatch.setattr(
-            module, "descriptor", lambda *args: made.append(launch.descriptor(*args)) or made[-1]
-        )
+    monkeypatch.setattr(
+        product, "descriptor", lambda *args: made.append(launch.descriptor(*args)) or made[-1]
+    )
     monkeypatch.setattr(configs, "DESCRIPTOR_ROWS", 0)  # the tiles here are small
     p = problem(*shape, torch.bfloat16, rank=4, bias=True, samples=samples, sample_offset=1, noise=noise)
     check_problem(TRITON, p)
@@ -223,10 +219,10 @@ def test_no_two_programs_write_to_one_place(monkeypatch: pytest.MonkeyPatch) -> 
     expected = run(TRITON, p)
 
     def backwards(pid: Any, num_m: Any, num_n: Any, group_m: Any) -> Any:
-        return tile.tile_of(num_m * num_n - 1 - pid, num_m, num_n, group_m)
+        return tile_of(num_m * num_n - 1 - pid, num_m, num_n, group_m)
 
-    for module in (forward, input_grad):
-        monkeypatch.setattr(module, "tile_of", backwards)
+    tile_of = tile.tile_of
+    monkeypatch.setattr(tile, "tile_of", backwards)
     for name, value in run(TRITON, p).items():
         assert torch.equal(value, expected[name]), name
 
@@ -250,27 +246,27 @@ def test_u_is_made_in_the_same_pass(
     """Whole or in parts, where sizes and strides are no multiples of anything."""
     on("interpreter", processors)
     only(monkeypatch, "forward", configs.Config(16, 64, 32, 1, 1, carry=samples > 1))
-    monkeypatch.setattr(products, "linear", None)
+    monkeypatch.setattr(products, "matmul", None)  # of which u would be made
     seen = count_splits(monkeypatch)
     p = problem(5 * samples, 75, 271, dtype, rank=rank, bias=True, samples=samples)
     p.lora_A = p.lora_A.t().contiguous().t()
     check_problem(TRITON, p)
     assert bool(seen) == (processors > 1)
-    draw = fk.spec.noise.Draw(p.options["noise_scale"], torch.tensor(3), samples=samples)
-    arguments = (p.x, p.weight, p.lora_A, p.lora_B, None, None, 1.0, draw, "folded")
-    u = TRITON.module.linear(*arguments)[1]
+    draw = Draw(p.options["noise_scale"], torch.tensor(3), samples=samples)
+    arguments = (Product(p.x, p.weight, lora=p.lora_B), p.lora_A, draw, "folded")
+    u = TRITON.module.product_and_u(*arguments)[1]
     exactly_rounded(u, p.x.double() @ p.lora_A.double().t())
-    assert torch.equal(u, TRITON.module.linear(*arguments)[1])
+    assert torch.equal(u, TRITON.module.product_and_u(*arguments)[1])
 
 
 def test_where_u_is_made() -> None:
     x, weight = torch.empty(16, 64), torch.empty(32, 64)
-    assert forward.makes_u(x, weight, 16, 1) and forward.makes_u(
+    assert product.makes_u(x, weight, 16, 1) and product.makes_u(
         x.expand(3, 16, 64).flatten(0, 1), weight, 16, 3
     )
-    assert not forward.makes_u(x, weight, 17, 1) and not forward.makes_u(x, weight, 0, 1)
-    assert not forward.makes_u(torch.empty(17, 64), weight, 16, 1)
-    assert not forward.makes_u(x, torch.empty(1 << 20, 128, device="meta"), 16, 1)
+    assert not product.makes_u(x, weight, 17, 1) and not product.makes_u(x, weight, 0, 1)
+    assert not product.makes_u(torch.empty(17, 64), weight, 16, 1)
+    assert not product.makes_u(x, torch.empty(1 << 20, 128, device="meta"), 16, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
