@@ -18,7 +18,7 @@ from typing import NamedTuple
 from . import machine_code
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "cuda_kernels.md"
+TABLE = ROOT / "docs" / "internals" / "cuda_kernels.md"
 CACHE = ROOT / "build" / "compiled"
 REGENERATE = "python -m bench compiled --write"
 SLACK = 1.03
@@ -356,7 +356,7 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
     for row in rows:
         name = f"{row.kernel}, {row.target}"
         if row.key not in known:
-            problems.append(f"{name}: not in docs/cuda_kernels.md; {REGENERATE}")
+            problems.append(f"{name}: not in docs/internals/cuda_kernels.md; {REGENERATE}")
             continue
         before = known[row.key]
         for what, value, most in (
@@ -365,7 +365,7 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
         ):
             if value > most * slack:
                 problems.append(
-                    f"{name}: {what} {value}, docs/cuda_kernels.md has {most}, which may only go down"
+                    f"{name}: {what} {value}, docs/internals/cuda_kernels.md has {most}, which may only go down"
                 )
     return problems
 
@@ -373,7 +373,7 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
 def stale(rows: list[Row], known: dict[tuple[str, str], Committed]) -> list[str]:
     """Rows of the table that nothing compiles, given all that is compiled."""
     return [
-        f"docs/cuda_kernels.md has a row that nothing compiles: {', '.join(key)}; {REGENERATE}"
+        f"docs/internals/cuda_kernels.md has a row that nothing compiles: {', '.join(key)}; {REGENERATE}"
         for key in sorted(set(known) - {row.key for row in rows})
     ]
 
@@ -439,7 +439,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="docs/cuda_kernels.md")
+    parser.add_argument("--write", action="store_true", help="docs/internals/cuda_kernels.md")
     parser.add_argument("--accept", action="store_true", help="with --write: figures that went up, too")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="files and targets that contain these words"

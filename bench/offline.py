@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "kernels.md"
+TABLE = ROOT / "docs" / "internals" / "kernels.md"
 OLDEST = "3.6.0"
 OLDEST_FOLDER = ROOT / "build" / f"triton-{OLDEST}"
 CACHE = ROOT / "build" / "offline"
@@ -744,7 +744,7 @@ class Committed(NamedTuple):
 
 
 def committed(text: str) -> dict[str, dict[tuple[str, ...], Committed]]:
-    """By version and row, of the tables in docs/kernels.md."""
+    """By version and row, of the tables in docs/internals/kernels.md."""
     found: dict[str, dict[tuple[str, ...], Committed]] = {}
     names = list(_HEADINGS)
     version = ""
@@ -774,7 +774,7 @@ def compare(
     A version that has no table is held to the highest figure of those that have.
     """
     if not tables:
-        return [f"no table in docs/kernels.md; {REGENERATE}"]
+        return [f"no table in docs/internals/kernels.md; {REGENERATE}"]
     versions = [outcome.version] if outcome.version in tables else list(tables)
     found = []
     measured = {row.key: row for row in outcome.rows}
@@ -782,16 +782,18 @@ def compare(
         known = [tables[version][key] for version in versions if key in tables[version]]
         name = f"Triton {outcome.version}: {' | '.join(key)}"
         if not known:
-            found.append(f"{name}: not in docs/kernels.md; {REGENERATE}")
+            found.append(f"{name}: not in docs/internals/kernels.md; {REGENERATE}")
             continue
         for field, value in zip(Committed._fields, _figures(row), strict=True):
             most = max(getattr(row, field) for row in known)
             if value > most * slack:
-                found.append(f"{name}: {field} {value}, docs/kernels.md has {most}, which may only go down")
+                found.append(
+                    f"{name}: {field} {value}, docs/internals/kernels.md has {most}, which may only go down"
+                )
     targets = {row.target for row in outcome.rows}
     stale = {key for version in versions for key in tables[version] if key[1] in targets} - set(measured)
     found += [
-        f"docs/kernels.md has a row that nothing compiles: {' | '.join(k)}; {REGENERATE}"
+        f"docs/internals/kernels.md has a row that nothing compiles: {' | '.join(k)}; {REGENERATE}"
         for k in sorted(stale)
     ]
     return found
@@ -888,7 +890,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="docs/internals/kernels.md")
     parser.add_argument("--accept", action="store_true", help="with --write: figures that went up, too")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="rows whose names contain these words"

@@ -24,7 +24,7 @@ from flatlora_kernels.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(
     r"(?:<!-- (not run|runs before): ((?:(?!-->).)*)-->\n)?^```python\n(.*?)^```$", re.M | re.S
 )
