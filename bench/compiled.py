@@ -380,6 +380,9 @@ def stale(rows: list[Row], known: dict[tuple[str, str], Committed]) -> list[str]
 
 _TEXT = f"""# What nvcc makes of the CUDA kernels
 
+For those who change a CUDA kernel. This page has what nvcc makes of each kernel, counted without a GPU: instructions and
+registers, and what must hold for them.
+
 Written by `{REGENERATE}`, without a GPU; checked by `tests/csrc/test_cuda_compile.py`.
 What the kernels take on a GPU is in [performance.md](performance.md).
 
@@ -404,9 +407,14 @@ meant to.
 | regs | registers of a thread |
 """
 
+_NEXT = (
+    "Next: [performance.md](performance.md), what the kernels take on a GPU; "
+    "or [map.md](map.md), where their files are."
+)
+
 
 def document(rows: list[Row]) -> str:
-    return f"{_TEXT}\n{table(rows)}\n"
+    return f"{_TEXT}\n{table(rows)}\n\n{_NEXT}\n"
 
 
 def problems(rows: list[Row]) -> list[str]:

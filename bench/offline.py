@@ -805,6 +805,9 @@ def _figures(row: Row) -> Committed:
 
 _TEXT = f"""# What the compiler makes of the Triton kernels
 
+For those who change a Triton kernel. This page has what Triton's compiler makes of each kernel, counted without a GPU:
+instructions, registers and shared memory, and what must hold for them.
+
 Written by `{REGENERATE}`; compiled without a GPU, and checked by
 `tests/triton_kernels/test_triton_compile.py`. `make test-compile` installs Triton {OLDEST}, the oldest that is
 supported, beside the environment's and runs that test. What the kernels take on a GPU is in
@@ -858,9 +861,14 @@ others. `python -m bench offline --only sm90 forward --listings FOLDER` prints s
 | KiB | shared memory of a block |
 """
 
+_NEXT = (
+    "Next: [performance.md](performance.md), what the kernels take on a GPU; "
+    "or [map.md](map.md), where their files are."
+)
+
 
 def document(outcomes: list[Outcome]) -> str:
-    return "\n\n".join([_TEXT.rstrip(), *map(table, outcomes)]) + "\n"
+    return "\n\n".join([_TEXT.rstrip(), *map(table, outcomes), _NEXT]) + "\n"
 
 
 def main(args: argparse.Namespace) -> int:
