@@ -380,8 +380,8 @@ def stale(rows: list[Row], known: dict[tuple[str, str], Committed]) -> list[str]
 
 _TEXT = f"""# What nvcc makes of the CUDA kernels
 
-For those who change a CUDA kernel. This page has what nvcc makes of each kernel, counted without a GPU: instructions and
-registers, and what must hold for them.
+For those who change a CUDA kernel. This page has what nvcc makes of each kernel, counted without a GPU: instructions
+and registers, and what must hold for them.
 
 Written by `{REGENERATE}`, without a GPU; checked by `tests/csrc/test_cuda_compile.py`.
 What the kernels take on a GPU is in [performance.md](performance.md).
