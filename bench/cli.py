@@ -137,10 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="of the files; default tune, device and time")
     p = add(
         "roofline",
-        "what kernels ask of each unit of a GPU, predicted, and of this CPU, measured; see docs/performance.md",
+        "what kernels ask of each unit of a GPU, predicted, and of this CPU, measured; "
+        "see docs/internals/performance.md",
     )
     roofline.add_arguments(p)
-    add("fidelity", "how much of small noise survives rounding, by type and sigma; see docs/noise.md")
+    add(
+        "fidelity",
+        "how much of small noise survives rounding, by type and sigma; see docs/internals/noise.md",
+    )
     p = add("variance", "what several noise draws in one step do to the gradient; see docs/samples.md")
     variance.add_arguments(p)
     p = add(
@@ -160,11 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("file", type=Path)
     p.add_argument("--out", type=Path, help="folder; default that of the file")
     p = add(
-        "offline", "compile the Triton kernels without a GPU and print what came out; see docs/kernels.md"
+        "offline",
+        "compile the Triton kernels without a GPU and print what came out; see docs/internals/kernels.md",
     )
     offline.add_arguments(p)
     p = add(
-        "compiled", "compile the CUDA kernels without a GPU and print what came out; see docs/cuda_kernels.md"
+        "compiled",
+        "compile the CUDA kernels without a GPU and print what came out; see docs/internals/cuda_kernels.md",
     )
     compiled.add_arguments(p)
     p = add("compare", "two runs side by side")

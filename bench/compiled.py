@@ -18,7 +18,7 @@ from typing import NamedTuple
 from . import machine_code
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "cuda_kernels.md"
+TABLE = ROOT / "docs" / "internals" / "cuda_kernels.md"
 CACHE = ROOT / "build" / "compiled"
 REGENERATE = "python -m bench compiled --write"
 SLACK = 1.03
@@ -356,7 +356,7 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
     for row in rows:
         name = f"{row.kernel}, {row.target}"
         if row.key not in known:
-            problems.append(f"{name}: not in docs/cuda_kernels.md; {REGENERATE}")
+            problems.append(f"{name}: not in docs/internals/cuda_kernels.md; {REGENERATE}")
             continue
         before = known[row.key]
         for what, value, most in (
@@ -365,7 +365,7 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
         ):
             if value > most * slack:
                 problems.append(
-                    f"{name}: {what} {value}, docs/cuda_kernels.md has {most}, which may only go down"
+                    f"{name}: {what} {value}, docs/internals/cuda_kernels.md has {most}, which may only go down"
                 )
     return problems
 
@@ -373,12 +373,15 @@ def compare(rows: list[Row], known: dict[tuple[str, str], Committed], slack: flo
 def stale(rows: list[Row], known: dict[tuple[str, str], Committed]) -> list[str]:
     """Rows of the table that nothing compiles, given all that is compiled."""
     return [
-        f"docs/cuda_kernels.md has a row that nothing compiles: {', '.join(key)}; {REGENERATE}"
+        f"docs/internals/cuda_kernels.md has a row that nothing compiles: {', '.join(key)}; {REGENERATE}"
         for key in sorted(set(known) - {row.key for row in rows})
     ]
 
 
 _TEXT = f"""# What nvcc makes of the CUDA kernels
+
+For those who change a CUDA kernel. This page has what nvcc makes of each kernel, counted without a GPU: instructions
+and registers, and what must hold for them.
 
 Written by `{REGENERATE}`, without a GPU; checked by `tests/csrc/test_cuda_compile.py`.
 What the kernels take on a GPU is in [performance.md](performance.md).
@@ -404,9 +407,14 @@ meant to.
 | regs | registers of a thread |
 """
 
+_NEXT = (
+    "Next: [performance.md](performance.md), what the kernels take on a GPU; "
+    "or [map.md](map.md), where their files are."
+)
+
 
 def document(rows: list[Row]) -> str:
-    return f"{_TEXT}\n{table(rows)}\n"
+    return f"{_TEXT}\n{table(rows)}\n\n{_NEXT}\n"
 
 
 def problems(rows: list[Row]) -> list[str]:
@@ -439,7 +447,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="docs/cuda_kernels.md")
+    parser.add_argument("--write", action="store_true", help="docs/internals/cuda_kernels.md")
     parser.add_argument("--accept", action="store_true", help="with --write: figures that went up, too")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="files and targets that contain these words"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "kernels.md"
+TABLE = ROOT / "docs" / "internals" / "kernels.md"
 OLDEST = "3.6.0"
 OLDEST_FOLDER = ROOT / "build" / f"triton-{OLDEST}"
 CACHE = ROOT / "build" / "offline"
@@ -751,7 +751,7 @@ class Committed(NamedTuple):
 
 
 def committed(text: str) -> dict[str, dict[tuple[str, ...], Committed]]:
-    """By version and row, of the tables in docs/kernels.md."""
+    """By version and row, of the tables in docs/internals/kernels.md."""
     found: dict[str, dict[tuple[str, ...], Committed]] = {}
     names = list(_HEADINGS)
     version = ""
@@ -781,7 +781,7 @@ def compare(
     A version that has no table is held to the highest figure of those that have.
     """
     if not tables:
-        return [f"no table in docs/kernels.md; {REGENERATE}"]
+        return [f"no table in docs/internals/kernels.md; {REGENERATE}"]
     versions = [outcome.version] if outcome.version in tables else list(tables)
     found = []
     measured = {row.key: row for row in outcome.rows}
@@ -789,16 +789,18 @@ def compare(
         known = [tables[version][key] for version in versions if key in tables[version]]
         name = f"Triton {outcome.version}: {' | '.join(key)}"
         if not known:
-            found.append(f"{name}: not in docs/kernels.md; {REGENERATE}")
+            found.append(f"{name}: not in docs/internals/kernels.md; {REGENERATE}")
             continue
         for field, value in zip(Committed._fields, _figures(row), strict=True):
             most = max(getattr(row, field) for row in known)
             if value > most * slack:
-                found.append(f"{name}: {field} {value}, docs/kernels.md has {most}, which may only go down")
+                found.append(
+                    f"{name}: {field} {value}, docs/internals/kernels.md has {most}, which may only go down"
+                )
     targets = {row.target for row in outcome.rows}
     stale = {key for version in versions for key in tables[version] if key[1] in targets} - set(measured)
     found += [
-        f"docs/kernels.md has a row that nothing compiles: {' | '.join(k)}; {REGENERATE}"
+        f"docs/internals/kernels.md has a row that nothing compiles: {' | '.join(k)}; {REGENERATE}"
         for k in sorted(stale)
     ]
     return found
@@ -809,6 +811,9 @@ def _figures(row: Row) -> Committed:
 
 
 _TEXT = f"""# What the compiler makes of the Triton kernels
+
+For those who change a Triton kernel. This page has what Triton's compiler makes of each kernel, counted without a GPU:
+instructions, registers and shared memory, and what must hold for them.
 
 Written by `{REGENERATE}`; compiled without a GPU, and checked by
 `tests/triton_kernels/test_triton_compile.py`. `make test-compile` installs Triton {OLDEST}, the oldest that is
@@ -863,9 +868,14 @@ others. `python -m bench offline --only sm90 forward --listings FOLDER` prints s
 | KiB | shared memory of a block |
 """
 
+_NEXT = (
+    "Next: [performance.md](performance.md), what the kernels take on a GPU; "
+    "or [map.md](map.md), where their files are."
+)
+
 
 def document(outcomes: list[Outcome]) -> str:
-    return "\n\n".join([_TEXT.rstrip(), *map(table, outcomes)]) + "\n"
+    return "\n\n".join([_TEXT.rstrip(), *map(table, outcomes), _NEXT]) + "\n"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -895,7 +905,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="docs/internals/kernels.md")
     parser.add_argument("--accept", action="store_true", help="with --write: figures that went up, too")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="rows whose names contain these words"

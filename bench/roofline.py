@@ -28,7 +28,7 @@ from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
 from . import environment, targets, timing
 from .table import markdown
 
-DOC = Path(__file__).parent.parent / "docs" / "performance.md"
+DOC = Path(__file__).parent.parent / "docs" / "internals" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 SIZE, RANK = 4096, 16
 ROWS = (16, 256, 2048, 8192)
@@ -68,7 +68,7 @@ def call(noise: str, M: int, direction: str = "forward", rank: int = RANK) -> Ca
 
 
 # Instructions of a thread per element of the weight on sm_90, without an adapter and with one of rank 16: of `triton`
-# from docs/kernels.md; of `cuda` counted in the loops of row_norms_kernel (78 for 32 elements) and
+# from docs/internals/kernels.md; of `cuda` counted in the loops of row_norms_kernel (78 for 32 elements) and
 # row_norms_tile_kernel (at most 597 for 8: some lie behind branches).
 ROW_NORMS = {"triton": (3.12, 4.41), "cuda": (2.44, 74.6)}
 
@@ -485,7 +485,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--device", choices=("gpu", "cpu", "all"), default="all", help="gpu: predicted; cpu: measured here"
     )
-    p.add_argument("--write", action="store_true", help="into docs/performance.md")
+    p.add_argument("--write", action="store_true", help="into docs/internals/performance.md")
 
 
 def main(args: argparse.Namespace) -> int:

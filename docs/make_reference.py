@@ -191,15 +191,18 @@ def render() -> str:
     lines = [
         "# Reference",
         "",
-        "Every public name with its docstring, made by `python docs/make_reference.py`. [api.md](api.md) is the",
-        "contract in short, [guide.md](guide.md) the way in. `M` = rows of `x`, `N` = out_features, `K` = in_features,",
-        "`r` = rank.",
+        "For those who look up a name. This page has every public name with its docstring, made by",
+        "`python docs/make_reference.py`. [api.md](api.md) is the contract in short. `M` = rows of `x`,",
+        "`N` = out_features, `K` = in_features, `r` = rank.",
         "",
     ]
     for chapter, links in contents:
         shown = [f"[`{name}`](#{places[heading]})" if heading else f"`{name}`" for name, heading in links]
         lines.append(f"* {chapter}: {', '.join(shown)}")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join([*lines, "", text])).strip() + "\n"
+    following = (
+        "Next: [guide.md](guide.md), the way in; or [faq.md](faq.md), when something is not as expected."
+    )
+    return re.sub(r"\n{3,}", "\n\n", "\n".join([*lines, "", text, "", following])).strip() + "\n"
 
 
 if __name__ == "__main__":

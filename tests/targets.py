@@ -58,7 +58,7 @@ class Target(NamedTuple):
 
     @property
     def gaussian_atol(self) -> float:
-        """How far gaussian `z` may lie from its formula (docs/noise.md, "How equal is equal")."""
+        """How far gaussian `z` may lie from its formula (docs/internals/noise.md, "How equal is equal")."""
         if self.interpreted or self.emulated:
             return 4e-6
         return 2e-6 if self.backend in ("reference", "cpu") else 1e-4

@@ -186,7 +186,7 @@ ADAPTER_GRADS_BYTES = 48 << 20  # of dY at least, what an L2 holds: below, readi
 ADAPTER_GRADS_WORKSPACE = 16 << 20
 ADD_SPLITS_BLOCK = 512
 # The forward makes u = x A^T itself up to so many rows that see one sample, rank, and elements of a weight of 16 bits:
-# its loop then has 3 to 6 % more instructions (docs/kernels.md), and there is a launch less.
+# its loop then has 3 to 6 % more instructions (docs/internals/kernels.md), and there is a launch less.
 U_ROWS, U_RANK, U_WEIGHT = 16, 16, 1 << 26
 
 _FAMILIES = {"sm80": "sm80", "sm86": "sm80", "sm87": "sm80", "sm89": "sm80", "sm90": "sm90", "sm100": "sm100"}

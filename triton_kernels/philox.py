@@ -1,4 +1,4 @@
-"""The noise of docs/noise.md inside a Triton kernel: Philox4x32-10 and what becomes of its words.
+"""The noise of docs/internals/noise.md inside a Triton kernel: Philox4x32-10 and what becomes of its words.
 
 `ARITHMETIC` names the approximations of ln, sqrt, sin and cos: "ptx" (special-function unit of NVIDIA), "amdgcn"
 (that of AMD) or "plain" (any target, and the interpreter; tests compare the others with it).

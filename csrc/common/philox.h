@@ -1,4 +1,4 @@
-// The noise of docs/noise.md: Philox4x32-10 and what becomes of its words.
+// The noise of docs/internals/noise.md: Philox4x32-10 and what becomes of its words.
 //
 // Plain C++17 for g++, nvcc and hipcc. The functions are templates over a vector type, so that a scalar, a CUDA
 // thread and a SIMD register run the same operations in the same order and give the same bits. A type takes part

@@ -11,7 +11,7 @@ struct Tile {
   int m, n, k;           // rows of x, outputs, steps of the contraction
   int warps_m, warps_n;  // that share it
   int stages, blocks;    // blocks: on a multiprocessor at a time, as far as registers go
-  int cycles;            // predicted for one step, docs/performance.md
+  int cycles;            // predicted for one step, docs/internals/performance.md
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int stage_bytes(int element) const { return (m + n) * k * element; }

@@ -16,7 +16,7 @@ namespace flatlora {
 struct Sm90Tile {
   int m, n, cluster, stages;  // cluster: blocks, along the rows of `a`
   int producers, producer_registers, consumer_registers;  // warpgroups, and of a thread
-  int cycles;  // of a step, docs/performance.md
+  int cycles;  // of a step, docs/internals/performance.md
 
   static constexpr int k = 64;  // 128 bytes, the width of the swizzle
   static constexpr int kConsumers = 2;  // warpgroups

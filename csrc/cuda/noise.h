@@ -1,5 +1,5 @@
-// The noise of docs/noise.md in a CUDA thread. A thread draws for chunks: 8 consecutive columns of one row of the
-// weight, which one gaussian call of the generator serves. All kernels draw here, so that all see the same bits.
+// The noise of docs/internals/noise.md in a CUDA thread. A thread draws for chunks: 8 consecutive columns of one row
+// of the weight, which one gaussian call of the generator serves. All kernels draw here: all see the same bits.
 #pragma once
 
 #include "../common/args.h"

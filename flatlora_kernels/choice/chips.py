@@ -17,9 +17,9 @@ class Chip(NamedTuple):
     capabilities 8.0, 9.0 and 10.0. `l2`: the A100's white paper has 5120 bytes a cycle, the same is assumed of H100 and
     H200, and of B200 what a vendor's tile needs to run at full rate. Assumed, too: `mma` beyond the A100, where
     `mma.sync` does not reach the rate of `wgmma` and `tcgen05`. `launch` follows from the eight kernels of `panel` on
-    an H100 (docs/performance.md).
+    an H100 (docs/internals/performance.md).
 
-    A CPU has cores for processors and nanoseconds for cycles; its rates were measured (docs/performance.md).
+    A CPU has cores for processors and nanoseconds for cycles; its rates were measured (docs/internals/performance.md).
     """
 
     name: str

@@ -14,9 +14,9 @@ combine, and what else is assumed and not counted:
 * What the kernel before has read or written comes from L2, as much as half of it holds.
 * float32 on a GPU: the vendor's product, and noise that is drawn anew for every 64 rows.
 
-The constants of an H100 are in one place below. They put its measured times within about 15 % (docs/performance.md has
-all of them and says which are not). On other GPUs nothing was measured: what is about kernels is carried over to them,
-rates come from data sheets. A measurement overrules: see dispatch.py.
+The constants of an H100 are in one place below. They put its measured times within about 15 %
+(docs/internals/performance.md has all of them and says which are not). On other GPUs nothing was measured: what is
+about kernels is carried over to them, rates come from data sheets. A measurement overrules: see dispatch.py.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _LARGE, _MIDDLE, _SMALL = (2290, 1670), (1500, 1200), (1200, 960)
 _START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's
 
 # Instructions of a thread per value of noise in the main loop, all else that the loop does included, in bfloat16:
-# docs/kernels.md (Triton 3.6) and docs/cuda_kernels.md; tests/choice/test_cost.py compares. Each line: forward with
-# gaussian and with rademacher noise, input gradient with both.
+# docs/internals/kernels.md (Triton 3.6) and docs/internals/cuda_kernels.md; tests/choice/test_cost.py compares. Each
+# line: forward with gaussian and with rademacher noise, input gradient with both.
 Counts = tuple[float, float, float, float]
 # Of many rows, and of up to 16, where no page has rademacher for sm80 and sm100: as far below gaussian as of many.
 TRITON: dict[str, tuple[Counts, Counts]] = {
@@ -464,7 +464,8 @@ def perturb(chip: Chip, backend: str, call: Call) -> Cost:
 
 # --- CPU: nothing overlaps, the same cores read, multiply and draw ---
 
-# Measured on an AMD EPYC with AVX-512 (docs/performance.md): nanoseconds of a core for each value of the weight.
+# Measured on an AMD EPYC with AVX-512 (docs/internals/performance.md): nanoseconds of a core for each value of the
+# weight.
 CPU_NOISE = {"gaussian": 0.5, "rademacher": 0.16, "none": 0.0}
 CPU_UNPACK = 0.28  # to widen and pack a 16-bit weight
 # Seconds of a slice: fresh memory, and a product that does not write whole rows.

@@ -33,7 +33,7 @@ _TABLES = Path(__file__).parent / "tables"
 _CLASSES = (16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # Another choice than an earlier one must be that much faster: it takes memory, or is less proven.
 _MARGIN = 0.97
-# By the instructions in docs/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
+# By the instructions in docs/internals/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
 _AMD_PANEL_ROWS = 256
 
 

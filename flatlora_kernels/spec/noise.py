@@ -1,7 +1,7 @@
 """The noise specification in readable PyTorch: the oracle every backend is tested against.
 
 A value ``z[n, k]`` is a function of ``(seed, stream, sample, n, k)`` and of nothing else. The bits are
-those of docs/noise.md: Philox4x32-10 (Salmon et al., SC 2011) on global indices, then Box-Muller with 16-bit
+those of docs/internals/noise.md: Philox4x32-10 (Salmon et al., SC 2011) on global indices, then Box-Muller with 16-bit
 uniforms (``gaussian``) or one bit per value (``rademacher``).
 """
 

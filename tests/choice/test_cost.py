@@ -55,7 +55,8 @@ def _same(ours: float, pages: str, about: object) -> None:
 
 
 def test_instructions_of_triton() -> None:
-    page = (ROOT / "docs" / "kernels.md").read_text().partition("## Triton 3.6.0")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "internals" / "kernels.md").read_text()
+    page = page.partition("## Triton 3.6.0")[2].partition("\n## ")[0]
     rows = [r for r in _tables(page) if r["type"] == "bfloat16" and r["target"] in cost.TRITON]
     checked = 0
     for r in rows:
@@ -80,7 +81,7 @@ def test_instructions_of_triton() -> None:
 
 
 def test_instructions_of_cuda() -> None:
-    rows = _tables((ROOT / "docs" / "cuda_kernels.md").read_text())
+    rows = _tables((ROOT / "docs" / "internals" / "cuda_kernels.md").read_text())
     found = {(r["kernel"], r["target"]): r["instr"] for r in rows if "instr" in r}
     for target, tiles in cost.CUDA.items():
         name = "linear_sm90" if target == "sm90a" else "linear_sm80"
@@ -153,7 +154,7 @@ def test_units_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_largest_cuda_tile_takes_the_cycles_that_its_table_says() -> None:
-    """docs/performance.md: 1024 of tensor cores, 1216 of shared memory, 2290 measured, for a step of 64."""
+    """docs/internals/performance.md: 1024 of tensor cores, 1216 of shared memory, 2290 measured, for a step of 64."""
     work, rademacher = (cost.works(H100, "cuda", "fused", call(noise, M=2048))[0][0] for noise in NOISES)
     steps = 8 * 32 * 64  # tiles of 256 x 128
     assert work.flops / 2 / work.rate / steps == 1024
@@ -282,7 +283,7 @@ def test_parts_and_tiles_of_sm90_are_those_that_csrc_takes() -> None:
 
 
 def test_a_processor_goes_by_what_was_measured() -> None:
-    """docs/performance.md: with up to 256 rows the fused kernel is fastest, and `panel` slower than `perturb`."""
+    """docs/internals/performance.md: up to 256 rows the fused kernel is fastest, and `panel` slower than `perturb`."""
     for noise, dtype, M in itertools.product(NOISES, ("float32", "bfloat16"), (1, 16, 256)):
         of = Call("forward", noise, "folded", dtype, M, 2048, 2048)
         fused, perturbed, panels = (
@@ -305,7 +306,7 @@ def test_workspace_is_bounded(chip: Chip, backend: str) -> None:
 
 
 def test_the_model_is_near_what_an_h100_took() -> None:
-    """bench/results/, `python -m bench.truth time`: docs/performance.md names what is further off, and why."""
+    """`python -m bench.truth time` in bench/results/: docs/internals/performance.md says what is off, and why."""
     off: list[float] = []
     for rank in (0, 16):
         measured = roofline.truth(H100, rank)

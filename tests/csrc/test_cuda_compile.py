@@ -1,4 +1,5 @@
-"""What nvcc makes of the CUDA kernels: docs/cuda_kernels.md, and the program that reads ptxas and machine code."""
+"""What nvcc makes of the CUDA kernels: docs/internals/cuda_kernels.md, and the program that reads ptxas and machine
+code."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_split_error_does_not_depend_on_sigma(
 
 @pytest.mark.parametrize("dtype_name", ["bfloat16", "float16"])
 def test_folded_loses_small_noise(target: Target, dtype_name: str) -> None:
-    """The fault that split mends: as large as docs/noise.md says, and gone with large noise."""
+    """The fault that split mends: as large as docs/internals/noise.md says, and gone with large noise."""
     dtype = getattr(torch, dtype_name)
     if target.backend == "cpu" and (dtype == torch.float16 or target.module.level() != "avx512bf16"):
         pytest.skip("this kernel multiplies in float32 and rounds nothing")

@@ -23,8 +23,8 @@ import flatlora_kernels
 from flatlora_kernels.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
 BLOCK = re.compile(
     r"(?:<!-- (not run|runs before): ((?:(?!-->).)*)-->\n)?^```python\n(.*?)^```$", re.M | re.S
 )
@@ -168,6 +168,17 @@ def test_links(page: Path) -> None:
         there = (page.parent / file).resolve() if file else page
         assert there.exists(), f"{target}: no such file"
         assert not anchor or anchor in anchors(there), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_a_page_begins_with_its_readers_and_ends_with_the_next(page: Path) -> None:
+    """A paragraph right below the title says for whom the page is, the last line where to go next; see test_links."""
+    title, first, *rest = page.read_text(encoding="utf-8").strip().split("\n\n")
+    assert title.startswith("# ") and "\n" not in title
+    assert first.startswith("For ")
+    last = rest[-1].splitlines()
+    assert len(last) == 1 and last[0].startswith("Next: ")
+    assert re.search(r"\]\([\w./#-]+\)", last[0])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,4 +1,4 @@
-"""docs/noise.md, bit by bit: known answers, closeness to the formula, and that nothing but the five integers
+"""docs/internals/noise.md, bit by bit: known answers, closeness to the formula, and that nothing but the five integers
 (seed, stream, sample, n, k) has a say."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_philox_known_answers(case: dict[str, list[int]]) -> None:
 
 
 def test_philox_known_answers_of_the_specification() -> None:
-    """The two written out in docs/noise.md are among the vectors."""
+    """The two written out in docs/internals/noise.md are among the vectors."""
     words = [" ".join(f"{w:08x}" for w in case["words"]) for case in VECTORS["philox4x32_10"]]
     assert "6627e8d5 e169c58d bc57ac4c 9b00dbd8" in words
     assert "d16cfe09 94fdcceb 5001e420 24126ea1" in words

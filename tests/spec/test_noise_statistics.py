@@ -25,7 +25,7 @@ FALSE_ALARM = 1e-6  # of one run of `alarms`
 KINDS = ("gaussian", "rademacher")
 Draw = Callable[..., Tensor]  # (seed, stream, sample) -> (N, K) float64
 
-# Of the values that docs/noise.md defines: E z^2, E z^4.
+# Of the values that docs/internals/noise.md defines: E z^2, E z^4.
 MOMENTS = {"gaussian": (0.999995, 2.9998 * 0.999995**2), "rademacher": (1.0, 1.0)}
 
 

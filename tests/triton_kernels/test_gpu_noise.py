@@ -1,5 +1,5 @@
 """The Gaussian noise of GPUs without a GPU: the inline PTX of triton_kernels/philox.py, with every approximation as
-wrong as NVIDIA's documentation allows, stays within docs/noise.md's 1e-4 for all radii and all angles.
+wrong as NVIDIA's documentation allows, stays within docs/internals/noise.md's 1e-4 for all radii and all angles.
 
 For AMD's v_log_f32, v_sin_f32 and v_cos_f32 no such bounds were found; test_triton_interpreter.py tests that arithmetic
 with exact functions.
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from flatlora_kernels.triton_kernels import philox  # noqa: E402
 
-TOLERANCE = 1e-4  # docs/noise.md, "How equal is equal"
+TOLERANCE = 1e-4  # docs/internals/noise.md, "How equal is equal"
 TEXT = philox._GAUSSIAN_PTX.value
 ALL = np.arange(1 << 16, dtype=np.uint64)
 ANGLES = ALL * np.uint64(40503) % np.uint64(1 << 16)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels: docs/kernels.md, and the program that reads machine code."""
+"""What the compiler makes of the Triton kernels: docs/internals/kernels.md, and the program that reads machine code."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_rows_must_match_the_configurations() -> None:
     new = row(tile="128x128x64, 8 warps, 3 stages")
     problems = offline.compare(outcome(new), tables)
     assert len(problems) == 2 and all(offline.REGENERATE in problem for problem in problems)
-    assert "not in docs/kernels.md" in problems[0] and "nothing compiles" in problems[1]
+    assert "not in docs/internals/kernels.md" in problems[0] and "nothing compiles" in problems[1]
 
 
 def test_version_without_a_table_is_held_to_the_others() -> None:
@@ -294,7 +294,7 @@ def test_version_without_a_table_is_held_to_the_others() -> None:
     tables = offline.committed(offline.document([older, newer]))
     assert offline.compare(outcome(row(instructions=17.0), version="3.10.0"), tables) == []
     assert offline.compare(outcome(row(instructions=17.2), version="3.10.0"), tables)
-    assert offline.compare(older, {}) == [f"no table in docs/kernels.md; {offline.REGENERATE}"]
+    assert offline.compare(older, {}) == [f"no table in docs/internals/kernels.md; {offline.REGENERATE}"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 The slices are of outputs, rows of the weight in forward and columns in the input gradient, so that each is a whole
 contraction and nothing is added up in 16 bits. One slice at a time, as wide as the workspace allows: a product leaves
-no multiprocessor to draw the next slice on, and a narrower one does not fill them (docs/design.md).
+no multiprocessor to draw the next slice on, and a narrower one does not fill them (docs/internals/design.md).
 """
 
 from __future__ import annotations
