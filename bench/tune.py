@@ -100,7 +100,7 @@ class Tuner:
         self.end = time.perf_counter() + limit
         self.machine = launch.machine_of(torch.empty(1, device=device))
         architecture = self.machine.architecture
-        self.family = "gfx" if architecture.startswith("gfx") else configs._FAMILIES.get(architecture, "sm80")
+        self.family = configs.family_of(architecture)
         self.kind = self._kind()
         tables = configs.LINEAR
         self.table = tables.get((self.family, self.kind)) or tables.get((self.family, "any"))

@@ -34,145 +34,72 @@ DESCRIPTOR_ROWS = 64  # a tile of so many is loaded without a descriptor, which 
 GROUP_M = 8  # tiles of rows that take turns on one tile of the weight
 ANY = 1 << 62
 
-# Architecture, kind of product -> direction -> (most rows of x, tile): the first that fits. Rows are those that see one
-# sample of the noise. Kinds: "half" (both 16-bit types), "ragged" (the same where x or the weight is not row-major or a
-# size or stride is no multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged).
-# "any" is for architectures that have no table of their own for a kind.
-LINEAR: dict[tuple[str, str], dict[str, tuple[tuple[int, Config], ...]]] = {
-    ("sm80", "half"): {
-        "forward": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
-            (ANY, Config(128, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
-            (ANY, Config(128, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
-        ),
-    },
-    ("sm90", "half"): {
-        "forward": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
-            (128, Config(128, 64, 64, 4, 3, per_processor=2)),
-            (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(256, 64, 128, 8, 2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
-            (128, Config(128, 64, 64, 4, 3, per_processor=2)),
-            (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(256, 64, 128, 8, 2)),
-        ),
-    },
-    ("sm100", "half"): {
-        "forward": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 3, per_processor=2)),
-            (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4)),
-            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
-            (ANY, Config(256, 128, 64, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 64, 4, 3, per_processor=2)),
-        ),
-    },
-    ("gfx", "half"): {
-        "forward": (
-            (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
-            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
-            (ANY, Config(128, 128, 32, 8, 2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
-            (64, Config(64, 64, 64, 4, 2, per_processor=2)),
-            (ANY, Config(128, 128, 32, 8, 2)),
-        ),
-    },
-    ("gfx", "ragged"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
-            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
-        ),
-        "input_grad": ((ANY, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),),
-    },
-    ("sm100", "tf32"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
-            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
-            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
-            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
-            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
-        ),
-    },
-    ("any", "tf32"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
-            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
-            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
-            (64, Config(64, 64, 32, 4, 3, per_processor=2)),
-            (ANY, Config(128, 128, 32, 8, 3, fill=True)),
-            (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
-        ),
-    },
-    ("any", "ragged"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
-            (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
-            (ANY, Config(32, 64, 32, 4, 3, carry=False, per_processor=2)),
-        ),
-    },
+# Family of architectures, kind of product -> direction -> (most rows of x that see one sample, tile), see `linear`.
+# Kinds: "half" (both 16-bit types), "ragged" (the same where x or the weight is not row-major or a size or stride is no
+# multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged). "any": families without a table of
+# their own.
+Tiles = tuple[tuple[int, Config], ...]
+
+
+def _both(*tiles: tuple[int, Config]) -> dict[str, Tiles]:
+    return {"forward": tiles, "input_grad": tiles}
+
+
+def _either(forward: Tiles, input_grad: Tiles) -> dict[str, Tiles]:
+    return {"forward": forward, "input_grad": input_grad}
+
+
+# What several have in common. Of "half" that is all up to 64 rows, and tiles so small that two share a processor.
+_FEW = (16, Config(16, 64, 64, 4, 4, carry=False, per_processor=4))
+_SOME = (64, Config(64, 64, 64, 4, 3, per_processor=2))
+_SMALL = (ANY, Config(128, 64, 64, 4, 3, per_processor=2))
+_LARGE = (ANY, Config(256, 128, 64, 8, 3, fill=True))
+_RAGGED = (
+    (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=2)),
+    (ANY, Config(64, 64, 32, 4, 3, carry=False, per_processor=2)),
+)
+_TF32 = (
+    (16, Config(16, 64, 32, 4, 3, carry=False, per_processor=4)),
+    (64, Config(64, 64, 32, 4, 3, per_processor=2)),
+    (ANY, Config(128, 128, 32, 8, 3, fill=True)),
+    (ANY, Config(128, 64, 32, 4, 3, per_processor=2)),
+)
+_SINGLE = (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2))
+
+LINEAR: dict[tuple[str, str], dict[str, Tiles]] = {
+    ("sm80", "half"): _both(_FEW, _SOME, (ANY, Config(128, 128, 64, 8, 3, fill=True)), _SMALL),
+    ("sm90", "half"): _both(_FEW, _SOME, (128, _SMALL[1]), _LARGE, (ANY, Config(256, 64, 128, 8, 2))),
+    ("sm100", "half"): _either(
+        (_FEW, _SOME, _LARGE, _SMALL),
+        (_FEW, (64, Config(64, 64, 64, 4, 2, per_processor=2)), _LARGE, _SMALL),
+    ),
+    ("gfx", "half"): _both(
+        (16, Config(16, 64, 64, 4, 2, carry=False, per_processor=2)),
+        (64, Config(64, 64, 64, 4, 2, per_processor=2)),
+        (ANY, Config(128, 128, 32, 8, 2)),
+    ),
+    ("any", "ragged"): _either(
+        _RAGGED, (_RAGGED[0], (ANY, Config(32, 64, 32, 4, 3, carry=False, per_processor=2)))
+    ),
+    ("gfx", "ragged"): _either((_SINGLE, _RAGGED[1]), ((ANY, _SINGLE[1]),)),
+    ("any", "tf32"): _both(*_TF32),
+    ("sm100", "tf32"): _either(_TF32, (*_TF32[:2], _TF32[3])),
+    ("any", "single"): _both(_SINGLE, (ANY, Config(64, 64, 16, 4, 2, carry=False, per_processor=2))),
     # Below 64 rows, where Triton 3.6 would take tensor cores and round to tf32.
-    ("sm100", "single"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
-            (ANY, Config(32, 64, 16, 4, 2, carry=False, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
-            (ANY, Config(32, 64, 16, 4, 2, carry=False, per_processor=2)),
-        ),
-    },
-    ("any", "single"): {
-        "forward": (
-            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
-            (ANY, Config(64, 64, 16, 4, 2, carry=False, per_processor=2)),
-        ),
-        "input_grad": (
-            (16, Config(16, 64, 32, 4, 2, carry=False, per_processor=2)),
-            (ANY, Config(64, 64, 16, 4, 2, carry=False, per_processor=2)),
-        ),
-    },
+    ("sm100", "single"): _both(_SINGLE, (ANY, Config(32, 64, 16, 4, 2, carry=False, per_processor=2))),
     # Small enough for small problems to have several tiles each way; calls are what takes time there, not elements.
-    ("interpreter", "any"): {
-        "forward": (
+    ("interpreter", "any"): _either(
+        (
             (16, Config(16, 64, 256, 1, 1, carry=False)),
             (64, Config(64, 32, 64, 1, 1)),
             (ANY, Config(64, 128, 256, 1, 1)),
         ),
-        "input_grad": (
+        (
             (16, Config(16, 256, 64, 1, 1, carry=False)),
             (64, Config(64, 64, 32, 1, 1)),
             (ANY, Config(64, 256, 128, 1, 1)),
         ),
-    },
+    ),
 }
 PERTURB = Pass(64, 64, 4, 1, steps=8)
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
@@ -189,8 +116,23 @@ ADD_SPLITS_BLOCK = 512
 # its loop then has 3 to 6 % more instructions (docs/internals/kernels.md), and there is a launch less.
 U_ROWS, U_RANK, U_WEIGHT = 16, 16, 1 << 26
 
-_FAMILIES = {"sm80": "sm80", "sm86": "sm80", "sm87": "sm80", "sm89": "sm80", "sm90": "sm90", "sm100": "sm100"}
-_FAMILIES |= {"sm103": "sm100", "sm120": "sm80", "sm121": "sm80", "interpreter": "interpreter"}
+_FAMILIES = {
+    "sm86": "sm80",
+    "sm87": "sm80",
+    "sm89": "sm80",
+    "sm103": "sm100",
+    "sm120": "sm80",
+    "sm121": "sm80",
+}
+_OWN = {family for family, _ in LINEAR}
+
+
+def family_of(architecture: str) -> str:
+    """Whose tiles it takes; an unknown GPU of NVIDIA those of sm80."""
+    if architecture.startswith("gfx"):
+        return "gfx"
+    family = _FAMILIES.get(architecture, architecture)
+    return family if family in _OWN else "sm80"
 
 
 def linear(
@@ -205,17 +147,25 @@ def linear(
 ) -> tuple[Config, int]:
     """The tile for `samples` times `rows` rows of x, and how many of them cover all outputs.
 
-    kind, direction: see LINEAR. rows: those that see one sample. apart: registers have to hold
-    a second tile, for what rounding W + eps leaves.
+    The automatic choice: of the family's table for this kind of product, else of the table for any, the first tile
+     1. that is for at least so many rows,
+     2. and, if it is marked `fill`, of which there are enough for three quarters of the processors.
+    Where noise stays apart, large tiles are replaced by 128 x 64 first.
+
+    Args:
+        kind, direction: see LINEAR. rows: those that see one sample. apart: registers have to hold a second tile, for
+            what rounding W + eps leaves.
     """
-    family = "gfx" if architecture.startswith("gfx") else _FAMILIES.get(architecture, "sm80")
+    family = family_of(architecture)
     table = LINEAR.get((family, kind)) or LINEAR.get((family, "any")) or LINEAR["any", kind]
     for most, config in table[direction]:
         if apart and config.block_m > 64:
-            warps = 8 if family == "sm80" else 4
-            block_in = min(config.block_in, 64)
             config = config._replace(
-                block_m=128, block_out=64, block_in=block_in, num_warps=warps, fill=False
+                block_m=128,
+                block_out=64,
+                block_in=min(config.block_in, 64),
+                num_warps=8 if family == "sm80" else 4,
+                fill=False,
             )
         tiles = samples * -(-rows // config.block_m) * -(-outputs // config.block_out)
         if rows <= most and (not config.fill or 4 * tiles >= 3 * processors):
