@@ -306,7 +306,7 @@ def call(case: Case) -> None:
     import torch
     from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
 
-    from flatlora_kernels.backends.shared.arguments import workspace_limit
+    from flatlora_kernels.backends.shared.workspace import workspace_limit
     from flatlora_kernels.spec.records import Draw, Product
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")

@@ -192,7 +192,7 @@ class Fused(Run):
     def input_grad(self, copy: int) -> Tensor:
         """As the backward pass of the op does it."""
         i = self.inputs[copy]
-        backend, strategy, accum = self.resolved
+        strategy, accum, backend = self.resolved
         v = None
         if i.lora_B is not None:
             v, _ = torch.ops.flatlora.adapter_grads(i.grad_y, None, i.lora_B, SCALING, backend)
@@ -202,7 +202,7 @@ class Fused(Run):
         )
 
     def eps(self, copy: int) -> Tensor:
-        return _own_eps(self.inputs[copy], self.noise, self.resolved[0])
+        return _own_eps(self.inputs[copy], self.noise, self.resolved.backend)
 
 
 def _own_eps(i: Inputs, noise: str, backend: str) -> Tensor:

@@ -36,8 +36,8 @@ ANY = 1 << 62
 
 # Family of architectures, kind of product -> direction -> (most rows of x that see one sample, tile), see `linear`.
 # Kinds: "half" (both 16-bit types), "ragged" (the same where x or the weight is not row-major or a size or stride is no
-# multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged). "any": families without a table of
-# their own.
+# multiple of 8), "tf32", "single" (float32 in full, without tensor cores; or ragged).
+# "any" is for families that have no table of their own.
 Tiles = tuple[tuple[int, Config], ...]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..spec.records import Draw, Product
 from .shared import products
-from .shared.arguments import workspace_limit
+from .shared.workspace import workspace_limit
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..backends.shared import panel
-from ..backends.shared.arguments import _WORKSPACE
+from ..backends.shared.workspace import DEFAULT as WORKSPACE
 from ..triton_kernels import configs
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
@@ -146,7 +146,7 @@ class Call(NamedTuple):
     @property
     def workspace(self) -> int:
         """Bytes, as `arguments.workspace_limit`."""
-        return min(_WORKSPACE, self.N * self.K * self.size // 4)
+        return min(WORKSPACE, self.N * self.K * self.size // 4)
 
     def choose(self, counts: Counts) -> float:
         return counts[2 * (self.direction == "input_grad") + (self.noise == "rademacher")]

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train.controller import NoiseController
-from ..train.layer import NoisyLayer
-from ..train.linear import _HOOKS, _matches, obstacle_to
+from ..train.layer import NoisyLayer, controller_of
+from ..train.linear import HOOKS, matches, obstacle_to
 
 
 class FlatLinear(NoisyLayer, Linear):
@@ -70,7 +70,7 @@ class FlatLinear(NoisyLayer, Linear):
         given = [name for name, value in kwargs.items() if value is not None]
         if args or given:
             return f"it is called with {', '.join(given) or 'more than one argument'}"
-        if any(getattr(self.base_layer, hooks) for hooks in _HOOKS):
+        if any(getattr(self.base_layer, hooks) for hooks in HOOKS):
             return "its base_layer has hooks, which the fused op would not call"
         if len(names) > 1 and any(name in self.lora_variant for name in names):
             return "DoRA or the like is active beside another adapter"
@@ -195,16 +195,10 @@ def apply_flat_lora(
         ValueError: LoRA layers that cannot be converted, which are named with the reason, and none is; or there is
             none to convert; or settings of a controller beside one that exists.
     """
-    settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
-    settings = {name: value for name, value in settings.items() if value is not None}
     existing = [module for module in peft_model.modules() if isinstance(module, FlatLinear)]
-    if noise_controller is None and existing:
-        noise_controller = existing[0].noise_controller
-    if noise_controller is None:
-        noise_controller = NoiseController(**settings)  # type: ignore[arg-type]
-    elif settings:
-        name, value = next(iter(settings.items()))
-        raise ValueError(f"{name}: expected None, because there is a NoiseController already, got {value!r}")
+    noise_controller = controller_of(
+        existing, noise_controller, sigma=sigma, schedule=schedule, total_steps=total_steps, seed=seed
+    )
     rest = (noise_controller, _pattern(exclude_modules), options)
     if not _convert(peft_model, *rest):
         got = "none but those converted already" if existing else "none"
@@ -324,7 +318,7 @@ def _pattern(names: str | Iterable[str]) -> str | tuple[str, ...]:
 def _excluded(name: str, exclude: str | tuple[str, ...]) -> bool:
     """Whether `name` or a module around it is excluded."""
     parts = name.split(".")
-    return any(_matches(".".join(parts[:end]), exclude) for end in range(1, len(parts) + 1))
+    return any(matches(".".join(parts[:end]), exclude) for end in range(1, len(parts) + 1))
 
 
 def _base_obstacle(base: nn.Module) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.shared.arguments import workspace_limit
 from ..backends.shared.panel import slices
+from ..backends.shared.workspace import workspace_limit
 from ..op.functional import materialize_noise
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from .base import Closure, Method, kept, mean, mean_over_ranks

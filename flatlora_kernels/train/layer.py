@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -234,6 +234,24 @@ def check_noise_options(stream: Any, noise: Any, samples: Any) -> None:
     checks.uint32("samples", samples)
     if samples < 1:
         raise ValueError(f"samples: expected an int >= 1 or 'batch', got {samples}")
+
+
+def controller_of(
+    existing: Sequence[NoisyLayer], given: NoiseController | None, **settings: Any
+) -> NoiseController:
+    """The controller for further layers of a model: the one given, that of the existing layers, or a new one.
+
+    Args:
+        settings: of a new one; those that are None are left to its defaults.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if given is None and existing:
+        given = existing[0].noise_controller
+    if given is None:
+        return NoiseController(**settings)
+    for name, value in settings.items():
+        raise ValueError(f"{name}: expected None, because there is a NoiseController already, got {value!r}")
+    return given
 
 
 @contextlib.contextmanager

@@ -26,12 +26,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..op import checks
 from ..op.functional import fused_flat_lora_linear
 from .controller import NoiseController, signed
-from .layer import NoisyLayer, check_noise_options
+from .layer import NoisyLayer, check_noise_options, controller_of
 
 _MASK64 = (1 << 64) - 1
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
 _READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FlatLoraLinear(NoisyLayer):
@@ -280,11 +280,9 @@ def apply_flat_lora(
             forward (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`), so that an adapter would have no
             effect; or settings of a controller beside one that exists.
     """
-    settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
-    settings = {name: value for name, value in settings.items() if value is not None}
     pattern = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
-    targets = {n: m for n, m in modules.items() if n and isinstance(m, nn.Linear) and _matches(n, pattern)}
+    targets = {n: m for n, m in modules.items() if n and isinstance(m, nn.Linear) and matches(n, pattern)}
     if not targets:
         linears = [n for n, m in modules.items() if n and isinstance(m, nn.Linear)]
         shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
@@ -304,13 +302,9 @@ def apply_flat_lora(
             raise ValueError(f"target_modules: expected plain linear layers, got {name!r}: {obstacle}")
 
     existing = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
-    if noise_controller is None and existing:
-        noise_controller = existing[0].noise_controller
-    if noise_controller is None:
-        noise_controller = NoiseController(**settings)  # type: ignore[arg-type]
-    elif settings:
-        name, value = next(iter(settings.items()))
-        raise ValueError(f"{name}: expected None, because there is a NoiseController already, got {value!r}")
+    noise_controller = controller_of(
+        existing, noise_controller, sigma=sigma, schedule=schedule, total_steps=total_steps, seed=seed
+    )
     tied = {id(layer._base_parameter()): layer.stream for layer in existing}
     stream = 1 + max((layer.stream for layer in existing), default=-1)
     if not existing:
@@ -346,7 +340,7 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it"
     if type(base).forward not in forwards or "forward" in vars(base):
         return f"{type(base).__name__} has a forward of its own"
-    if any(getattr(base, hooks) for hooks in _HOOKS):
+    if any(getattr(base, hooks) for hooks in HOOKS):
         return "it has hooks, which the fused op would not call"
     weight: Any = base.weight
     if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
@@ -354,7 +348,7 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     return None
 
 
-def _matches(name: str, pattern: str | tuple[str, ...]) -> bool:
+def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in pattern)

@@ -12,7 +12,7 @@ from targets import Target, randn
 
 import flatlora_kernels as fk
 from flatlora_kernels.backends.shared import panel
-from flatlora_kernels.backends.shared.arguments import workspace_limit
+from flatlora_kernels.backends.shared.workspace import workspace_limit
 
 DRAWS = [
     {},

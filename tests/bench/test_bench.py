@@ -945,7 +945,7 @@ def test_every_way_of_the_op_is_right_and_is_what_it_says(monkeypatch: pytest.Mo
             assert verdict.passed, verdict.detail
             if name != "auto":
                 assert bool(seen) == name.startswith("panel")
-                assert made.resolved[1:] == (
+                assert made.resolved[:2] == (
                     "panel" if seen else "fused", "split" if name.startswith("split") else "folded"
                 )  # fmt: skip
 

@@ -5,18 +5,16 @@ They hold addresses: the tensors must outlive the call.
 
 from __future__ import annotations
 
-import functools
-import os
 import struct
 
 import torch
 from torch import Tensor
 
 from ...spec.records import Draw, Product
+from .workspace import workspace_limit
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NOISE = {"gaussian": 1, "rademacher": 2}
-_WORKSPACE = 16 << 20  # bytes for one call, see workspace_limit
 
 _NOISE_FIELDS = "qPqPqqqqqq"
 _WEIGHT_FIELDS = "Pqq"
@@ -24,26 +22,6 @@ _LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdqq{_NOISE_FIELDS}".r
 _ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
 _PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
 _NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
-
-
-def workspace_limit(weight: Tensor) -> int:
-    """Bytes that one call may use beside its tensors.
-
-    16 MiB or a quarter of the weight, whichever is less; or what FLATLORA_WORKSPACE says, up to the weight's size.
-
-    Raises:
-        ValueError: FLATLORA_WORKSPACE is not a number of bytes.
-    """
-    size = weight.numel() * weight.element_size()
-    allowed = _allowed(os.environ.get("FLATLORA_WORKSPACE") or None)
-    return min(_WORKSPACE, size // 4) if allowed is None else min(allowed, size)
-
-
-@functools.cache
-def _allowed(text: str | None) -> int | None:
-    if text is not None and not text.strip().isdecimal():
-        raise ValueError(f"FLATLORA_WORKSPACE: expected a number of bytes, got {text!r}")
-    return None if text is None else int(text)
 
 
 def _noise(draw: Draw | None) -> tuple[int, ...]:

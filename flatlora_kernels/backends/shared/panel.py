@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...spec.records import Draw, Product
-from .arguments import workspace_limit
+from .workspace import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
 Perturb = Callable[[Tensor, Draw, Tensor], None]
