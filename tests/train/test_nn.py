@@ -76,7 +76,6 @@ def all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
 # The layer
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_is_the_op_with_its_own_arguments(
     target: Target, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
