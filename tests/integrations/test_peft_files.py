@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,13 @@ from flatlora_kernels.integrations.peft import (  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def saved(model: Any, folder: Path) -> dict[str, bytes]:
+def saved(model: Any, folder: Path) -> dict[str, Any]:
+    """The bytes of the weights, and the configuration: PEFT writes target_modules, a set, in any order."""
     model.save_pretrained(folder)
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")
-    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"].sort()
+    weights = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return {**weights, "adapter_config.json": json.dumps(config)}
 
 
 @pytest.mark.parametrize("name", ["plain", "dora", "modules_to_save", "transposed"])
