@@ -1,6 +1,7 @@
 """The matrix: a test that asks for `target` runs on every backend and device, one that asks for `dtype` as
-well on every type that backend takes. A backend that cannot run here is skipped with the reason it gives,
-or fails where FLATLORA_REQUIRE_BACKENDS (comma-separated names) lists it.
+well on every type that backend takes, one that asks for `noise` with every kind of noise. A backend that cannot
+run here is skipped with the reason it gives, or fails where FLATLORA_REQUIRE_BACKENDS (comma-separated names)
+lists it. A kind of noise that a backend does not implement is skipped with that reason.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from targets import Target
 
 from flatlora_kernels import backends
+from flatlora_kernels.spec.noise import KINDS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,56 +36,55 @@ def _parameter(target: Target, *more: object, tag: str = "") -> object:
     )
 
 
+def _by_hand(metafunc: pytest.Metafunc) -> set[str]:
+    """The arguments that a test's own marks give values to."""
+    names: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        given = mark.kwargs.get("argnames") or mark.args[0]
+        names.update(given.replace(",", " ").split() if isinstance(given, str) else given)
+    return names
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted = metafunc.fixturenames
-    if "target" not in wanted:
-        return
-    every = targets.all_targets()
-    if "dtype" in wanted:
+    wanted = set(metafunc.fixturenames) - _by_hand(metafunc)
+    every = targets.all_targets() if "target" in wanted else []
+    if {"target", "dtype"} <= wanted:
         cases = [_parameter(t, d, tag=f"-{str(d).removeprefix('torch.')}") for t in every for d in t.dtypes]
         metafunc.parametrize("target, dtype", cases, indirect=["target"])
-    else:
+    elif "target" in wanted:
         metafunc.parametrize("target", [_parameter(t) for t in every], indirect=True)
+    if "noise" in wanted:
+        metafunc.parametrize("noise", KINDS)
 
 
-# What backend `triton` leaves out in the interpreter, by parts of a test's name, and why. Besides, two tests of
-# test_noise_spec.py draw fewer tiles there.
-NOT_INTERPRETED = {
-    ("-float16", "test_layouts"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_samples"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_adapter_and_bias"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_forward_and_backward_see"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_checkpoint.py"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_op.py"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_panel.py"): "bfloat16 and float32 take the same way",
-    ("-float16", "test_long_sums"): "bfloat16 and float32 take the same way",
-    ("test_many_tiles",): "smaller problems have several tiles each way there",
-    ("test_linear.py", "test_large_column_major"): "smaller problems have several tiles each way there",
-    ("test_tile_of_a_large_matrix",): "smaller problems have several tiles each way there",
-    ("test_long_sums", "16391"): "4096 steps do",
-    ("test_memory.py",): "memory of a GPU is not that of NumPy",
-    ("thread_counts",): "programs run one after the other",
-    ("test_five_runs",): "programs run one after the other",
-    ("test_many_threads_at_once",): "the interpreter replaces members of triton.language while it runs",
-    ("test_training_lowers_the_loss",): "some hundred steps",
-    ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
-}
-
-# The same of backend `cuda` in the emulator.
-NOT_EMULATED = {
+# What is too slow without a GPU, by parts of a test's name, and why: in the interpreter and in the emulator, and
+# then in one of them. Besides, two tests of test_noise_spec.py draw fewer tiles in the interpreter.
+NOT_SIMULATED = {
     ("-float16", "test_layouts"): "bfloat16 takes the same way",
     ("-float16", "test_samples"): "bfloat16 takes the same way",
     ("-float16", "test_adapter_and_bias"): "bfloat16 takes the same way",
     ("-float16", "test_forward_and_backward_see"): "bfloat16 takes the same way",
     ("-float16", "test_checkpoint.py"): "bfloat16 takes the same way",
     ("-float16", "test_op.py"): "bfloat16 takes the same way",
-    ("-float16", "test_determinism.py"): "bfloat16 takes the same way",
     ("test_long_sums", "16391"): "4096 steps do",
     ("test_many_tiles",): "smaller problems have several tiles each way there",
-    ("test_memory.py",): "memory of a GPU is not that of the emulator",
-    ("thread_counts",): "blocks run one after the other",
+    ("test_memory.py",): "memory of a GPU is not that of a simulation",
+    ("thread_counts",): "programs run one after the other",
     ("test_training_lowers_the_loss",): "some hundred steps",
     ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
+}
+
+NOT_INTERPRETED = NOT_SIMULATED | {
+    ("-float16", "test_panel.py"): "bfloat16 and float32 take the same way",
+    ("-float16", "test_long_sums"): "bfloat16 and float32 take the same way",
+    ("test_linear.py", "test_large_column_major"): "smaller problems have several tiles each way there",
+    ("test_tile_of_a_large_matrix",): "smaller problems have several tiles each way there",
+    ("test_five_runs",): "programs run one after the other",
+    ("test_many_threads_at_once",): "the interpreter replaces members of triton.language while it runs",
+}
+
+NOT_EMULATED = NOT_SIMULATED | {
+    ("-float16", "test_determinism.py"): "bfloat16 takes the same way",
 }
 
 
@@ -105,23 +106,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Target:
-    chosen = request.param
-    if reason := chosen.missing():
-        if chosen.backend in targets.REQUIRED:
-            pytest.fail(f"backend {chosen.backend!r} is required and cannot run: {reason}")
-        pytest.skip(f"backend {chosen.backend!r}: {reason}")
-    return chosen
+    return targets.ready(request.param)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):  # type: ignore[no-untyped-def]
-    """A feature that a backend does not have yet is a skip, but not on a required backend."""
+    """What a backend does not have yet is a skip. A required backend may lack a kind of noise, and nothing else."""
     try:
         return (yield)
     except NotImplementedError as error:
-        names = [t.backend for t in targets.all_targets() if t.backend not in targets.REQUIRED]
-        if any(f"backend {name!r} does not implement" in str(error) for name in names):
-            pytest.skip(str(error))
+        callspec = getattr(item, "callspec", None)
+        noise = callspec.params.get("noise") if callspec else None
+        for name in {t.backend for t in targets.all_targets()}:
+            said = f"backend {name!r} does not implement "
+            if f"{said}noise={noise!r}" in str(error) or said in str(error) and name not in targets.REQUIRED:
+                pytest.skip(str(error))
         raise
 
 

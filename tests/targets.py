@@ -6,6 +6,7 @@ import functools
 import os
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -93,6 +94,15 @@ def all_targets() -> list[Target]:
         usable = [d for d in wanted if d in devices()] or list(wanted[:1])
         found += [Target(name, device) for device in usable]
     return found
+
+
+def ready(target: Target) -> Target:
+    """`target`, or a skip where it cannot run here: a failure, where it is required."""
+    if reason := target.missing():
+        if target.backend in REQUIRED:
+            pytest.fail(f"backend {target.backend!r} is required and cannot run: {reason}")
+        pytest.skip(f"backend {target.backend!r} on {target.device}: {reason}")
+    return target
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -34,12 +34,7 @@ elif targets.EMULATED:
 
 @pytest.fixture(params=BACKENDS)
 def gpu(request: pytest.FixtureRequest) -> Target:
-    target = Target(*request.param)
-    if reason := target.missing():
-        if target.backend in targets.REQUIRED:
-            pytest.fail(f"backend {target.backend!r} is required and cannot run: {reason}")
-        pytest.skip(f"backend {target.backend!r} on {target.device}: {reason}")
-    return target
+    return targets.ready(Target(*request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +70,6 @@ def rows_for(device: str, rows: int) -> int:
     return min(rows, 20)
 
 
-NOISES = ("gaussian", "rademacher")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DRAWS = [
     {"seed": 0},
@@ -85,7 +79,6 @@ DRAWS = [
 ]
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
 def test_noise_is_that_of_the_cpu(gpu: Target, noise: str, draw: dict[str, Any]) -> None:
     other = "reference" if backends.unavailable("cpu") else "cpu"
@@ -100,7 +93,6 @@ def test_noise_is_that_of_the_cpu(gpu: Target, noise: str, draw: dict[str, Any])
         assert not torch.equal(got, torch.zeros_like(got))
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 48, 128, 300, 2048])
 def test_forward_and_input_grad_see_the_noise_that_is_materialised(
@@ -134,7 +126,6 @@ def test_forward_and_input_grad_see_the_noise_that_is_materialised(
     assert torch.equal(dx, perturbed[torch.arange(rows) * 5 % N])
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("rows", [16, 64, 128, 256, 2048])
 def test_many_runs_give_the_same_bits(gpu: Target, noise: str, rows: int) -> None:
     rows, n = min(rows, size(gpu.device, 2048, 20)), size(gpu.device, 2048, 48)
@@ -188,7 +179,6 @@ def captured(device: str, step: Callable[[], tuple[Tensor, ...]]) -> Callable[[]
 
 @PANELS
 @pytest.mark.parametrize("rows", [16, 300])
-@pytest.mark.parametrize("noise", NOISES)
 def test_a_graph_replays_with_another_seed(gpu: Target, rows: int, noise: str) -> None:
     device = gpu.device
     inputs, grad_y = layer(device, rows_for(device, rows))
@@ -359,7 +349,6 @@ def test_two_streams_at_once(gpu: Target) -> None:
             assert all(torch.equal(g, e) for g, e in zip(result, first, strict=True))
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_shapes_of_every_kernel(gpu: Target, dtype: torch.dtype, noise: str) -> None:
     """Few enough launches for compute-sanitizer."""
@@ -399,7 +388,6 @@ BIG = {  # M, N, K: the tensor named has more than 2^31 elements
 SMALL = {"x and dX": (70, 24, 40), "y and dY": (70, 40, 24)}
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("what", BIG)
 def test_more_than_two_to_the_31_elements(gpu: Target, what: str, noise: str) -> None:
     """Outputs and gradients that depend on the far end of a tensor, against float64."""
@@ -545,7 +533,6 @@ def test_norms_of_a_large_layer(gpu: Target, rank: int) -> None:
     torch.testing.assert_close(got, merged.square().sum(1), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 129, 256, 2048, 8192])
 def test_every_class_of_rows_at_full_size(gpu: Target, rows: int, noise: str) -> None:
     """All tiles of the table, split and whole, by the one tolerance rule; one row more than a tile takes as well."""

@@ -429,30 +429,35 @@ gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
 """
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
-    """For each fault, and for none, a library with the two kernels that the faults are tried on."""
-    if emulator.CXX is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("faults")
-    source = (emulator.CSRC / "cuda/linear_sm80.h").read_text()
-    rest = [emulator.compile_object(emulator.CSRC / path, folder / f"{Path(path).stem}.o")
-            for path in ("cuda/api.cu", "cuda/split.cu", "emulator/machine.cpp")]  # fmt: skip
+def with_faults(
+    folder: Path, source: str, one_kernel: str, faults: list[Fault], rest: list[Path], *flags: str
+) -> dict[str, Kernels]:
+    """For each fault in `source`, and for none, a library with the two kernels that the faults are tried on."""
+    text = (emulator.CSRC / source).read_text()
 
     def build(fault: Fault) -> tuple[str, Kernels]:
         here = folder / fault.name.replace(" ", "_").replace("'", "")
         shutil.copytree(emulator.CSRC, here)
-        if source.count(fault.old) == 1:  # else test_fault says so
-            (here / "cuda/linear_sm80.h").write_text(source.replace(fault.old, fault.new))
-        (here / "cuda/one.cu").write_text(ONE_KERNEL)
-        one = emulator.compile_object(here / "cuda/one.cu", here / "one.o", "-Wno-unused")
+        if text.count(fault.old) == 1:  # else test_fault says so
+            (here / source).write_text(text.replace(fault.old, fault.new))
+        (here / "cuda/one.cu").write_text(one_kernel)
+        one = emulator.compile_object(here / "cuda/one.cu", here / "one.o", "-Wno-unused", *flags)
         kernels = Kernels(emulator.link([one, *rest], here / "one.so"))
         kernels.whole = False
         return fault.name, kernels
 
-    nothing = Fault("nothing", "gpu::ldmatrix_trans(", "gpu::ldmatrix_trans(", FORWARD)
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, [nothing, *FAULTS]))
+        return dict(pool.map(build, [Fault("nothing", "", "", FORWARD), *faults]))
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    if emulator.CXX is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("faults")
+    rest = [emulator.compile_object(emulator.CSRC / path, folder / f"{Path(path).stem}.o")
+            for path in ("cuda/api.cu", "cuda/split.cu", "emulator/machine.cpp")]  # fmt: skip
+    return with_faults(folder, "cuda/linear_sm80.h", ONE_KERNEL, FAULTS, rest)
 
 
 @pytest.mark.parametrize("case", [FORWARD, BACKWARD, SAMPLES], ids=str)

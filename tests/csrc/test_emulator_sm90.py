@@ -4,8 +4,6 @@ then synchronisation taken away, then mistakes in the source.
 
 from __future__ import annotations
 
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulator
@@ -14,7 +12,7 @@ import test_emulator
 import torch
 import wrappers
 from emulator import Kernels
-from test_emulator import F16, Case, Fault, check, inputs, kernels, outcome, synchronisation
+from test_emulator import F16, Case, Fault, check, inputs, kernels, outcome, synchronisation, with_faults
 from torch import Tensor
 
 from flatlora_kernels.spec.noise import Draw
@@ -194,32 +192,18 @@ gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    """For each fault, and for none, a library with the two kernels that the faults are tried on."""
     if emulator.CXX is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("faults")
-    source = (emulator.CSRC / "cuda/linear_sm90.h").read_text()
     rest = [
         emulator.compile_object(emulator.CSRC / path, folder / f"{Path(path).stem}.o", "-DFLATLORA_HAVE_SM90")
         for path in ("cuda/api.cu", "cuda/split.cu")
     ]
-
-    def build(fault: Fault) -> tuple[str, Kernels]:
-        here = folder / fault.name.replace(" ", "_")
-        shutil.copytree(emulator.CSRC, here)
-        if source.count(fault.old) == 1:  # else test_fault says so
-            (here / "cuda/linear_sm90.h").write_text(source.replace(fault.old, fault.new))
-        (here / "cuda/one.cu").write_text(ONE_KERNEL)
-        one = emulator.compile_object(here / "cuda/one.cu", here / "one.o", "-Wno-unused", "-Wno-psabi")
-        kernels = Kernels(emulator.link([one, *rest, *wrappers.emulator_objects()], here / "one.so"))
-        kernels.whole = False
-        kernels.set(architecture=90, processors=4, seed=1)
-        return fault.name, kernels
-
-    nothing = Fault("nothing", "#pragma once", "#pragma once", FORWARD)
-    wrappers.emulator_objects()  # not by two threads at once
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, [nothing, *FAULTS]))
+    rest += wrappers.emulator_objects()
+    built = with_faults(folder, "cuda/linear_sm90.h", ONE_KERNEL, FAULTS, rest, "-Wno-psabi")
+    for build in built.values():
+        build.set(architecture=90, processors=4, seed=1)
+    return built
 
 
 @pytest.mark.parametrize("case", [FORWARD, BACKWARD, SAMPLES], ids=str)

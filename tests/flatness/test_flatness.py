@@ -1,4 +1,4 @@
-"""flatness.py against a quadratic loss, of which everything is known."""
+"""The measures of flatness against a quadratic loss, of which everything is known, their plots and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`NoiseController`: schedules, optimisers that drive it, what a resumed run and an exception leave."""
+"""`NoiseController`: schedules, seeds, optimisers that drive it, what a resumed run and an exception leave."""
 
 from __future__ import annotations
 
@@ -10,41 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import (
+    all_equal,
+    gradients,
+    model_and_controller,
+    noise_scale_now,
+    small_layer,
+    small_model,
+    train,
+    trainable,
+)
 from targets import randn
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-import flatlora_kernels as fk
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
-
-
-def model_and_controller(**settings: Any) -> tuple[nn.Sequential, NoiseController]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    options = {
-        "r": 2,
-        "lora_alpha": 2,
-        "backend": "reference",
-        "verbose": False,
-        "sigma": 0.4,
-        "seed": 1,
-        **settings,
-    }
-    controller = apply_flat_lora(model, ".*", **options)
-    for layer in controller.layers:
-        if layer.lora_B is not None:
-            nn.init.normal_(layer.lora_B)
-    return model, controller
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def noise_scale_now(layer: FlatLoraLinear, sigma: float) -> Tensor:
-    return fk.flat_noise_scale(
-        layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling, sigma=sigma, backend="reference"
-    )
-
+from flatlora_kernels.train.controller import _mix
 
 # Strength
 
@@ -115,11 +96,6 @@ def test_loading_a_step_loads_its_strength() -> None:
     assert torch.equal(model(x), quiet)
 
 
-def test_seeds_are_those_of_earlier_versions() -> None:
-    """A run that is resumed with a later version draws the noise that it would have drawn."""
-    assert NoiseController(seed=1).value == NoiseController(seed=1, rank=0).value == 12793040940332582595
-
-
 def test_norm_row_has_no_root_of_in_features() -> None:
     flat, row = (
         FlatLoraLinear.from_linear(
@@ -173,30 +149,165 @@ def test_bad_uses() -> None:
         controller.load_state_dict({"step": 3})
 
 
+# The seed
+
+
+def test_equal_on_all_ranks_unless_asked() -> None:
+    torch.manual_seed(11)
+    here, there, elsewhere = NoiseController(), NoiseController(), NoiseController(rank=1)
+    assert here.base == 11
+    for _ in range(3):
+        assert here.value == there.value != elsewhere.value
+        for seed in (here, there, elsewhere):
+            seed.advance()
+    with pytest.raises(TypeError, match="seed: expected an int"):
+        NoiseController(seed=1.5)
+    with pytest.raises(ValueError, match="rank: expected"):
+        NoiseController(rank=-1)
+
+
+def test_seeds_differ_by_step_base_and_rank() -> None:
+    values = set()
+    for base in (0, 1, 2**63, 2**64 - 1):
+        for rank in range(4):
+            seed = NoiseController(seed=base, rank=rank)
+            for _ in range(100):
+                values.add(seed.value)
+                seed.advance()
+    assert len(values) == 4 * 4 * 100
+    assert all(0 <= v < 2**64 for v in values)
+    bits = [sum(v >> bit & 1 for v in values) for bit in range(64)]
+    # 1,600 fair coins have a standard deviation of 20: five of them, at 64 bits, fail 4e-5 of all bases.
+    assert max(abs(b - 800) for b in bits) < 100
+
+
+def test_seed_tensor_has_all_64_bits_and_is_overwritten_in_place() -> None:
+    seed = NoiseController(seed=7)
+    tensor = seed.tensor("cpu")
+    assert (tensor.dtype, tensor.shape) == (torch.int64, ())
+    signs = set()
+    for _ in range(8):
+        assert seed.tensor(torch.device("cpu")) is tensor
+        assert tensor.item() % 2**64 == seed.value
+        signs.add(tensor.item() < 0)
+        seed.advance()
+    assert signs == {False, True}
+
+
+def test_rank_may_be_assigned_and_the_rest_may_not() -> None:
+    controller = NoiseController(seed=1)
+    seed = controller.tensor("cpu")
+    controller.rank = 3
+    assert seed.item() == NoiseController(seed=1, rank=3).tensor("cpu").item()
+    with pytest.raises(ValueError, match="rank"):
+        controller.rank = -1
+    for name, value in (("schedule", "linear"), ("norm", "row")):
+        with pytest.raises(AttributeError):
+            setattr(controller, name, value)
+
+
+def test_seeds_never_change() -> None:
+    """A run resumed by another version must draw what it drew."""
+    # First outputs of the published SplitMix64 from states 0 and 1234567.
+    assert _mix(0) == 0xE220A8397B1DCDAF
+    assert _mix(1234567) == 6457827717110365317
+    seed = NoiseController(seed=2**64 - 1, rank=3)
+    assert NoiseController(seed=0).value == 2558736989570252433
+    seed.advance()
+    assert seed.value == 14826025096241840780
+
+
+def test_seeds_are_those_of_earlier_versions() -> None:
+    """A run that is resumed with a later version draws the noise that it would have drawn."""
+    assert NoiseController(seed=1).value == NoiseController(seed=1, rank=0).value == 12793040940332582595
+
+
+def test_global_generators_are_not_advanced() -> None:
+    torch.manual_seed(5)
+    linear = nn.Linear(16, 8)
+    expected = torch.get_rng_state()
+    controller = NoiseController()
+    assert torch.equal(torch.get_rng_state(), expected)
+    layer = FlatLoraLinear.from_linear(linear, noise_controller=controller, backend="reference")
+    expected = torch.get_rng_state()  # the initialisation of lora_A does draw
+    for _ in range(2):
+        layer(randn(3, 16)).sum().backward()
+        controller.advance()
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert torch.initial_seed() == 5
+
+
+def test_advance_changes_the_noise_and_nothing_else_does() -> None:
+    model, controller = small_model()
+    x = randn(6, 16)
+    first = model(x)
+    assert torch.equal(model(x), first)
+    torch.manual_seed(99)
+    assert torch.equal(model(x), first)
+    controller.advance()
+    assert not torch.allclose(model(x), first, atol=1e-3)
+
+
+def test_layers_draw_different_noise() -> None:
+    controller = NoiseController(seed=1)
+    one, two = (small_layer(noise_controller=controller, stream=s) for s in (0, 1))
+    x = randn(5, 40)
+    assert torch.equal(one.eval()(x), two.eval()(x))
+    assert not torch.allclose(one.train()(x), two.train()(x), atol=1e-2)
+
+
+def test_gradient_accumulation_sees_one_noise() -> None:
+    model, _ = small_model()
+    x = randn(8, 16)
+    whole = gradients(model, x)
+    model.zero_grad()
+    for part in x.chunk(4):
+        model(part).square().sum().backward()
+    for p, expected in zip(trainable(model), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_sees_the_same_noise(use_reentrant: bool) -> None:
+    model, controller = small_model(lora_dropout=0.2)
+    x = randn(6, 16).requires_grad_()
+    for _ in range(2):
+        results = []
+        for run in (model, lambda t: checkpoint(model, t, use_reentrant=use_reentrant)):
+            model.zero_grad()
+            x.grad = None
+            torch.manual_seed(4)  # dropout's
+            run(x).square().sum().backward()
+            results.append([x.grad, *(p.grad for p in trainable(model))])
+        assert all_equal(*results)
+        controller.advance()
+
+
+def test_backward_after_advance_is_an_error() -> None:
+    model, controller = small_model()
+    loss = model(randn(2, 16).requires_grad_()).sum()
+    controller.advance()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # Attached to an optimiser
 
 
 def test_attached_state_travels_with_the_optimiser() -> None:
     """A plain loop, interrupted and resumed: bit for bit."""
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-        losses = []
-        for t in steps:
-            loss = model(randn(5, 6, seed=t)).square().sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+    first, rest = ([randn(5, 6, seed=t) for t in steps] for steps in (range(3), range(3, 6)))
 
     settings = {"schedule": "cosine", "total_steps": 6}
     model, controller = model_and_controller(seed=2**64 - 5, **settings)
     optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
     controller.attach(optimizer)
-    train(model, optimizer, range(3))
+    train(model, optimizer, first)
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
     torch.save({"model": weights, "optimizer": optimizer.state_dict()}, file := io.BytesIO())
-    expected = train(model, optimizer, range(3, 6))
+    expected = train(model, optimizer, rest)
     assert controller.sigma == 0.4
 
     resumed, other = model_and_controller(seed=7, **settings)
@@ -210,7 +321,7 @@ def test_attached_state_travels_with_the_optimiser() -> None:
     optimizer.load_state_dict(saved["optimizer"])
     resumed.load_state_dict(saved["model"], strict=False)
     assert (other.base, other.step) == (2**64 - 5, 3)
-    assert train(resumed, optimizer, range(3, 6)) == expected
+    assert train(resumed, optimizer, rest) == expected
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -352,141 +463,3 @@ def test_evaluation_and_exceptions_leave_nothing_behind() -> None:
     assert torch.equal(torch.get_rng_state(), generator), "torch's generator is nobody's but the user's"
     for name, value in frozen.items():
         assert torch.equal(model.get_parameter(name), value), "base weights: bit for bit"
-
-
-# Layers
-
-
-def test_changed_parameters_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written in place, replaced, exchanged through .data, scaled: the next forward measures anew, once."""
-    model, _ = model_and_controller()
-    layer, x = model[0], randn(4, 6)
-
-    def in_place() -> None:
-        layer.lora_B.mul_(3)
-
-    def replaced() -> None:
-        layer.lora_B = nn.Parameter(torch.randn_like(layer.lora_B))
-
-    def wrapped_again() -> None:  # the address and the version of the old one
-        layer.lora_B.data.mul_(3)
-        before = layer.lora_B
-        layer.lora_B = nn.Parameter(before.data)
-        assert (layer.lora_B._version, layer.lora_B.data_ptr()) == (before._version, before.data_ptr())
-
-    def through_data() -> None:
-        layer.weight.data = layer.weight.data * 2
-
-    def scaled() -> None:
-        layer.scaling *= 2
-
-    layer(x)
-    reads = []
-    original = fk.train.layer.flat_noise_scale
-    monkeypatch.setattr(
-        fk.train.layer, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k)
-    )
-    for i, change in enumerate((in_place, replaced, wrapped_again, through_data, scaled), 1):
-        with torch.no_grad():
-            change()
-        for _ in range(2):
-            layer(x)
-        assert len(reads) == i, change.__name__
-        torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.4))
-
-
-def test_tied_weights_share_a_stream() -> None:
-    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"})
-    model["c"].weight = model["a"].weight
-    controller = apply_flat_lora(model, ".*", r=2, backend="reference", verbose=False)
-    assert [model[name].stream for name in "abc"] == [0, 1, 0]
-    tied = FlatLoraLinear(model["b"].weight, noise_controller=controller, backend="reference")
-    new = FlatLoraLinear(torch.zeros(4, 4), noise_controller=controller, backend="reference")
-    assert (tied.stream, new.stream) == (1, 2)
-    assert len(controller.layers) == 5
-
-
-def test_samples_batch_is_a_draw_per_sequence() -> None:
-    model, controller = model_and_controller(samples="batch")
-    layer, x = model[0], randn(1, 5, 6)
-    y = layer(x.expand(3, 5, 6))
-    quiet = layer.eval()(x)[0]
-    layer.train()
-    assert not torch.allclose(y[0], y[1], atol=1e-2)
-    torch.testing.assert_close(layer(x)[0], y[0])
-    for i, offset in enumerate((0, 1, 2)):
-        controller.sample_offset = offset
-        torch.testing.assert_close(layer(x)[0], y[i])
-    assert layer(x[0, 0]).shape == (8,)
-    assert not torch.allclose(y[0], quiet, atol=1e-2)
-    controller.sample_offset = 0
-    layer.antithetic = True
-    pair = layer(x.expand(2, 5, 6))
-    torch.testing.assert_close(pair[0] + pair[1], 2 * quiet)
-
-
-def test_samples_batch_compiles_in_one_graph() -> None:
-    model, controller = model_and_controller(samples="batch")
-    controller.advance()  # compiled code does not see by itself that lora_B was set
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for t in range(3):
-            x = randn(3, 5, 6, seed=t)
-            torch.testing.assert_close(compiled(x), model(x))
-            controller.advance()
-
-
-def test_full_fine_tuning_without_an_adapter() -> None:
-    model, controller = model_and_controller(r=0, train_weight=True)
-    layer, x = model[0], randn(4, 6)
-    assert layer.lora_A is None
-    assert sorted(n for n, p in model.named_parameters() if p.requires_grad) == [
-        "0.bias", "0.weight", "2.bias", "2.weight",
-    ]  # fmt: skip
-    eps = fk.materialize_noise(layer.noise_scale, 6, seed=controller.value, stream=0, backend="reference")
-    torch.testing.assert_close(layer(x), x @ (layer.weight + eps).t() + layer.bias)
-    controller.attach(optimizer := torch.optim.SGD(trainable(model), lr=0.1))
-    before = layer.noise_scale.clone()
-    model(x).square().sum().backward()
-    optimizer.step()
-    assert layer.weight.grad is not None
-    assert not torch.equal(layer.noise_scale, before), "norms of the weights of now"
-    quiet = layer.eval()(x)
-    layer.merge()
-    torch.testing.assert_close(layer(x), quiet)
-    layer.unmerge()
-    assert layer.weight.requires_grad
-
-
-def test_auxiliary_adapter_in_training_mode_only() -> None:
-    model, _ = model_and_controller(sigma=0.0)
-    layer, x = model[0], randn(4, 6)
-    y = layer(x)
-    A, B = randn(3, 6, seed=2), randn(8, 3, seed=3)
-    layer.auxiliary = (A, B)
-    torch.testing.assert_close(layer(x), y + layer.scaling * x @ A.t() @ B.t())
-    torch.testing.assert_close(layer.eval()(x), y)
-
-
-def test_noise_can_be_taken_off_and_put_on() -> None:
-    model, controller = model_and_controller()
-    layer = model[0]
-    layer._remove_noise()
-    assert controller.layers == (model[2],)
-    assert layer.noise_scale is None
-    layer._set_up_noise(controller, backend="reference")
-    assert layer.stream == 2
-    assert len(controller.layers) == 2
-
-
-def test_rank_may_be_assigned_and_the_rest_may_not() -> None:
-    controller = NoiseController(seed=1)
-    seed = controller.tensor("cpu")
-    controller.rank = 3
-    assert seed.item() == NoiseController(seed=1, rank=3).tensor("cpu").item()
-    with pytest.raises(ValueError, match="rank"):
-        controller.rank = -1
-    for name, value in (("schedule", "linear"), ("norm", "row")):
-        with pytest.raises(AttributeError):
-            setattr(controller, name, value)

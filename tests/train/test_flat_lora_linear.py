@@ -1,4 +1,4 @@
-"""`FlatLoraLinear`, its `NoiseController` and `apply_flat_lora`: one promise a test."""
+"""`FlatLoraLinear`: one promise a test."""
 
 from __future__ import annotations
 
@@ -6,77 +6,30 @@ import copy
 import io
 import math
 import pickle
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import (
+    Net,
+    all_equal,
+    gradients,
+    layers,
+    measurements,
+    model_and_controller,
+    noise_scale_now,
+    small_layer,
+    small_model,
+    train,
+    trainable,
+)
 from targets import Target, randn
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 import flatlora_kernels as fk
-from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
-from flatlora_kernels.train.controller import _mix
+from flatlora_kernels import FlatLoraLinear, NoiseController
 
 
-def small_layer(
-    in_features: int = 40, out_features: int = 24, *, dtype: torch.dtype = torch.float32, **options
-) -> FlatLoraLinear:
-    """A layer with an adapter that does something, on the reference backend unless told otherwise."""
-    torch.manual_seed(0)
-    linear = nn.Linear(in_features, out_features, dtype=dtype)
-    own = {} if "noise_controller" in options else {"sigma": 0.3}
-    layer = FlatLoraLinear.from_linear(linear, **{"r": 4, "backend": "reference", **own, **options})
-    nn.init.normal_(layer.lora_B)
-    layer.refresh_noise_scale()
-    return layer
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(16, 24)
-        self.block = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(torch.tanh(self.first(x))))
-
-
-def small_model(sigma: float = 0.3, **options) -> tuple[Net, NoiseController]:
-    torch.manual_seed(0)
-    model = Net()
-    options = {"r": 4, "backend": "reference", "verbose": False, **options}
-    if "noise_controller" not in options:
-        options["sigma"] = sigma
-    controller = apply_flat_lora(model, ["first", "block.0", "block.2"], **options)
-    for layer in layers(model):
-        nn.init.normal_(layer.lora_B, std=0.1)
-        layer.refresh_noise_scale()
-    return model, controller
-
-
-def layers(model: nn.Module) -> list[FlatLoraLinear]:
-    return [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(model(x).square().sum(), trainable(model)))
-
-
-def all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-# The layer
-
-
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_is_the_op_with_its_own_arguments(
     target: Target, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +145,80 @@ def test_samples_see_noise_of_their_own(antithetic: bool) -> None:
     assert layer.eval()(row.repeat(3, 1)).shape == (3, 24), "groups are of no account in eval mode"
 
 
+def test_samples_batch_is_a_draw_per_sequence() -> None:
+    model, controller = model_and_controller(samples="batch")
+    layer, x = model[0], randn(1, 5, 6)
+    y = layer(x.expand(3, 5, 6))
+    quiet = layer.eval()(x)[0]
+    layer.train()
+    assert not torch.allclose(y[0], y[1], atol=1e-2)
+    torch.testing.assert_close(layer(x)[0], y[0])
+    for i, offset in enumerate((0, 1, 2)):
+        controller.sample_offset = offset
+        torch.testing.assert_close(layer(x)[0], y[i])
+    assert layer(x[0, 0]).shape == (8,)
+    assert not torch.allclose(y[0], quiet, atol=1e-2)
+    controller.sample_offset = 0
+    layer.antithetic = True
+    pair = layer(x.expand(2, 5, 6))
+    torch.testing.assert_close(pair[0] + pair[1], 2 * quiet)
+
+
+def test_samples_batch_compiles_in_one_graph() -> None:
+    model, controller = model_and_controller(samples="batch")
+    controller.advance()  # compiled code does not see by itself that lora_B was set
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in range(3):
+            x = randn(3, 5, 6, seed=t)
+            torch.testing.assert_close(compiled(x), model(x))
+            controller.advance()
+
+
+def test_full_fine_tuning_without_an_adapter() -> None:
+    model, controller = model_and_controller(r=0, train_weight=True)
+    layer, x = model[0], randn(4, 6)
+    assert layer.lora_A is None
+    assert sorted(n for n, p in model.named_parameters() if p.requires_grad) == [
+        "0.bias", "0.weight", "2.bias", "2.weight",
+    ]  # fmt: skip
+    eps = fk.materialize_noise(layer.noise_scale, 6, seed=controller.value, stream=0, backend="reference")
+    torch.testing.assert_close(layer(x), x @ (layer.weight + eps).t() + layer.bias)
+    controller.attach(optimizer := torch.optim.SGD(trainable(model), lr=0.1))
+    before = layer.noise_scale.clone()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert layer.weight.grad is not None
+    assert not torch.equal(layer.noise_scale, before), "norms of the weights of now"
+    quiet = layer.eval()(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), quiet)
+    layer.unmerge()
+    assert layer.weight.requires_grad
+
+
+def test_auxiliary_adapter_in_training_mode_only() -> None:
+    model, _ = model_and_controller(sigma=0.0)
+    layer, x = model[0], randn(4, 6)
+    y = layer(x)
+    A, B = randn(3, 6, seed=2), randn(8, 3, seed=3)
+    layer.auxiliary = (A, B)
+    torch.testing.assert_close(layer(x), y + layer.scaling * x @ A.t() @ B.t())
+    torch.testing.assert_close(layer.eval()(x), y)
+
+
+def test_noise_can_be_taken_off_and_put_on() -> None:
+    model, controller = model_and_controller()
+    layer = model[0]
+    layer._remove_noise()
+    assert controller.layers == (model[2],)
+    assert layer.noise_scale is None
+    layer._set_up_noise(controller, backend="reference")
+    assert layer.stream == 2
+    assert len(controller.layers) == 2
+
+
 @pytest.mark.parametrize(
     "option, value, error",
     [
@@ -227,11 +254,7 @@ def test_bad_sources() -> None:
 def test_noise_scale_is_refreshed_once_per_step_by_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, controller = small_model()
     x = randn(6, 16)
-    reads = []
-    original = fk.train.layer.flat_noise_scale
-    monkeypatch.setattr(
-        fk.train.layer, "flat_noise_scale", lambda *a, **k: reads.append(1) or original(*a, **k)
-    )
+    reads = measurements(monkeypatch)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     for step in range(1, 3):
         for _ in range(4):  # micro-batches
@@ -253,157 +276,83 @@ def test_without_noise_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model(randn(2, 16)).shape == (2, 3)
 
 
-# The seed
+def test_changed_parameters_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in place, replaced, exchanged through .data, scaled: the next forward measures anew, once."""
+    model, _ = model_and_controller()
+    layer, x = model[0], randn(4, 6)
+
+    def in_place() -> None:
+        layer.lora_B.mul_(3)
+
+    def replaced() -> None:
+        layer.lora_B = nn.Parameter(torch.randn_like(layer.lora_B))
+
+    def wrapped_again() -> None:  # the address and the version of the old one
+        layer.lora_B.data.mul_(3)
+        before = layer.lora_B
+        layer.lora_B = nn.Parameter(before.data)
+        assert (layer.lora_B._version, layer.lora_B.data_ptr()) == (before._version, before.data_ptr())
+
+    def through_data() -> None:
+        layer.weight.data = layer.weight.data * 2
+
+    def scaled() -> None:
+        layer.scaling *= 2
+
+    layer(x)
+    reads = measurements(monkeypatch)
+    for i, change in enumerate((in_place, replaced, wrapped_again, through_data, scaled), 1):
+        with torch.no_grad():
+            change()
+        for _ in range(2):
+            layer(x)
+        assert len(reads) == i, change.__name__
+        torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.4))
 
 
-def test_equal_on_all_ranks_unless_asked() -> None:
-    torch.manual_seed(11)
-    here, there, elsewhere = NoiseController(), NoiseController(), NoiseController(rank=1)
-    assert here.base == 11
-    for _ in range(3):
-        assert here.value == there.value != elsewhere.value
-        for seed in (here, there, elsewhere):
-            seed.advance()
-    with pytest.raises(TypeError, match="seed: expected an int"):
-        NoiseController(seed=1.5)
-    with pytest.raises(ValueError, match="rank: expected"):
-        NoiseController(rank=-1)
-
-
-def test_seeds_differ_by_step_base_and_rank() -> None:
-    values = set()
-    for base in (0, 1, 2**63, 2**64 - 1):
-        for rank in range(4):
-            seed = NoiseController(seed=base, rank=rank)
-            for _ in range(100):
-                values.add(seed.value)
-                seed.advance()
-    assert len(values) == 4 * 4 * 100
-    assert all(0 <= v < 2**64 for v in values)
-    bits = [sum(v >> bit & 1 for v in values) for bit in range(64)]
-    # 1,600 fair coins have a standard deviation of 20: five of them, at 64 bits, fail 4e-5 of all bases.
-    assert max(abs(b - 800) for b in bits) < 100
-
-
-def test_seed_tensor_has_all_64_bits_and_is_overwritten_in_place() -> None:
-    seed = NoiseController(seed=7)
-    tensor = seed.tensor("cpu")
-    assert (tensor.dtype, tensor.shape) == (torch.int64, ())
-    signs = set()
-    for _ in range(8):
-        assert seed.tensor(torch.device("cpu")) is tensor
-        assert tensor.item() % 2**64 == seed.value
-        signs.add(tensor.item() < 0)
-        seed.advance()
-    assert signs == {False, True}
-
-
-def test_global_generators_are_not_advanced() -> None:
-    torch.manual_seed(5)
-    linear = nn.Linear(16, 8)
-    expected = torch.get_rng_state()
-    controller = NoiseController()
-    assert torch.equal(torch.get_rng_state(), expected)
-    layer = FlatLoraLinear.from_linear(linear, noise_controller=controller, backend="reference")
-    expected = torch.get_rng_state()  # the initialisation of lora_A does draw
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_noise_scale_computed_beside_the_forward(device: str) -> None:
+    """`overlap` changes no bit: layers wait for their own, also where sigma is set and a layer is copied meanwhile."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    models = []
     for _ in range(2):
-        layer(randn(3, 16)).sum().backward()
-        controller.advance()
-    layer.merge()
-    layer.unmerge()
-    assert torch.equal(torch.get_rng_state(), expected)
-    assert torch.initial_seed() == 5
-
-
-def test_advance_changes_the_noise_and_nothing_else_does() -> None:
-    model, controller = small_model()
-    x = randn(6, 16)
-    first = model(x)
-    assert torch.equal(model(x), first)
-    torch.manual_seed(99)
-    assert torch.equal(model(x), first)
-    controller.advance()
-    assert not torch.allclose(model(x), first, atol=1e-3)
-
-
-def test_layers_draw_different_noise() -> None:
-    controller = NoiseController(seed=1)
-    one, two = (small_layer(noise_controller=controller, stream=s) for s in (0, 1))
-    x = randn(5, 40)
-    assert torch.equal(one.eval()(x), two.eval()(x))
-    assert not torch.allclose(one.train()(x), two.train()(x), atol=1e-2)
-
-
-def test_gradient_accumulation_sees_one_noise() -> None:
-    model, _ = small_model()
-    x = randn(8, 16)
-    whole = gradients(model, x)
-    model.zero_grad()
-    for part in x.chunk(4):
-        model(part).square().sum().backward()
-    for p, expected in zip(trainable(model), whole, strict=True):
-        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint_sees_the_same_noise(use_reentrant: bool) -> None:
-    model, controller = small_model(lora_dropout=0.2)
-    x = randn(6, 16).requires_grad_()
-    for _ in range(2):
-        results = []
-        for run in (model, lambda t: checkpoint(model, t, use_reentrant=use_reentrant)):
-            model.zero_grad()
-            x.grad = None
-            torch.manual_seed(4)  # dropout's
-            run(x).square().sum().backward()
-            results.append([x.grad, *(p.grad for p in trainable(model))])
-        assert all_equal(*results)
-        controller.advance()
-
-
-def test_backward_after_advance_is_an_error() -> None:
-    model, controller = small_model()
-    loss = model(randn(2, 16).requires_grad_()).sum()
-    controller.advance()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_seeds_never_change() -> None:
-    """A run resumed by another version must draw what it drew."""
-    # First outputs of the published SplitMix64 from states 0 and 1234567.
-    assert _mix(0) == 0xE220A8397B1DCDAF
-    assert _mix(1234567) == 6457827717110365317
-    seed = NoiseController(seed=2**64 - 1, rank=3)
-    assert NoiseController(seed=0).value == 2558736989570252433
-    seed.advance()
-    assert seed.value == 14826025096241840780
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8))).to(device)
+        seed = fk.apply_flat_lora(model, r".*", r=4, sigma=0.1, seed=3, verbose=False)
+        for layer in model:
+            torch.nn.init.normal_(layer.lora_B)
+        models.append((model, seed))
+    x = torch.randn(64, 512, device=device)
+    for step in range(3):
+        outputs = []
+        for (model, seed), overlap in zip(models, (False, True), strict=True):
+            with torch.no_grad():
+                for layer in model:
+                    layer.lora_B.mul_(1.5)
+            seed.advance(overlap=overlap)
+            if step == 1:
+                seed.target_sigma = 0.2
+            if step == 2:
+                copied = copy.deepcopy(model)
+                assert torch.equal(copied[5].noise_scale, model[5].noise_scale)
+            outputs.append(model(x))
+        assert torch.equal(*outputs)
+    scales = [torch.stack([layer.noise_scale for layer in model]) for model, _ in models]
+    assert torch.equal(*scales)
 
 
 # state_dict, copies and moves
 
 
-def train(
-    model: Net, controller: NoiseController, optimizer: torch.optim.Optimizer, steps: range
-) -> list[float]:
-    losses = []
-    for step in steps:
-        loss = model(randn(6, 16, seed=step)).square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        controller.advance()
-        losses.append(loss.item())
-    return losses
-
-
 def test_resume_draws_what_the_interrupted_run_would_have_drawn() -> None:
+    first, rest = ([randn(6, 16, seed=t) for t in steps] for steps in (range(3), range(3, 6)))
     model, controller = small_model(noise_controller=NoiseController(seed=2**63 + 12345, sigma=0.3))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    train(model, controller, optimizer, range(3))
+    train(model, optimizer, first, controller)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    expected = train(model, controller, optimizer, range(3, 6))
+    expected = train(model, optimizer, rest, controller)
 
     torch.manual_seed(77)
     resumed, resumed_seed = small_model(noise_controller=NoiseController(seed=0, sigma=0.3))
@@ -413,7 +362,7 @@ def test_resume_draws_what_the_interrupted_run_would_have_drawn() -> None:
     resumed.load_state_dict(saved["model"], strict=True)
     optimizer.load_state_dict(saved["optimizer"])
     assert (resumed_seed.base, resumed_seed.step) == (2**63 + 12345, 3)
-    assert train(resumed, resumed_seed, optimizer, range(3, 6)) == expected
+    assert train(resumed, optimizer, rest, resumed_seed) == expected
 
 
 def test_state_dict_is_small_and_shares_nothing() -> None:
@@ -605,161 +554,3 @@ def test_moving_and_copying_while_merged() -> None:
     torch.testing.assert_close(twin(x), twin_merged)
     layer.unmerge()
     assert torch.equal(layer.weight, twin.weight.float())
-
-
-# apply_flat_lora
-
-
-@pytest.mark.parametrize(
-    "pattern, expected",
-    [
-        (["first", "2"], ["first", "block.2"]),
-        (("block.0",), ["block.0"]),
-        (r"block\.\d", ["block.0", "block.2"]),
-        (r".*", ["first", "block.0", "block.2", "head"]),
-    ],
-)
-def test_patterns_and_streams(pattern, expected: list[str]) -> None:  # type: ignore[no-untyped-def]
-    model = Net()
-    controller = apply_flat_lora(model, pattern, r=2, backend="reference", verbose=False)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, FlatLoraLinear)}
-    assert list(found) == expected
-    assert [m.stream for m in found.values()] == list(range(len(expected)))
-    assert {m.noise_controller for m in found.values()} == {controller}
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert names == [f"{n}.lora_{ab}" for n in expected for ab in "AB"]
-
-
-@pytest.mark.parametrize("pattern", [["irst"], "block", [], r"first\.weight"])
-def test_no_match_is_an_error(pattern) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"target_modules: .* none of 4 \(first, block.0, block.2, head\)"):
-        apply_flat_lora(Net(), pattern)
-
-
-def test_layers_that_would_miss_the_adapter_are_refused() -> None:
-    encoder = nn.TransformerEncoderLayer(16, 2, 32)
-    for pattern in (["out_proj"], ["linear1"]):
-        with pytest.raises(ValueError, match="reads its weight directly"):
-            apply_flat_lora(encoder, pattern, backend="reference")
-    assert not layers(encoder), "refused before anything is replaced"
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def hooked(*sizes: int) -> nn.Linear:
-    linear = nn.Linear(*sizes)
-    linear.register_forward_hook(lambda *_: None)
-    return linear
-
-
-def flattened(*sizes: int) -> nn.Linear:
-    linear = nn.Linear(*sizes)
-    linear.weight = nn.Parameter(linear.weight.detach().flatten())
-    return linear
-
-
-@pytest.mark.parametrize(
-    "make, why",
-    [
-        (flattened, "shape .64,."),
-        (Doubled, "Doubled has a forward of its own"),
-        (hooked, "hooks"),
-        (lambda *n: nn.utils.parametrizations.weight_norm(nn.Linear(*n)), "its weight is a Tensor"),
-        (lambda *n: nn.Linear(*n).to(torch.float8_e4m3fn), "float8_e4m3fn"),
-    ],
-)
-def test_linears_that_are_not_plain_are_refused(make: Any, why: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), make(8, 8))
-    with pytest.raises(ValueError, match=f"target_modules: .* got '1': .*{why}"):
-        apply_flat_lora(model, ["0", "1"])
-    assert not layers(model), "refused before anything is replaced"
-
-
-def test_shards_are_refused() -> None:
-    """As FSDP leaves them outside of a forward."""
-    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference")
-    layer.weight = nn.Parameter(layer.weight.detach().flatten()[:32], requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"FlatLoraLinear: expected a whole weight.*shape \(32,\); FSDP"):
-        layer.noise_controller.advance()
-
-
-def test_second_call_adds_to_the_first() -> None:
-    model = Net()
-    first = apply_flat_lora(model, ["first"], r=2, backend="reference", verbose=False)
-    second = apply_flat_lora(model, [r"block.0"], r=3, backend="reference", verbose=False)
-    assert first is second
-    assert [(m.r, m.stream) for m in layers(model)] == [(2, 0), (3, 1)]
-    assert model.first.lora_A.requires_grad
-
-
-def test_shared_linear_stays_one_layer() -> None:
-    shared = nn.Linear(8, 8)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
-    apply_flat_lora(model, ".*", r=2, backend="reference", verbose=False)
-    assert model["a"] is model["b"][0]
-    assert isinstance(model["a"], FlatLoraLinear)
-
-
-def test_prints_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Net()
-    apply_flat_lora(model, ["first"], r=2, backend="reference")
-    total = sum(p.numel() for p in model.parameters())
-    printed = capsys.readouterr().out
-    assert f"{2 * (16 + 24)} of {total:,}" in printed
-    assert fk.print_trainable_parameters(model) == (80, total)
-    assert capsys.readouterr().out == printed
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.1])
-def test_training_lowers_the_loss(target: Target, sigma: float) -> None:
-    model, controller = small_model(sigma=sigma, backend=target.backend)
-    model.to(target.device)
-    x, goal = randn(64, 16, device=target.device), randn(64, 3, seed=1, device=target.device)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-
-    def loss() -> Tensor:
-        return F.mse_loss(model(x), goal)
-
-    before = loss().item()
-    for _ in range(100):
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        controller.advance()
-    model.eval()
-    assert loss().item() < 0.8 * before
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_noise_scale_computed_beside_the_forward(device: str) -> None:
-    """`overlap` changes no bit: layers wait for their own, also where sigma is set and a layer is copied meanwhile."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8))).to(device)
-        seed = fk.apply_flat_lora(model, r".*", r=4, sigma=0.1, seed=3, verbose=False)
-        for layer in model:
-            torch.nn.init.normal_(layer.lora_B)
-        models.append((model, seed))
-    x = torch.randn(64, 512, device=device)
-    for step in range(3):
-        outputs = []
-        for (model, seed), overlap in zip(models, (False, True), strict=True):
-            with torch.no_grad():
-                for layer in model:
-                    layer.lora_B.mul_(1.5)
-            seed.advance(overlap=overlap)
-            if step == 1:
-                seed.target_sigma = 0.2
-            if step == 2:
-                copied = copy.deepcopy(model)
-                assert torch.equal(copied[5].noise_scale, model[5].noise_scale)
-            outputs.append(model(x))
-        assert torch.equal(*outputs)
-    scales = [torch.stack([layer.noise_scale for layer in model]) for model, _ in models]
-    assert torch.equal(*scales)

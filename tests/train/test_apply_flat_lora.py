@@ -1,0 +1,149 @@
+"""`apply_flat_lora`: which layers it replaces, which it refuses, the streams it gives, and that the model trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import Net, layers, small_model, trainable
+from targets import Target, randn
+from torch import Tensor, nn
+
+import flatlora_kernels as fk
+from flatlora_kernels import FlatLoraLinear, apply_flat_lora
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        (["first", "2"], ["first", "block.2"]),
+        (("block.0",), ["block.0"]),
+        (r"block\.\d", ["block.0", "block.2"]),
+        (r".*", ["first", "block.0", "block.2", "head"]),
+    ],
+)
+def test_patterns_and_streams(pattern, expected: list[str]) -> None:  # type: ignore[no-untyped-def]
+    model = Net()
+    controller = apply_flat_lora(model, pattern, r=2, backend="reference", verbose=False)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, FlatLoraLinear)}
+    assert list(found) == expected
+    assert [m.stream for m in found.values()] == list(range(len(expected)))
+    assert {m.noise_controller for m in found.values()} == {controller}
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names == [f"{n}.lora_{ab}" for n in expected for ab in "AB"]
+
+
+@pytest.mark.parametrize("pattern", [["irst"], "block", [], r"first\.weight"])
+def test_no_match_is_an_error(pattern) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"target_modules: .* none of 4 \(first, block.0, block.2, head\)"):
+        apply_flat_lora(Net(), pattern)
+
+
+def test_layers_that_would_miss_the_adapter_are_refused() -> None:
+    encoder = nn.TransformerEncoderLayer(16, 2, 32)
+    for pattern in (["out_proj"], ["linear1"]):
+        with pytest.raises(ValueError, match="reads its weight directly"):
+            apply_flat_lora(encoder, pattern, backend="reference")
+    assert not layers(encoder), "refused before anything is replaced"
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(*sizes: int) -> nn.Linear:
+    linear = nn.Linear(*sizes)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+def flattened(*sizes: int) -> nn.Linear:
+    linear = nn.Linear(*sizes)
+    linear.weight = nn.Parameter(linear.weight.detach().flatten())
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (flattened, "shape .64,."),
+        (Doubled, "Doubled has a forward of its own"),
+        (hooked, "hooks"),
+        (lambda *n: nn.utils.parametrizations.weight_norm(nn.Linear(*n)), "its weight is a Tensor"),
+        (lambda *n: nn.Linear(*n).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_linears_that_are_not_plain_are_refused(make: Any, why: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make(8, 8))
+    with pytest.raises(ValueError, match=f"target_modules: .* got '1': .*{why}"):
+        apply_flat_lora(model, ["0", "1"])
+    assert not layers(model), "refused before anything is replaced"
+
+
+def test_shards_are_refused() -> None:
+    """As FSDP leaves them outside of a forward."""
+    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference")
+    layer.weight = nn.Parameter(layer.weight.detach().flatten()[:32], requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"FlatLoraLinear: expected a whole weight.*shape \(32,\); FSDP"):
+        layer.noise_controller.advance()
+
+
+def test_second_call_adds_to_the_first() -> None:
+    model = Net()
+    first = apply_flat_lora(model, ["first"], r=2, backend="reference", verbose=False)
+    second = apply_flat_lora(model, [r"block.0"], r=3, backend="reference", verbose=False)
+    assert first is second
+    assert [(m.r, m.stream) for m in layers(model)] == [(2, 0), (3, 1)]
+    assert model.first.lora_A.requires_grad
+
+
+def test_shared_linear_stays_one_layer() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    apply_flat_lora(model, ".*", r=2, backend="reference", verbose=False)
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], FlatLoraLinear)
+
+
+def test_tied_weights_share_a_stream() -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"})
+    model["c"].weight = model["a"].weight
+    controller = apply_flat_lora(model, ".*", r=2, backend="reference", verbose=False)
+    assert [model[name].stream for name in "abc"] == [0, 1, 0]
+    tied = FlatLoraLinear(model["b"].weight, noise_controller=controller, backend="reference")
+    new = FlatLoraLinear(torch.zeros(4, 4), noise_controller=controller, backend="reference")
+    assert (tied.stream, new.stream) == (1, 2)
+    assert len(controller.layers) == 5
+
+
+def test_prints_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Net()
+    apply_flat_lora(model, ["first"], r=2, backend="reference")
+    total = sum(p.numel() for p in model.parameters())
+    printed = capsys.readouterr().out
+    assert f"{2 * (16 + 24)} of {total:,}" in printed
+    assert fk.print_trainable_parameters(model) == (80, total)
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_training_lowers_the_loss(target: Target, sigma: float) -> None:
+    model, controller = small_model(sigma=sigma, backend=target.backend)
+    model.to(target.device)
+    x, goal = randn(64, 16, device=target.device), randn(64, 3, seed=1, device=target.device)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(model(x), goal)
+
+    before = loss().item()
+    for _ in range(100):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.advance()
+    model.eval()
+    assert loss().item() < 0.8 * before
