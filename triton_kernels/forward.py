@@ -140,9 +140,8 @@ def _linear_forward_kernel(
     if CUT.carry:
         w = _load_weight(w_tile, begin, w_cols, stride_wk, K, CUT)
         w, rest = perturb_tile(
-            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed,
-            DRAW,
-        )  # fmt: skip
+            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed, DRAW
+        )
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
         this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, CUT)
@@ -166,9 +165,8 @@ def _linear_forward_kernel(
             if DRAW.apart:
                 acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
-            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed,
-            DRAW,
-        )  # fmt: skip
+            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed, DRAW
+        )
         if AHEAD:
             this_k, this_w = next_k, next_w
         if not CUT.carry:

@@ -53,14 +53,14 @@ def _records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
     return None if draw.noise_scale is None else draw, choice
 
 
-def _way(p: Product, draw: Draw | None, choice: Choice) -> tuple[ModuleType, bool]:
-    """The backend that runs, and whether it is asked for panels."""
-    if draw is None or 0 in (*p.a.shape, *p.weight.shape):
+def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[ModuleType, bool]:
+    """The backend that runs, and whether it is asked for panels; `a` (M, contraction)."""
+    if draw is None or 0 in (*a.shape, *weight.shape):
         return backends.get(choice.backend), False
     if choice.strategy not in FREE:
         return backends.get(choice.backend), choice.strategy == "panel"
     problem = dispatch.problem_of(
-        draw.noise, choice.noise_accum, len(p.a) // draw.samples, p.a.device, p.a.dtype, *p.weight.shape
+        draw.noise, choice.noise_accum, len(a) // draw.samples, a.device, a.dtype, *weight.shape
     )
     found = dispatch.way(choice, problem)
     return backends.get(found.backend), found.strategy == "panel"
@@ -79,29 +79,29 @@ def _matrix(x: Tensor) -> Tensor:
 def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, lora_A, lora_B, bias, lora_x, scaling = flat[: len(Operands._fields)]
     draw, choice = _records(flat[len(Operands._fields) :])
-    p = Product(_matrix(x), weight, bias=bias, scaling=scaling)
-    module, by_panels = _way(p, draw, choice)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if lora_A is None:
-        return _product(module, by_panels, p, draw, choice.noise_accum).view(shape), x.new_empty(0)
-    if lora_x is None and draw is not None and not by_panels and hasattr(module, "product_and_u"):
-        made = module.product_and_u(p._replace(lora=lora_B), lora_A, draw, choice.noise_accum)
-        if made is not None:
-            return made[0].view(shape), made[1]
-    u = products.matmul(p.a if lora_x is None else _matrix(lora_x), lora_A.to(x.dtype).t())
-    p = p._replace(u=u, lora=lora_B)
-    return _product(module, by_panels, p, draw, choice.noise_accum).view(shape), u
+    a, shape = _matrix(x), (*x.shape[:-1], weight.shape[0])
+    module, by_panels = _way(a, weight, draw, choice)
+    u = None
+    if lora_A is not None:
+        if lora_x is None and draw is not None and not by_panels and hasattr(module, "product_and_u"):
+            p = Product(a, weight, False, None, lora_B, bias, scaling)
+            made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
+            if made is not None:
+                return made[0].view(shape), made[1]
+        u = products.matmul(a if lora_x is None else _matrix(lora_x), lora_A.to(x.dtype).t())
+    p = Product(a, weight, False, u, lora_B, bias, scaling)
+    y = _product(module, by_panels, p, draw, choice.noise_accum).view(shape)
+    return y, x.new_empty(0) if u is None else u
 
 
 def _linear_input_grad(
     grad_y: Tensor, weight: Tensor, lora_A: Tensor | None, v: Tensor | None, *flat: Any
 ) -> Tensor:
     draw, choice = _records(flat)
-    p = Product(_matrix(grad_y), weight, True)
-    if v is not None:
-        p = p._replace(u=v.contiguous(), lora=lora_A.t())
-    module, by_panels = _way(p, draw, choice)
-    grad_x = _product(module, by_panels, p, draw, choice.noise_accum)
+    a = _matrix(grad_y)
+    module, by_panels = _way(a, weight, draw, choice)
+    adapter = () if v is None else (v.contiguous(), lora_A.t())
+    grad_x = _product(module, by_panels, Product(a, weight, True, *adapter), draw, choice.noise_accum)
     return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
