@@ -1,0 +1,88 @@
+"""What is known of the kernels, for cost.py to count with: their instructions and tiles, and what was measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Measured on an H100 80GB HBM3 on 2026-11-27, in CUDA graphs with a cold L2: bench/results/NVIDIA-H100-80GB-HBM3.
+REACHED = 0.92  # of 1.83 GHz: truth-time.jsonl, cuBLAS from 1024 rows on
+MEMORY_REACHED = 0.9  # gpu.txt: 3.01 TB/s copied, 3.05 read
+CALL = 3e-6  # parts.txt: a graph of one kernel that does next to nothing takes 4.1 us, `launch` included
+RAMP = 3e-6  # cuBLAS with 16 rows: 18.5 us, 11 of them for the weight
+DRAWN = {"gaussian": 6.8, "rademacher": 15.4}  # draw.txt: values a cycle and processor, with 16 warps
+OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
+STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
+# Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, in the build of commit
+# c30644c6a38c: truth-time.jsonl, and truth-time-tiles.jsonl for the last, whose rademacher is the gaussian one by the
+# ratio of the tile before it.
+_LARGE, _MIDDLE, _SMALL = (2290, 1670), (1500, 1200), (1200, 960)
+
+START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's
+
+# Instructions of a thread per value of noise in the main loop, all else that the loop does included, in bfloat16:
+# docs/internals/kernels.md (Triton 3.6) and docs/internals/cuda_kernels.md; tests/choice/test_cost.py compares. Each
+# line: forward with gaussian and with rademacher noise, input gradient with both.
+Counts = tuple[float, float, float, float]
+# Of many rows, and of up to 16, where no page has rademacher for sm80 and sm100: as far below gaussian as of many.
+TRITON: dict[str, tuple[Counts, Counts]] = {
+    "sm80": ((17.16, 10.91, 17.94, 11.34), (16.03, 9.78, 17.22, 10.62)),
+    "sm90": ((15.78, 9.59, 16.94, 10.28), (16.16, 8.84, 17.59, 10.34)),
+    "sm100": ((16.44, 10.38, 16.66, 11.50), (16.56, 10.50, 18.06, 12.90)),
+}
+MAKES_U = 0.7  # more of them in a loop that makes u, too: 0.5 (sm_90) to 0.9 (sm_80)
+CUDA: dict[str, tuple[Counts, ...]] = {  # the tiles of configs.h and, "sm90a", of linear_sm90.h
+    "sm80": ((19.06, 12.72, 19.59, 13.16), (16.44, 10.09, 17.03, 10.50),
+             (15.19, 8.88, 15.72, 9.25), (13.91, 7.53, 14.47, 7.91)),
+    "sm100": ((21.47, 15.62, 20.06, 14.88), (16.34, 10.06, 16.84, 10.38),
+              (15.16, 8.88, 15.59, 9.03), (13.97, 7.69, 14.31, 7.84)),
+    "sm90a": ((17.16, 10.81, 18.12, 11.84), (18.12, 11.56, 19.09, 12.12), (18.03, 11.59, 18.53, 12.16)),
+}  # fmt: skip
+PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
+    "triton": {"sm80": (13.66, 8.06), "sm90": (13.69, 7.78), "sm100": (13.69, 7.59)},
+    "cuda": {"sm80": (15.22, 8.84), "sm90": (15.12, 8.69), "sm100": (14.22, 7.81)},
+}
+
+
+class Tile(NamedTuple):
+    """Of a product: what one block works on at a time."""
+
+    m: int  # rows of x
+    n: int  # outputs
+    k: int = 64  # steps of the contraction
+    warps: int = 8
+    by: str = "mma"  # the instruction: "mma", "wgmma", "tcgen05"
+    at_a_time: int = 1  # on a processor
+    high: int = 1  # blocks of a cluster along the rows, which share W + eps
+    passes: float = 1.0  # of W and W + eps through shared memory, beside what the products read
+    consumers: int = 0  # instructions of a step that are not counted per value of noise
+    cycles: tuple[int, int] = (0, 0)  # of a step, gaussian and rademacher, where they were measured
+
+
+# Of 8 consumer warps in a step of linear_sm90.h: 59 to 77 for each. Taken for the vendor's, too.
+CONSUMERS = 8 * 70
+# Multiply-adds for each instruction of a loop around `mma.sync`, with the loads of operands.
+MMA = 1400
+# Of csrc/cuda/configs.h, where W goes through shared memory three times, and of linear_sm90.h, where what another block
+# of the cluster draws comes by a copy, which reads and writes.
+CUDA_TILES: tuple[Tile, ...] = (
+    Tile(256, 128, passes=3.0),
+    Tile(128, 128, passes=3.0),
+    Tile(64, 64, warps=4, at_a_time=2, passes=3.0),
+    Tile(16, 64, warps=4, at_a_time=4, passes=3.0),
+)
+SM90_TILES: tuple[Tile, ...] = (
+    Tile(256, 128, by="wgmma", high=2, passes=1.5, consumers=CONSUMERS, cycles=_LARGE),
+    Tile(256, 64, by="wgmma", consumers=CONSUMERS, cycles=_MIDDLE),
+    Tile(128, 64, by="wgmma", consumers=CONSUMERS, cycles=_SMALL),
+)
+# Rows and outputs of tiles that a vendor's library may have.
+VENDOR = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 16))
+VENDOR_SINGLE = ((16, 64), (32, 64), *VENDOR)  # in float32 without tensor cores
+BY = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}
+
+# Measured on an AMD EPYC with AVX-512 (docs/internals/performance.md): nanoseconds of a core for each value of the
+# weight.
+CPU_NOISE = {"gaussian": 0.5, "rademacher": 0.16, "none": 0.0}
+CPU_UNPACK = 0.28  # to widen and pack a 16-bit weight
+# Seconds of a slice: fresh memory, and a product that does not write whole rows.
+CPU_SLICE = 250e-6
