@@ -21,7 +21,7 @@ from . import (
     environment,
     fidelity,
     offline,
-    overhead,
+    parts,
     providers,
     results,
     roofline,
@@ -294,7 +294,7 @@ def _run(args: argparse.Namespace, device: str) -> int:
 def _overhead(args: argparse.Namespace, device: str) -> int:
     meta = environment.describe(device)
     usable = [name for name, reason in providers.available_backends(device).items() if reason is None]
-    return _finish(args, meta, Results(meta, overhead.measure(usable, device), [], []), "overhead")
+    return _finish(args, meta, Results(meta, parts.measure(usable, device), [], []), "overhead")
 
 
 def _training(args: argparse.Namespace, device: str) -> int:

@@ -16,7 +16,7 @@ import torch
 import flatlora_kernels as fk
 from flatlora_kernels.spec.noise import KINDS
 
-from . import gate, memory, overhead, precompile, providers, timing
+from . import gate, memory, parts, precompile, providers, timing
 from .problem import SCALING, SIGMA, Problem
 from .providers import NOISELESS, REFERENCE, Provider, Run, Unfit
 from .results import Row
@@ -323,7 +323,7 @@ def run(
         return bench
     progress.note("overhead per call")
     backends = [p.name.partition(":")[2] for p in bench.providers if p.name.startswith("fused:")]
-    bench.rows += overhead.measure(backends, settings.device)
+    bench.rows += parts.measure(backends, settings.device)
     for dtype in dtypes:
         progress.note(f"noise generator, {dtype}")
         for N, K in GENERATOR_SHAPES[settings.device]:

@@ -65,7 +65,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.MODELS, "tiny", Model((Layer("square", 24, 40),), (1, 5), "for tests"))
     monkeypatch.setattr(cli, "SETS", (*shapes.SETS, "tiny"))
     monkeypatch.setattr("bench.run.GENERATOR_SHAPES", {"cpu": ((16, 16),)})
-    monkeypatch.setattr("bench.overhead._LOOP", 2)
+    monkeypatch.setattr("bench.parts._LOOP", 2)
 
 
 @pytest.fixture
