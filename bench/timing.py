@@ -111,6 +111,11 @@ def timer(device: str) -> Timer:
     return CudaTimer() if device == "cuda" else CpuTimer()
 
 
+def first_line(error: Exception) -> str:
+    """What a row has room for."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def every_nth(
     estimates: Mapping[str, float], budget: float, min_rounds: int, max_rounds: int
 ) -> tuple[int, dict[str, int]]:

@@ -19,9 +19,9 @@ import gc
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -42,7 +42,6 @@ from .shapes import Case
 RANK = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_sentiment.py"
-_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
 
 
 class Size(NamedTuple):
@@ -67,17 +66,14 @@ SIZES = {
 
 
 class Block(nn.Module):
-    """Without weights (on device meta): each way to train brings its own linear layers."""
-
     def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.size = size
         for name, (N, K) in zip(PROJECTIONS, size.shapes(), strict=True):
-            self.add_module(name, nn.Linear(K, N, bias=False, dtype=dtype, device="meta"))
+            self.add_module(name, nn.Linear(K, N, bias=False, dtype=dtype, device=device))
         self.norms = nn.ModuleList(
             nn.RMSNorm(size.hidden, 1e-5, dtype=dtype, device=device) for _ in range(2)
         )
-        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, hidden), as x."""
@@ -93,38 +89,41 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-Self = TypeVar("Self", bound="State")
-
-
 class State:
-    """A model, weights and adapters of its layers `names`, and batches: the same for all."""
+    """A model, adapters for its layers `names`, and batches: the same for all ways to train."""
 
-    names: list[str]
-    weights: list[Tensor]
-    adapters: list[tuple[Tensor, Tensor]]
-    batches: list[tuple[Tensor, Tensor]]
-
-    def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
-        self.dtype, self.device, self.dropout = dtype, device, dropout
+    def __init__(
+        self, model: nn.Module, names: list[str], dtype: torch.dtype, device: str, dropout: float
+    ) -> None:
+        self.model = model.to(device, dtype).train().requires_grad_(False)
+        self.names, self.dtype, self.device, self.dropout = names, dtype, device, dropout
         self.generator = torch.Generator(device).manual_seed(1)
+        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in names]
+        self.adapters = [
+            (self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK))
+            for N, K in (w.shape for w in self.weights)
+        ]
+        self.batches: list[tuple[Tensor, Tensor]] = []
         self.references: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of the gate
 
     def module(self) -> nn.Module:
-        """In training mode, nothing of it trained; the weights of `names` are still to be given to it."""
-        raise NotImplementedError
+        """The model again, which shares all parameters."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(t): t for t in tensors})
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
-    def with_weights(self: Self, weights: list[Tensor], dtype: torch.dtype) -> Self:
+    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
         """The same in `dtype`, with other weights and the first batch alone."""
 
         def cast(t: Tensor) -> Tensor:
             return t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
         other = copy.copy(self)
-        other.dtype = dtype
+        other.dtype, other.model = dtype, copy.deepcopy(self.model).to(dtype)
         other.weights = [cast(w) for w in weights]
+        fill(other.model, self.names, other.weights)
         other.adapters = [(cast(A), cast(B)) for A, B in self.adapters]
         other.batches = [(cast(x), cast(target)) for x, target in self.batches[:1]]
         return other
@@ -133,29 +132,26 @@ class State:
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return empty.normal_(0, std, generator=self.generator)
 
-    def _adapters(self, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        return [(self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK)) for N, K in shapes]
+
+def fill(module: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    for name, weight in zip(names, weights, strict=True):
+        module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 class Blocks(State):
     def __init__(
         self, size: Size, layers: int, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
     ) -> None:  # fmt: skip
-        super().__init__(dtype, device, dropout)
-        self.size, self.layers = size, layers
-        one = list(PROJECTIONS)
-        self.names = one if layers == 1 else [f"{i}.{name}" for i in range(layers) for name in one]
-        shapes = layers * size.shapes()
-        self.weights = [self._randn(K**-0.5, N, K) for N, K in shapes]
-        self.adapters = self._adapters(shapes)
+        blocks = [Block(size, dtype, device) for _ in range(layers)]
+        model = blocks[0] if layers == 1 else nn.Sequential(*blocks)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        super().__init__(model, names, dtype, device, dropout)
+        for weight in self.weights:
+            weight.normal_(0, weight.shape[1] ** -0.5, generator=self.generator)
         shape = (batch, sequence, size.hidden)
         self.batches = [
             (self._randn(1, *shape).requires_grad_(), self._randn(1, *shape)) for _ in range(COPIES)
         ]
-
-    def module(self) -> nn.Module:
-        blocks = [Block(self.size, self.dtype, self.device) for _ in range(self.layers)]
-        return blocks[0] if self.layers == 1 else nn.Sequential(*blocks)
 
 
 def example() -> Any:
@@ -191,33 +187,19 @@ class MiniLM(State):
     def __init__(
         self, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
     ) -> None:
-        super().__init__(dtype, device, dropout)
-        self._classifier = copy.deepcopy(pretrained()).to(device, dtype).train().requires_grad_(False)
-        inside = self._classifier.encoder.encoder.named_modules(prefix="encoder.encoder")
-        linears = {name: module for name, module in inside if isinstance(module, nn.Linear)}
-        self.names = list(linears)
-        self.weights = [linear.weight.detach() for linear in linears.values()]
-        self.adapters = self._adapters([(w.shape[0], w.shape[1]) for w in self.weights])
-        words = self._classifier.encoder.config.vocab_size
-        self.batches = []
+        model = copy.deepcopy(pretrained())
+        inside = model.encoder.encoder.named_modules(prefix="encoder.encoder")
+        names = [name for name, module in inside if isinstance(module, nn.Linear)]
+        super().__init__(model, names, dtype, device, dropout)
+        words = model.encoder.config.vocab_size
         for _ in range(COPIES):
             ids = torch.randint(words, (batch, sequence), generator=self.generator, device=device)
             self.batches.append((ids, self._randn(1, batch)))
-
-    def module(self) -> nn.Module:
-        """Shares all parameters."""
-        tensors = [*self._classifier.parameters(), *self._classifier.buffers()]
-        return copy.deepcopy(self._classifier, {id(t): t for t in tensors})
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
         tokens = module.encoder(input_ids=x, attention_mask=None).last_hidden_state
         return module.head(tokens.mean(1)).squeeze(-1)
-
-    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> MiniLM:
-        other = super().with_weights(weights, dtype)
-        other._classifier = copy.deepcopy(self._classifier).to(dtype)
-        return other
 
 
 class Way:
@@ -269,10 +251,6 @@ class Way:
         self.clear(copy)
         return loss
 
-    def _fill(self, weights: list[Tensor]) -> None:
-        for name, weight in zip(self.state.names, weights, strict=True):
-            self.module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-
     def _own_adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [(nn.Parameter(A.clone()), nn.Parameter(B.clone())) for A, B in self.state.adapters]
 
@@ -283,7 +261,6 @@ class Plain(Way):
     def build(self) -> None:
         if not self.state.batches[0][0].requires_grad:
             raise Unfit("nothing of this model would have a gradient")
-        self._fill(self.state.weights)
 
 
 class _LoraLinear(nn.Module):
@@ -319,7 +296,6 @@ class Peft(Way):
             raise Unfit("peft is not installed (pip install '.[bench]')")
         import peft
 
-        self._fill(self.weights())
         lora = {"r": RANK, "lora_alpha": SCALING * RANK, "lora_dropout": self.state.dropout}
         config = peft.LoraConfig(**lora, target_modules=self.state.names)
         peft.inject_adapter_in_model(config, self.module)
@@ -327,9 +303,6 @@ class Peft(Way):
         self.layers: list[Any] = [self.module.get_submodule(name) for name in self.state.names]
         for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
-
-    def weights(self) -> list[Tensor]:
-        return self.state.weights
 
 
 class InPlace(Peft):
@@ -339,8 +312,9 @@ class InPlace(Peft):
 
     drawn = 0
 
-    def weights(self) -> list[Tensor]:
-        return [w.clone() for w in self.state.weights]
+    def build(self) -> None:
+        fill(self.module, self.state.names, [w.clone() for w in self.state.weights])
+        super().build()
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -400,7 +374,6 @@ class Flat(_Controlled):
     """this project's FlatLoraLinear"""
 
     def build(self) -> None:
-        self._fill(self.state.weights)
         self.controller = fk.apply_flat_lora(
             self.module, self.state.names, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
             lora_dropout=self.state.dropout, dtype=self.state.dtype, **self._noise(),
@@ -514,7 +487,7 @@ class Settings(NamedTuple):
     size: str  # of a block; without meaning for minilm
     tokens: int
     device: str
-    noises: tuple[str, ...] = KINDS
+    noise: tuple[str, ...] = KINDS
     budget: float = 5.0  # seconds for each way
     min_rounds: int = 7
     memory: bool = True
@@ -527,27 +500,25 @@ class Settings(NamedTuple):
     @property
     def batch(self) -> tuple[int, int]:
         """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model].sequence)
+        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model]["sequence"])
         return self.tokens // sequence, sequence
 
     def state(self, dtype: str, dropout: float) -> State:
-        kind = getattr(torch, dtype)
-        if self.model == "minilm":
-            return MiniLM(*self.batch, kind, self.device, dropout)
-        return Blocks(SIZES[self.size], self.layers, *self.batch, kind, self.device, dropout)
+        about = (*self.batch, getattr(torch, dtype), self.device, dropout)
+        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], self.layers, *about)
 
 
-class Default(NamedTuple):
-    sequence: int
-    layers: int
-
-
-DEFAULTS = {"block": Default(_SEQUENCE, 1), "llama": Default(_SEQUENCE, 4), "minilm": Default(64, 6)}
+_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
+DEFAULTS = {
+    "block": {"sequence": _SEQUENCE, "layers": 1},
+    "llama": {"sequence": _SEQUENCE, "layers": 4},
+    "minilm": {"sequence": 64, "layers": 1},
+}
 
 
 def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
-    found = Findings(settings.noises, Progress(0))
+    found = Findings(settings.noise, Progress(0))
     for dtype in dtypes:
         for dropout in settings.dropout:
             _setting(settings, dtype, dropout, found)
@@ -559,7 +530,7 @@ def _setting(settings: Settings, dtype: str, dropout: float, found: Findings) ->
     state = settings.state(dtype, dropout)
     shapes = dict.fromkeys(tuple(w.shape) for w in state.weights)
     cases = [Case("", "", settings.tokens, N, K, dtype, "forward+backward", RANK) for N, K in shapes]
-    compile_first(settings.device, cases, settings.noises)
+    compile_first(settings.device, cases, settings.noise)
     wanted = [p for p in every(settings.device) if settings.providers is None or p.name in settings.providers]
     found.progress.note(f"{dtype}, lora_dropout {dropout:g}: {', '.join(p.name for p in wanted)}")
     ways = found.admit(wanted, dtype, state, check)
@@ -646,20 +617,14 @@ def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
     on_gpu = args.device == "cuda"
     size = args.size or ("llama3-8b" if on_gpu else "cpu")
     tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
-    settings = Settings(
-        size=size,
-        tokens=tokens,
-        device=args.device,
-        noises=tuple(args.noise),
-        budget=args.budget,
-        min_rounds=args.min_rounds,
-        memory=args.memory,
-        model=args.model,
-        layers=(args.layers or DEFAULTS[args.model].layers) if args.model == "llama" else 1,
-        sequence=args.sequence,
-        dropout=tuple(args.dropout),
-        providers=tuple(args.providers) if args.providers else None,
-    )
+    layers = (args.model == "llama" and args.layers) or DEFAULTS[args.model]["layers"]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
+    given = {name: given[name] for name in Settings._fields} | {
+        "size": size,
+        "tokens": tokens,
+        "layers": layers,
+    }
+    settings = Settings(**given)
     sequences, sequence = settings.batch
     if sequences * sequence != tokens:
         raise SystemExit(f"--tokens: expected at most {sequence}, or a multiple of that, got {tokens}")

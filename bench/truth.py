@@ -377,7 +377,7 @@ def measure(
                 graphs[name] = graph
             except Exception as error:
                 failed += 1
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                text = timing.first_line(error)
                 _write("time", about | {"name": name, "raised": text})
                 print(f"{M:5} {name}: {text}", flush=True)
         rounds = timing.interleaved(graphs, timing.timer(DEVICE), 2, budget, 15, 60)

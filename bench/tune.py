@@ -15,7 +15,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +69,7 @@ class Line(NamedTuple):
         return f"{self.direction}, {self.cases[0][0].M} rows"
 
 
-class Candidate(NamedTuple):
-    """What became of a tile on one case."""
-
-    tile: Any
-    outcome: Outcome
-    verdict: gate.Verdict | None = None
-    call: Callable[[int], Any] | None = None
+Tried = tuple[Outcome, gate.Verdict | None, Callable[[int], Any] | None]  # of a tile on one case
 
 
 class Tuner:
@@ -165,9 +159,8 @@ class Tuner:
         found.sort(key=lambda tile: (_distance(tile, line.tile), min(_distance(tile, t) for t in known)))
         M = line.cases[0][0].M
         own = [t for t in known if t.block_m <= max(line.most, 16) and 8 * t.block_m >= min(M, 256)]
-        different: dict[
-            Any, Any
-        ] = {}  # tiles that differ in `per_processor` alone may cut the contraction alike
+        # Tiles that differ in `per_processor` alone may cut the contraction alike.
+        different: dict[Any, Any] = {}
         for tile in [line.tile, *own, *found]:
             different.setdefault((tile._replace(per_processor=1), self._parts(tile, line)), tile)
         return list(different.values())[: self.count]
@@ -183,21 +176,18 @@ class Tuner:
 
     def run(self, processes: int | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         lines = self.lines()
-        if self.interpreted:
-            for line in lines:
-                self._search(line, {tile: Outcome() for tile in self.candidates(line)}, say)
-            return
-        workers = precompile.pool(processes)
+        workers = None if self.interpreted else precompile.pool(processes)
         try:
             # All at once: compiling goes on while what is there is timed.
             jobs = {line: _submit(workers, *line.cases[0], self.candidates(line)) for line in lines}
             for line in lines:
-                if self._left() <= 0:
+                if self._left() <= 0 and workers:
                     self._drop(f"{line}: not reached in time, the present tile stays")
-                    continue
-                self._search(line, self._results(line, jobs[line]), say, workers)
+                else:
+                    self._search(line, jobs[line], say, workers)
         finally:
-            workers.shutdown(wait=False, cancel_futures=True)
+            if workers:
+                workers.shutdown(wait=False, cancel_futures=True)
 
     def _left(self) -> float:
         return self.end - time.perf_counter()
@@ -205,21 +195,18 @@ class Tuner:
     def _drop(self, what: str) -> None:
         self.dropped[what] = None
 
-    def _results(self, line: Line, futures: dict[Any, Any]) -> dict[Any, Outcome]:
+    def _results(self, futures: dict[Any, Any]) -> dict[Any, Outcome]:
         concurrent.futures.wait(futures.values(), timeout=max(0.0, self._left()))
         found = {}
         for tile, future in futures.items():
-            if future.done():
-                found[tile] = precompile.outcome_of(future)
-            else:
-                future.cancel()
-                found[tile] = Outcome("not compiled in time")
+            unfinished = not future.done() and Outcome("not compiled in time")
+            found[tile] = unfinished or precompile.outcome_of(future)
+            future.cancel()
         return found
 
-    def _search(
-        self, line: Line, outcomes: dict[Any, Outcome], say: Callable[[str], None], workers: Any = None
-    ) -> None:
+    def _search(self, line: Line, futures: dict[Any, Any], say: Callable[[str], None], workers: Any) -> None:
         case, noise = line.cases[0]
+        outcomes = self._results(futures)
         say(f"{line}: {len(outcomes)} candidates on {case}, {noise}")
         ratios = self._time(line, case, noise, outcomes, self.budgets[0])
         best = sorted(ratios, key=lambda tile: ratios[tile])[:FINALISTS]
@@ -228,9 +215,7 @@ class Tuner:
         for case, noise in line.cases[1:]:
             if self._left() <= 0 or len(finals) < 2:
                 break
-            outcomes = {tile: Outcome() for tile in finals}
-            if workers is not None:
-                outcomes = self._results(line, _submit(workers, case, noise, finals))
+            outcomes = self._results(_submit(workers, case, noise, finals))
             ratios = self._time(line, case, noise, outcomes, self.budgets[1])
             finals = {tile: [*finals[tile], ratios[tile]] for tile in finals if tile in ratios}
             confirmed += bool(finals)
@@ -251,36 +236,35 @@ class Tuner:
     ) -> dict[Any, float]:
         """Time over plain's of every tile that is right; writes the raw rows."""
         problem = Problem(case, self.device, COPIES)
-        tried = [self._try(problem, noise, tile, outcome) for tile, outcome in outcomes.items()]
+        tried = {tile: self._try(problem, noise, tile, outcome) for tile, outcome in outcomes.items()}
         plain = Plain(problem, "none").step
         calls = {"plain": plain if self.device == "cpu" else timing.graphed(plain, COPIES)}
-        calls |= {text_of(c.tile): c.call for c in tried if c.call is not None}
+        calls |= {text_of(tile): call for tile, (_, _, call) in tried.items() if call is not None}
         rounds = timing.interleaved(calls, self.timer, COPIES, budget, self.min_rounds, 200)
         ratios = {}
-        for c in tried:
-            name = text_of(c.tile)
+        for tile, (outcome, verdict, call) in tried.items():
             row = {
                 "architecture": self.machine.architecture, "direction": line.direction, "most_rows": line.most,
                 "M": case.M, "N": case.N, "K": case.K, "rank": case.rank, "dtype": case.dtype, "noise": noise,
-                **c.tile._asdict(), "present": c.tile == line.tile, **c.outcome._asdict(),
-                "error_over_limit": c.verdict.error_over_limit if c.verdict else None,
+                **tile._asdict(), "present": tile == line.tile, **outcome._asdict(),
+                "error_over_limit": verdict.error_over_limit if verdict else None,
             }  # fmt: skip
-            if c.call is None:
-                self._drop(f"{line}: {name}: {c.outcome.error}")
+            if call is None:
+                self._drop(f"{line}: {text_of(tile)}: {outcome.error}")
             else:
-                row |= timing.row(rounds, name, {"plain": "plain"})
-                ratios[c.tile] = row["to_plain"]
+                row |= timing.row(rounds, text_of(tile), {"plain": "plain"})
+                ratios[tile] = row["to_plain"]
             self.rows.append(row)
-        del calls, tried
+        del calls, tried, call
         gc.collect()
         return ratios
 
-    def _try(self, problem: Problem, noise: str, tile: Any, outcome: Outcome) -> Candidate:
+    def _try(self, problem: Problem, noise: str, tile: Any, outcome: Outcome) -> Tried:
         """Through the gate, and made ready to be timed."""
         if not outcome.error and outcome.spilled:
             outcome = outcome._replace(error=f"spills {outcome.spilled} words of a thread")
         if outcome.error:
-            return Candidate(tile, outcome)
+            return outcome, None, None
         run = Fused(problem, noise, "triton")
 
         def step(copy: int) -> tuple[torch.Tensor, ...]:
@@ -290,14 +274,12 @@ class Tuner:
         try:
             verdict = gate.check(run, step=step)
             if not verdict.passed:
-                return Candidate(tile, outcome._replace(error=f"wrong: {verdict.detail}"), verdict)
-            call = step if self.device == "cpu" else timing.graphed(step, COPIES)
-            return Candidate(tile, outcome, verdict, call)
+                return outcome._replace(error=f"wrong: {verdict.detail}"), verdict, None
+            return outcome, verdict, step if self.device == "cpu" else timing.graphed(step, COPIES)
         except Exception as error:
             if self.device != "cpu":
                 torch.cuda.synchronize()  # an error that no later call would survive shows here, and ends the search
-            text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            return Candidate(tile, outcome._replace(error=text))
+            return outcome._replace(error=timing.first_line(error)), None, None
 
     def text(self) -> str:
         """The table, as configs.py has it."""
@@ -328,12 +310,17 @@ def text_of(tile: Any) -> str:
     return f"Config({', '.join(given)})"
 
 
-def _submit(workers: Any, case: Case, noise: str, tiles: Sequence[Any]) -> dict[Any, Any]:
-    """The futures of these tiles."""
+def _submit(workers: Any, case: Case, noise: str, tiles: Iterable[Any]) -> dict[Any, Any]:
+    """The futures of these tiles; the interpreter compiles nothing."""
     precision = torch.get_float32_matmul_precision()
-    return {
-        tile: workers.submit(precompile.work, Job(case, noise, "fused", tile, precision)) for tile in tiles
-    }
+    futures = {}
+    for tile in tiles:
+        if workers:
+            futures[tile] = workers.submit(precompile.work, Job(case, noise, "fused", tile, precision))
+        else:
+            futures[tile] = concurrent.futures.Future()
+            futures[tile].set_result(Outcome())
+    return futures
 
 
 def save(tuner: Tuner, meta: dict[str, Any], stem: Path) -> list[Path]:

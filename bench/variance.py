@@ -8,11 +8,12 @@ brings, without noise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import flatlora_kernels as fk
 from .options import option
 from .table import markdown
 from .timing import Spread
-from .training import PROJECTIONS, Block, Size, example
+from .training import PROJECTIONS, Block, Size, example, fill
 from .training import minilm as load_minilm
 
 SIZE = Size(256, 688, 8, 4, 0)
@@ -66,7 +67,7 @@ class Row(NamedTuple):
     way: Way
     variance: float  # trace of the covariance over the squared norm of the gradient without noise
     error: float  # of that, standard
-    seconds: list[float]
+    seconds: Sequence[float]
 
 
 def blocks(args: argparse.Namespace) -> Setting:
@@ -77,16 +78,14 @@ def blocks(args: argparse.Namespace) -> Setting:
         return torch.randn(*shape, generator=generator)
 
     teacher, model = (
-        nn.Sequential(*(Block(SIZE, torch.float32, "cpu") for _ in range(BLOCKS))) for _ in range(2)
+        nn.Sequential(*(Block(SIZE, torch.float32, "cpu") for _ in range(BLOCKS))).requires_grad_(False)
+        for _ in range(2)
     )
     for theirs, ours in zip(teacher, model, strict=True):
         for name, (N, K) in zip(PROJECTIONS, SIZE.shapes(), strict=True):
             weight = randn(N, K) / K**0.5
-            change = 0.3 * randn(N, RANK) @ randn(RANK, K) / (RANK * K) ** 0.5
-            for block, values in ((theirs, weight + change), (ours, weight)):
-                linear = nn.Linear(K, N, bias=False)
-                linear.weight = nn.Parameter(values)
-                setattr(block, name, linear)
+            fill(ours, [name], [weight])
+            fill(theirs, [name], [weight + 0.3 * randn(N, RANK) @ randn(RANK, K) / (RANK * K) ** 0.5])
     controller = _adapt(model, PROJECTIONS, args)
 
     def batches() -> Iterator[Loss]:
@@ -142,46 +141,41 @@ def measure(setting: Setting, draws: int, warm_up: int) -> list[Row]:
             optimizer.step()
     fixed = next(batches)
 
-    def gradient(way: Way, loss: Loss) -> Tensor:
+    def timed(way: Way, loss: Loss) -> tuple[Tensor, float]:
+        """The gradient, and seconds."""
+        start = time.perf_counter()
         for layer in controller.layers:
             layer.samples, layer.antithetic = way.samples, way.antithetic
         total = torch.zeros(())
-        for number in range(way.passes):
-            # The other half of a pair is the next sample of the same step, else a step of its own.
-            controller.sample_offset = number if way.antithetic else 0
-            if number == 0 or not way.antithetic:
-                controller.advance()
-            total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss(), trained)])
+        with contextlib.nullcontext() if way.noise else controller.disabled():
+            for number in range(way.passes):
+                # The other half of a pair is the next sample of the same step, else a step of its own.
+                controller.sample_offset = number if way.antithetic else 0
+                if number == 0 or not way.antithetic:
+                    controller.advance()
+                total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss(), trained)])
         controller.sample_offset = 0
-        return total / way.passes
-
-    def timed(way: Way, loss: Loss) -> tuple[Tensor, float]:
-        start = time.perf_counter()
-        if way.noise:
-            found = gradient(way, loss)
-        else:
-            with controller.disabled():
-                found = gradient(way, loss)
-        return found, time.perf_counter() - start
+        return total / way.passes, time.perf_counter() - start
 
     for way in WAYS:
         timed(way, fixed)  # warms up
     quiet, _ = timed(PLAIN, fixed)
-    gradients: dict[Way, list[Tensor]] = {way: [] for way in WAYS}
-    seconds: dict[Way, list[float]] = {way: [] for way in WAYS}
+    found: dict[Way, list[tuple[Tensor, float]]] = {way: [] for way in WAYS}
     for _ in range(draws):
         other = next(batches)
         for way in WAYS:
-            found, taken = timed(way, other if way.other_batch else fixed)
-            gradients[way].append(found)
-            seconds[way].append(taken)
+            found[way].append(timed(way, other if way.other_batch else fixed))
     scale = quiet.double().square().sum().item()
-    return [Row(way, *_variance(gradients[way], scale), seconds[way]) for way in WAYS]
+    rows = []
+    for way, pairs in found.items():
+        gradients, seconds = zip(*pairs, strict=True)
+        rows.append(Row(way, *_variance(gradients, scale), seconds))
+    return rows
 
 
-def _variance(gradients: list[Tensor], scale: float) -> tuple[float, float]:
+def _variance(gradients: Sequence[Tensor], scale: float) -> tuple[float, float]:
     """Trace of the covariance over `scale`, and its standard error."""
-    g = torch.stack(gradients).double()
+    g = torch.stack(list(gradients)).double()
     n = len(gradients)
     each = ((g - g.mean(0)).square().sum(1) * n / (n - 1) / scale).tolist()
     return statistics.fmean(each), statistics.stdev(each) / math.sqrt(n)
@@ -193,15 +187,10 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         relative = row.variance / base.variance
         error = relative * math.hypot(row.error / (row.variance or 1.0), base.error / base.variance)
-        time = Spread.of([t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)])
-        lines.append(
-            [
-                row.way.name,
-                f"{row.variance:.3g}",
-                f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}",
-                "1" if row.way == BASE else f"{time.median:.2f} ({time.p20:.2f}, {time.p80:.2f})",
-            ]
-        )
+        ratio = Spread.of([t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)])
+        shown = f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}"
+        taken = "1" if row.way == BASE else f"{ratio.median:.2f} ({ratio.p20:.2f}, {ratio.p80:.2f})"
+        lines.append([row.way.name, f"{row.variance:.3g}", shown, taken])
     header = ["noise", "variance / square of the gradient", "/ one draw", "time / one draw (p20, p80)"]
     return markdown(header, lines)
 
