@@ -96,9 +96,9 @@ def _run(args: Arguments) -> int:
         device=args.device,
         noises=tuple(args.noise),
         providers=tuple(args.providers) if args.providers else None,
-        compiled=args.compile if args.compile is not None else not short,
+        compiled=not short,
         reference=not short,  # it takes seconds: of interest in these sets only where it is all there is
-        ways=args.ways or args.set == "targets",
+        ways=args.set == "targets",
         budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
@@ -108,7 +108,7 @@ def _run(args: Arguments) -> int:
     cases = _cases(args)
     meta = environment.describe(args.device)
     started = time.perf_counter()
-    run.compile_first(args.device, cases, settings.noises, args.processes)
+    run.compile_first(args.device, cases, settings.noises)
     settings = settings._replace(time_limit=settings.time_limit - (time.perf_counter() - started))
     memory_cases = _memory_cases(default(args.memory, "first", "largest"), cases)
     stem = results.file_stem(args, meta, args.set)
@@ -174,7 +174,6 @@ def _commands() -> dict[str, Command]:
             option("--rank", "of the adapter, 0 = none; in place of the set's", type=int, nargs="+"),
             options.NOISE,
             option("--providers", "only these and plain; fused: all backends", nargs="+"),
-            option("--compile", "default: not in quick and square4096", action=_BOTH),
             option(
                 "--memory",
                 "where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
@@ -188,15 +187,11 @@ def _commands() -> dict[str, Command]:
                 f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
                 choices=("none", "small", "all"),
             ),
-            option(
-                "--processes", "that compile Triton kernels before anything is timed; 0 = none", type=int
-            ),
             *PLACE,
             option(
                 "--parts", "first the overhead, the generator and noise_scale by themselves", action=_BOTH,
                 default=True,
             ),
-            option("--ways", "the op's panels, split noise and own choice, too", action="store_true"),
         )),
         "tune": Command("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
             option(
@@ -216,11 +211,9 @@ def _commands() -> dict[str, Command]:
             ),
             option("--time-limit", "seconds; the most telling cases come first", type=float, default=270.0),
             option("--candidates", "tiles to try for each line of the table", type=int, default=16),
-            option("--processes", "that compile; default one for every core but two", type=int),
             option(
                 "--dry-run", "in Triton's interpreter, where no time means anything", action="store_true"
             ),
-            option("--table", "print the table after a dry run, too", action="store_true"),
             OUT,
             option("--name", "of the files; default tune, device and time"),
         )),
@@ -292,8 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here")
     if getattr(args, "graph", None) not in (None, "none") and args.device == "cpu":
         parser.error(f"--graph {args.graph}: CUDA graphs need --device cuda, got cpu")
-    if getattr(args, "threads", None):
-        torch.set_num_threads(args.threads)
     try:
         return commands[args.command].run(args)
     except ValueError as error:

@@ -43,7 +43,6 @@ OUT = option(
 )
 PLACE = (
     DEVICE,
-    option("--threads", "of torch, on a CPU", type=int),
     OUT,
     option("--name", "of the files; default set, device and time"),
 )

@@ -343,7 +343,7 @@ def measured_chip(budget: float) -> Chip:
         "float32": lambda _: F.linear(x, weight),
         "bfloat16": lambda _: F.linear(x16, weight16),
     }
-    rounds = timing.interleaved(calls, timing.CpuTimer(), 1, budget, 5, 100)
+    rounds = timing.interleaved(calls, timing.cpu_timer, 1, budget, 5, 100)
     median = {name: timing.Spread.of(timing.seconds(rounds, name)).median for name in calls}
     macs = 512 * 2048 * 2048 / threads / 1e9
     return cost.CHIPS[-1]._replace(

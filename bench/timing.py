@@ -20,6 +20,7 @@ _MAX_SLEEP = 1e-3
 
 Round = dict[str, float]  # seconds per call; a slow call sits out some rounds
 Call = Callable[[int], object]  # takes the number of the input copy to use
+Timer = Callable[[Call, int], float]  # seconds of that call
 
 
 class Spread(NamedTuple):
@@ -38,11 +39,10 @@ class Spread(NamedTuple):
         return {median: self.median, percentile.format("p20"): self.p20, percentile.format("p80"): self.p80}
 
 
-class CpuTimer:
-    def __call__(self, call: Call, copy: int) -> float:
-        start = time.perf_counter()
-        call(copy)
-        return time.perf_counter() - start
+def cpu_timer(call: Call, copy: int) -> float:
+    start = time.perf_counter()
+    call(copy)
+    return time.perf_counter() - start
 
 
 class CudaTimer:
@@ -79,9 +79,6 @@ class CudaTimer:
         return f"{self.late} of {self.calls} calls"
 
 
-Timer = CpuTimer | CudaTimer
-
-
 def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
     """`step` as CUDA graphs, one for each copy of the inputs: whatever it does, replaying it is one launch.
 
@@ -93,12 +90,11 @@ def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
         for copy in range(copies):
             step(copy)
     torch.cuda.current_stream().wait_stream(stream)
-    graphs, results = [], []
-    for copy in range(copies):
-        graph = torch.cuda.CUDAGraph()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(copies)]
+    results = []
+    for copy, graph in enumerate(graphs):
         with torch.cuda.graph(graph):
             results.append(step(copy))
-        graphs.append(graph)
 
     def replay(copy: int) -> Any:
         graphs[copy].replay()
@@ -108,7 +104,7 @@ def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
 
 
 def timer(device: str) -> Timer:
-    return CudaTimer() if device == "cuda" else CpuTimer()
+    return CudaTimer() if device == "cuda" else cpu_timer
 
 
 def first_line(error: Exception) -> str:
@@ -126,12 +122,10 @@ def every_nth(
     """
     wanted = {name: min(max(budget / max(t, 1e-9), min_rounds), max_rounds) for name, t in estimates.items()}
     rounds = int(max(wanted.values()))
-    steps = {}
+    steps = dict.fromkeys(wanted, 1)
     for name, count in wanted.items():
-        step = 1
-        while rounds // (2 * step) >= count:
-            step *= 2
-        steps[name] = step
+        while rounds // (2 * steps[name]) >= count:
+            steps[name] *= 2
     return rounds, steps
 
 
