@@ -46,7 +46,7 @@ def _list(args: Arguments) -> int:
         layers = ", ".join(f"{layer.name} ({layer.N}, {layer.K})" for layer in model.layers)
         lines.append(f"  {name}: {layers}; M {', '.join(map(str, model.rows))}; {model.note}")
     lines += ["", f"Providers on {args.device}:"]
-    lines += [f"  {p.name}: {p.what}" for p in providers.every(args.device)]
+    lines += [f"  {p.name}: {p.what or p.make.__doc__}" for p in providers.every(args.device)]
     missing = {k: v for k, v in providers.available_backends(args.device).items() if v}
     lines += [f"  not here, fused:{name}: {reason}" for name, reason in missing.items()]
     print("\n".join(lines))

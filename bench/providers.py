@@ -79,8 +79,8 @@ class Run:
 class Provider(NamedTuple):
     name: str
     make: Callable[[Any, str], Any]
-    what: str | None
     noises: tuple[str, ...] = (NOISELESS,)
+    what: str | None = None  # None = as the class says
     fused: bool = False
     needs_rank: bool = False
     compiled: bool = False  # takes seconds to set up, and far more memory than it uses
@@ -109,23 +109,25 @@ def every(device: str) -> list[Provider]:
     def fused(backend: str, way: str = "fused") -> Provider:
         what = f"the op on backend {backend}" + (f", {WAYS[way]}" if way != "fused" else "")
         make = functools.partial(Fused, backend=backend, way=way)
-        return Provider(f"{way}:{backend}", make, what, KINDS, fused=True)
+        return Provider(f"{way}:{backend}", make, KINDS, what, fused=True)
 
-    def perturb(backend: str) -> Provider:
-        make = functools.partial(Perturb, backend=backend)
-        return Provider(f"perturb:{backend}", make, Perturb.__doc__, KINDS)
-
-    auto = Provider("auto", functools.partial(Fused, way="auto"), "the op, nothing asked for", KINDS, True)
-    others = [fused(backend, way) for way in WAYS if way != "fused" for backend in kernels]
-    rivals = (
-        Provider("plain", Plain, Plain.__doc__),
-        Provider("lora", Lora, Lora.__doc__, needs_rank=True),
-        Provider("peft", Peft, Peft.__doc__, needs_rank=True),
-        Provider("inplace", InPlace, InPlace.__doc__, KINDS),
-        Provider("eager", Eager, Eager.__doc__, KINDS),
-        Provider("compile", Compile, Compile.__doc__, KINDS, compiled=True),
-    )
-    return [*map(fused, usable), auto, *others, *rivals, *map(perturb, kernels)]
+    return [
+        *map(fused, usable),
+        Provider(
+            "auto", functools.partial(Fused, way="auto"), KINDS, "the op, nothing asked for", fused=True
+        ),
+        *(fused(backend, way) for way in ("split", "panel") for backend in kernels),
+        Provider("plain", Plain),
+        Provider("lora", Lora, needs_rank=True),
+        Provider("peft", Peft, needs_rank=True),
+        Provider("inplace", InPlace, KINDS),
+        Provider("eager", Eager, KINDS),
+        Provider("compile", Compile, KINDS, compiled=True),
+        *(
+            Provider(f"perturb:{b}", functools.partial(Perturb, backend=b), KINDS, Perturb.__doc__)
+            for b in kernels
+        ),
+    ]
 
 
 class OfBackend(Run):

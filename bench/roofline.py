@@ -164,14 +164,14 @@ def _measured(found: Measurements, mode: str, name: str, M: int, noise: str) -> 
     return min(values, default=None)
 
 
-def _kernels(chip: Chip, direction: str) -> list[tuple[str, str, list[list[Work]]]]:
-    """(name, M, [with gaussian noise, with rademacher])."""
+def _kernels(chip: Chip) -> list[tuple[str, str, list[list[Work]]]]:
+    """(name, M, [with gaussian noise, with rademacher]), of a forward and of the passes over the weight."""
     found = [
-        (name, str(M), [cost.works(chip, backend, way, call(noise, M, direction))[0] for noise in KINDS])
+        (name, str(M), [cost.works(chip, backend, way, call(noise, M))[0] for noise in KINDS])
         for M in ROWS
         for name, (backend, way, _) in WAYS.items()
     ]
-    for backend in ("triton", "cuda") if direction == "forward" else ():
+    for backend in ("triton", "cuda"):
         one = [[cost.perturb_pass(chip, backend, call(noise, 0), SIZE * SIZE)] for noise in KINDS]
         found.append((f"{backend}: perturb alone", "-", one))
         for rank in (0, RANK):
@@ -187,7 +187,7 @@ def amounts(chip: Chip) -> str:
         "M instructions": ("slots", 1e6),
     }  # fmt: skip
     body = []
-    for name, M, kernels in _kernels(chip, "forward"):
+    for name, M, kernels in _kernels(chip):
         cells = [
             both(f"{sum(getattr(w, field) for w in k) / scale:,.{1 if scale > 1e8 else 0}f}" for k in kernels)
             for field, scale in columns.values()
@@ -197,16 +197,16 @@ def amounts(chip: Chip) -> str:
     return markdown(["kernels", "M", *columns, "M values drawn", "launches"], body)
 
 
-def roofline(chip: Chip, direction: str = "forward") -> str:
+def roofline(chip: Chip) -> str:
     """Microseconds of each unit, were it alone; the time of all; ratios."""
     found, body = measurements(chip), []
-    for name, M, kernels in _kernels(chip, direction):
+    for name, M, kernels in _kernels(chip):
         costs = [cost.total(chip, k) for k in kernels]
         times, ratios, measured = [c.seconds for c in costs], "-", "-"
         if M != "-":
-            times, to_plain = _predicted(chip, name, int(M), direction)
+            times, to_plain = _predicted(chip, name, int(M), "forward")
             ratios = both(f"{r:.2f}" for r in to_plain)
-            measured = both(_cell(_measured(found, direction, name, int(M), noise)) for noise in KINDS)
+            measured = both(_cell(_measured(found, "forward", name, int(M), noise)) for noise in KINDS)
         units = [both(f"{1e6 * c.units[unit]:.1f}" for c in costs) for unit in UNITS]
         all_of_it, bound = both(f"{1e6 * t:.1f}" for t in times), both(c.bound for c in costs)
         body.append([name, M, *units, all_of_it, bound, ratios, measured])

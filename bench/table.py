@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .results import BASES, Results, Row, key
+from .results import BASES, KINDS, Results, Row, key
 
 OP = ("fused", "auto", "panel", "split")  # what names of the op's own ways begin with
 Cell = Callable[[Row], str]
+Columns = Mapping[str, Cell | str]  # heading -> field of the row, or what makes the cell
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -54,7 +55,8 @@ def summary(results: Results, long: bool = False) -> str:
     threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     versions += f", Python {meta.get('python')}"
     parts = [f"{meta.get('hardware')}{threads}; {versions}; {commit}; {meta.get('date')}"]
-    linear = [r for r in results.rows if r["kind"] == "linear"]
+    of_kind = {kind: [r for r in results.rows if r["kind"] == kind] for kind in KINDS}
+    linear = of_kind["linear"]
     for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
         rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
         how = ", replayed as a CUDA graph" if launch == "graph" else ""
@@ -63,14 +65,18 @@ def summary(results: Results, long: bool = False) -> str:
         else:
             plain = "dY @ W" if mode == "input_grad" else "x @ W.T"
             parts.append(f"**{mode}**{how}, time as a multiple of plain `{plain}`\n\n{_by_case(rows)}")
-    for kind, title, make in (
-        ("noise_scale", "**Refresh of `noise_scale`, once per step and layer**", _noise_scale),
-        ("noise", "**One-pass `W + eps` (ns per value and core); torch: its generator alone**", _noise),
-        ("overhead", "**Time per call of one row and 8 x 8, microseconds**", _overhead),
-        ("training", "**An optimiser step of a whole model**, ratios of times", _training),
-    ):
-        if rows := [r for r in results.rows if r["kind"] == kind]:
-            parts.append(f"{title}\n\n{make(rows)}")
+    if rows := of_kind["noise_scale"]:
+        text = _pivot(rows, {"layer": case_name, "dtype": "dtype"}, _time("median_us"))
+        parts.append(f"**Refresh of `noise_scale`, once per step and layer**\n\n{text}")
+    if rows := of_kind["noise"]:
+        title = "**One-pass `W + eps` (ns per value and core); torch: its generator alone**"
+        parts.append(f"{title}\n\n{_pivot(rows, _WEIGHT, _noise)}")
+    if rows := of_kind["overhead"]:
+        text = _listed(rows, _OVERHEAD)
+        parts.append(f"**Time per call of one row and 8 x 8, microseconds**\n\n{text}")
+    if rows := of_kind["training"]:
+        text = _listed(rows, _TRAINING)
+        parts.append(f"**An optimiser step of a whole model**, ratios of times\n\n{text}")
     if meta.get("clocks_after"):
         parts.append(
             f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {meta['clocks_after']}"
@@ -78,22 +84,23 @@ def summary(results: Results, long: bool = False) -> str:
     if meta.get("launched_late"):
         parts.append(f"Launched late, so that times hold some of the host's: {meta['launched_late']}")
     if rows := [r for r in linear if r.get("peak_extra_bytes") is not None]:
-        parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{_memory(rows)}")
+        rows = [r for r in rows if r["noise"] in ("none", "gaussian")]
+        text = _pivot(rows, {**_CASE, "mode": "mode"}, _mib)
+        parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{text}")
     parts += [f"Skipped: {s}" for s in results.skipped] + [f"FAILED: {f}" for f in results.failures]
     return "\n\n".join(parts)
 
 
-def _cells(row: Row, columns: Mapping[str, Cell | str]) -> list[str]:
-    """columns: heading -> field of the row, or what makes the cell."""
+def _cells(row: Row, columns: Columns) -> list[str]:
     return [str(row[cell]) if isinstance(cell, str) else cell(row) for cell in columns.values()]
 
 
-def _listed(rows: list[Row], columns: Mapping[str, Cell | str]) -> str:
+def _listed(rows: list[Row], columns: Columns) -> str:
     """A line to each row."""
     return markdown(list(columns), [_cells(row, columns) for row in rows])
 
 
-def _pivot(rows: list[Row], columns: Mapping[str, Cell | str], cell: Cell) -> str:
+def _pivot(rows: list[Row], columns: Columns, cell: Cell) -> str:
     """A line to each combination of `columns`, a further column to each provider."""
     names = provider_names(rows)
     lines: dict[tuple[str, ...], dict[str, str]] = {}
@@ -121,8 +128,8 @@ def _mib(row: Row) -> str:
     return "" if row.get("peak_extra_bytes") is None else f"{row['peak_extra_bytes'] / 2**20:.1f}"
 
 
-_CASE: dict[str, Cell | str] = {"layer": case_name, "M": "M", "dtype": "dtype"}
-_LONG = {
+_CASE: Columns = {"layer": case_name, "M": "M", "dtype": "dtype"}
+_LONG: Columns = {
     **_CASE, "noise": "noise", "provider": "provider", "median": _time("median_us"), "p20": _time("p20_us"),
     "p80": _time("p80_us"), "n": "rounds", **{f"to {base}": _spread(f"to_{base}") for base in BASES},
     "rival": lambda row: row.get("rival") or "",
@@ -151,38 +158,21 @@ def _by_case(rows: list[Row]) -> str:
     return markdown([*_CASE, "noise", "plain", *names, *bases.values()], body)
 
 
-def _noise_scale(rows: list[Row]) -> str:
-    return _pivot(rows, {"layer": case_name, "dtype": "dtype"}, _time("median_us"))
+def _noise(row: Row) -> str:
+    core = row.get("ns_per_value_core")
+    return microseconds(row["median_us"]) + ("" if core is None else f" ({core:.2f} ns)")
 
 
-def _noise(rows: list[Row]) -> str:
-    def cell(row: Row) -> str:
-        core = row.get("ns_per_value_core")
-        return microseconds(row["median_us"]) + ("" if core is None else f" ({core:.2f} ns)")
-
-    weight: Cell = lambda row: f"{row['N']}x{row['K']}"  # noqa: E731
-    return _pivot(rows, {"weight": weight, "dtype": "dtype", "noise": "noise"}, cell)
-
-
-def _overhead(rows: list[Row]) -> str:
-    return _listed(rows, {
-        "provider": "provider", "mode": "mode", "noise": "noise", "time": lambda row: f"{row['median_us']:.1f}",
-        "over F.linear": lambda row: f"{row['over_linear_us']:+.1f}",
-    })  # fmt: skip
-
-
-def _training(rows: list[Row]) -> str:
-    ratios = {
-        f"/ {name}": _spread(f"to_{base}") for name, base in zip((*BASES[:3], "inplace"), BASES, strict=True)
-    }
-    return _listed(rows, {
-        "model": "model", "batch": "layer", "dtype": "dtype", "provider": "provider", "noise": "noise",
-        "step": _time("median_us"), **ratios, "peak, MiB": _mib,
-    })  # fmt: skip
-
-
-def _memory(rows: list[Row]) -> str:
-    return _pivot([r for r in rows if r["noise"] in ("none", "gaussian")], {**_CASE, "mode": "mode"}, _mib)
+_OVERHEAD: Columns = {
+    "provider": "provider", "mode": "mode", "noise": "noise", "time": lambda row: f"{row['median_us']:.1f}",
+    "over F.linear": lambda row: f"{row['over_linear_us']:+.1f}",
+}  # fmt: skip
+_TRAINING: Columns = {
+    "model": "model", "batch": "layer", "dtype": "dtype", "provider": "provider", "noise": "noise",
+    "step": _time("median_us"), **{f"/ {base}": _spread(f"to_{base}") for base in BASES[:3]},
+    "/ inplace": _spread("to_rival"), "peak, MiB": _mib,
+}  # fmt: skip
+_WEIGHT: Columns = {"weight": lambda row: f"{row['N']}x{row['K']}", "dtype": "dtype", "noise": "noise"}
 
 
 def compare(a: Results, b: Results) -> str:

@@ -400,18 +400,18 @@ def every(device: str) -> list[Provider]:
     noises = (NOISELESS, *KINDS)
     usable = [name for name in providers.usable_backends(device) if name != REFERENCE]
 
-    def ours(name: str, make: Any, what: str | None = None) -> Provider:
-        return Provider(name, make, what, noises, fused=True)
-
-    forced = [ours(f"flatlora:{name}", functools.partial(Flat, backend=name)) for name in usable]
+    forced = [
+        Provider(f"flatlora:{name}", functools.partial(Flat, backend=name), noises, fused=True)
+        for name in usable
+    ]
     return [
-        ours("flatlora", Flat, Flat.__doc__),
+        Provider("flatlora", Flat, noises, fused=True),
         *(forced if len(forced) > 1 else ()),
-        ours("flatlora-peft", FlatPeft, FlatPeft.__doc__),
-        Provider("plain", Plain, Plain.__doc__),
-        Provider("lora", Lora, Lora.__doc__),
-        Provider("peft", Peft, Peft.__doc__),
-        Provider("inplace", InPlace, InPlace.__doc__, KINDS[:1]),
+        Provider("flatlora-peft", FlatPeft, noises, fused=True),
+        Provider("plain", Plain),
+        Provider("lora", Lora),
+        Provider("peft", Peft),
+        Provider("inplace", InPlace, KINDS[:1]),
     ]
 
 
