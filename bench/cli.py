@@ -69,15 +69,6 @@ def _printed(text: Callable[[Arguments], str]) -> Callable[[Arguments], int]:
     return command
 
 
-def _cases(args: Arguments) -> list[Case]:
-    fields = {"M": args.m, "dtype": args.dtypes, "mode": args.modes, "rank": args.rank}
-    cases = shapes.cases(args.set, args.device)
-    for field, values in fields.items():
-        if values:
-            cases = [c._replace(**{field: value}) for c in cases for value in values]
-    return list(dict.fromkeys(cases))
-
-
 def _memory_cases(which: str, cases: list[Case]) -> set[Case]:
     if which == "none":
         return set()
@@ -103,16 +94,24 @@ def _run(args: Arguments) -> int:
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
         graph=args.graph or ("small" if args.device == "cuda" else "none"),
-        parts=args.parts,
     )
-    cases = _cases(args)
+    fields = {"M": args.m, "dtype": args.dtypes, "mode": args.modes, "rank": args.rank}
+    cases = shapes.cases(args.set, args.device)
+    for field, values in fields.items():
+        if values:
+            cases = [c._replace(**{field: value}) for c in cases for value in values]
+    cases = list(dict.fromkeys(cases))
     meta = environment.describe(args.device)
+    stem = results.file_stem(args, meta, args.set)
     started = time.perf_counter()
     run.compile_first(args.device, cases, settings.noises)
-    settings = settings._replace(time_limit=settings.time_limit - (time.perf_counter() - started))
+    bench = run.Bench(
+        settings, run.Progress(len(cases)), lambda bench: results.save_json(bench.results(meta), stem)
+    )
+    if args.parts:
+        parts.measure(bench, cases)
     memory_cases = _memory_cases(default(args.memory, "first", "largest"), cases)
-    stem = results.file_stem(args, meta, args.set)
-    bench = run.run(settings, cases, memory_cases, lambda b: results.save_json(b.results(meta), stem))
+    bench.linear_cases(cases, memory_cases, started)
     if isinstance(bench.timer, timing.CudaTimer):
         meta["launched_late"] = bench.timer.launched_late
     return _finish(args, bench.results(meta), args.set)

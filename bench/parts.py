@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,9 @@ from . import timing
 from .problem import SCALING, SIGMA, Problem
 from .providers import NOISELESS, Unfit
 from .results import Row
+from .run import Bench
 from .shapes import Case
 from .timing import Spread
-
-if TYPE_CHECKING:
-    from .run import Bench
 
 # In a core's cache, and from memory.
 GENERATOR_SHAPES = {"cpu": ((128, 512), (2048, 2048)), "cuda": ((2048, 2048), (4096, 4096))}
@@ -104,7 +102,7 @@ def noise_scale(bench: Bench, case: Case) -> list[Row]:
     calls = {"torch": torch_only, **_of_backends(bench, problem, refresh)}
     about = {name: getattr(case, name) for name in ("model", "layer", "N", "K", "dtype", "rank")}
     about |= {"kind": "noise_scale", "noise": NOISELESS}
-    rounds = bench.time(calls)
+    rounds = bench.timed(calls)
     return [{**about, "provider": name, **timing.row(rounds, name)} for name in calls]
 
 
@@ -114,7 +112,7 @@ def generator(bench: Bench, N: int, K: int, dtype: str) -> list[Row]:
     for noise in bench.settings.noises:
         calls = _generate(bench, N, K, dtype, noise)
         empty = {f"empty {name}": call for name, call in _generate(bench, 1, 8, dtype, noise).items()}
-        rounds = bench.time(calls | empty)
+        rounds = bench.timed(calls | empty)
         for name in calls:
             row = {"kind": "noise", "N": N, "K": K, "dtype": dtype, "noise": noise, "provider": name}
             row |= timing.row(rounds, name)

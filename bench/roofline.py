@@ -48,13 +48,9 @@ WAYS = {
 _PREDICTED = "**PREDICTED, not measured**"
 # What `bench.truth time` calls them -> mode and provider.
 _TRUTH = {"plain": ("forward", "plain"), "plain dX": ("input_grad", "plain"), "lora": ("forward", "lora")} | {
-    f"{name} {suffix}": (mode, provider)
+    f"{name}{backend} {suffix}": (mode, f"{way}:{backend}")
     for backend in ("triton", "cuda")
-    for name, provider in (
-        (backend, f"fused:{backend}"),
-        (f"panel {backend}", f"panel:{backend}"),
-        (f"perturb {backend}", f"perturb:{backend}"),
-    )
+    for name, way in (("", "fused"), ("panel ", "panel"), ("perturb ", "perturb"))
     for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
 }
 _OURS = {"triton fused": "fused:triton", "cuda fused": "fused:cuda", "panel": "panel:cuda"}
@@ -78,9 +74,6 @@ def row_norms(backend: str, rank: int) -> Work:
     # Triton multiplies the adapter by tensor cores; `cuda` does in the instructions that were counted.
     products = 2.0 * values * rank if backend == "triton" else 0.0
     return Work(flops=products, rate=1024, slots=slots, l2=read, memory=read)
-
-
-# --- Measured ---
 
 
 class Measurement(NamedTuple):
@@ -139,9 +132,6 @@ def _named(chip: Chip, hardware: str) -> bool:
     name, *rest = chip.name.replace(" GB", "GB").split()
     memory = next((part for part in rest if part.endswith("GB")), "")
     return name in hardware and memory in hardware
-
-
-# --- Tables ---
 
 
 def both(values: Iterable[str]) -> str:
@@ -282,9 +272,6 @@ def residuals(chip: Chip) -> str:
     return markdown(["kernels", "noise", "rank", "", *(f"M = {M}" for M in sizes)], body)
 
 
-# --- The layer step ---
-
-
 def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
     """Forward and backward of a LoRA layer: ours, and PEFT's without noise (all in bfloat16, no dropout).
 
@@ -329,9 +316,6 @@ def steps(chip: Chip) -> str:
     return markdown(["M", "x W^T and dY W alone", "PEFT, no noise", "ours", "ours / PEFT"], body)
 
 
-# --- CPU ---
-
-
 def measured_chip(budget: float) -> Chip:
     """The CPU of this machine: the bandwidth of a copy, and the rates of torch's products."""
     threads = torch.get_num_threads()
@@ -370,7 +354,7 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
     chip = rates[0]._replace(**best)
     order = ("none", *KINDS)
     body = []
-    for row in sorted(bench.rows, key=lambda r: (-len(r["dtype"]), r["M"], order.index(r["noise"]))):
+    for row in sorted(bench.rows, key=lambda r: (r["dtype"] != "float32", r["M"], order.index(r["noise"]))):
         way, dtype, M, noise = row["provider"].partition(":")[0], row["dtype"], row["M"], row["noise"]
         of = Call("forward", noise, "folded", dtype, M, size, size)
         predicted, base = cost.cost(chip, "cpu", way, of), cost.plain(chip, of)
@@ -386,9 +370,6 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
     )
     header = ["dtype", "M", "kernels", "noise", "predicted us", "measured us", "predicted", "measured"]
     return f"{about}\n\n{markdown([*header, 'p20 to p80', 'bound'], body)}"
-
-
-# --- The page ---
 
 
 def gpu_report() -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flatlora_kernels.spec.noise import KINDS
 
-from . import gate, memory, parts, precompile, providers, timing
+from . import gate, memory, precompile, providers, timing
 from .problem import COPIES, Problem
 from .providers import NOISELESS, REFERENCE, Provider, Unfit
 from .results import Results, Row
@@ -34,7 +34,6 @@ class Settings(NamedTuple):
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
     graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
-    parts: bool = True  # also overhead, generator and noise_scale by themselves
 
 
 class Progress:
@@ -93,11 +92,7 @@ class Findings:
         self.progress.say(f"FAILED {what}")
 
     def admit(
-        self,
-        candidates: Sequence[Provider],
-        about: object,
-        problem: Any,
-        check: Callable[[Any], gate.Verdict],
+        self, candidates: list[Provider], about: object, problem: Any, check: Callable[[Any], gate.Verdict]
     ) -> dict[str, Entry]:
         """Those that are right on this problem, by provider and noise."""
         entries = {}
@@ -127,14 +122,11 @@ def rows_of(
     medians = {label: timing.Spread.of(timing.seconds(rounds, label)).median for label in entries}
     rows = []
     for label, (p, noise, _, verdict) in entries.items():
-        rivals = [
-            other
-            for other, (q, kind, _, _) in entries.items()
-            if NOISELESS not in (noise, kind)
-            and (kind == noise or across_noises)
-            and not q.fused
-            and other != label
-        ]
+        rivals = []
+        for other, (q, kind, _, _) in entries.items():
+            comparable = NOISELESS not in (noise, kind) and (kind == noise or across_noises)
+            if comparable and not q.fused and other != label:
+                rivals.append(other)
         bases = {base: f"{base} {NOISELESS}" for base in ("plain", "lora", "peft")}
         if rivals:
             bases["rival"] = min(rivals, key=lambda name: medians[name])
@@ -149,11 +141,15 @@ def rows_of(
 class Bench(Findings):
     """Cases of the linear."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Progress,
+        after_case: Callable[[Bench], object] = lambda bench: None,
+    ) -> None:
         super().__init__(settings.noises, progress)
-        self.settings = settings
+        self.settings, self.after_case = settings, after_case
         self.timer = timing.timer(settings.device)
-        self.after_case: Callable[[Bench], object] = lambda bench: None
         for name, reason in providers.available_backends(settings.device).items():
             if reason is not None:
                 self.skip(f"fused:{name}: {reason}")
@@ -167,10 +163,9 @@ class Bench(Findings):
         if not entries:
             return
         rows = self._rows(case, entries, {label: entry.run.step for label, entry in entries.items()})
-        for row in rows:
-            if measure_memory:
-                name, noise = row["provider"], row["noise"]
-                row["peak_extra_bytes"] = memory.peak_extra_bytes(case, device, name, noise)
+        for row in rows if measure_memory else ():
+            which = (row["provider"], row["noise"])
+            row["peak_extra_bytes"] = memory.peak_extra_bytes(case, device, *which)
         self.rows += rows
         if graph == "all" or (graph == "small" and case.M <= GRAPH_ROWS):
             self._graphs(case, {label: entry for label, entry in entries.items() if entry.run.capturable})
@@ -214,9 +209,9 @@ class Bench(Findings):
             self.rows += [{**row, "launch": "graph"} for row in self._rows(case, replayed, replays)]
 
     def _rows(self, case: Case, entries: dict[str, Entry], calls: dict[str, timing.Call]) -> list[Row]:
-        return rows_of(entries, self.time(calls), {"kind": "linear", **case._asdict()})
+        return rows_of(entries, self.timed(calls), {"kind": "linear", **case._asdict()})
 
-    def time(self, calls: dict[str, timing.Call]) -> list[timing.Round]:
+    def timed(self, calls: dict[str, timing.Call]) -> list[timing.Round]:
         s = self.settings
         return timing.interleaved(calls, self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds)
 
@@ -243,19 +238,3 @@ def compile_first(device: str, cases: Sequence[Case], noises: Sequence[str]) -> 
     if device == "cuda" and processes != 0 and "triton" in providers.usable_backends(device):
         for line in precompile.run(precompile.table_jobs(cases, noises), processes):
             print(f"compiling: {line}", file=sys.stderr)
-
-
-def run(
-    settings: Settings,
-    cases: Sequence[Case],
-    memory_cases: set[Case],
-    after_case: Callable[[Bench], object] = lambda bench: None,
-) -> Bench:
-    """Everything there is to measure in `cases`."""
-    started = time.perf_counter()
-    bench = Bench(settings, Progress(len(cases)))
-    bench.after_case = after_case
-    if settings.parts:
-        parts.measure(bench, cases)
-    bench.linear_cases(cases, memory_cases, started)
-    return bench

@@ -117,9 +117,8 @@ def main(
     meta = environment.describe(device)
     meta["config"] = {"strategies": True, "quick": quick, "time_limit": limit, "table": key}
     started, problems = time.perf_counter(), cases(device, quick)
-    bench = run.Bench(settings, run.Progress(0))
     stem = out / (name or f"tune-strategies-{key.replace(' ', '-')}")
-    bench.after_case = lambda _: results.save_json(bench.results(meta), stem)
+    bench = run.Bench(settings, run.Progress(0), lambda b: results.save_json(b.results(meta), stem))
     run.compile_first(device, problems, settings.noises)
     bench.linear_cases(problems, started=started)
     lines = table(bench.rows, key, meta)

@@ -149,9 +149,6 @@ def _product(
     return call
 
 
-# --- driver ---
-
-
 def driver() -> int:
     about = environment.describe(DEVICE)
     kept = ("hardware", "clocks_before", "python", "torch", "cuda", "triton", "peft", "commit", "dirty")
@@ -166,9 +163,6 @@ def driver() -> int:
         said = library.test_error(error).decode() if error else f"{count.value} at once"
         print(f"clusters of {size:2} with {kib} KiB a block: {said}", flush=True)
     return 0
-
-
-# --- check ---
 
 
 def _families(libraries: list[str]) -> dict[str, Family]:
@@ -319,9 +313,6 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
     seconds = time.perf_counter() - start
     print(f"check: {right} of {len(families)} families right, {seconds:.0f} s{first}", flush=True)
     return len(wrong)
-
-
-# --- time ---
 
 
 def _calls(
