@@ -551,16 +551,12 @@ def _setting(settings: Settings, dtype: str, dropout: float, found: Findings) ->
         if isinstance(way, _Controlled) and noise == KINDS[0]
     }
     rounds = timed(refresh, settings.budget / 4) if refresh else []
-    all_layers = about | {
-        "kind": "noise_scale",
-        "layer": f"all {len(state.weights)} layers",
-        "noise": NOISELESS,
-    }
+    about |= {"kind": "noise_scale", "layer": f"all {len(state.weights)} layers", "noise": NOISELESS}
     if settings.memory:
         for row in steps:
             row["peak_extra_bytes"] = _peak(settings, dtype, dropout, row["provider"], row["noise"], ways)
     found.rows += steps
-    found.rows += [{**all_layers, "provider": name, **timing.row(rounds, name)} for name in refresh]
+    found.rows += [{**about, "provider": name, **timing.row(rounds, name)} for name in refresh]
 
 
 def _peak(
