@@ -39,10 +39,9 @@ class Settings(NamedTuple):
 class Progress:
     """One line that is rewritten on a terminal; elsewhere a line per step."""
 
-    def __init__(self, total: int, stream: Any = None) -> None:
-        self.total, self.done, self.stream = total, 0, stream or sys.stderr
-        self.live = self.stream.isatty()
-        self.start = 0.0
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, 0.0
+        self.clear = "\r\033[K" if sys.stderr.isatty() else ""
 
     def step(self, what: str) -> None:
         self.start = self.start or time.perf_counter()
@@ -52,15 +51,14 @@ class Progress:
         self.note(f"[{self.done}/{self.total}] {elapsed:.0f} s{left}: {what}")
 
     def note(self, text: str) -> None:
-        self.stream.write(f"\r\033[K{text[:150]}" if self.live else f"{text}\n")
-        self.stream.flush()
+        sys.stderr.write(f"{self.clear}{text[:150]}" if self.clear else f"{text}\n")
+        sys.stderr.flush()
 
     def say(self, text: str) -> None:
-        self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
+        sys.stderr.write(f"{self.clear}{text}\n")
 
     def close(self) -> None:
-        if self.live:
-            self.stream.write("\r\033[K")
+        sys.stderr.write(self.clear)
 
 
 class Entry(NamedTuple):

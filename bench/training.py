@@ -263,29 +263,18 @@ class Plain(Way):
             raise Unfit("nothing of this model would have a gradient")
 
 
-class _LoraLinear(nn.Module):
-    def __init__(
-        self, base: nn.Linear, weight: Tensor, A: nn.Parameter, B: nn.Parameter, dropout: float
-    ) -> None:
-        super().__init__()
-        self.weight, self.lora_A, self.lora_B, self.bias, self.dropout = weight, A, B, base.bias, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        dropped = F.dropout(flat, self.dropout) if self.dropout else flat
-        y = F.linear(flat, self.weight, self.bias)
-        y = torch.addmm(y, dropped @ self.lora_A.t(), self.lora_B.t(), alpha=SCALING)
-        return y.view(*x.shape[:-1], -1)
-
-
 class Lora(Way):
     """LoRA without noise, unfused, in one pass over y less than PEFT"""
 
     def build(self) -> None:
         self.adapters = self._own_adapters()
-        for name, weight, pair in zip(self.state.names, self.state.weights, self.adapters, strict=True):
-            base = self.module.get_submodule(name)
-            self.module.set_submodule(name, _LoraLinear(base, weight, *pair, self.state.dropout))
+        for name, pair in zip(self.state.names, self.adapters, strict=True):
+            self.module.get_submodule(name).register_forward_hook(functools.partial(self._add, *pair))
+
+    def _add(self, A: Tensor, B: Tensor, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        x, p = inputs[0].flatten(0, -2), self.state.dropout
+        dropped = F.dropout(x, p) if p else x
+        return torch.addmm(y.flatten(0, -2), dropped @ A.t(), B.t(), alpha=SCALING).view_as(y)
 
 
 class Peft(Way):
