@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -162,7 +163,7 @@ class Command(NamedTuple):
 
 def _commands() -> dict[str, Command]:
     """Made anew at each call: tests add sets."""
-    file = option("file", type=Path)
+    file, flag = option("file", type=Path), functools.partial(option, action="store_true")
     strategies = "with --strategies: "
     return {
         "run": Command("time a set of cases (this is what happens without a command)", _run, (
@@ -188,21 +189,16 @@ def _commands() -> dict[str, Command]:
             ),
             *PLACE,
             option(
-                "--parts", "first the overhead, the generator and noise_scale by themselves", action=_BOTH,
-                default=True,
+                "--parts", "first the overhead, the generator and noise_scale by themselves", action=_BOTH, default=True
             ),
         )),
         "tune": Command("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
-            option(
-                "--strategies",
-                "instead measure fused kernels against panels and write the table of the automatic choice",
-                action="store_true",
+            flag(
+                "--strategies", "instead measure fused kernels against panels and write the table of the automatic choice"
             ),
-            option("--quick", strategies + "a few cases", action="store_true"),
+            flag("--quick", strategies + "a few cases"),
             option("--backends", strategies + "measure these alone, and write no table", nargs="+"),
-            option(
-                "--rows", strategies + "the table of these measurements", type=Path, nargs="+", metavar="JSON"
-            ),
+            option("--rows", strategies + "the table of these measurements", type=Path, nargs="+", metavar="JSON"),
             option("--device", strategies + DEVICE.settings["help"], choices=("cpu", "cuda")),
             option(
                 "--dtypes", "16-bit types, float32 or tf32: the table has a part for each", nargs="+",
@@ -210,9 +206,7 @@ def _commands() -> dict[str, Command]:
             ),
             option("--time-limit", "seconds; the most telling cases come first", type=float, default=270.0),
             option("--candidates", "tiles to try for each line of the table", type=int, default=16),
-            option(
-                "--dry-run", "in Triton's interpreter, where no time means anything", action="store_true"
-            ),
+            flag("--dry-run", "in Triton's interpreter, where no time means anything"),
             OUT,
             option("--name", "of the files; default tune, device and time"),
         )),
@@ -239,7 +233,7 @@ def _commands() -> dict[str, Command]:
         ),
         "table": Command(
             "Markdown of a run", _printed(lambda args: table.summary(results.load(args.file), args.long)),
-            (file, option("--long", "a line to every provider, with percentiles", action="store_true")),
+            (file, flag("--long", "a line to every provider, with percentiles")),
         ),
         "plot": Command(
             "PNGs of a run: ratio to plain against M", _plot,
@@ -278,11 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.add(subparser, command.options)
     args = parser.parse_args(given)
-    if getattr(args, "device", "") is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available() and args.command != "tune":
+    device = getattr(args, "device", "")
+    if device is None:
+        device = args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() and args.command != "tune":
         parser.error("--device cuda: torch sees no GPU here")
-    if getattr(args, "graph", None) not in (None, "none") and args.device == "cpu":
+    if device == "cpu" and getattr(args, "graph", None) not in (None, "none"):
         parser.error(f"--graph {args.graph}: CUDA graphs need --device cuda, got cpu")
     try:
         return commands[args.command].run(args)
