@@ -194,7 +194,8 @@ def _commands() -> dict[str, Command]:
         )),
         "tune": Command("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
             flag(
-                "--strategies", "instead measure fused kernels against panels and write the table of the automatic choice"
+                "--strategies",
+                "instead measure fused kernels against panels and write the table of the automatic choice",
             ),
             flag("--quick", strategies + "a few cases"),
             option("--backends", strategies + "measure these alone, and write no table", nargs="+"),

@@ -73,10 +73,7 @@ def save_json(results: Results, stem: Path) -> Path:
 def save(results: Results, stem: Path) -> list[Path]:
     meta = {name: results.meta.get(name) for name in _META}
     rows = ({**row, **meta} for row in results.rows)
-    return [
-        write_csv(rows, (*COLUMNS, *_META), stem.with_name(stem.name + ".csv")),
-        save_json(results, stem),
-    ]
+    return [write_csv(rows, (*COLUMNS, *_META), stem.with_name(stem.name + ".csv")), save_json(results, stem)]
 
 
 def load(path: Path) -> Results:
