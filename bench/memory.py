@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 from unittest import mock
 
 import torch
@@ -34,9 +33,10 @@ def in_fresh_process(measure: Callable[..., int | None], *arguments: object) -> 
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, context) as process:
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, context, **threads) as process:
         try:
-            return process.submit(_child, torch.get_num_threads(), measure, arguments).result()
+            return process.submit(measure, *arguments).result()
         except Exception:
             traceback.print_exc(limit=-1)
             return None
@@ -68,11 +68,6 @@ def _step(case: Case, device: str, provider: str, noise: str) -> Callable[[], ob
     if chosen.compiled:  # the compiler's own memory is not the step's
         chosen.make(problem, noise).step(0)
     return lambda: chosen.make(problem, noise).step(0)
-
-
-def _child(threads: int, measure: Callable[..., int | None], arguments: tuple[Any, ...]) -> int | None:
-    torch.set_num_threads(threads)
-    return measure(*arguments)
 
 
 def _on_cpu(case: Case, provider: str, noise: str) -> int | None:
