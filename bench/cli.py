@@ -88,9 +88,9 @@ def _run(args: Arguments) -> int:
         device=args.device,
         noises=tuple(args.noise),
         providers=tuple(args.providers) if args.providers else None,
-        compiled=not short,
+        compiled=args.compile if args.compile is not None else not short,
         reference=not short,  # it takes seconds: of interest in these sets only where it is all there is
-        ways=args.set == "targets",
+        ways=args.ways or args.set == "targets",
         budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
         time_limit=default(args.time_limit, 40.0, math.inf),
@@ -105,7 +105,7 @@ def _run(args: Arguments) -> int:
     meta = environment.describe(args.device)
     stem = results.file_stem(args, meta, args.set)
     started = time.perf_counter()
-    run.compile_first(args.device, cases, settings.noises)
+    run.compile_first(args.device, cases, settings.noises, args.processes)
     bench = run.Bench(
         settings, run.Progress(len(cases)), lambda bench: results.save_json(bench.results(meta), stem)
     )
@@ -174,6 +174,7 @@ def _commands() -> dict[str, Command]:
             option("--rank", "of the adapter, 0 = none; in place of the set's", type=int, nargs="+"),
             options.NOISE,
             option("--providers", "only these and plain; fused: all backends", nargs="+"),
+            option("--compile", "default: not in quick and square4096", action=_BOTH),
             option(
                 "--memory",
                 "where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
@@ -187,10 +188,14 @@ def _commands() -> dict[str, Command]:
                 f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
                 choices=("none", "small", "all"),
             ),
+            option(
+                "--processes", "that compile Triton kernels before anything is timed; 0 = none", type=int
+            ),
             *PLACE,
             option(
                 "--parts", "first the overhead, the generator and noise_scale by themselves", action=_BOTH, default=True
             ),
+            flag("--ways", "the op's panels, split noise and own choice, too"),
         )),
         "tune": Command("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
             flag(
@@ -207,7 +212,9 @@ def _commands() -> dict[str, Command]:
             ),
             option("--time-limit", "seconds; the most telling cases come first", type=float, default=270.0),
             option("--candidates", "tiles to try for each line of the table", type=int, default=16),
+            option("--processes", "that compile; default one for every core but two", type=int),
             flag("--dry-run", "in Triton's interpreter, where no time means anything"),
+            flag("--table", "print the table after a dry run, too"),
             OUT,
             option("--name", "of the files; default tune, device and time"),
         )),
@@ -280,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here")
     if device == "cpu" and getattr(args, "graph", None) not in (None, "none"):
         parser.error(f"--graph {args.graph}: CUDA graphs need --device cuda, got cpu")
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
     try:
         return commands[args.command].run(args)
     except ValueError as error:

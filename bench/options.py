@@ -41,5 +41,10 @@ DEVICE = option("--device", "default cuda where there is one", choices=("cpu", "
 OUT = option(
     "--out", "folder of the CSV and JSON", type=Path, default=Path(__file__).parent / "results" / "local"
 )
-PLACE = (DEVICE, OUT, option("--name", "of the files; default set, device and time"))
+PLACE = (
+    DEVICE,
+    option("--threads", "of torch, on a CPU", type=int),
+    OUT,
+    option("--name", "of the files; default set, device and time"),
+)
 MIN_ROUNDS = "also where that takes longer than the budget"

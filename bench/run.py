@@ -230,9 +230,15 @@ def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:
     return [p for p in every if wanted(p)]
 
 
-def compile_first(device: str, cases: Sequence[Case], noises: Sequence[str]) -> None:
-    """Compiles what the triton backend will run, on all cores or BENCH_PROCESSES (0 = not), before it is timed."""
-    processes = int(os.environ["BENCH_PROCESSES"]) if "BENCH_PROCESSES" in os.environ else None
+def compile_first(
+    device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
+) -> None:
+    """Compiles what the triton backend will run, on all cores, before anything is timed.
+
+    processes: 0 = not; None = as BENCH_PROCESSES says, else for all cores.
+    """
+    if processes is None and "BENCH_PROCESSES" in os.environ:
+        processes = int(os.environ["BENCH_PROCESSES"])
     if device == "cuda" and processes != 0 and "triton" in providers.usable_backends(device):
         for line in precompile.run(precompile.table_jobs(cases, noises), processes):
             print(f"compiling: {line}", file=sys.stderr)

@@ -481,6 +481,7 @@ class Settings(NamedTuple):
     min_rounds: int = 7
     memory: bool = True
     model: str = "block"
+    layers: int = 1
     sequence: int | None = None
     dropout: tuple[float, ...] = (0.0,)
     providers: tuple[str, ...] | None = None
@@ -488,15 +489,20 @@ class Settings(NamedTuple):
     @property
     def batch(self) -> tuple[int, int]:
         """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, SEQUENCES[self.model])
+        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model]["sequence"])
         return self.tokens // sequence, sequence
 
     def state(self, dtype: str, dropout: float) -> State:
         about = (*self.batch, getattr(torch, dtype), self.device, dropout)
-        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], 1, *about)
+        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], self.layers, *about)
 
 
-SEQUENCES = {"block": 2048, "minilm": 64}  # tokens at most; more make a batch
+_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
+DEFAULTS = {
+    "block": {"sequence": _SEQUENCE, "layers": 1},
+    "llama": {"sequence": _SEQUENCE, "layers": 4},
+    "minilm": {"sequence": 64, "layers": 1},
+}
 
 
 def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], list[str]]:
@@ -561,7 +567,7 @@ def _peak(
 def _measure(settings: Settings, dtype: str, dropout: float, provider: str, noise: str) -> int | None:
     make = next(p.make for p in every("cpu") if p.name == provider)
     # Thread pools and generated code come up on a smaller model, the optimiser's state in a first step.
-    small = settings._replace(size="tiny", tokens=64, sequence=64)
+    small = settings._replace(size="tiny", layers=1, tokens=64, sequence=64)
     make(small.state(dtype, dropout), noise).step(0)
     way = make(settings.state(dtype, dropout), noise)
     way.step(0)
@@ -571,8 +577,12 @@ def _measure(settings: Settings, dtype: str, dropout: float, provider: str, nois
 
 _count = number(int, lambda n: n >= 1, "at least 1")
 OPTIONS = (
-    option("--model", "minilm: what the sentiment example trains", choices=SEQUENCES, default="block"),
+    option(
+        "--model", "llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
+        choices=DEFAULTS, default="block",
+    ),
     option("--size", "of a block; default llama3-8b on a GPU, else cpu", choices=SIZES),
+    option("--layers", "of llama; default 4", type=_count),
     option("--tokens", "in a step; default goes by the size, and is 1024 with minilm", type=_count),
     option("--sequence", "tokens of each sequence; default at most 2048, minilm 64", type=_count),
     option(
@@ -592,8 +602,13 @@ def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
     on_gpu = args.device == "cuda"
     size = args.size or ("llama3-8b" if on_gpu else "cpu")
     tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
+    layers = (args.model == "llama" and args.layers) or DEFAULTS[args.model]["layers"]
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
-    given = {name: given[name] for name in Settings._fields} | {"size": size, "tokens": tokens}
+    given = {name: given[name] for name in Settings._fields} | {
+        "size": size,
+        "tokens": tokens,
+        "layers": layers,
+    }
     settings = Settings(**given)
     sequences, sequence = settings.batch
     if sequences * sequence != tokens:

@@ -174,9 +174,9 @@ class Tuner:
         processors = self.machine.processors
         return self.configs.splits(tile, tiles, length, 4 * case.M * outputs, workspace, processors)[0]
 
-    def run(self, say: Callable[[str], None] = lambda text: None) -> None:
+    def run(self, processes: int | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         lines = self.lines()
-        workers = None if self.interpreted else precompile.pool()
+        workers = None if self.interpreted else precompile.pool(processes)
         try:
             # All at once: compiling goes on while what is there is timed.
             jobs = {line: _submit(workers, *line.cases[0], self.candidates(line)) for line in lines}
@@ -361,7 +361,7 @@ def main(args: argparse.Namespace) -> int:
         print(warning)
     failed = None
     try:
-        tuner.run(lambda text: print(text, flush=True))
+        tuner.run(args.processes, lambda text: print(text, flush=True))
     except Exception as error:  # it may have broken the device: what was found until then is worth keeping
         failed = f"FAILED: {type(error).__name__}: {error}"
     meta["config"] = {
@@ -372,7 +372,9 @@ def main(args: argparse.Namespace) -> int:
     )
     print("\n".join(f"dropped: {line}" for line in tuner.dropped))
     print(f"\n{where}; commit {meta['commit']}; {meta['date']}; {len(tuner.rows)} rows")
-    if not dry_run:
+    if dry_run and not args.table:
+        print("No table: --table prints one all the same")
+    else:
         print(f"For LINEAR in triton_kernels/configs.py:\n\n{tuner.text()}\n")
     if dry_run:
         print(warning)

@@ -413,7 +413,7 @@ def test_tune_prints_a_table_and_says_what_it_dropped(
         return bad.get(number, Outcome(None, 200, 0, 1000))
 
     workers = Workers(outcome)
-    monkeypatch.setattr(precompile, "pool", lambda processes=None: workers)
+    monkeypatch.setattr(precompile, "pool", lambda processes: workers)
     # The third tile of the first line is wrong, and the fourth raises.
     first = tuner.lines()[0]
     third, fourth = tuner.candidates(first)[2:4]
@@ -474,7 +474,7 @@ def test_tune_keeps_the_present_tiles_where_time_is_out(
 ) -> None:
     from flatlora_kernels.triton_kernels import configs
 
-    monkeypatch.setattr(precompile, "pool", lambda processes=None: Workers(lambda job: Outcome()))
+    monkeypatch.setattr(precompile, "pool", lambda processes: Workers(lambda job: Outcome()))
     tuner.end = 0
     tuner.run()
     assert not tuner.winners and not tuner.rows
