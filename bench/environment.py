@@ -19,7 +19,8 @@ _SOURCES = ("flatlora_kernels", "csrc", "triton_kernels", ":(glob)bench/*.py")
 
 
 def describe(device: str) -> dict[str, Any]:
-    commit, dirty = _commit()
+    commit = _said("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD")
+    status = _said("git", "-C", str(_ROOT), "status", "--porcelain", "--", *_SOURCES)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
@@ -36,7 +37,7 @@ def describe(device: str) -> dict[str, Any]:
         "peft": _version("peft"),
         "flatlora_kernels": fk.__version__,
         "commit": commit,
-        "dirty": dirty,
+        "dirty": None if status is None else bool(status),  # whether the sources differ from the commit
     }
 
 
@@ -45,15 +46,20 @@ def clocks(device: str) -> str | None:
     if device != "cuda":
         return None
     fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    uuid = torch.cuda.get_device_properties(0).uuid
-    command = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    answer = _said("nvidia-smi", "-i", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    if answer is None:
+        return None
+    return ", ".join(f"{name} {value}" for name, value in zip(fields, answer.split(", "), strict=False))
+
+
+def _said(*command: str) -> str | None:
     try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
+        return subprocess.run(
+            list(command), capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return ", ".join(f"{name} {value}" for name, value in zip(fields, answer.split(", "), strict=False))
 
 
 def _cpu_name() -> str:
@@ -69,16 +75,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Of the checkout, and whether the sources differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", *_SOURCES))
-    except (OSError, subprocess.SubprocessError):
-        return None, None

@@ -24,32 +24,22 @@ def errors(dtype: torch.dtype, sigma: float, noise: str, size: int = 1024) -> tu
     scale = fk.flat_noise_scale(weight, sigma=sigma)
     eps = fk.materialize_noise(scale, size, seed=1, noise=noise, dtype=torch.float32, backend="reference")
     folded = (weight.float() + eps).to(dtype).double() - weight.double()
-    split = eps.to(dtype).double()
     exact = eps.double()
-    norm = exact.norm()
-    return (
-        ((folded - exact).norm() / norm).item(),
-        ((split - exact).norm() / norm).item(),
-        (folded.norm() / norm).item(),
-    )
+    found = (folded - exact, eps.to(dtype).double() - exact, folded)
+    return tuple((t.norm() / exact.norm()).item() for t in found)
 
 
 def report() -> str:
     """The table, in Markdown."""
-    header = ["sigma"]
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        header += [f"{name} folded", "of its size" if dtype == torch.bfloat16 else "", f"{name} split"]
-    columns = [name for name in header if name]
-    body = []
+    lines = []
     for sigma in SIGMAS:
-        row = [f"{sigma:g}"]
+        line = {"sigma": f"{sigma:g}"}
         for dtype in DTYPES:
             folded, split, size = errors(dtype, sigma, "gaussian")
-            row += [
-                f"{100 * folded:.2g} %",
-                *([f"{size:.3f}"] if dtype == torch.bfloat16 else []),
-                f"{100 * split:.2g} %",
-            ]
-        body.append(row)
-    return markdown(columns, body)
+            name = str(dtype).removeprefix("torch.")
+            line[f"{name} folded"] = f"{100 * folded:.2g} %"
+            if dtype == torch.bfloat16:
+                line["of its size"] = f"{size:.3f}"
+            line[f"{name} split"] = f"{100 * split:.2g} %"
+        lines.append(line)
+    return markdown(list(lines[0]), [list(line.values()) for line in lines])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
         return self.error_over_limit <= 1
 
 
-def check(run: Run, copy: int = 0, step: Callable[[int], tuple[Tensor, ...]] | None = None) -> Verdict:
+def check(run: Run, copy: int = 0, step: Callable[[int], Sequence[Tensor]] | None = None) -> Verdict:
     """Compares one step of `run` (or `step`) with the same formula in float64, given the eps that the provider used.
 
     The error may be at most 2 times (gradients: 3 times) that of the formula evaluated in the case's dtype
@@ -42,35 +42,27 @@ def check(run: Run, copy: int = 0, step: Callable[[int], tuple[Tensor, ...]] | N
             return Verdict(math.inf, f"{name} is not finite everywhere")
     with torch.no_grad():
         i, eps = run.inputs[copy], run.eps(copy)
-        M = i.x.shape[0]
-        rows = torch.randperm(M, generator=torch.Generator().manual_seed(0))[:_MAX_ROWS].to(i.x.device)
-        A, B = (i.lora_A, i.lora_B) if run.adapter else (None, None)
+        rows = torch.randperm(len(i.x), generator=torch.Generator().manual_seed(0))[:_MAX_ROWS].to(i.x.device)
+
+        def formula(W: Tensor, scaling: float, convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+            """The output and the gradient of x in `rows`, the other gradients whole."""
+            x, A, B, dy = (None if t is None else convert(t) for t in (i.x, i.lora_A, i.lora_B, i.grad_y))
+            out = {"y": x[rows] @ W.t(), "grad of x": dy[rows] @ W}
+            if A is not None:
+                u, v = x @ A.t(), scaling * (dy @ B)  # (M, r)
+                out["y"] += scaling * (u[rows] @ B.t())
+                out["grad of x"] += v[rows] @ A
+                out["grad of lora_A"] = v.t() @ x
+                out["grad of lora_B"] = scaling * (dy.t() @ u)
+            return out
+
         W64 = i.weight.double() if eps is None else i.weight.double() + eps.double()
         Wd = i.weight if eps is None else (i.weight.to(torch.promote_types(i.x.dtype, torch.float32)) + eps)
-        x64, A64, B64, dy64 = (None if t is None else t.double() for t in (i.x, A, B, i.grad_y))
-        exact = _formula(W64, x64, A64, B64, dy64, SCALING, rows)
-        plain = _formula(Wd.to(i.x.dtype), i.x, A, B, i.grad_y, SCALING, rows)
-        x2, A2, B2, dy2 = (None if t is None else t.square() for t in (x64, A64, B64, dy64))
-        scale = _formula(W64.square(), x2, A2, B2, dy2, SCALING**2, rows)
-        verdicts = []
-        for name, value in got.items():
-            value = value[rows] if name in ("y", "grad of x") else value
-            verdicts.append(_judge(name, value, exact[name], plain[name], scale[name].sqrt()))
-        return max(verdicts)
-
-
-def _formula(
-    W: Tensor, x: Tensor, A: Tensor | None, B: Tensor | None, dy: Tensor, scaling: float, rows: Tensor
-) -> dict[str, Tensor]:
-    """The output and the gradient of x in `rows`, the other gradients whole."""
-    out = {"y": x[rows] @ W.t(), "grad of x": dy[rows] @ W}
-    if A is not None:
-        u, v = x @ A.t(), scaling * (dy @ B)  # (M, r)
-        out["y"] += scaling * (u[rows] @ B.t())
-        out["grad of x"] += v[rows] @ A
-        out["grad of lora_A"] = v.t() @ x
-        out["grad of lora_B"] = scaling * (dy.t() @ u)
-    return out
+        exact = formula(W64, SCALING, Tensor.double)
+        plain = formula(Wd.to(i.x.dtype), SCALING, lambda t: t)
+        scale = formula(W64.square(), SCALING**2, lambda t: t.double().square())
+        got |= {name: got[name][rows] for name in ("y", "grad of x") if name in got}
+        return max(_judge(n, got[n], exact[n], plain[n], scale[n].sqrt()) for n in got)
 
 
 def _judge(name: str, got: Tensor, exact: Tensor, plain: Tensor, scale: Tensor) -> Verdict:

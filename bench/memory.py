@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from typing import Any
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import torch
 
@@ -23,8 +23,7 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 def peak_extra_bytes(case: Case, device: str, provider: str, noise: str) -> int | None:
     """On a CPU in a fresh process; None where the system does not tell."""
     if device == "cuda":
-        problem, chosen = _step(case, device, provider, noise)
-        return peak_of(lambda: chosen.make(problem, noise).step(0), device)
+        return peak_of(_step(case, device, provider, noise), device)
     return in_fresh_process(_on_cpu, case, provider, noise)
 
 
@@ -34,17 +33,13 @@ def in_fresh_process(measure: Callable[..., int | None], *arguments: object) -> 
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    with _environment():
-        process = context.Process(target=_child, args=(sender, torch.get_num_threads(), measure, arguments))
-        process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:  # it died; what it had to say is on stderr
-        return None
-    finally:
-        process.join()
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, context, **threads) as process:
+        try:
+            return process.submit(measure, *arguments).result()
+        except Exception:
+            traceback.print_exc(limit=-1)
+            return None
 
 
 def peak_of(step: Callable[[], object], device: str) -> int | None:
@@ -66,43 +61,20 @@ def peak_of(step: Callable[[], object], device: str) -> int | None:
     return _status("VmHWM") - before
 
 
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _step(case: Case, device: str, provider: str, noise: str) -> tuple[Problem, providers.Provider]:
+def _step(case: Case, device: str, provider: str, noise: str) -> Callable[[], object]:
     problem = Problem(case, device, copies=1)
     chosen = next(p for p in providers.every(device) if p.name == provider)
     _ = problem.writable_weights  # stands for the weight itself, which is no extra
     if chosen.compiled:  # the compiler's own memory is not the step's
         chosen.make(problem, noise).step(0)
-    return problem, chosen
-
-
-def _child(
-    sender: Connection, threads: int, measure: Callable[..., int | None], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(threads)
-    sender.send(measure(*arguments))
+    return lambda: chosen.make(problem, noise).step(0)
 
 
 def _on_cpu(case: Case, provider: str, noise: str) -> int | None:
     # Thread pools, autograd's engine and the code that libraries generate come up on a smaller problem.
     warm = case._replace(M=min(case.M, 64), N=min(case.N, 256), K=min(case.K, 256))
-    problem, chosen = _step(warm, "cpu", provider, noise)
-    chosen.make(problem, noise).step(0)
-    problem, chosen = _step(case, "cpu", provider, noise)
-    return peak_of(lambda: chosen.make(problem, noise).step(0), "cpu")
+    _step(warm, "cpu", provider, noise)()
+    return peak_of(_step(case, "cpu", provider, noise), "cpu")
 
 
 def _status(field: str) -> int:

@@ -15,16 +15,17 @@ _COLOURS = {
     "perturb": "#E69F00", "eager": "#CC79A7", "inplace": "#7F7F7F", "compile": "#8C6D31", "lora": "#000000",
     "peft": "#B0B000", "auto": "#AA0044", "panel": "#5E3C99", "split": "#1B9E9E",
 }  # fmt: skip
-_MARKERS = {"perturb": "s", "eager": "^", "inplace": "v", "compile": "D", "lora": "x", "peft": "+"}
+_MARKERS = {
+    "fused": "o", "auto": "*", "panel": "P", "split": "d",
+    "perturb": "s", "eager": "^", "inplace": "v", "compile": "D", "lora": "x", "peft": "+",
+}  # fmt: skip
 
 
-def _style(provider: str) -> dict[str, object]:
+def _style(provider: str) -> dict[str, Any]:
     family = provider.partition(":")[0]
     colour = _COLOURS.get(provider) or _COLOURS.get(family, "#A52A2A")
-    if family in OP:
-        marker = {"fused": "o", "auto": "*", "panel": "P", "split": "d"}[family]
-        return {"color": colour, "marker": marker, "linewidth": 2.4, "zorder": 3}
-    return {"color": colour, "marker": _MARKERS.get(family, "."), "linewidth": 1.2, "zorder": 2}
+    bold = {"linewidth": 2.4, "zorder": 3} if family in OP else {"linewidth": 1.2, "zorder": 2}
+    return {"color": colour, "marker": _MARKERS.get(family, "."), **bold}
 
 
 def plot(results: Results, folder: Path, stem: str) -> list[Path]:
@@ -44,11 +45,11 @@ def plot(results: Results, folder: Path, stem: str) -> list[Path]:
     for (name, mode), rows in groups.items():
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{stem}-{name}-{mode}")
         paths.append(folder / f"{safe}.png")
-        _figure(rows, f"{name}, {mode}", results, paths[-1])
+        _figure(rows, f"{name}, {mode}", results.meta, paths[-1])
     return paths
 
 
-def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
+def _figure(rows: list[Row], title: str, meta: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
@@ -57,16 +58,10 @@ def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
     curves = len(Ms) > 1
     names = provider_names(rows)
     height = 3.1 if curves else 0.35 * len(names) + 0.8
-    size = (3.6 * len(noises) + 2.0, height * len(dtypes) + 0.9)
     fig, axes = plt.subplots(
-        len(dtypes),
-        len(noises),
-        figsize=size,
-        squeeze=False,
-        sharex=True,
-        sharey="row" if curves else True,
-        layout="constrained",
-    )
+        len(dtypes), len(noises), figsize=(3.6 * len(noises) + 2.0, height * len(dtypes) + 0.9), squeeze=False,
+        sharex=True, sharey="row" if curves else True, layout="constrained",
+    )  # fmt: skip
     for dtype, line in zip(dtypes, axes, strict=True):
         for noise, ax in zip(noises, line, strict=True):
             here = [r for r in rows if r["dtype"] == dtype and r["noise"] in (noise, "none")]
@@ -74,21 +69,17 @@ def _figure(rows: list[Row], title: str, results: Results, path: Path) -> None:
             ax.grid(True, color="0.9", linewidth=0.6)
             ax.set_title(f"{dtype}, {noise} noise", fontsize=10)
             ax.tick_params(labelsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("M, rows of x" if curves else "time / plain x @ W.T")
     if curves:
-        for ax in axes[-1]:
-            ax.set_xlabel("M, rows of x")
         for line in axes:
             line[0].set_ylabel("time / plain x @ W.T")
-        every = {
-            label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        shown = [n for n in names if n in every]
-        fig.legend([every[n] for n in shown], shown, loc="outside right upper", fontsize=9, frameon=False)
+        handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
+        shown = [n for n in names if n in handles]
+        legend = {"loc": "outside right upper", "fontsize": 9, "frameon": False}
+        fig.legend([handles[n] for n in shown], shown, **legend)
     else:
         title += f", M = {Ms[0]}"
-        for ax in axes[-1]:
-            ax.set_xlabel("time / plain x @ W.T")
-    meta = results.meta
     threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     where = f"{meta.get('hardware')}{threads}, torch {meta.get('torch')}; bands: 20th to 80th percentile"
     fig.suptitle(f"{title}\n{where}", fontsize=10)
@@ -101,9 +92,8 @@ def _log_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high / low > 6 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
-    )
+    ticks = (1, 2, 5) if high / low > 6 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)
+    axis.set_major_locator(LogLocator(subs=ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -13,6 +13,7 @@ from .shapes import Case
 
 SCALING = 2.0  # alpha = 2 r
 SIGMA = 0.1  # eps is a tenth of the weight: far above the rounding of bfloat16, so that the gate sees it
+COPIES = 3  # of the inputs, used in turn
 
 
 class Inputs(NamedTuple):
@@ -33,7 +34,9 @@ class Inputs(NamedTuple):
 class Problem:
     """Random inputs at the scale of a trained layer, in several copies to take turns with."""
 
-    def __init__(self, case: Case, device: str, copies: int) -> None:
+    stream, samples = 0, 1  # of the noise
+
+    def __init__(self, case: Case, device: str, copies: int = COPIES) -> None:
         self.case = case
         self.device = device
         self.dtype: torch.dtype = getattr(torch, case.dtype)

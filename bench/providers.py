@@ -1,4 +1,4 @@
-"""What is timed. A rival is a class under `@provider`; the backends of the package come by themselves.
+"""What is timed: the op, in all its ways, and the rivals.
 
 A provider computes ``x @ (W + eps)^T + SCALING * (x @ A^T) @ B^T`` (A, B where the case has a rank; eps where
 the provider is noisy) for one copy of the inputs, and can say which eps it used. In mode input_grad it computes
@@ -7,6 +7,7 @@ the provider is noisy) for one copy of the inputs, and can say which eps it used
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import weakref
 from collections.abc import Callable
@@ -19,12 +20,14 @@ import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
 from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.spec.records import Draw
 
 from .problem import SCALING, Inputs, Problem
-from .shapes import Case
 
 NOISELESS = "none"
 REFERENCE = "reference"  # the backend that is the maths written out; a rival only where there is no other
+# What comes before the backend in the name of a provider -> what is asked for.
+WAYS = {"fused": "fused kernels", "split": "noise_accum='split'", "panel": "strategy='panel'"}
 
 
 class Unfit(Exception):
@@ -34,7 +37,6 @@ class Unfit(Exception):
 class Run:
     """A provider at work on one problem. Raises `Unfit` from its constructor where it cannot."""
 
-    adapter = True  # computes the adapter's share, where the case has one
     capturable = True  # by a CUDA graph; a generator of torch cannot be seeded inside one
 
     def __init__(self, problem: Problem, noise: str) -> None:
@@ -59,15 +61,14 @@ class Run:
 
     def leaves(self, copy: int) -> list[Tensor]:
         """What is differentiated: x, then lora_A and lora_B."""
-        return self.inputs[copy].leaves if self.adapter else [self.inputs[copy].x]
+        return self.inputs[copy].leaves
 
     def step(self, copy: int) -> tuple[Tensor, ...]:
         """The output and, in mode forward+backward, the gradients of x, lora_A and lora_B; or dX alone."""
         if not self.problem.backward:
             with torch.no_grad():
-                result = (
-                    self.input_grad(copy) if self.problem.case.mode == "input_grad" else self.forward(copy)
-                )
+                alone = self.problem.case.mode == "input_grad"
+                result = self.input_grad(copy) if alone else self.forward(copy)
             self.finish(copy)
             return (result,)
         y = self.forward(copy)
@@ -78,27 +79,12 @@ class Run:
 
 class Provider(NamedTuple):
     name: str
-    make: Callable[[Problem, str], Run]
-    what: str
-    noisy: bool
+    make: Callable[[Any, str], Any]
+    noises: tuple[str, ...] = (NOISELESS,)
+    what: str | None = None  # None = as the class says
     fused: bool = False
     needs_rank: bool = False
     compiled: bool = False  # takes seconds to set up, and far more memory than it uses
-
-    @property
-    def noises(self) -> tuple[str, ...]:
-        return KINDS if self.noisy else (NOISELESS,)
-
-
-_registered: list[Provider] = []
-
-
-def provider(name: str, **options: bool) -> Callable[[type[Run]], type[Run]]:
-    def register(run: type[Run]) -> type[Run]:
-        _registered.append(Provider(name, run, run.__doc__ or "", **options))
-        return run
-
-    return register
 
 
 def available_backends(device: str) -> dict[str, str | None]:
@@ -112,156 +98,146 @@ def available_backends(device: str) -> dict[str, str | None]:
     return reasons
 
 
-def _fit(backend: str, case: Case) -> None:
-    dtypes = backends.get(backend).DTYPES
-    if dtypes is not None and getattr(torch, case.dtype) not in dtypes:
-        raise Unfit(f"does not take {case.dtype}")
+def usable_backends(device: str) -> list[str]:
+    return [name for name, reason in available_backends(device).items() if reason is None]
 
 
 def every(device: str) -> list[Provider]:
     """All providers that make sense on `device`, the op's backends first."""
-    usable = [name for name, reason in available_backends(device).items() if reason is None]
+    usable = usable_backends(device)
     kernels = [name for name in usable if name != REFERENCE] or usable
 
     def fused(backend: str, way: str = "fused") -> Provider:
         what = f"the op on backend {backend}" + (f", {WAYS[way]}" if way != "fused" else "")
-        make = lambda p, n: Fused(p, n, backend, way)  # noqa: E731
-        return Provider(f"{way}:{backend}", make, what, noisy=True, fused=True)
+        make = functools.partial(Fused, backend=backend, way=way)
+        return Provider(f"{way}:{backend}", make, KINDS, what, fused=True)
 
-    def perturb(backend: str) -> Provider:
-        what = Perturb.__doc__ or ""
-        return Provider(f"perturb:{backend}", lambda p, n: Perturb(p, n, backend), what, noisy=True)
+    return [
+        *map(fused, usable),
+        Provider(
+            "auto", functools.partial(Fused, way="auto"), KINDS, "the op, nothing asked for", fused=True
+        ),
+        *(fused(backend, way) for way in ("split", "panel") for backend in kernels),
+        Provider("plain", Plain),
+        Provider("lora", Lora, needs_rank=True),
+        Provider("peft", Peft, needs_rank=True),
+        Provider("inplace", InPlace, KINDS),
+        Provider("eager", Eager, KINDS),
+        Provider("compile", Compile, KINDS, compiled=True),
+        *(
+            Provider(f"perturb:{b}", functools.partial(Perturb, backend=b), KINDS, Perturb.__doc__)
+            for b in kernels
+        ),
+    ]
 
-    auto = Provider("auto", lambda p, n: Fused(p, n, None, "auto"), "the op, nothing asked for", True, True)
-    others = [fused(backend, way) for way in WAYS if way != "fused" for backend in kernels]
-    return [*map(fused, usable), auto, *others, *_registered, *map(perturb, kernels)]
+
+class OfBackend(Run):
+    def __init__(self, problem: Problem, noise: str, backend: str | None) -> None:
+        super().__init__(problem, noise)
+        dtypes = None if backend is None else backends.get(backend).DTYPES
+        if dtypes is not None and problem.dtype not in dtypes:
+            raise Unfit(f"does not take {problem.case.dtype}")
+        self.backend = backend
+
+    def draw(self, copy: int, **more: Any) -> dict[str, Any]:
+        """Arguments of the public functions."""
+        return {"seed": self.inputs[copy].seed, "stream": self.problem.stream, "noise": self.noise, **more}
+
+    def eps(self, copy: int) -> Tensor:
+        i = self.inputs[copy]
+        return fk.materialize_noise(i.noise_scale, i.weight.shape[1], **self.draw(copy, backend=self.backend))
 
 
-def _add_adapter(y: Tensor, i: Inputs) -> Tensor:
-    """One pass over y less than PEFT's separate multiply and add."""
+class Fused(OfBackend):
+    """The op; way: a key of WAYS, or "auto"."""
+
+    def __init__(self, problem: Problem, noise: str, backend: str | None = None, way: str = "fused") -> None:
+        super().__init__(problem, noise, backend)
+        strategy = {"fused": "fused", "split": "fused", "panel": "panel", "auto": None}[way]
+        accum = "split" if way == "split" else None
+        self.choice = {"strategy": strategy, "noise_accum": accum, "backend": backend}
+        device, dtype, numel = problem.device, problem.dtype, problem.inputs[0].weight.numel()
+        try:
+            self.resolved = resolve.resolve(backend, strategy, accum, device, dtype, numel)
+        except NotImplementedError as reason:
+            raise Unfit(str(reason)) from None
+        self.backend = self.resolved.backend
+
+    def forward(self, copy: int) -> Tensor:
+        x, weight, A, B, _, noise_scale, _ = self.inputs[copy]
+        draw = self.draw(copy, noise_scale=noise_scale, samples=self.problem.samples)
+        return fk.fused_flat_lora_linear(x, weight, A, B, scaling=SCALING, **draw, **self.choice)
+
+    def input_grad(self, copy: int) -> Tensor:
+        """As the backward pass of the op does it."""
+        i = self.inputs[copy]
+        draw = Draw(i.noise_scale, i.seed, self.problem.stream, self.noise, self.problem.samples)
+        return torch.ops.flatlora.linear_input_grad(
+            i.grad_y, i.weight, i.lora_A, self.v(copy), *draw, *self.resolved
+        )
+
+    def v(self, copy: int) -> Tensor | None:
+        """scaling dY B, (M, r)."""
+        i = self.inputs[copy]
+        if i.lora_B is None:
+            return None
+        return torch.ops.flatlora.adapter_grads(i.grad_y, None, i.lora_B, SCALING, self.backend)[0]
+
+
+def linear(i: Inputs, weight: Tensor) -> Tensor:
+    """By a weight that is in memory; in one pass over y less than PEFT's separate multiply and add."""
+    y = i.x @ weight.t()
     if i.lora_A is None:
         return y
     return torch.addmm(y, i.x @ i.lora_A.t(), i.lora_B.t(), alpha=SCALING)
 
 
-def _input_grad(perturbed: Tensor, i: Inputs) -> Tensor:
-    """By a weight that is in memory."""
-    dx = i.grad_y @ perturbed
+def input_grad(i: Inputs, weight: Tensor) -> Tensor:
+    dx = i.grad_y @ weight
     if i.lora_A is None:
         return dx
     return torch.addmm(dx, i.grad_y @ i.lora_B, i.lora_A, alpha=SCALING)
 
 
-def _draw(out: Tensor, noise: str, noise_scale: Tensor, generator: torch.Generator) -> Tensor:
-    """eps by torch's own generator, in as few passes as eager torch can."""
-    if noise == "gaussian":
-        out.normal_(generator=generator)
-    else:
-        out.random_(0, 2, generator=generator).mul_(2).sub_(1)
-    return out.mul_(noise_scale[:, None])
+class _Unfused(Run):
+    """Multiplies by a weight that is in memory."""
 
-
-# What comes before the backend in the name of a provider -> what is asked for.
-WAYS = {"fused": "fused kernels", "split": "noise_accum='split'", "panel": "strategy='panel'"}
-
-
-class Fused(Run):
-    """The op; way: a key of WAYS, or "auto"."""
-
-    def __init__(self, problem: Problem, noise: str, backend: str | None, way: str = "fused") -> None:
-        super().__init__(problem, noise)
-        if backend is not None:
-            _fit(backend, problem.case)
-        accum = "split" if way == "split" else None
-        strategy = {"fused": "fused", "split": "fused", "panel": "panel", "auto": None}[way]
-        self.choice = {"strategy": strategy, "noise_accum": accum, "backend": backend}
-        device, dtype = problem.device, problem.dtype
-        numel = problem.inputs[0].weight.numel()
-        try:
-            self.resolved = resolve.resolve(backend, strategy, accum, device, dtype, numel)
-        except NotImplementedError as reason:
-            raise Unfit(str(reason)) from None
+    def weight(self, copy: int) -> Tensor:
+        return self.inputs[copy].weight
 
     def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return fk.fused_flat_lora_linear(
-            i.x, i.weight, i.lora_A, i.lora_B, scaling=SCALING, seed=i.seed, noise=self.noise,
-            noise_scale=i.noise_scale, **self.choice,
-        )  # fmt: skip
+        return linear(self.inputs[copy], self.weight(copy))
 
     def input_grad(self, copy: int) -> Tensor:
-        """As the backward pass of the op does it."""
-        i = self.inputs[copy]
-        strategy, accum, backend = self.resolved
-        v = None
-        if i.lora_B is not None:
-            v, _ = torch.ops.flatlora.adapter_grads(i.grad_y, None, i.lora_B, SCALING, backend)
-        draw = (i.noise_scale, i.seed, 0, self.noise, 1, 0, False, 0, 0)
-        return torch.ops.flatlora.linear_input_grad(
-            i.grad_y, i.weight, i.lora_A, v, *draw, strategy, accum, backend
-        )
-
-    def eps(self, copy: int) -> Tensor:
-        return _own_eps(self.inputs[copy], self.noise, self.resolved.backend)
+        return input_grad(self.inputs[copy], self.weight(copy))
 
 
-def _own_eps(i: Inputs, noise: str, backend: str) -> Tensor:
-    return fk.materialize_noise(i.noise_scale, i.weight.shape[1], seed=i.seed, noise=noise, backend=backend)
-
-
-class Perturb(Run):
+class Perturb(OfBackend, _Unfused):
     """W + eps in one pass by perturb_weight, kept for the backward: the strongest unfused rival"""
 
     def __init__(self, problem: Problem, noise: str, backend: str) -> None:
-        super().__init__(problem, noise)
-        _fit(backend, problem.case)
-        self.backend = backend
+        super().__init__(problem, noise, backend)
         self.scratch = torch.empty_like(problem.inputs[0].weight)
 
-    def _perturbed(self, i: Inputs) -> Tensor:
+    def weight(self, copy: int) -> Tensor:
+        i = self.inputs[copy]
         return fk.perturb_weight(
-            i.weight, i.noise_scale, seed=i.seed, noise=self.noise, out=self.scratch, backend=self.backend
+            i.weight, i.noise_scale, **self.draw(copy, out=self.scratch, backend=self.backend)
         )
 
-    def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return _add_adapter(i.x @ self._perturbed(i).t(), i)
 
-    def input_grad(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return _input_grad(self._perturbed(i), i)
-
-    def eps(self, copy: int) -> Tensor:
-        return _own_eps(self.inputs[copy], self.noise, self.backend)
-
-
-@provider("plain", noisy=False)
-class Plain(Run):
-    """x @ W.T (input_grad: dY @ W), no adapter and no noise: what the ratios are to"""
-
-    adapter = False
-
-    def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return i.x @ i.weight.t()
-
-    def input_grad(self, copy: int) -> Tensor:
-        return self.inputs[copy].grad_y @ self.inputs[copy].weight
-
-
-@provider("lora", noisy=False, needs_rank=True)
-class Lora(Run):
+class Lora(_Unfused):
     """LoRA without noise, unfused"""
 
-    def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return _add_adapter(i.x @ i.weight.t(), i)
 
-    def input_grad(self, copy: int) -> Tensor:
-        return _input_grad(self.inputs[copy].weight, self.inputs[copy])
+class Plain(_Unfused):
+    """x @ W.T (input_grad: dY @ W), no adapter and no noise: what the ratios are to"""
+
+    def __init__(self, problem: Problem, noise: str) -> None:
+        super().__init__(problem, noise)
+        self.inputs = [i._replace(lora_A=None, lora_B=None) for i in problem.inputs]
 
 
-@provider("peft", noisy=False, needs_rank=True)
 class Peft(Run):
     """PEFT's LoRA layer, no noise"""
 
@@ -276,7 +252,7 @@ class Peft(Run):
 
         rank, K = i.lora_A.shape
         with torch.device(i.weight.device):
-            base = torch.nn.Linear(K, i.weight.shape[0], bias=False, dtype=i.weight.dtype)
+            base = torch.nn.Linear(K, len(i.weight), bias=False, dtype=i.weight.dtype)
             base.weight.data = i.weight
             config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["0"])
             layer = peft.inject_adapter_in_model(config, torch.nn.Sequential(base))[0]
@@ -292,39 +268,7 @@ class Peft(Run):
         return self.layers[copy](self.inputs[copy].x)
 
 
-@provider("inplace", noisy=True)
-class InPlace(Run):
-    """the Flat-LoRA authors': add eps to W in place, matmul, draw eps again from its seed, subtract"""
-
-    # github.com/nblt/Flat-LoRA, logTrainer.py, with the row norms at hand and no (N, K) tensor of them.
-
-    capturable = False
-
-    def __init__(self, problem: Problem, noise: str) -> None:
-        super().__init__(problem, noise)
-        self.weights = problem.writable_weights
-        self.generator = torch.Generator(problem.device)
-
-    def eps(self, copy: int) -> Tensor:
-        self.generator.manual_seed(copy)
-        weight = self.weights[copy]
-        return _draw(torch.empty_like(weight), self.noise, self.inputs[copy].noise_scale, self.generator)
-
-    def forward(self, copy: int) -> Tensor:
-        i, weight = self.inputs[copy], self.weights[copy]
-        weight.add_(self.eps(copy))
-        return _add_adapter(i.x @ weight.t(), i)
-
-    def input_grad(self, copy: int) -> Tensor:
-        self.weights[copy].add_(self.eps(copy))
-        return _input_grad(self.weights[copy], self.inputs[copy])
-
-    def finish(self, copy: int) -> None:
-        self.weights[copy].sub_(self.eps(copy))
-
-
-@provider("eager", noisy=True)
-class Eager(Run):
+class Eager(_Unfused):
     """eps by torch's generator, W + eps in memory of its own, matmul"""
 
     capturable = False
@@ -334,35 +278,44 @@ class Eager(Run):
         self.generator = torch.Generator(problem.device)
 
     def eps(self, copy: int) -> Tensor:
+        """In as few passes as eager torch can."""
         i = self.inputs[copy]
         self.generator.manual_seed(copy)
-        return _draw(torch.empty_like(i.weight), self.noise, i.noise_scale, self.generator)
+        z = torch.empty_like(i.weight)
+        if self.noise == "gaussian":
+            z.normal_(generator=self.generator)
+        else:
+            z.random_(0, 2, generator=self.generator).mul_(2).sub_(1)
+        return z.mul_(i.noise_scale[:, None])
 
-    def forward(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return _add_adapter(i.x @ (i.weight + self.eps(copy)).t(), i)
-
-    def input_grad(self, copy: int) -> Tensor:
-        return _input_grad(self.inputs[copy].weight + self.eps(copy), self.inputs[copy])
+    def weight(self, copy: int) -> Tensor:
+        return self.inputs[copy].weight + self.eps(copy)
 
 
-def _eps_in_torch(weight: Tensor, noise_scale: Tensor, noise: str) -> Tensor:
+class InPlace(Eager):
+    """the Flat-LoRA authors': add eps to W in place, matmul, draw eps again from its seed, subtract"""
+
+    # github.com/nblt/Flat-LoRA, logTrainer.py, with the row norms at hand and no (N, K) tensor of them.
+
+    def __init__(self, problem: Problem, noise: str) -> None:
+        super().__init__(problem, noise)
+        self.weights = problem.writable_weights
+
+    def weight(self, copy: int) -> Tensor:
+        return self.weights[copy].add_(self.eps(copy))
+
+    def finish(self, copy: int) -> None:
+        self.weights[copy].sub_(self.eps(copy))
+
+
+def _eps_in_torch(i: Inputs, noise: str) -> Tensor:
     if noise == "gaussian":
-        z = torch.randn_like(weight)
+        z = torch.randn_like(i.weight)
     else:
-        z = torch.where(torch.rand_like(weight, dtype=torch.float32) < 0.5, -1.0, 1.0)
-    return (z * noise_scale[:, None]).to(weight.dtype)
+        z = torch.where(torch.rand_like(i.weight, dtype=torch.float32) < 0.5, -1.0, 1.0)
+    return (z * i.noise_scale[:, None]).to(i.weight.dtype)
 
 
-def _linear_in_torch(i: Inputs, noise: str) -> Tensor:
-    return _add_adapter(i.x @ (i.weight + _eps_in_torch(i.weight, i.noise_scale, noise)).t(), i)
-
-
-def _input_grad_in_torch(i: Inputs, noise: str) -> Tensor:
-    return _input_grad(i.weight + _eps_in_torch(i.weight, i.noise_scale, noise), i)
-
-
-@provider("compile", noisy=True, compiled=True)
 class Compile(Run):
     """torch.compile of `eager`, with the generator that the compiler puts into its kernels"""
 
@@ -374,20 +327,21 @@ class Compile(Run):
         if Compile._compiled_for is None or Compile._compiled_for() is not problem:
             torch.compiler.reset()  # static graphs of many shapes would run into the limit of recompilations
             Compile._compiled_for = weakref.ref(problem)
-        self.linear = torch.compile(_linear_in_torch, fullgraph=True, dynamic=False)
-        self.gradient = torch.compile(_input_grad_in_torch, fullgraph=True, dynamic=False)
-        self.draw = torch.compile(_eps_in_torch, fullgraph=True, dynamic=False)
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        self._forward = compiled(lambda i, noise: linear(i, i.weight + _eps_in_torch(i, noise)))
+        self._input_grad = compiled(lambda i, noise: input_grad(i, i.weight + _eps_in_torch(i, noise)))
+        # Values go by the seed and the place in the weight, so a graph of its own draws the same.
+        self._eps = compiled(_eps_in_torch)
+
+    def _drawn(self, call: Callable[[Inputs, str], Tensor], copy: int) -> Tensor:
+        torch.manual_seed(copy)
+        return call(self.inputs[copy], self.noise)
 
     def forward(self, copy: int) -> Tensor:
-        torch.manual_seed(copy)
-        return self.linear(self.inputs[copy], self.noise)
+        return self._drawn(self._forward, copy)
 
     def input_grad(self, copy: int) -> Tensor:
-        torch.manual_seed(copy)
-        return self.gradient(self.inputs[copy], self.noise)
+        return self._drawn(self._input_grad, copy)
 
     def eps(self, copy: int) -> Tensor:
-        # The values go by the seed and the place in the weight, so a graph of its own draws the same.
-        i = self.inputs[copy]
-        torch.manual_seed(copy)
-        return self.draw(i.weight, i.noise_scale, self.noise)
+        return self._drawn(self._eps, copy)

@@ -13,27 +13,29 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels.choice import cost
 from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
+from flatlora_kernels.spec.noise import KINDS
 
-from . import environment, targets, timing
+from . import environment, run, targets, timing
+from .options import option
+from .shapes import Case
 from .table import markdown
 
-DOC = Path(__file__).parent.parent / "docs" / "internals" / "performance.md"
+PAGE = "docs/internals/performance.md"
+DOC = Path(__file__).parent.parent / PAGE
 RESULTS = Path(__file__).parent / "results"
 SIZE, RANK = 4096, 16
 ROWS = (16, 256, 2048, 8192)
 CHIPS = tuple(c for c in cost.CHIPS if c.name in ("A100 SXM 80 GB", "H100 SXM", "B200 SXM"))
-KINDS = ("gaussian", "rademacher")
 UNITS = ("tensor", "issue", "draw", "shared", "l2", "memory", "step", "launch")
 # Name -> backend, way of cost.py, providers of the benchmark that are the same.
 WAYS = {
@@ -45,20 +47,11 @@ WAYS = {
 }
 _PREDICTED = "**PREDICTED, not measured**"
 # What `bench.truth time` calls them -> mode and provider.
-_TRUTH = {
-    "plain": ("forward", "plain"),
-    "plain dX": ("input_grad", "plain"),
-    "lora": ("forward", "lora"),
-    **{
-        f"{name} {suffix}": (mode, provider)
-        for backend in ("triton", "cuda")
-        for name, provider in (
-            (backend, f"fused:{backend}"),
-            (f"panel {backend}", f"panel:{backend}"),
-            (f"perturb {backend}", f"perturb:{backend}"),
-        )
-        for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
-    },
+_TRUTH = {"plain": ("forward", "plain"), "plain dX": ("input_grad", "plain"), "lora": ("forward", "lora")} | {
+    f"{name}{backend} {suffix}": (mode, f"{way}:{backend}")
+    for backend in ("triton", "cuda")
+    for name, way in (("", "fused"), ("panel ", "panel"), ("perturb ", "perturb"))
+    for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
 }
 _OURS = {"triton fused": "fused:triton", "cuda fused": "fused:cuda", "panel": "panel:cuda"}
 
@@ -83,48 +76,44 @@ def row_norms(backend: str, rank: int) -> Work:
     return Work(flops=products, rate=1024, slots=slots, l2=read, memory=read)
 
 
-# --- Measured ---
-
-
 class Measurement(NamedTuple):
     seconds: float
     to_plain: float | None
 
 
-def measurements(chip: Chip, folder: Path = RESULTS) -> dict[tuple[str, str, int, str], Measurement]:
-    """(mode, provider, M, noise) -> of the latest run on this GPU, sizes as here; graphs where there are some.
+Measurements = dict[tuple[str, str, int, str], Measurement]  # by mode, provider, M, noise
+
+
+def measurements(chip: Chip, folder: Path = RESULTS) -> Measurements:
+    """Of the latest run on this GPU, sizes as here; graphs where there are some.
 
     What `truth` has goes before the benchmark's runs.
     """
-    found: dict[tuple[str, str, int, str], tuple[tuple[str, bool], Measurement]] = {}
+    rows = []
     for path in sorted(folder.glob("**/*.csv")):
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if not _is_of(row, chip):
-                    continue
-                key = (row["mode"], row["provider"], int(row["M"]), row["noise"])
-                value = Measurement(
-                    float(row["median_us"]) / 1e6, float(row["to_plain"]) if row["to_plain"] else None
-                )
-                age = (row["date"], row.get("launch") == "graph")
-                if key not in found or found[key][0] < age:
-                    found[key] = age, value
-    return {key: value for key, (_, value) in found.items()} | truth(chip, RANK, folder)
+            rows += [row for row in csv.DictReader(file) if _is_of(row, chip)]
+    rows.sort(key=lambda row: (row["date"], row.get("launch") == "graph"), reverse=True)
+    found: Measurements = {}
+    for row in rows:
+        to_plain = float(row["to_plain"]) if row["to_plain"] else None
+        key = (row["mode"], row["provider"], int(row["M"]), row["noise"])
+        found.setdefault(key, Measurement(float(row["median_us"]) / 1e6, to_plain))
+    return found | truth(chip, RANK, folder)
 
 
-def truth(chip: Chip, rank: int, folder: Path = RESULTS) -> dict[tuple[str, str, int, str], Measurement]:
+def truth(chip: Chip, rank: int, folder: Path = RESULTS) -> Measurements:
     """The same from truth-time.jsonl of the folder that bears the GPU's name: graphs, a cold L2."""
-    found: dict[tuple[str, str, int, str], Measurement] = {}
+    found: Measurements = {}
     for path in sorted(folder.glob("*/truth-time.jsonl")):
         if not _named(chip, path.parent.name):
             continue
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
+        for row in map(json.loads, path.read_text().splitlines()):
             mode, provider = _TRUTH.get(row["name"], ("", ""))
             if provider and row["rank"] == rank:
                 noise = "none" if provider in ("plain", "lora") else row["noise"]
-                key = (mode, provider, int(row["M"]), noise)
-                found.setdefault(key, Measurement(row["median_us"] / 1e6, row["to_plain"]))
+                measured = Measurement(row["median_us"] / 1e6, row["to_plain"])
+                found.setdefault((mode, provider, int(row["M"]), noise), measured)
     return found
 
 
@@ -145,123 +134,96 @@ def _named(chip: Chip, hardware: str) -> bool:
     return name in hardware and memory in hardware
 
 
-# --- Tables ---
-
-
-def both(values: list[str]) -> str:
+def both(values: Iterable[str]) -> str:
     """Of gaussian and rademacher noise; once where they are the same."""
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
+    return " / ".join(dict.fromkeys(values))
 
 
-def _amount(work: list[Work], name: str, scale: float) -> str:
-    return f"{sum(getattr(w, name) for w in work) / scale:,.{1 if scale > 1e8 else 0}f}"
+def _predicted(chip: Chip, name: str, M: int, direction: str) -> tuple[list[float], list[float]]:
+    """Seconds with each noise, and over a plain product."""
+    backend, way, _ = WAYS[name]
+    times = [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in KINDS]
+    base = cost.plain(chip, call("none", M, direction)).seconds
+    return times, [t / base for t in times]
+
+
+def _measured(found: Measurements, mode: str, name: str, M: int, noise: str) -> Measurement | None:
+    """The fastest of the providers that are the same."""
+    kind = "none" if name == "plain" else noise
+    values = [found[key] for p in WAYS[name][2] if (key := (mode, p, M, kind)) in found]
+    return min(values, default=None)
+
+
+def _kernels(chip: Chip) -> list[tuple[str, str, list[list[Work]]]]:
+    """(name, M, [with gaussian noise, with rademacher]), of a forward and of the passes over the weight."""
+    found = [
+        (name, str(M), [cost.works(chip, backend, way, call(noise, M))[0] for noise in KINDS])
+        for M in ROWS
+        for name, (backend, way, _) in WAYS.items()
+    ]
+    for backend in ("triton", "cuda"):
+        one = [[cost.perturb_pass(chip, backend, call(noise, 0), SIZE * SIZE)] for noise in KINDS]
+        found.append((f"{backend}: perturb alone", "-", one))
+        for rank in (0, RANK):
+            name = f"{backend}: row_sq_norms" + (f", rank {rank}" if rank else "")
+            found.append((name, "-", [[row_norms(backend, rank)]] * 2))
+    return found
 
 
 def amounts(chip: Chip) -> str:
     """What the kernels of a call ask for."""
+    columns = {
+        "GFLOP": ("flops", 1e9), "memory MB": ("memory", 1e6), "L2 MB": ("l2", 1e6), "shared MB": ("shared", 1e6),
+        "M instructions": ("slots", 1e6),
+    }  # fmt: skip
     body = []
-    columns = (("flops", 1e9), ("memory", 1e6), ("l2", 1e6), ("shared", 1e6), ("slots", 1e6))
-    for name, kernels in _calls(chip, "forward"):
-        body.append(
-            [
-                *name,
-                *(both([_amount(k, field, scale) for k in kernels]) for field, scale in columns),
-                f"{sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6:,.0f}",
-                str(len(kernels[0])),
-            ]
-        )
-    header = [
-        "kernels",
-        "M",
-        "GFLOP",
-        "memory MB",
-        "L2 MB",
-        "shared MB",
-        "M instructions",
-        "M values drawn",
-        "launches",
-    ]
-    return markdown(header, body)
+    for name, M, kernels in _kernels(chip):
+        cells = [
+            both(f"{sum(getattr(w, field) for w in k) / scale:,.{1 if scale > 1e8 else 0}f}" for k in kernels)
+            for field, scale in columns.values()
+        ]
+        drawn = sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6
+        body.append([name, M, *cells, f"{drawn:,.0f}", str(len(kernels[0]))])
+    return markdown(["kernels", "M", *columns, "M values drawn", "launches"], body)
 
 
-def _calls(chip: Chip, direction: str) -> list[tuple[tuple[str, str], list[list[Work]]]]:
-    """((kernels, M), [with gaussian noise, with rademacher])."""
-    found: list[tuple[tuple[str, str], list[list[Work]]]] = []
-    for M in ROWS:
-        for name, (backend, way, _) in WAYS.items():
-            kinds = [cost.works(chip, backend, way, call(noise, M, direction))[0] for noise in KINDS]
-            found.append(((name, str(M)), kinds))
-    if direction == "forward":
-        for backend in ("triton", "cuda"):
-            one = [[cost.perturb_pass(chip, backend, call(noise, 0), SIZE * SIZE)] for noise in KINDS]
-            found.append(((f"{backend}: perturb alone", "-"), one))
-            for rank in (0, RANK):
-                name = f"{backend}: row_sq_norms" + (f", rank {rank}" if rank else "")
-                found.append(((name, "-"), [[row_norms(backend, rank)]] * 2))
-    return found
-
-
-def roofline(chip: Chip, direction: str = "forward") -> str:
+def roofline(chip: Chip) -> str:
     """Microseconds of each unit, were it alone; the time of all; ratios."""
-    measured = measurements(chip)
-    mode = "forward" if direction == "forward" else "input_grad"
-    body = []
-    for (name, M), kernels in _calls(chip, direction):
+    found, body = measurements(chip), []
+    for name, M, kernels in _kernels(chip):
         costs = [cost.total(chip, k) for k in kernels]
-        times, ratios, found = [c.seconds for c in costs], ["-", "-"], ["-", "-"]
+        times, ratios, measured = [c.seconds for c in costs], "-", "-"
         if M != "-":
-            backend, way, providers = WAYS[name]
-            times = [cost.cost(chip, backend, way, call(noise, int(M), direction)).seconds for noise in KINDS]
-            base = cost.plain(chip, call("none", int(M), direction)).seconds
-            ratios = [f"{t / base:.2f}" for t in times]
-            found = [_measured(measured, mode, providers, int(M), noise) for noise in KINDS]
-        units = [both([f"{1e6 * c.units[unit]:.1f}" for c in costs]) for unit in UNITS]
-        all_of_it = both([f"{1e6 * t:.1f}" for t in times])
-        body.append([name, M, *units, all_of_it, both([c.bound for c in costs]), both(ratios), both(found)])
-    header = ["kernels", "M", *UNITS, "time", "bound", "to plain", "measured"]
-    return markdown(header, body)
+            times, to_plain = _predicted(chip, name, int(M), "forward")
+            ratios = both(f"{r:.2f}" for r in to_plain)
+            measured = both(_cell(_measured(found, "forward", name, int(M), noise)) for noise in KINDS)
+        units = [both(f"{1e6 * c.units[unit]:.1f}" for c in costs) for unit in UNITS]
+        all_of_it, bound = both(f"{1e6 * t:.1f}" for t in times), both(c.bound for c in costs)
+        body.append([name, M, *units, all_of_it, bound, ratios, measured])
+    return markdown(["kernels", "M", *UNITS, "time", "bound", "to plain", "measured"], body)
 
 
-def _measured(
-    found: dict[tuple[str, str, int, str], Measurement],
-    mode: str,
-    providers: tuple[str, ...],
-    M: int,
-    noise: str,
-) -> str:
-    kind = "none" if providers == ("plain",) else noise
-    values = [found[key] for p in providers if (key := (mode, p, M, kind)) in found]
-    if not values:
+def _cell(found: Measurement | None) -> str:
+    if found is None:
         return "-"
-    best = min(values)
-    return f"{1e6 * best.seconds:.1f}" + ("" if best.to_plain is None else f" ({best.to_plain:.2f})")
+    return f"{1e6 * found.seconds:.1f}" + ("" if found.to_plain is None else f" ({found.to_plain:.2f})")
 
 
 def ratios(direction: str) -> str:
     """To a plain product, all GPUs."""
-    body = []
-    for chip in CHIPS:
-        for name, (backend, way, _) in WAYS.items():
-            if name == "plain":
-                continue
-            line = []
-            for M in ROWS:
-                base = cost.plain(chip, call("none", M, direction)).seconds
-                times = [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in KINDS]
-                line.append(both([f"{t / base:.2f}" for t in times]))
-            body.append([chip.name, name, *line])
+    body = [
+        [chip.name, name, *(both(f"{r:.2f}" for r in _predicted(chip, name, M, direction)[1]) for M in ROWS)]
+        for chip in CHIPS
+        for name in WAYS
+        if name != "plain"
+    ]
     return markdown(["GPU", "kernels", *(f"M = {M}" for M in ROWS)], body)
 
 
-def fastest(chip: Chip, of: Call) -> tuple[str, Cost]:
+def fastest(chip: Chip, of: Call) -> Cost:
     """Of ours."""
-    ours = {
-        f"{backend} {strategy}": cost.cost(chip, backend, strategy, of)
-        for backend in ("triton", "cuda")
-        for strategy in ("fused", "panel")
-    }
-    best = min(ours, key=lambda name: ours[name].seconds)
-    return best.replace("triton panel", "panel").replace("cuda panel", "panel"), ours[best]
+    ways = itertools.product(("triton", "cuda"), ("fused", "panel"))
+    return min((cost.cost(chip, *way, of) for way in ways), key=lambda c: c.seconds)
 
 
 def against_targets(chip: Chip) -> str:
@@ -272,17 +234,17 @@ def against_targets(chip: Chip) -> str:
     for noise, M in itertools.product(KINDS, ROWS):
         times = {name: found for name, p in _OURS.items() if (found := whole.get(("forward", p, M, noise)))}
         at_rank_0 = [found for p in _OURS.values() if (found := alone.get(("forward", p, M, noise)))]
-        unfused = [found for p in WAYS["perturb"][2] if (found := whole.get(("forward", p, M, noise)))]
+        unfused = _measured(whole, "forward", "perturb", M, noise)
         if not (times and at_rank_0 and unfused):
             continue
         name = min(times, key=lambda n: times[n])
         plain = cost.plain(chip, call("none", M)).seconds
         rival = min(cost.perturb(chip, b, call(noise, M)).seconds for b in ("triton", "cuda"))
-        model = fastest(chip, call(noise, M))[1].seconds
+        model = fastest(chip, call(noise, M)).seconds
         cells = [noise, str(M), name, f"{min(at_rank_0).to_plain:.2f}"]
         for what, ratio, predicted in (
             ("plain", times[name].to_plain, model / plain),
-            ("rival", times[name].seconds / min(unfused).seconds, model / rival),
+            ("rival", times[name].seconds / unfused.seconds, model / rival),
         ):
             most = limits[noise, M, what]
             verdict = "met" if ratio <= most else "missed"  # type: ignore[operator]
@@ -295,22 +257,19 @@ def against_targets(chip: Chip) -> str:
 def residuals(chip: Chip) -> str:
     """Measured microseconds, and the model's time over that."""
     sizes, body = (16, 64, 256, 1024, 2048, 8192), []
-    for rank, (mode, column), (name, (backend, way, providers)) in itertools.product(
+    for rank, (mode, column), (name, (backend, way, _)) in itertools.product(
         (0, RANK), (("forward", "y"), ("input_grad", "dX")), WAYS.items()
     ):
         measured = truth(chip, rank)
         for noise in ("none",) if way == "plain" else KINDS:
             cells = []
             for M in sizes:
-                found = [measured[k].seconds for p in providers if (k := (mode, p, M, noise)) in measured]
+                found = _measured(measured, mode, name, M, noise)
                 model = cost.cost(chip, backend, way, call(noise, M, mode, rank)).seconds
-                cells.append(f"{1e6 * min(found):.1f} ({model / min(found):.2f})" if found else "-")
+                cells.append(f"{1e6 * found.seconds:.1f} ({model / found.seconds:.2f})" if found else "-")
             if (way != "plain" or not rank) and set(cells) != {"-"}:
                 body.append([name, noise, str(rank), column, *cells])
     return markdown(["kernels", "noise", "rank", "", *(f"M = {M}" for M in sizes)], body)
-
-
-# --- The layer step ---
 
 
 def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
@@ -336,7 +295,7 @@ def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
     backward += [passes(2, 1), product(K, M, 0, rows=r)]
     peft = cost.total(chip, forward + backward)
 
-    ours = [fastest(chip, call(noise, M, d))[1] for d in ("forward", "input_grad")]
+    ours = [fastest(chip, call(noise, M, d)) for d in ("forward", "input_grad")]
     # v and dB by products.adapter_grads, dA by autograd.py.
     gradients = [product(r, N), product(r, M, held, rows=N), product(K, M, 0, rows=r)]
     rest = cost.total(chip, gradients)
@@ -349,21 +308,12 @@ def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
 def steps(chip: Chip) -> str:
     body = []
     for M in ROWS:
-        peft = step(chip, M, KINDS[0])[1]
+        peft = step(chip, M, KINDS[0])[1].seconds
         ours = [step(chip, M, noise)[0].seconds for noise in KINDS]
         base = sum(cost.plain(chip, call("none", M, d)).seconds for d in ("forward", "input_grad"))
-        body.append([
-            str(M), f"{1e6 * base:.0f}", f"{1e6 * peft.seconds:.0f}", both([f"{1e6 * s:.0f}" for s in ours]),
-            both([f"{s / peft.seconds:.2f}" for s in ours]),
-        ])  # fmt: skip
+        times = (f"{1e6 * base:.0f}", f"{1e6 * peft:.0f}", both(f"{1e6 * s:.0f}" for s in ours))
+        body.append([str(M), *times, both(f"{s / peft:.2f}" for s in ours)])
     return markdown(["M", "x W^T and dY W alone", "PEFT, no noise", "ours", "ours / PEFT"], body)
-
-
-# --- CPU ---
-
-
-def _linear(x: Tensor, weight: Tensor) -> timing.Call:
-    return lambda _: F.linear(x, weight)
 
 
 def measured_chip(budget: float) -> Chip:
@@ -371,12 +321,13 @@ def measured_chip(budget: float) -> Chip:
     threads = torch.get_num_threads()
     source, target = torch.randn(1 << 24), torch.empty(1 << 24)
     x, weight = torch.randn(512, 2048), torch.randn(2048, 2048)
+    x16, weight16 = x.bfloat16(), weight.bfloat16()
     calls: dict[str, timing.Call] = {
         "copy": lambda _: target.copy_(source),
-        "float32": _linear(x, weight),
-        "bfloat16": _linear(x.bfloat16(), weight.bfloat16()),
+        "float32": lambda _: F.linear(x, weight),
+        "bfloat16": lambda _: F.linear(x16, weight16),
     }
-    rounds = timing.interleaved(calls, timing.CpuTimer(), 1, budget, 5, 100)
+    rounds = timing.interleaved(calls, timing.cpu_timer, 1, budget, 5, 100)
     median = {name: timing.Spread.of(timing.seconds(rounds, name)).median for name in calls}
     macs = 512 * 2048 * 2048 / threads / 1e9
     return cost.CHIPS[-1]._replace(
@@ -388,52 +339,29 @@ def measured_chip(budget: float) -> Chip:
     )
 
 
-def _cpu_calls(x: Tensor, weight: Tensor) -> dict[tuple[str, str], timing.Call]:
-    """(way, noise) -> the call."""
-    scale, seed, scratch = torch.full((len(weight),), 0.01), torch.tensor(0), torch.empty_like(weight)
-
-    def ours(noise: str, strategy: str) -> timing.Call:
-        return lambda _: fk.fused_flat_lora_linear(
-            x, weight, noise_scale=scale, seed=seed, noise=noise, backend="cpu", strategy=strategy
-        )
-
-    def perturbed(noise: str) -> timing.Call:
-        return lambda _: F.linear(
-            x, fk.perturb_weight(weight, scale, seed=seed, noise=noise, out=scratch, backend="cpu")
-        )
-
-    calls = {("plain", "none"): _linear(x, weight)}
-    for noise in KINDS:
-        calls |= {(strategy, noise): ours(noise, strategy) for strategy in ("fused", "panel")}
-        calls["perturb", noise] = perturbed(noise)
-    return calls
-
-
 def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256, 2048)) -> str:
     """The model with the rates of this machine against calls measured on it; `budget`: seconds for each."""
     if reason := fk.backend_info()["cpu"]["unavailable"]:
         return f"Backend 'cpu' is not here: {reason}"
-    rates, timed = [measured_chip(budget)], []
-    for dtype, M in itertools.product((torch.float32, torch.bfloat16), rows):
-        calls = _cpu_calls(torch.randn(M, size).to(dtype), torch.randn(size, size).div_(45).to(dtype))
-        by_name = {" ".join(key): run for key, run in calls.items()}
-        rounds = timing.interleaved(by_name, timing.CpuTimer(), 1, budget, 5, 200)
-        for way, noise in calls:
-            of = Call("forward", noise, "folded", str(dtype).removeprefix("torch."), M, size, size)
-            median = timing.Spread.of(timing.seconds(rounds, f"{way} {noise}")).median
-            timed.append((of, way, median, timing.paired_ratio(rounds, f"{way} {noise}", "plain none")))
-    # Rates are what the machine can do: the better of before and after.
+    ours = ("fused:cpu", "panel:cpu", "perturb:cpu")
+    bench = run.Bench(run.Settings("cpu", providers=ours, budget=budget), run.Progress(0))
+    rates = [measured_chip(budget)]
+    for dtype, M in itertools.product(("float32", "bfloat16"), rows):
+        bench.linear(Case("", "", M, size, size, dtype, "forward", 0), measure_memory=False)
     rates.append(measured_chip(budget))
-    chip = rates[0]._replace(
-        **{f: max(getattr(c, f) for c in rates) for f in ("bandwidth", "tensor", "single")}
-    )
+    # Rates are what the machine can do: the better of before and after.
+    best = {f: max(getattr(c, f) for c in rates) for f in ("bandwidth", "tensor", "single")}
+    chip = rates[0]._replace(**best)
+    order = ("none", *KINDS)
     body = []
-    for of, way, median, ratio in timed:
+    for row in sorted(bench.rows, key=lambda r: (r["dtype"] != "float32", r["M"], order.index(r["noise"]))):
+        way, dtype, M, noise = row["provider"].partition(":")[0], row["dtype"], row["M"], row["noise"]
+        of = Call("forward", noise, "folded", dtype, M, size, size)
         predicted, base = cost.cost(chip, "cpu", way, of), cost.plain(chip, of)
+        ratio, p20, p80 = (row.get(f"to_plain{part}", 1.0) for part in ("", "_p20", "_p80"))
         body.append([
-            of.dtype, str(of.M), way, of.noise, f"{1e6 * predicted.seconds:,.0f}", f"{1e6 * median:,.0f}",
-            f"{predicted.seconds / base.seconds:.2f}", f"{ratio.median:.2f}", f"{ratio.p20:.2f} to {ratio.p80:.2f}",
-            predicted.bound,
+            dtype, str(M), way, noise, f"{1e6 * predicted.seconds:,.0f}", f"{row['median_us']:,.0f}",
+            f"{predicted.seconds / base.seconds:.2f}", f"{ratio:.2f}", f"{p20:.2f} to {p80:.2f}", predicted.bound,
         ])  # fmt: skip
     single, half = (2 * rate * chip.processors for rate in (chip.single, chip.tensor))
     about = (
@@ -444,11 +372,8 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
     return f"{about}\n\n{markdown([*header, 'p20 to p80', 'bound'], body)}"
 
 
-# --- The page ---
-
-
 def gpu_report() -> str:
-    h100 = _chip("H100 SXM")
+    h100 = next(c for c in CHIPS if c.name == "H100 SXM")
     parts = [
         f"**Measured** on an H100, beside its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
         against_targets(h100),
@@ -468,10 +393,6 @@ def gpu_report() -> str:
     return "\n\n".join(parts)
 
 
-def _chip(name: str) -> Chip:
-    return next(c for c in cost.CHIPS if c.name == name)
-
-
 def write(mark: str, text: str, doc: Path = DOC) -> None:
     """Puts `text` between the marks of the page."""
     begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
@@ -481,11 +402,10 @@ def write(mark: str, text: str, doc: Path = DOC) -> None:
     doc.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n\n{end}", page, flags=re.DOTALL))
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--device", choices=("gpu", "cpu", "all"), default="all", help="gpu: predicted; cpu: measured here"
-    )
-    p.add_argument("--write", action="store_true", help="into docs/internals/performance.md")
+OPTIONS = (
+    option("--device", "gpu: predicted; cpu: measured here", choices=("gpu", "cpu", "all"), default="all"),
+    option("--write", f"into {PAGE}", action="store_true"),
+)
 
 
 def main(args: argparse.Namespace) -> int:

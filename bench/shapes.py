@@ -122,7 +122,7 @@ FULL = {
 NAMED = {
     "square4096": (
         Grid("square4096", dtypes=("bfloat16", "float16"), modes=("forward", "input_grad"), ranks=(16,)),
-    ),
+    )
 }
 # Those for which targets.py has a figure.
 TARGETS = {

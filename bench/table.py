@@ -1,18 +1,19 @@
-"""Markdown of one run."""
+"""Markdown of one run, and of two side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .results import Results, Row
+from .results import BASES, KINDS, Results, Row, key
 
 OP = ("fused", "auto", "panel", "split")  # what names of the op's own ways begin with
+Cell = Callable[[Row], str]
+Columns = Mapping[str, Cell | str]  # heading -> field of the row, or what makes the cell
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table whose columns line up, numbers to the right."""
-    lines = [list(line) for line in lines]
     columns = []
     for name, *cells in zip(header, *lines, strict=True):
         width = max(map(len, (name, *cells)))
@@ -54,24 +55,28 @@ def summary(results: Results, long: bool = False) -> str:
     threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     versions += f", Python {meta.get('python')}"
     parts = [f"{meta.get('hardware')}{threads}; {versions}; {commit}; {meta.get('date')}"]
-    linear = [r for r in results.rows if r["kind"] == "linear"]
+    of_kind = {kind: [r for r in results.rows if r["kind"] == kind] for kind in KINDS}
+    linear = of_kind["linear"]
     for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
         rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
         how = ", replayed as a CUDA graph" if launch == "graph" else ""
         if long:
-            parts.append(f"**{mode}**{how}, median and 20th to 80th percentile\n\n{_long(rows)}")
+            parts.append(f"**{mode}**{how}, median and 20th to 80th percentile\n\n{_listed(rows, _LONG)}")
         else:
             plain = "dY @ W" if mode == "input_grad" else "x @ W.T"
             parts.append(f"**{mode}**{how}, time as a multiple of plain `{plain}`\n\n{_by_case(rows)}")
-    for kind, title, make in (
-        ("noise_scale", "Refresh of `noise_scale`, once per step and layer", _by_layer),
-        ("noise", "One-pass `W + eps` (ns per value and core); torch: its generator alone", _noise),
-        ("overhead", "Time per call of one row and 8 x 8, microseconds", _overhead),
-    ):
-        if rows := [r for r in results.rows if r["kind"] == kind]:
-            parts.append(f"**{title}**\n\n{make(rows)}")
-    if rows := [r for r in results.rows if r["kind"] == "training"]:
-        parts.append(f"**An optimiser step of a whole model**, ratios of times\n\n{_training(rows)}")
+    if rows := of_kind["noise_scale"]:
+        text = _pivot(rows, {"layer": case_name, "dtype": "dtype"}, _time("median_us"))
+        parts.append(f"**Refresh of `noise_scale`, once per step and layer**\n\n{text}")
+    if rows := of_kind["noise"]:
+        title = "**One-pass `W + eps` (ns per value and core); torch: its generator alone**"
+        parts.append(f"{title}\n\n{_pivot(rows, _WEIGHT, _noise)}")
+    if rows := of_kind["overhead"]:
+        text = _listed(rows, _OVERHEAD)
+        parts.append(f"**Time per call of one row and 8 x 8, microseconds**\n\n{text}")
+    if rows := of_kind["training"]:
+        text = _listed(rows, _TRAINING)
+        parts.append(f"**An optimiser step of a whole model**, ratios of times\n\n{text}")
     if meta.get("clocks_after"):
         parts.append(
             f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {meta['clocks_after']}"
@@ -79,122 +84,129 @@ def summary(results: Results, long: bool = False) -> str:
     if meta.get("launched_late"):
         parts.append(f"Launched late, so that times hold some of the host's: {meta['launched_late']}")
     if rows := [r for r in linear if r.get("peak_extra_bytes") is not None]:
-        parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{_memory(rows)}")
+        rows = [r for r in rows if r["noise"] in ("none", "gaussian")]
+        text = _pivot(rows, {**_CASE, "mode": "mode"}, _mib)
+        parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{text}")
     parts += [f"Skipped: {s}" for s in results.skipped] + [f"FAILED: {f}" for f in results.failures]
     return "\n\n".join(parts)
 
 
-def _pivot(
-    rows: list[Row], head: Callable[[Row], tuple[str, ...]], cell: Callable[[Row], str]
-) -> tuple[list[str], list[list[str]]]:
-    """Names of the providers, which are columns, and a line for each `head`."""
+def _cells(row: Row, columns: Columns) -> list[str]:
+    return [str(row[cell]) if isinstance(cell, str) else cell(row) for cell in columns.values()]
+
+
+def _listed(rows: list[Row], columns: Columns) -> str:
+    """A line to each row."""
+    return markdown(list(columns), [_cells(row, columns) for row in rows])
+
+
+def _pivot(rows: list[Row], columns: Columns, cell: Cell) -> str:
+    """A line to each combination of `columns`, a further column to each provider."""
     names = provider_names(rows)
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        lines.setdefault(head(row), {})[row["provider"]] = cell(row)
-    return names, [[*key, *(cells.get(n, "") for n in names)] for key, cells in lines.items()]
+        lines.setdefault(tuple(_cells(row, columns)), {})[row["provider"]] = cell(row)
+    return markdown(
+        [*columns, *names], [[*head, *(cells.get(n, "") for n in names)] for head, cells in lines.items()]
+    )
+
+
+def _time(name: str) -> Cell:
+    return lambda row: microseconds(row[name])
+
+
+def _spread(name: str) -> Cell:
+    def cell(row: Row) -> str:
+        if row.get(name) is None:
+            return ""
+        return f"{ratio(row[name])} ({ratio(row[name + '_p20'])} to {ratio(row[name + '_p80'])})"
+
+    return cell
+
+
+def _mib(row: Row) -> str:
+    return "" if row.get("peak_extra_bytes") is None else f"{row['peak_extra_bytes'] / 2**20:.1f}"
+
+
+_CASE: Columns = {"layer": case_name, "M": "M", "dtype": "dtype"}
+_LONG: Columns = {
+    **_CASE, "noise": "noise", "provider": "provider", "median": _time("median_us"), "p20": _time("p20_us"),
+    "p80": _time("p80_us"), "n": "rounds", **{f"to {base}": _spread(f"to_{base}") for base in BASES},
+    "rival": lambda row: row.get("rival") or "",
+}  # fmt: skip
 
 
 def _by_case(rows: list[Row]) -> str:
-    ours = "auto" if any(r["provider"] == "auto" for r in rows) else "fused"  # whose ratios end the line
-    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        case = (case_name(row), str(row["M"]), row["dtype"])
-        entry = lines.setdefault(case, {"plain": "", "shared": {}, "noises": {}})
-        if row["provider"] == "plain":
-            entry["plain"] = microseconds(row["median_us"])
-        elif row["noise"] == "none":
-            entry["shared"][row["provider"]] = ratio(row.get("to_plain"))
-        else:
-            noisy = entry["noises"].setdefault(row["noise"], {})
-            noisy[row["provider"]] = ratio(row.get("to_plain"))
-            for base in ("to_lora", "to_peft", "to_rival"):
-                if row["provider"].partition(":")[0] == ours and row.get(base) is not None:
-                    noisy[base] = min(noisy.get(base, float("inf")), row[base])
+    """Ratios to plain, a line to each case and noise; the ratios of `ours` to the rest end the line."""
+    ours = "auto" if any(r["provider"] == "auto" for r in rows) else "fused"
     names = [n for n in provider_names(rows) if n != "plain"]
     bases = {"to_lora": f"{ours} / lora", "to_peft": f"{ours} / peft", "to_rival": f"{ours} / best unfused"}
     bases = {b: name for b, name in bases.items() if any(r.get(b) is not None for r in rows)}
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(_cells(row, _CASE)), []).append(row)
     body = []
-    for case, entry in lines.items():
-        for noise, cells in (entry["noises"] or {"none": {}}).items():
-            values = {**entry["shared"], **cells}
-            best = [ratio(values.get(base)) for base in bases]
-            body.append([*case, noise, entry["plain"], *(values.get(n, "") for n in names), *best])
-    header = ["layer", "M", "dtype", "noise", "plain", *names, *bases.values()]
-    return markdown(header, body)
+    for case, of_case in cases.items():
+        plain = next((microseconds(r["median_us"]) for r in of_case if r["provider"] == "plain"), "")
+        for noise in dict.fromkeys(r["noise"] for r in of_case if r["noise"] != "none") or ["none"]:
+            here = {r["provider"]: r for r in of_case if r["noise"] in ("none", noise)}
+            line = [ratio(here[name].get("to_plain")) if name in here else "" for name in names]
+            mine = [r for name, r in here.items() if name.partition(":")[0] == ours]
+            for base in bases:
+                line.append(ratio(min((r[base] for r in mine if r.get(base) is not None), default=None)))
+            body.append([*case, noise, plain, *line])
+    return markdown([*_CASE, "noise", "plain", *names, *bases.values()], body)
 
 
-def _spread(row: Row, name: str) -> str:
-    if row.get(name) is None:
-        return ""
-    return f"{ratio(row[name])} ({ratio(row[name + '_p20'])} to {ratio(row[name + '_p80'])})"
+def _noise(row: Row) -> str:
+    core = row.get("ns_per_value_core")
+    return microseconds(row["median_us"]) + ("" if core is None else f" ({core:.2f} ns)")
 
 
-def _long(rows: list[Row]) -> str:
-    header = ["layer", "M", "dtype", "noise", "provider", "median", "p20", "p80", "n", "to plain", "to lora"]
-    header += ["to peft", "to rival", "rival"]
-    body = [
-        [
-            case_name(r), str(r["M"]), r["dtype"], r["noise"], r["provider"],
-            *(microseconds(r[k]) for k in ("median_us", "p20_us", "p80_us")), str(r["rounds"]),
-            *(_spread(r, k) for k in ("to_plain", "to_lora", "to_peft", "to_rival")), r.get("rival") or "",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    return markdown(header, body)
+_OVERHEAD: Columns = {
+    "provider": "provider", "mode": "mode", "noise": "noise", "time": lambda row: f"{row['median_us']:.1f}",
+    "over F.linear": lambda row: f"{row['over_linear_us']:+.1f}",
+}  # fmt: skip
+_TRAINING: Columns = {
+    "model": "model", "batch": "layer", "dtype": "dtype", "provider": "provider", "noise": "noise",
+    "step": _time("median_us"), **{f"/ {base}": _spread(f"to_{base}") for base in BASES[:3]},
+    "/ inplace": _spread("to_rival"), "peak, MiB": _mib,
+}  # fmt: skip
+_WEIGHT: Columns = {"weight": lambda row: f"{row['N']}x{row['K']}", "dtype": "dtype", "noise": "noise"}
 
 
-def _by_layer(rows: list[Row]) -> str:
-    names, body = _pivot(rows, lambda r: (case_name(r), r["dtype"]), lambda r: microseconds(r["median_us"]))
-    return markdown(["layer", "dtype", *names], body)
+def compare(a: Results, b: Results) -> str:
+    """Rows that both runs have, with B as a multiple of A.
 
+    Where a row has a ratio to plain, that compares the runs better: both its parts were timed side by side. A
+    star says that the two ratios' ranges from the 20th to the 80th percentile do not touch.
+    """
 
-def _training(rows: list[Row]) -> str:
-    header = [
-        "model",
-        "batch",
-        "dtype",
-        "provider",
-        "noise",
-        "step",
-        "/ plain",
-        "/ lora",
-        "/ peft",
-        "/ inplace",
-        "peak, MiB",
+    def text(value: Any) -> str:  # as a CSV has it
+        return "" if value is None else str(value)
+
+    notes = [
+        f"{name}: A has {a.meta.get(name)}, B has {b.meta.get(name)}"
+        for name in ("hardware", "threads", "torch", "triton", "python", "commit", "dirty")
+        if text(a.meta.get(name)) != text(b.meta.get(name))
     ]
-    body = [
-        [
-            r["model"], r["layer"], r["dtype"], r["provider"], r["noise"], microseconds(r["median_us"]),
-            *(_spread(r, f"to_{base}") for base in ("plain", "lora", "peft", "rival")),
-            "" if r.get("peak_extra_bytes") is None else f"{r['peak_extra_bytes'] / 2**20:.1f}",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    return markdown(header, body)
+    of_b = {key(r): r for r in b.rows}
+    both = [(r, of_b.pop(key(r))) for r in a.rows if key(r) in of_b]
+    only_a, only_b = len(a.rows) - len(both), len(of_b)
+    if only_a or only_b:
+        notes.append(f"rows that only one has: {only_a} in A, {only_b} in B")
+    header = ["what", "M", "dtype", "mode", "noise", "provider", "A", "B", "B / A"]
+    header += ["A to plain", "B to plain", "B / A"]
+    return "\n\n".join([*notes, markdown(header, [_compared(ra, rb) for ra, rb in both])])
 
 
-def _noise(rows: list[Row]) -> str:
-    def cell(row: Row) -> str:
-        core = row.get("ns_per_value_core")
-        return microseconds(row["median_us"]) + ("" if core is None else f" ({core:.2f} ns)")
-
-    names, body = _pivot(rows, lambda r: (f"{r['N']}x{r['K']}", r["dtype"], r["noise"]), cell)
-    return markdown(["weight", "dtype", "noise", *names], body)
-
-
-def _overhead(rows: list[Row]) -> str:
-    body = [
-        [r["provider"], r["mode"], r["noise"], f"{r['median_us']:.1f}", f"{r['over_linear_us']:+.1f}"]
-        for r in rows
-    ]
-    return markdown(["provider", "mode", "noise", "time", "over F.linear"], body)
-
-
-def _memory(rows: list[Row]) -> str:
-    def head(row: Row) -> tuple[str, ...]:
-        return case_name(row), str(row["M"]), row["dtype"], row["mode"]
-
-    rows = [r for r in rows if r["noise"] in ("none", "gaussian")]
-    names, body = _pivot(rows, head, lambda r: f"{r['peak_extra_bytes'] / 2**20:.1f}")
-    return markdown(["layer", "M", "dtype", "mode", *names], body)
+def _compared(a: Row, b: Row) -> list[str]:
+    what = case_name(a) if a.get("model") else f"{a['N']}x{a['K']}"
+    what = what if a["kind"] == "linear" else f"{a['kind']} {what}"
+    about = [what, *(str(a.get(k) or "") for k in ("M", "dtype", "mode", "noise", "provider"))]
+    times = [*(microseconds(r["median_us"]) for r in (a, b)), ratio(b["median_us"] / a["median_us"])]
+    if a.get("to_plain") is None or b.get("to_plain") is None:
+        return [*about, *times, "", "", ""]
+    apart = a["to_plain_p80"] < b["to_plain_p20"] or b["to_plain_p80"] < a["to_plain_p20"]
+    change = ratio(b["to_plain"] / a["to_plain"]) + (" *" if apart else "")
+    return [*about, *times, ratio(a["to_plain"]), ratio(b["to_plain"]), change]

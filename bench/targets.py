@@ -39,16 +39,18 @@ def targets(device: str) -> Iterator[Target]:
 
 def report(rows: list[Row], device: str, provider: str = "auto") -> str:
     """A line to each target; `provider` is whose ratio counts, by CUDA graphs where they were timed."""
+    problem = dict(zip(("dtype", "N", "K", "rank"), _PROBLEM[device], strict=True))
     lines = []
     for target in targets(device):
-        found = [
-            row
-            for row in rows
-            if row["kind"] == "linear" and row["provider"] == provider
-            and (row["mode"], row["noise"], row["M"]) == target[:3]
-            and tuple(row[name] for name in ("dtype", "N", "K", "rank")) == _PROBLEM[device]
-            and f"to_{target.base}" in row
-        ]  # fmt: skip
+        about = {
+            "kind": "linear",
+            "provider": provider,
+            "mode": target.mode,
+            "noise": target.noise,
+            "M": target.M,
+        }
+        about |= problem
+        found = [r for r in rows if f"to_{target.base}" in r and about.items() <= r.items()]
         launch, measured, verdict = "", "-", "not measured"
         if found:
             best = max(found, key=lambda row: row.get("launch") == "graph")
@@ -56,10 +58,5 @@ def report(rows: list[Row], device: str, provider: str = "auto") -> str:
             ratio, p20, p80 = (best[f"to_{target.base}{part}"] for part in ("", "_p20", "_p80"))
             measured = f"{ratio:.3f} ({p20:.3f} to {p80:.3f})"
             verdict = "met" if ratio <= target.most else "missed"
-        lines.append(
-            [
-                *(target.mode, target.noise, str(target.M), target.base, f"{target.most:g}"),
-                *(measured, launch, verdict),
-            ]
-        )
+        lines.append([*map(str, target[:4]), f"{target.most:g}", measured, launch, verdict])
     return markdown(["mode", "noise", "M", "over", "target", "measured (p20 to p80)", "by", ""], lines)

