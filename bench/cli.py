@@ -17,10 +17,8 @@ from flatlora_kernels.spec.noise import KINDS
 
 from . import (
     compare,
-    compiled,
     environment,
     fidelity,
-    offline,
     overhead,
     providers,
     results,
@@ -33,6 +31,7 @@ from . import (
     training,
     variance,
 )
+from .machine_code import compiled, offline
 from .results import Results
 from .shapes import MODES, SETS, Case
 

@@ -16,7 +16,8 @@ import torch
 import flatlora_kernels as fk
 from flatlora_kernels.spec.noise import KINDS
 
-from . import gate, memory, overhead, precompile, providers, timing
+from . import gate, memory, overhead, providers, timing
+from .machine_code import precompile
 from .problem import SCALING, SIGMA, Problem
 from .providers import NOISELESS, REFERENCE, Provider, Run, Unfit
 from .results import Row

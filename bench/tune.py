@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import environment, gate, precompile, timing
-from .precompile import Job, Outcome, using
+from . import environment, gate, timing
+from .machine_code import precompile
+from .machine_code.precompile import Job, Outcome, using
 from .problem import Problem
 from .providers import Fused, Plain
 from .shapes import Case

@@ -26,7 +26,6 @@ from bench import (  # noqa: E402
     fidelity,
     gate,
     memory,
-    precompile,
     providers,
     results,
     shapes,
@@ -37,7 +36,8 @@ from bench import (  # noqa: E402
     training,
     tune,
 )
-from bench.precompile import Outcome  # noqa: E402
+from bench.machine_code import precompile  # noqa: E402
+from bench.machine_code.precompile import Outcome  # noqa: E402
 from bench.problem import Problem  # noqa: E402
 from bench.run import GRAPH_ROWS, Bench, Progress, Settings  # noqa: E402
 from bench.shapes import Case, Layer, Model  # noqa: E402

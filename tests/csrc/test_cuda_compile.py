@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import compiled  # noqa: E402
+from bench.machine_code import compiled  # noqa: E402
 
 # CI compiles for these alone, see `part`; FLATLORA_COMPILE=all for all.
 REPRESENTATIVE = ("80", "90a")

@@ -15,7 +15,8 @@ import targets
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import machine_code, offline  # noqa: E402
+from bench.machine_code import offline  # noqa: E402
+from bench.machine_code import reader as machine_code  # noqa: E402
 
 REQUIRED = "triton" in targets.REQUIRED
 

@@ -1,6 +1,6 @@
 """Tests on a GPU that may break: several processes, a limit for each test, and every result on disk at once.
 
-    python -m bench.gpu_tests FILE [--workers N] [--each SECONDS] [--limit SECONDS] [--backend NAME] PYTEST_ARGUMENT...
+    python -m bench.gpu.tests FILE [--workers N] [--each SECONDS] [--limit SECONDS] [--backend NAME] PYTEST_ARGUMENT...
 
 FILE gets a line of JSON as each test ends. A process whose test met a CUDA error or went over its limit has ended; the
 next one takes the tests that are left. No pytest-xdist and no pytest-timeout are needed. The exit status is 1 where a
@@ -129,7 +129,7 @@ class Runner:
             "-p",
             "no:cacheprovider",
             "-p",
-            "bench.gpu_tests",
+            "bench.gpu.tests",
         ]
         command += [f"--record={given.file}", f"--now={now}", f"--shard={number}/{given.workers}"]
         command += [f"--each={given.each}", *([f"--only-backend={given.backend}"] if given.backend else [])]

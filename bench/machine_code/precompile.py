@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .shapes import Case
+from ..shapes import Case
 
 
 class Job(NamedTuple):
@@ -75,12 +75,12 @@ def compiling() -> Iterator[list[Any]]:
         yield seen
 
 
-DEVICE = "cuda"  # pack.py has none
+DEVICE = "cuda"  # gpu/pack.py has none
 
 
 @functools.lru_cache(1)
 def _problem(case: Case) -> Any:
-    from .problem import Problem
+    from ..problem import Problem
 
     return Problem(case, DEVICE, copies=1)
 
@@ -88,8 +88,8 @@ def _problem(case: Case) -> Any:
 def _step(job: Job) -> None:
     import flatlora_kernels as fk
 
-    from .problem import SCALING, SIGMA
-    from .providers import Fused, Perturb
+    from ..problem import SCALING, SIGMA
+    from ..providers import Fused, Perturb
 
     problem = _problem(job.case)
     i = problem.inputs[0]

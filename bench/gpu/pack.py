@@ -1,8 +1,8 @@
 """What bench/gpu_pack.sh brings to a GPU's machine besides the CUDA libraries: Triton's cache, and a check of it all.
 
-    python -m bench.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
-    python -m bench.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
-    python -m bench.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
+    python -m bench.gpu.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
+    python -m bench.gpu.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
+    python -m bench.gpu.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
 
 `triton` goes through the calls of `bench.truth` and of the benchmark on tensors of the CPU, with Triton set up for the
 GPU: kernels and Triton's launchers are compiled, nothing is launched.
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROCESSORS = {"8.0": 108, "9.0": 132, "10.0": 148}
 
 
@@ -114,7 +114,7 @@ def _pretend(arch: str) -> None:
     from flatlora_kernels.backends import triton as backend
     from flatlora_kernels.backends.shared import panel
 
-    from . import precompile
+    from ..machine_code import precompile
 
     capability = tuple(map(int, arch.split(".")))
 
@@ -141,7 +141,7 @@ def _pretend(arch: str) -> None:
 
 
 def _truth() -> Iterator[Callable[[], object]]:
-    from . import truth
+    from .. import truth
 
     truth.SHAPES, truth.FEW = truth.SIZES["cuda"]
     truth.TIMED = 4096
@@ -164,7 +164,8 @@ def _truth() -> Iterator[Callable[[], object]]:
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
-    from . import precompile, shapes, strategies, training
+    from .. import shapes, strategies, training
+    from ..machine_code import precompile
 
     size = training.SIZES["llama3-8b"]
     cases = [*shapes.cases("targets", "cuda"), *strategies.cases("cuda", True)]
@@ -180,7 +181,7 @@ def _numbers() -> Iterator[Callable[[], object]]:
 def compile_all(arch: str, part: int, parts: int) -> int:
     from triton.runtime import driver
 
-    from . import precompile
+    from ..machine_code import precompile
 
     start, failed, known = time.perf_counter(), 0, {}
     torch.set_num_threads(1)

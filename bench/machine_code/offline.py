@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "kernels.md"
 OLDEST = "3.6.0"
 OLDEST_FOLDER = ROOT / "build" / f"triton-{OLDEST}"
@@ -426,7 +426,7 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     if isinstance(launch.result, Exception):
         problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
         return "", Row(*launch.key, 0.0, "-", 0, None, None, 0, 0, launch.case.rows, (problem,))
-    from . import machine_code
+    from . import reader as machine_code
 
     asm = launch.result.asm
     shared = launch.result.metadata.shared
@@ -490,7 +490,7 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
 
 def _body(name: str, dtype: str, code: list[Any]) -> list[Any]:
     """The instructions that are counted."""
-    from . import machine_code
+    from . import reader as machine_code
 
     found = machine_code.loops(code)
     if name == "add_splits" or name == "perturb" and not found:
@@ -618,7 +618,9 @@ class Outcome(NamedTuple):
         found = [
             f"Triton {self.version}: {' | '.join(row.key)}: {p}" for row in self.rows for p in row.problems
         ]
-        return found + [f"no case of bench/offline.py compiles {entry}" for entry in self.unreached]
+        return found + [
+            f"no case of bench/machine_code/offline.py compiles {entry}" for entry in self.unreached
+        ]
 
 
 def environment_version() -> str | None:
@@ -657,7 +659,15 @@ def measure(
             env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder.resolve()), env.get("PYTHONPATH"))))
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             written = Path(scratch, "rows.json")
-            command = [sys.executable, "-m", "bench.offline", str(written), only, listings, names]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.machine_code.offline",
+                str(written),
+                only,
+                listings,
+                names,
+            ]
             done = subprocess.run(
                 command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
@@ -679,7 +689,7 @@ def _digest() -> str:
     sources += [
         ROOT / "flatlora_kernels" / "spec" / "noise.py",
         Path(__file__),
-        Path(__file__).parent / "machine_code.py",
+        Path(__file__).parent / "reader.py",
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import machine_code
+from . import reader as machine_code
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "cuda_kernels.md"
 CACHE = ROOT / "build" / "compiled"
 REGENERATE = "python -m bench compiled --write"
