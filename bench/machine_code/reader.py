@@ -1,89 +1,262 @@
-"""Loops in the machine code of a kernel: the text of nvdisasm for NVIDIA, the compiler's own assembly for AMD."""
+"""Machine code of a kernel: the text of nvdisasm for NVIDIA, the compiler's own assembly for AMD."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
+
+import networkx as nx
 
 
 class Instruction(NamedTuple):
     opcode: str  # "IMAD.WIDE.U32", "v_mul_hi_u32"
     text: str  # without the predicate that guards it
-    after: tuple[int, ...]  # the instructions that may come next
+    after: tuple[int, ...] = ()  # the instructions that may come next
     sets: int | None = None  # the scoreboard that tells when its result is there
     waits: tuple[int, ...] = ()  # the scoreboards it waits for
+    guarded: bool = False
 
 
-class Loop(NamedTuple):
-    """A natural loop: all that lies on a way from the header back to itself."""
-
-    header: int
-    body: tuple[int, ...]  # in the order of addresses
-
-
-class _Line(NamedTuple):
-    guarded: bool
-    opcode: str
-    text: str
-    word: int = 0  # the upper half of the instruction
-
+Body = list[Instruction]
 
 # What may stand before the semicolon, &req={1} ?trans5, tells when it is issued.
 _SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([^;&?]*[^;&?\s])[^;]*;")
-_SASS_WORD = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/$")
+_SASS_WORD = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/$")  # the upper half of an instruction
 _SASS_LABEL = re.compile(r"\s*([.$][\w.$]+):")
 _SASS_TARGET = re.compile(r"`\(([^)]+)\)")
 _SASS_PREDICATE = re.compile(r"[\s,]!?U?P\d\b")
+_GCN_LINE = re.compile(r"\s+([a-z]\w+)(\s.*)?$")
+_GCN_LABEL = re.compile(r"([.\w$]+):")
+
+# --- From text to a graph ---
 
 
-def sass(listing: str, kernel: str) -> list[Instruction]:
+def disassemble(cubin: Path, *options: str) -> str:
+    """The listing, by the nvdisasm that Triton brings."""
+    from triton import knobs
+
+    command = [knobs.nvidia.nvdisasm.path, *options, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def sass(listing: str, kernel: str) -> Body:
     """The instructions of `kernel` in a listing of `nvdisasm -c`, and with `-hex` their scoreboards. Branches that
     cannot be followed are an error."""
-    lines: list[_Line] = []
+    code: Body = []
     labels: dict[str, int] = {}
     inside = False
     for line in listing.splitlines():
         if line.split()[:1] == [".section"]:
             inside = f".text.{kernel}," in line
         elif inside and (label := _SASS_LABEL.match(line)):
-            labels[label[1]] = len(lines)
+            labels[label[1]] = len(code)
         elif inside and (found := _SASS_LINE.match(line)):
-            lines.append(_Line(found[1] not in (None, "@PT", "@UPT"), found[2].split()[0], found[2]))
+            guarded = found[1] not in (None, "@PT", "@UPT")
+            code.append(Instruction(found[2].split()[0], found[2], guarded=guarded))
         elif inside and (word := _SASS_WORD.match(line)):
-            lines[-1] = lines[-1]._replace(word=int(word[1], 16))
-    code = [
-        Instruction(line.opcode, line.text, _sass_after(i, lines, labels), *_scoreboards(line))
-        for i, line in enumerate(lines)
-    ]
+            sets, waits = _scoreboards(code[-1], int(word[1], 16))
+            code[-1] = code[-1]._replace(sets=sets, waits=waits)
+    _check_convergence(code, labels)
+    code = _connected(code, labels, _sass_flow)
     # ptxas also leaves a loop by a CALL, to code from where nothing returns.
-    for i, (guarded, opcode, text, _) in enumerate(lines):
-        target = _SASS_TARGET.search(text)
-        if opcode.startswith("CALL") and target is not None:
+    for i, instruction in enumerate(code):
+        target = _SASS_TARGET.search(instruction.text)
+        if instruction.opcode.startswith("CALL") and target is not None:
             to = labels[target[1]]
             if not any(code[j].opcode.startswith("RET") for j in reachable(code, to)):
-                code[i] = code[i]._replace(opcode="BRA", after=(to, *(code[i].after if guarded else ())))
+                after = (to, *(instruction.after if instruction.guarded else ()))
+                code[i] = instruction._replace(opcode="BRA", after=after)
     return code
 
 
-def _scoreboards(line: _Line) -> tuple[int | None, tuple[int, ...]]:
-    """What a line sets and waits for. Control bits of sm_70 and later, from the 41st of the upper half on: 4 of stall,
+def amdgcn(listing: str, kernel: str) -> Body:
+    """The instructions of `kernel` in AMD's assembly. Branches that cannot be followed are an error."""
+    code: Body = []
+    labels: dict[str, int] = {}
+    inside = False
+    for line in listing.splitlines():
+        line = line.split(";")[0].rstrip()
+        if label := _GCN_LABEL.match(line):
+            inside = label[1] == kernel or (inside and not label[1].startswith(".Lfunc_end"))
+            labels[label[1]] = len(code)
+        elif inside and (found := _GCN_LINE.match(line)):
+            code.append(Instruction(found[1], line.strip()))
+    return _connected(code, labels, _gcn_flow)
+
+
+def _scoreboards(instruction: Instruction, word: int) -> tuple[int | None, tuple[int, ...]]:
+    """What it sets and waits for. Control bits of sm_70 and later, from the 41st of the upper half on: 4 of stall,
     1 of yield, 3 name the scoreboard of the result (7: none), 3 that of the operands read, 6 are a mask to wait for."""
-    if not line.word:
-        return None, ()
-    control = line.word >> 41
+    control = word >> 41
     waits = {i for i in range(6) if control >> 11 + i & 1}
-    if line.opcode.startswith("DEPBAR"):
-        waits |= {int(i) for i in re.findall(r"\bSB(\d)", line.text)}
+    if instruction.opcode.startswith("DEPBAR"):
+        waits |= {int(i) for i in re.findall(r"\bSB(\d)", instruction.text)}
     result = control >> 5 & 7
     return None if result == 7 else result, tuple(sorted(waits))
 
 
-def exposed_waits(body: Iterable[Instruction]) -> list[str]:
+def _check_convergence(code: Body, labels: dict[str, int]) -> None:
+    """BSYNC goes on where its BSSY says, which is the next instruction in all code that was met so far."""
+    for i, instruction in enumerate(code):
+        if instruction.opcode.startswith("BSYNC"):
+            register = instruction.text.split()[1].rstrip(",")
+            starts = (c.text for c in code if c.opcode.startswith("BSSY"))
+            goals = [_SASS_TARGET.search(text) for text in starts if re.search(rf"\s{register}\b", text)]
+            if i + 1 not in [labels[goal[1]] for goal in goals if goal]:
+                raise ValueError(
+                    f"BSYNC at instruction {i} is not followed by the target of its BSSY: {instruction.text}"
+                )
+
+
+def _connected(
+    code: Body, labels: dict[str, int], flow: Callable[[Instruction], tuple[str | None, bool]]
+) -> Body:
+    """flow: the label that an instruction may go to, and whether it may go on to the next one."""
+    found = []
+    for i, instruction in enumerate(code):
+        label, falls_through = flow(instruction)
+        jump = () if label is None else (labels[label],)
+        following = (i + 1,) if falls_through and i + 1 < len(code) else ()
+        found.append(instruction._replace(after=(*jump, *following)))
+    return found
+
+
+def _sass_flow(instruction: Instruction) -> tuple[str | None, bool]:
+    opcode, text, *_ = instruction
+    name = opcode.split(".")[0]
+    if name == "BRA":
+        target = _SASS_TARGET.search(text)
+        if target is None:
+            raise ValueError(f"a branch whose target is not a label: {text}")
+        conditional = ".DIV" in opcode or _SASS_PREDICATE.search(text[: target.start()])
+        return target[1], instruction.guarded or bool(conditional)
+    if name in ("BRX", "BRXU", "JMP", "JMX", "JMXU", "BREAK"):
+        raise ValueError(f"a branch that cannot be followed: {text}")
+    return None, instruction.guarded or name not in ("EXIT", "RET")
+
+
+def _gcn_flow(instruction: Instruction) -> tuple[str | None, bool]:
+    opcode, text, *_ = instruction
+    if opcode in ("s_setpc_b64", "s_swappc_b64", "s_call_b64"):
+        raise ValueError(f"a branch that cannot be followed: {text}")
+    branches = opcode == "s_branch" or opcode.startswith("s_cbranch")
+    return text.split()[1] if branches else None, opcode not in ("s_branch", "s_endpgm")
+
+
+# --- Loops ---
+
+
+def reachable(code: Body, start: int = 0) -> list[int]:
+    """The instructions that can run from `start` on, in the order of addresses. A call is followed by what stands
+    behind it."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        new = set(code[waiting.pop()].after) - seen
+        seen |= new
+        waiting += new
+    return sorted(seen)
+
+
+def loops(code: Body) -> list[tuple[int, ...]]:
+    """The natural loops, each in the order of addresses: an edge to an instruction that dominates its source closes
+    one, and all that lies on a way from there back to it belongs to it.
+
+    What lies far behind, as the code that waits for a copy, belongs to the loop if it leads back into it. A cycle
+    that can be entered at two places is no natural loop, and an error.
+    """
+    graph = nx.DiGraph([(i, j) for i in reachable(code) for j in code[i].after])
+    graph.add_node(0)
+    dominated = nx.DiGraph(
+        [(above, i) for i, above in nx.immediate_dominators(graph, 0).items() if above != i]
+    )
+    dominated.add_node(0)
+    forward, found = graph.copy(), []
+    for header in sorted(graph):
+        before = set(graph.predecessors(header))
+        if not before or (len(before) == 1 and header):
+            continue  # what closes a loop comes beside what enters it
+        closing = before & ({header} | nx.descendants(dominated, header))
+        if closing:
+            forward.remove_edges_from([(i, header) for i in closing])
+            inside = nx.restricted_view(graph, [header], [])
+            ends = closing - {header}
+            found.append(tuple(sorted({header} | ends.union(*(nx.ancestors(inside, i) for i in ends)))))
+    if not nx.is_directed_acyclic_graph(forward):
+        (i, _), *_ = nx.find_cycle(forward)
+        raise ValueError(f"a cycle with two entries: {code[i].text} at instruction {i}")
+    return found
+
+
+def innermost(
+    code: Body, found: list[tuple[int, ...]], wanted: Callable[[Body], bool], outermost: bool = False
+) -> list[Body]:
+    """Of the loops that `wanted` accepts those that contain no other such loop; outermost: that lie in none."""
+    good = [set(loop) for loop in found if wanted([code[i] for i in loop])]
+    best = [a for a in good if not any(a < b if outermost else b < a for b in good)]
+    return [[code[i] for i in sorted(loop)] for loop in best]
+
+
+def main_loop(code: Body, wanted: Callable[[Body], bool], outermost: bool = False) -> Body:
+    """The only such loop."""
+    found = innermost(code, loops(code), wanted, outermost)
+    if len(found) != 1:
+        raise ValueError(f"expected one main loop, got {len(found)} that contain what it must")
+    return found[0]
+
+
+# --- What stands in code ---
+
+
+def is_tensor(instruction: Instruction) -> bool:
+    """HMMA, HGMMA, UTCHMMA, v_mfma; HFMA2.MMA is none."""
+    return instruction.opcode.split(".")[0].endswith("MMA") or instruction.opcode.startswith("v_mfma")
+
+
+def is_special(instruction: Instruction) -> bool:
+    """Of the special function units."""
+    names = ("MUFU", "v_sin_", "v_cos_", "v_log_", "v_sqrt_", "v_rcp_", "v_rsq_")
+    return instruction.opcode.startswith(names)
+
+
+def tensor_cores(body: Iterable[Instruction]) -> str:
+    """Their instructions, "64 HMMA"; "-" = none."""
+    count = Counter(i.opcode.split(".")[0] for i in body if is_tensor(i))
+    return ", ".join(f"{number} {opcode}" for opcode, number in sorted(count.items())) or "-"
+
+
+def spills(code: Iterable[Instruction]) -> list[str]:
+    """What is wrong with where values are kept."""
+    local = [i.text for i in code if i.opcode.startswith(("LDL", "STL", "scratch_"))]
+    return [f"{len(local)} accesses to local memory, the first {local[0]}"] if local else []
+
+
+def calls(body: Iterable[Instruction], where: str) -> list[str]:
+    found = [i.text for i in body if i.opcode.startswith("CALL")]
+    return [f"calls inside {where}: {found[0]}"] if found else []
+
+
+def hidden(body: Body) -> int | None:
+    """Special functions from the first warp-group product to the wait for the last one. The wait may come in the next
+    round of the loop."""
+    products = [i for i, instruction in enumerate(body) if instruction.opcode.startswith("HGMMA")]
+    if not products:
+        return None
+    first, last = products[0], products[-1]
+    around = body[first:] + body[:first]
+    for i in range(last - first + 1, len(around)):
+        if around[i].opcode.startswith("WARPGROUP.DEPBAR"):
+            return sum(map(is_special, around[:i]))
+    return None
+
+
+def exposed_waits(body: Body) -> list[str]:
     """The instructions of a loop for sm_90 that wait for a global load while no warp-group product runs: after the wait
     for the last product, up to the next first one. A load that a first product finds under way has the time of a
     product, and does not count. Branches inside the loop are taken for straight code."""
-    body = list(body)
     running, loading, found = False, set[int](), list[str]()
     for turn in range(2):  # the first one shows what is under way when the second begins
         for instruction in body:
@@ -99,157 +272,3 @@ def exposed_waits(body: Iterable[Instruction]) -> list[str]:
             elif instruction.text == "WARPGROUP.DEPBAR.LE gsb0, 0x0":
                 running = False
     return found
-
-
-def _sass_after(i: int, lines: list[_Line], labels: dict[str, int]) -> tuple[int, ...]:
-    guarded, opcode, text, _ = lines[i]
-    name = opcode.split(".")[0]
-    following = (i + 1,) if i + 1 < len(lines) else ()
-    if name == "BRA":
-        target = _SASS_TARGET.search(text)
-        if target is None:
-            raise ValueError(f"a branch whose target is not a label: {text}")
-        conditional = guarded or ".DIV" in opcode or _SASS_PREDICATE.search(text[: target.start()])
-        return (labels[target[1]], *(following if conditional else ()))
-    if name in ("EXIT", "RET"):
-        return following if guarded else ()
-    if name == "BSYNC":
-        # It goes on where its BSSY says, which is the next instruction in all code that was met so far.
-        register = text.split()[1].rstrip(",")
-        goals = {
-            labels[_SASS_TARGET.search(other.text)[1]]  # type: ignore[index]
-            for other in lines
-            if other.opcode.startswith("BSSY") and re.search(rf"\s{register}\b", other.text)
-        }
-        if i + 1 not in goals:
-            raise ValueError(f"BSYNC at instruction {i} is not followed by the target of its BSSY: {text}")
-    elif name in ("BRX", "BRXU", "JMP", "JMX", "JMXU", "BREAK"):
-        raise ValueError(f"a branch that cannot be followed: {text}")
-    return following
-
-
-_GCN_LINE = re.compile(r"\s+([a-z]\w+)(\s.*)?$")
-_GCN_LABEL = re.compile(r"([.\w$]+):")
-
-
-def amdgcn(listing: str, kernel: str) -> list[Instruction]:
-    """The instructions of `kernel` in AMD's assembly. Branches that cannot be followed are an error."""
-    lines: list[_Line] = []
-    labels: dict[str, int] = {}
-    inside = False
-    for line in listing.splitlines():
-        line = line.split(";")[0].rstrip()
-        if label := _GCN_LABEL.match(line):
-            inside = label[1] == kernel or (inside and not label[1].startswith(".Lfunc_end"))
-            labels[label[1]] = len(lines)
-        elif inside and (found := _GCN_LINE.match(line)):
-            lines.append(_Line(False, found[1], line.strip()))
-    return [Instruction(line.opcode, line.text, _gcn_after(i, lines, labels)) for i, line in enumerate(lines)]
-
-
-def _gcn_after(i: int, lines: list[_Line], labels: dict[str, int]) -> tuple[int, ...]:
-    opcode, text = lines[i].opcode, lines[i].text
-    following = (i + 1,) if i + 1 < len(lines) else ()
-    if opcode == "s_endpgm":
-        return ()
-    if opcode == "s_branch" or opcode.startswith("s_cbranch"):
-        return (labels[text.split()[1]], *(following if opcode != "s_branch" else ()))
-    if opcode in ("s_setpc_b64", "s_swappc_b64", "s_call_b64"):
-        raise ValueError(f"a branch that cannot be followed: {text}")
-    return following
-
-
-def reachable(code: list[Instruction], start: int = 0) -> list[int]:
-    """The instructions that can run from `start` on, in the order of addresses. A call is followed by what stands
-    behind it."""
-    seen = {start}
-    waiting = list(seen)
-    while waiting:
-        for i in code[waiting.pop()].after:
-            if i not in seen:
-                seen.add(i)
-                waiting.append(i)
-    return sorted(seen)
-
-
-def loops(code: list[Instruction]) -> list[Loop]:
-    """The natural loops: an edge to an instruction that dominates its source closes one.
-
-    What lies far behind, as the code that waits for a copy, belongs to the loop if it leads back into it. A cycle
-    that can be entered at two places is no natural loop, and an error.
-    """
-    order, before, dominator = _dominators(code)
-    place = {i: n for n, i in enumerate(order)}
-    bodies: dict[int, set[int]] = {}
-    for i in order:
-        for header in code[i].after:
-            if place[header] > place[i]:
-                continue
-            if not _dominates(header, i, place, dominator):
-                raise ValueError(f"a cycle with two entries: {code[i].text} at instruction {i}")
-            body = bodies.setdefault(header, {header})
-            waiting = [i]
-            while waiting:
-                j = waiting.pop()
-                if j not in body:
-                    body.add(j)
-                    waiting += before[j]
-    return [Loop(header, tuple(sorted(body))) for header, body in bodies.items()]
-
-
-def _dominators(code: list[Instruction]) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
-    """Reverse postorder, predecessors, and the immediate dominator of each instruction that can run
-    (Cooper, Harvey, Kennedy: A simple, fast dominance algorithm)."""
-    postorder: list[int] = []
-    seen = {0}
-    stack = [(0, iter(code[0].after))]
-    while stack:
-        i, rest = stack[-1]
-        for j in rest:
-            if j not in seen:
-                seen.add(j)
-                stack.append((j, iter(code[j].after)))
-                break
-        else:
-            postorder.append(i)
-            stack.pop()
-    order = postorder[::-1]
-    place = {i: n for n, i in enumerate(order)}
-    before: dict[int, list[int]] = {i: [] for i in order}
-    for i in order:
-        for j in code[i].after:
-            before[j].append(i)
-    dominator = {0: 0}
-    changed = True
-    while changed:
-        changed = False
-        for i in order[1:]:
-            known = [j for j in before[i] if j in dominator]
-            new = known[0]
-            for j in known[1:]:
-                while new != j:
-                    while place[new] > place[j]:
-                        new = dominator[new]
-                    while place[j] > place[new]:
-                        j = dominator[j]
-            if dominator.get(i) != new:
-                dominator[i] = new
-                changed = True
-    return order, before, dominator
-
-
-def _dominates(a: int, b: int, place: dict[int, int], dominator: dict[int, int]) -> bool:
-    while place[b] > place[a]:
-        b = dominator[b]
-    return a == b
-
-
-def innermost(
-    code: list[Instruction], found: Iterable[Loop], wanted: Callable[[list[Instruction]], bool]
-) -> Loop:
-    """The one loop that `wanted` accepts, given its instructions, and that contains no other such loop."""
-    good = [loop for loop in found if wanted([code[i] for i in loop.body])]
-    best = [a for a in good if not any(set(b.body) < set(a.body) for b in good)]
-    if len(best) != 1:
-        raise ValueError(f"expected one main loop, got {len(best)} of {len(good)} that contain what it must")
-    return best[0]

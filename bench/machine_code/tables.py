@@ -1,0 +1,169 @@
+"""Pages with what compilers made of the kernels: their tables written, read back, and compared with what is measured.
+
+The text above the first table belongs to the page; it is edited there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+Key = tuple[str, ...]
+Figures = dict[str, float]
+Known = dict[str, dict[Key, Figures]]  # by the heading of a table and the names of a row
+_HEADINGS = {
+    "dtype": "type",
+    "case": "call",
+    "registers": "regs",
+}  # of columns, where they are not the fields'
+
+
+class Page(NamedTuple):
+    path: Path
+    regenerate: str
+    columns: list[str]  # fields of a row
+    formats: dict[str, str]  # of those that are numbers
+    names: int  # the first columns, which name a row; the second of them is the target
+    compared: tuple[str, ...]  # fields that may only go down
+    slack: float
+    between: str = " | "  # of a row's names in messages
+
+    @property
+    def place(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
+    @property
+    def header(self) -> str:
+        return _line(_HEADINGS.get(field, field) for field in self.columns)
+
+    def cells(self, row: Any) -> list[str]:
+        values = {field: getattr(row, field) for field in self.columns}
+        return ["" if v is None else format(v, self.formats.get(field, "")) for field, v in values.items()]
+
+    def key(self, row: Any) -> Key:
+        return tuple(self.cells(row)[: self.names])
+
+    def figures(self, cells: list[str]) -> Figures:
+        named = dict(zip(self.columns, cells, strict=True))
+        return {field: _number(named[field]) for field in self.compared}
+
+
+def _number(cell: str) -> float:
+    return float(cell) if "." in cell else int(cell or 0)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def render(page: Page, tables: dict[str, list[Any]]) -> str:
+    """tables: rows by heading; "" = none."""
+    top = [page.header, _line("---:" if field in page.formats else "---" for field in page.columns)]
+    found = []
+    for heading, rows in tables.items():
+        lines = [*top, *(_line(page.cells(row)) for row in sorted(rows, key=page.key))]
+        found.append("\n".join([f"## {heading}", "", *lines] if heading else lines))
+    return "\n\n".join(found)
+
+
+def document(page: Page, tables: dict[str, list[Any]]) -> str:
+    """The page as it is, with these tables."""
+    first = re.compile(rf"^(## .+\n\n)?{re.escape(page.header)}$", re.MULTILINE)
+    text = first.split(page.path.read_text(), maxsplit=1)[0]
+    return f"{text.rstrip()}\n\n{render(page, tables)}\n"
+
+
+def read(page: Page, text: str | None = None) -> Known:
+    """The tables of a page; text: in place of what is committed."""
+    found: Known = {}
+    heading, inside = "", False
+    for line in (page.path.read_text() if text is None else text).splitlines():
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+        elif line == page.header:
+            inside, found[heading] = True, {}
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and "---" not in cells:
+            found[heading][tuple(cells[: page.names])] = page.figures(cells)
+    return found
+
+
+_HIGHER = "which may only go down"
+
+
+def compare(
+    page: Page,
+    heading: str,
+    rows: list[Any],
+    known: Known,
+    slack: float | None = None,
+    targets: Collection[str] | None = None,
+) -> list[str]:
+    """Where what was measured does not match the tables, or exceeds them by more than `slack`.
+
+    A heading without a table is held to the highest figure of the others. targets: those of which all rows were
+    measured; None = all.
+    """
+    if not known:
+        return [f"no table in {page.place}; {page.regenerate}"]
+    tables = [known[heading]] if heading in known else list(known.values())
+    found, seen = [], set()
+    for row in rows:
+        key, figures = page.key(row), page.figures(page.cells(row))
+        seen.add(key)
+        name = (f"{heading}: " if heading else "") + page.between.join(key)
+        before = [table[key] for table in tables if key in table]
+        if not before:
+            found.append(f"{name}: not in {page.place}; {page.regenerate}")
+            continue
+        for field in page.compared:
+            value, most = figures[field], max(b[field] for b in before)
+            if value > most * (slack or page.slack):
+                found.append(f"{name}: {field} {value}, {page.place} has {most}, {_HIGHER}")
+    stale = {key for table in tables for key in table if targets is None or key[1] in targets} - seen
+    found += [
+        f"{page.place} has a row that nothing compiles: {page.between.join(key)}; {page.regenerate}"
+        for key in sorted(stale)
+    ]
+    return found
+
+
+# --- The commands ---
+
+
+def add_arguments(parser: argparse.ArgumentParser, page: Page, only: str) -> None:
+    parser.add_argument("--write", action="store_true", help=page.place)
+    parser.add_argument("--accept", action="store_true", help="with --write: figures that went up, too")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help=f"{only} contain these words")
+
+
+def conclude(page: Page, tables: dict[str, list[Any]], problems: list[str], args: argparse.Namespace) -> int:
+    """Prints the tables, writes them or compares, and says what is wrong."""
+    known = read(page)
+    print(render(page, tables))
+    if args.write:
+        if args.only:
+            raise SystemExit("--write takes no --only")
+        found = [
+            p for heading, rows in tables.items() for p in compare(page, heading, rows, known, slack=1.0)
+        ]
+        higher = [p for p in found if _HIGHER in p]
+        if higher and not args.accept:
+            print("\nNot written:", *higher, sep="\n  ")
+            return 1
+        page.path.write_text(document(page, tables))
+        print(f"\nWritten: {page.path}")
+    else:
+        targets = () if args.only else None
+        for heading, rows in tables.items():
+            problems = problems + compare(page, heading, rows, known, targets=targets)
+    if problems:
+        print("\nWrong:", *problems, sep="\n  ")
+    return 1 if problems else 0
