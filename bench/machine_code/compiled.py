@@ -211,7 +211,6 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     code = reader.sass(listing, mangled)
     everything = [code[i] for i in reader.reachable(code)]
     problems = [f"{usage[k]} bytes of {k}" for k in ("stack", "spill stores", "spill loads") if usage[k]]
-    problems += reader.spills(everything)
     loops, body = reader.loops(code), []
     if _draws(everything):
         try:
@@ -221,7 +220,7 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     looping = sorted({i for loop in loops for i in loop})
     if fences := [code[i].text for i in looping if _fences_all(code[i].opcode)]:
         problems.append(f"{len(fences)} GPU-wide fences in loops, the first {fences[0]}")
-    problems += reader.calls(body, "the main loop")
+    problems += reader.faults(everything, body, "the main loop")
     if name.startswith("linear"):
         used = {i.opcode.split(".")[0] for i in everything}
         wanted = {"HGMMA", "UTMALDG"} if target == "90a" else {"HMMA", "LDSM", "LDGSTS"}
@@ -263,17 +262,12 @@ def measure_all(chosen: list[tuple[str, str]], workers: int = 2) -> list[Row]:
         return [row for rows in pool.map(lambda job: measure(*job), chosen) for row in rows]
 
 
-def problems(rows: list[Row]) -> list[str]:
-    return [f"{row.kernel}, {row.target}: {problem}" for row in rows for problem in row.problems]
-
-
 def main(args: argparse.Namespace) -> int:
     """`python -m bench compiled`."""
     if reason := missing():
         raise SystemExit(reason)
     chosen = [job for job in jobs() if all(word in " ".join(job) for word in args.only)]
-    rows = measure_all(chosen, args.jobs)
-    return tables.conclude(PAGE, {"": rows}, problems(rows), args)
+    return tables.conclude(PAGE, {"": measure_all(chosen, args.jobs)}, args)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

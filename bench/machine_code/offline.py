@@ -17,10 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 from . import reader, tables
 from .tables import ROOT
@@ -117,7 +118,7 @@ class Row(NamedTuple):
     registers: int = 0
     shared: int = 0  # bytes of a block
     rows: int = 0
-    problems: tuple[str, ...] = ()
+    problems: Sequence[str] = ()
 
     @property
     def KiB(self) -> float:
@@ -191,11 +192,8 @@ def _tiles() -> Iterator[list[Any]]:
         chosen.append(found[0])
         return found
 
-    configs.linear = linear
-    try:
+    with mock.patch.object(configs, "linear", linear):
         yield chosen
-    finally:
-        configs.linear = rule
 
 
 def _unreached(chosen: list[Any], rows: Iterable[Row], architectures: str) -> list[str]:
@@ -217,10 +215,9 @@ def _unreached(chosen: list[Any], rows: Iterable[Row], architectures: str) -> li
             text = f"{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
             have = {row.target for row in rows if row.tile == text}
             wanted = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
-            found += [
-                f"configs.{name} for {a}: {tile}" for a in wanted if a in architectures and a not in have
-            ]
-    return found
+            missing = (a for a in wanted if a in architectures and a not in have)
+            found += [f"configs.{name} for {a}: {tile}" for a in missing]
+    return [f"no case of bench/machine_code/offline.py compiles {entry}" for entry in found]
 
 
 # --- In the process of one version of Triton ---
@@ -333,7 +330,7 @@ def call(case: Case) -> None:
         row_norms.row_sq_norms(weight, A, B, 2.0)
 
 
-def _work(only: str, listings: str, architectures: str) -> dict[str, Any]:
+def _work(only: str, listings: str, architectures: str) -> Outcome:
     """The rows whose names contain all words of `only`, and the listings into a folder."""
     import triton
     from flatlora_kernels.triton_kernels import launch
@@ -368,7 +365,7 @@ def _work(only: str, listings: str, architectures: str) -> dict[str, Any]:
             name = re.sub(r"[^\w]+", "-", " ".join(compiled.key))
             Path(listings, f"{triton.__version__}-{number:03}-{name}.s").write_text(text)
     unreached = [] if only else _unreached(chosen, rows, architectures)
-    return {"version": triton.__version__, "rows": rows, "unreached": unreached}
+    return Outcome(triton.__version__, rows, unreached)
 
 
 _PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")
@@ -394,15 +391,14 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     row = Row(*launch.key, rows=launch.case.rows)
     if isinstance(launch.result, Exception):
         problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
-        return "", row._replace(problems=(problem,))
+        return "", row._replace(problems=[problem])
     nvidia = "cubin" in launch.result.asm
     text, code, registers, problems = (_of_nvidia if nvidia else _of_amd)(launch)
-    problems += reader.spills(code)
     row = row._replace(registers=registers, shared=launch.result.metadata.shared)
     try:
         body = _body(row, code)
     except ValueError as error:
-        return text, row._replace(problems=(*problems, str(error)))
+        return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
     arguments = launch.arguments
     elements = arguments.get("BLOCK") or arguments["BLOCK_N"] * (
         arguments.get("BLOCK_K") or arguments["BLOCK_M"]
@@ -416,24 +412,20 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
         hidden=reader.hidden(body),
         exposed=len(reader.exposed_waits(body)) if "HGMMA" in tensor else None,
     )
-    problems += [*reader.calls(body, "what is counted"), *_problems(row, arguments)]
-    return text, row._replace(problems=tuple(problems))
+    problems += [*reader.faults(code, body, "what is counted"), *_problems(row, arguments)]
+    return text, row._replace(problems=problems)
 
 
 def _of_nvidia(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
     """Listing, instructions, registers of a thread, and what is wrong."""
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(launch.result.asm["cubin"])
-        file.flush()
-
-        def tool(path: str, *options: str) -> str:
-            command = [path, *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        said = tool(knobs.nvidia.cuobjdump.path, "-res-usage")
-        text = tool(knobs.nvidia.nvdisasm.path, "-c", "-hex")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(launch.result.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = reader.disassemble(cubin, "-c", "-hex")
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     problems = [f"{usage[k]} bytes of {k}" for k in ("STACK", "LOCAL") if usage[k]]
     return text, reader.sass(text, launch.kernel), usage["REG"], problems
@@ -526,22 +518,19 @@ class Outcome(NamedTuple):
 
     version: str
     rows: list[Row]
-    unreached: list[str] = []
+    unreached: list[str]
 
     @property
     def heading(self) -> str:
         return f"Triton {self.version}"
 
-    def problems(self) -> list[str]:
-        """What is wrong whatever the table says."""
-        found = [
-            f"{self.heading}: {' | '.join(row[: PAGE.names])}: {p}" for row in self.rows for p in row.problems
-        ]
-        return found + [f"no case of {Path(__file__).relative_to(ROOT)} compiles {e}" for e in self.unreached]
+    def wrong(self) -> list[str]:
+        """Whatever the table says."""
+        return tables.problems(PAGE, self.heading, self.rows) + self.unreached
 
     def compare(self, known: tables.Known) -> list[str]:
         """With the tables, for the targets that were compiled."""
-        return tables.compare(PAGE, self.heading, self.rows, known, targets={row.target for row in self.rows})
+        return tables.compare(PAGE, self.heading, self.rows, known, {row.target for row in self.rows})
 
 
 def version(folder: Path | None = None) -> str | None:
@@ -563,27 +552,24 @@ def measure(
     """
     digest, names = _digest(), " ".join(architectures)
     path = CACHE / f"{version(folder)}-{digest}-{names.replace(' ', '-')}.json"
-    if only or listings or not path.exists():
+    if not only and not listings and path.exists():
+        return _outcome(path.read_text())
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
+    before = [str(folder.resolve())] if folder else []
+    env["PYTHONPATH"] = os.pathsep.join([*before, *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, names]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
+    text = done.stdout.splitlines()[-1]
+    if not only and not listings:
+        if _digest() != digest:
+            raise RuntimeError("the kernels changed while they were compiled: once more, please")
         CACHE.mkdir(parents=True, exist_ok=True)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-        env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
-        if folder is not None:
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder.resolve()), env.get("PYTHONPATH"))))
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            written = Path(scratch, "rows.json")
-            command = [sys.executable, "-m", __name__, str(written), only, listings, names]
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            if done.returncode:
-                where = folder or "the environment"
-                raise RuntimeError(f"Triton {version(folder)} in {where}:\n{done.stdout[-4000:]}")
-            if only or listings:
-                return _outcome(written)
-            if _digest() != digest:
-                raise RuntimeError("the kernels changed while they were compiled: once more, please")
-            written.replace(path)
-    return _outcome(path)
+        path.write_text(text)
+    return _outcome(text)
 
 
 def _digest() -> str:
@@ -595,10 +581,9 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 
 
-def _outcome(path: Path) -> Outcome:
-    found = json.loads(path.read_text())
-    rows = [Row(*row)._replace(problems=tuple(row[-1])) for row in found["rows"]]
-    return Outcome(found["version"], rows, found["unreached"])
+def _outcome(text: str) -> Outcome:
+    version, rows, unreached = json.loads(text)
+    return Outcome(version, [Row(*row) for row in rows], unreached)
 
 
 def measure_all(
@@ -614,27 +599,20 @@ def measure_all(
 
 def main(args: argparse.Namespace) -> int:
     """`python -m bench offline`."""
-    chosen: list[Path | None] = list(args.triton) or (
-        [None] if version() == OLDEST else [OLDEST_FOLDER, None]
-    )
-    for folder in chosen:
-        if folder is None and version() is None:
-            raise SystemExit("triton is not installed here: pip install triton")
-        if folder is not None and not (folder / "triton").is_dir():
-            raise SystemExit(f"no Triton in {folder}: make {OLDEST_FOLDER.relative_to(ROOT)}")
+    if version() is None:
+        raise SystemExit("triton is not installed here: pip install triton")
+    if version() != OLDEST and not (OLDEST_FOLDER / "triton").is_dir():
+        raise SystemExit(f"no Triton in {OLDEST_FOLDER}: make {OLDEST_FOLDER.relative_to(ROOT)}")
+    chosen = [None] if version() == OLDEST else [OLDEST_FOLDER, None]
     outcomes = measure_all(chosen, " ".join(args.only), str(args.listings or ""))
-    problems = [p for outcome in outcomes for p in outcome.problems()]
-    return tables.conclude(PAGE, {o.heading: o.rows for o in outcomes}, problems, args)
+    unreached = [p for outcome in outcomes for p in outcome.unreached]
+    return tables.conclude(PAGE, {o.heading: o.rows for o in outcomes}, args, *unreached)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tables.add_arguments(parser, PAGE, "rows whose names")
     parser.add_argument("--listings", type=Path, help="folder for the machine code")
-    parser.add_argument(
-        "--triton", nargs="+", type=Path, default=[], metavar="FOLDER",
-        help=f"installed with pip --target; default build/triton-{OLDEST} and the environment's",
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(_work(*sys.argv[2:5])))
+    print(json.dumps(_work(*sys.argv[1:])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,27 +101,27 @@ def _scoreboards(instruction: Instruction, word: int) -> tuple[int | None, tuple
 
 def _check_convergence(code: Body, labels: dict[str, int]) -> None:
     """BSYNC goes on where its BSSY says, which is the next instruction in all code that was met so far."""
-    for i, instruction in enumerate(code):
-        if instruction.opcode.startswith("BSYNC"):
-            register = instruction.text.split()[1].rstrip(",")
-            starts = (c.text for c in code if c.opcode.startswith("BSSY"))
-            goals = [_SASS_TARGET.search(text) for text in starts if re.search(rf"\s{register}\b", text)]
-            if i + 1 not in [labels[goal[1]] for goal in goals if goal]:
+    for i, (opcode, text, *_) in enumerate(code):
+        if opcode.startswith("BSYNC"):
+            register = re.compile(rf"\s{text.split()[1].rstrip(',')}\b")
+            starts = (c.text for c in code if c.opcode.startswith("BSSY") and register.search(c.text))
+            if i + 1 not in [labels[label] for start in starts for label in _SASS_TARGET.findall(start)]:
                 raise ValueError(
-                    f"BSYNC at instruction {i} is not followed by the target of its BSSY: {instruction.text}"
+                    f"BSYNC at instruction {i} is not followed by the target of its BSSY: {text}"
                 )
 
 
-def _connected(
-    code: Body, labels: dict[str, int], flow: Callable[[Instruction], tuple[str | None, bool]]
-) -> Body:
-    """flow: the label that an instruction may go to, and whether it may go on to the next one."""
+Flow = Callable[
+    [Instruction], tuple[str | None, bool]
+]  # a label to jump to, and whether the next one may come
+
+
+def _connected(code: Body, labels: dict[str, int], flow: Flow) -> Body:
     found = []
     for i, instruction in enumerate(code):
-        label, falls_through = flow(instruction)
+        label, goes_on = flow(instruction)
         jump = () if label is None else (labels[label],)
-        following = (i + 1,) if falls_through and i + 1 < len(code) else ()
-        found.append(instruction._replace(after=(*jump, *following)))
+        found.append(instruction._replace(after=(*jump, i + 1) if goes_on and i + 1 < len(code) else jump))
     return found
 
 
@@ -222,35 +222,30 @@ def is_special(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(names)
 
 
-def tensor_cores(body: Iterable[Instruction]) -> str:
+def tensor_cores(body: Body) -> str:
     """Their instructions, "64 HMMA"; "-" = none."""
     count = Counter(i.opcode.split(".")[0] for i in body if is_tensor(i))
     return ", ".join(f"{number} {opcode}" for opcode, number in sorted(count.items())) or "-"
 
 
-def spills(code: Iterable[Instruction]) -> list[str]:
-    """What is wrong with where values are kept."""
+def faults(code: Body, body: Body, counted: str) -> list[str]:
+    """Values that are not kept in registers, and calls in what is counted."""
     local = [i.text for i in code if i.opcode.startswith(("LDL", "STL", "scratch_"))]
-    return [f"{len(local)} accesses to local memory, the first {local[0]}"] if local else []
-
-
-def calls(body: Iterable[Instruction], where: str) -> list[str]:
-    found = [i.text for i in body if i.opcode.startswith("CALL")]
-    return [f"calls inside {where}: {found[0]}"] if found else []
+    found = [f"{len(local)} accesses to local memory, the first {local[0]}"] if local else []
+    calls = [i.text for i in body if i.opcode.startswith("CALL")]
+    return found + ([f"calls inside {counted}: {calls[0]}"] if calls else [])
 
 
 def hidden(body: Body) -> int | None:
     """Special functions from the first warp-group product to the wait for the last one. The wait may come in the next
     round of the loop."""
-    products = [i for i, instruction in enumerate(body) if instruction.opcode.startswith("HGMMA")]
+    products = [n for n, i in enumerate(body) if i.opcode.startswith("HGMMA")]
     if not products:
         return None
-    first, last = products[0], products[-1]
-    around = body[first:] + body[:first]
-    for i in range(last - first + 1, len(around)):
-        if around[i].opcode.startswith("WARPGROUP.DEPBAR"):
-            return sum(map(is_special, around[:i]))
-    return None
+    around = body[products[0] :] + body[: products[0]]
+    last = products[-1] - products[0]
+    waits = [n for n, i in enumerate(around) if n > last and i.opcode.startswith("WARPGROUP.DEPBAR")]
+    return sum(map(is_special, around[: waits[0]])) if waits else None
 
 
 def exposed_waits(body: Body) -> list[str]:

@@ -48,6 +48,9 @@ class Page(NamedTuple):
     def key(self, row: Any) -> Key:
         return tuple(self.cells(row)[: self.names])
 
+    def name(self, heading: str, row: Any) -> str:
+        return (f"{heading}: " if heading else "") + self.between.join(self.key(row))
+
     def figures(self, cells: list[str]) -> Figures:
         named = dict(zip(self.columns, cells, strict=True))
         return {field: _number(named[field]) for field in self.compared}
@@ -95,7 +98,9 @@ def read(page: Page, text: str | None = None) -> Known:
     return found
 
 
-_HIGHER = "which may only go down"
+def problems(page: Page, heading: str, rows: list[Any]) -> list[str]:
+    """What is wrong whatever the tables say."""
+    return [f"{page.name(heading, row)}: {problem}" for row in rows for problem in row.problems]
 
 
 def compare(
@@ -103,36 +108,31 @@ def compare(
     heading: str,
     rows: list[Any],
     known: Known,
+    targets: Collection[str],
     slack: float | None = None,
-    targets: Collection[str] | None = None,
 ) -> list[str]:
     """Where what was measured does not match the tables, or exceeds them by more than `slack`.
 
     A heading without a table is held to the highest figure of the others. targets: those of which all rows were
-    measured; None = all.
+    measured.
     """
     if not known:
         return [f"no table in {page.place}; {page.regenerate}"]
     tables = [known[heading]] if heading in known else list(known.values())
-    found, seen = [], set()
+    found = []
     for row in rows:
-        key, figures = page.key(row), page.figures(page.cells(row))
-        seen.add(key)
-        name = (f"{heading}: " if heading else "") + page.between.join(key)
-        before = [table[key] for table in tables if key in table]
+        name, figures = page.name(heading, row), page.figures(page.cells(row))
+        before = [table[page.key(row)] for table in tables if page.key(row) in table]
         if not before:
             found.append(f"{name}: not in {page.place}; {page.regenerate}")
             continue
-        for field in page.compared:
-            value, most = figures[field], max(b[field] for b in before)
+        for field, value in figures.items():
+            most = max(b[field] for b in before)
             if value > most * (slack or page.slack):
-                found.append(f"{name}: {field} {value}, {page.place} has {most}, {_HIGHER}")
-    stale = {key for table in tables for key in table if targets is None or key[1] in targets} - seen
-    found += [
-        f"{page.place} has a row that nothing compiles: {page.between.join(key)}; {page.regenerate}"
-        for key in sorted(stale)
-    ]
-    return found
+                found.append(f"{name}: {field} {value}, {page.place} has {most}, which may only go down")
+    stale = {key for table in tables for key in table if key[1] in targets} - set(map(page.key, rows))
+    names = [page.between.join(key) for key in sorted(stale)]
+    return found + [f"{page.place} has a row that nothing compiles: {n}; {page.regenerate}" for n in names]
 
 
 # --- The commands ---
@@ -144,26 +144,25 @@ def add_arguments(parser: argparse.ArgumentParser, page: Page, only: str) -> Non
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help=f"{only} contain these words")
 
 
-def conclude(page: Page, tables: dict[str, list[Any]], problems: list[str], args: argparse.Namespace) -> int:
+def conclude(page: Page, tables: dict[str, list[Any]], args: argparse.Namespace, *wrong: str) -> int:
     """Prints the tables, writes them or compares, and says what is wrong."""
+    if args.write and args.only:
+        raise SystemExit("--write takes no --only")
     known = read(page)
+    targets = () if args.only else {key[1] for table in known.values() for key in table}
+    found = [p for heading, rows in tables.items() for p in problems(page, heading, rows)] + list(wrong)
     print(render(page, tables))
+    slack = 1.0 if args.write else None
+    differs = [p for table in tables.items() for p in compare(page, *table, known, targets, slack)]
     if args.write:
-        if args.only:
-            raise SystemExit("--write takes no --only")
-        found = [
-            p for heading, rows in tables.items() for p in compare(page, heading, rows, known, slack=1.0)
-        ]
-        higher = [p for p in found if _HIGHER in p]
+        higher = [p for p in differs if p.endswith("may only go down")]
         if higher and not args.accept:
             print("\nNot written:", *higher, sep="\n  ")
             return 1
         page.path.write_text(document(page, tables))
         print(f"\nWritten: {page.path}")
     else:
-        targets = () if args.only else None
-        for heading, rows in tables.items():
-            problems = problems + compare(page, heading, rows, known, targets=targets)
-    if problems:
-        print("\nWrong:", *problems, sep="\n  ")
-    return 1 if problems else 0
+        found += differs
+    if found:
+        print("\nWrong:", *found, sep="\n  ")
+    return 1 if found else 0

@@ -106,7 +106,7 @@ def row(**changed: object) -> compiled.Row:
 
 
 def compare(rows: list[compiled.Row], known: tables.Known, **options: float) -> list[str]:
-    return tables.compare(compiled.PAGE, "", rows, known, targets=("sm_80",), **options)
+    return tables.compare(compiled.PAGE, "", rows, known, ("sm_80",), **options)
 
 
 def test_figures_may_only_go_down() -> None:
@@ -169,7 +169,7 @@ def rows() -> list[compiled.Row]:
 @pytest.mark.slow
 def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
     assert rows
-    problems = compiled.problems(rows)
+    problems = tables.problems(compiled.PAGE, "", rows)
     assert not problems, "\n".join(["", *problems])
 
 
