@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,7 @@ def _numbers() -> Iterator[Callable[[], object]]:
 def compile_all(arch: str, part: int, parts: int) -> int:
     from triton.runtime import driver
 
-    failed, known = 0, {}
+    start, failed, known = time.perf_counter(), 0, {}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _no_driver(Path(folder))
@@ -182,7 +183,7 @@ def compile_all(arch: str, part: int, parts: int) -> int:
             for kernel in kernels:
                 if kernel.hash not in known:
                     known[kernel.hash] = driver.active.launcher_cls(kernel.src, kernel.metadata)
-    print(f"{len(known)} kernels, {failed} calls failed", flush=True)
+    print(f"{len(known)} kernels, {failed} calls failed, {time.perf_counter() - start:.0f} s", flush=True)
     return int(failed > 0 or not known)
 
 

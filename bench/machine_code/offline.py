@@ -224,8 +224,7 @@ def _unreached(chosen: list[Any], rows: Iterable[Row], architectures: str) -> li
 
 
 class _Launch(NamedTuple):
-    case: Case
-    key: tuple[str, ...]
+    row: Row  # its names
     kernel: str
     arguments: dict[str, Any]
     result: Any  # Triton's compiled kernel, or the exception
@@ -235,14 +234,12 @@ def _key(case: Case, kernel: str, arguments: dict[str, Any]) -> tuple[str, ...]:
     name = kernel.strip("_").removesuffix("_kernel").removeprefix("linear_")
     if name == "add_splits":
         tile = [arguments["BLOCK"]]
-        about = {"bias": arguments["HAS_BIAS"], "and a second sum": arguments["HAS_SECOND"]}
+        about = {"and a second sum": arguments["HAS_SECOND"]}
     else:
         n = arguments["BLOCK_N"]
         k = arguments.get("BLOCK_K") or arguments["BLOCK_M"]  # adapter_grads has no K
-        tile = {
-            "forward": [arguments.get("BLOCK_M"), n, k],
-            "input_grad": [arguments.get("BLOCK_M"), k, n],
-        }.get(name, [n, k])
+        m = [arguments["BLOCK_M"]] if name in _PRODUCTS else []
+        tile = [*m, k, n] if name == "input_grad" else [*m, n, k]
         about = {
             f"{case.rows} rows": case.rows,
             "split": arguments.get("SPLIT"),
@@ -268,13 +265,8 @@ def _compile_for(architecture: str) -> None:
     chip, index = _CHIPS[architecture], list(_CHIPS).index(architecture)
     kind, name = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
     target = GPUTarget(kind, name, chip.lanes)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: index,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: target,
-        )
-    )
+    asked = {"device": lambda: index, "stream": lambda device: 0, "target": lambda: target}
+    driver.set_active(SimpleNamespace(**{f"get_current_{what}": answer for what, answer in asked.items()}))
     machine = launch.Machine(architecture, chip.processors)
     launch._machine = lambda index: machine
     launch.forget()
@@ -348,7 +340,7 @@ def _work(only: str, listings: str, architectures: str) -> Outcome:
             result = build()
         except Exception as error:  # whatever the compiler comes up with is a finding
             result = error
-        launches[name] = _Launch(case, key, kernel.__name__, arguments, result)
+        launches[name] = _Launch(Row(*key, rows=case.rows), kernel.__name__, arguments, result)
 
     everything = cases()
     with _tiles() as chosen:
@@ -362,7 +354,7 @@ def _work(only: str, listings: str, architectures: str) -> Outcome:
         rows.append(row)
         if listings:
             Path(listings).mkdir(parents=True, exist_ok=True)
-            name = re.sub(r"[^\w]+", "-", " ".join(compiled.key))
+            name = re.sub(r"[^\w]+", "-", " ".join(row[: PAGE.names]))
             Path(listings, f"{triton.__version__}-{number:03}-{name}.s").write_text(text)
     unreached = [] if only else _unreached(chosen, rows, architectures)
     return Outcome(triton.__version__, rows, unreached)
@@ -388,7 +380,7 @@ def _multiply_add(instruction: reader.Instruction) -> bool:
 
 def _measure(launch: _Launch) -> tuple[str, Row]:
     """The listing, and what there is to say of it."""
-    row = Row(*launch.key, rows=launch.case.rows)
+    row = launch.row
     if isinstance(launch.result, Exception):
         problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
         return "", row._replace(problems=[problem])
@@ -400,9 +392,8 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     except ValueError as error:
         return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
     arguments = launch.arguments
-    elements = arguments.get("BLOCK") or arguments["BLOCK_N"] * (
-        arguments.get("BLOCK_K") or arguments["BLOCK_M"]
-    )
+    rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
+    elements = rows_of_w * next(arguments[block] for block in rest if arguments.get(block))
     per_thread = elements / (_CHIPS[row.target].lanes * arguments["num_warps"])
     tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads") else "-"
     row = row._replace(
@@ -440,7 +431,7 @@ def _of_amd(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
     problems = [f"{k} is {figures[k]}" for k in spilled if figures[k]]
     ptx = ("prmt.b32", ".approx", "shl.b32")
     problems += [f"PTX in {k}: {p}" for k in ("llir", "amdgcn") for p in ptx if p in asm[k]]
-    if "gaussian" in launch.key:
+    if launch.row.noise == "gaussian":
         wanted = ("v_sin_f32", "v_cos_f32", "v_log_f32", "v_sqrt_f32")
         problems += [f"no {w}" for w in wanted if not any(i.opcode.startswith(w) for i in code)]
     return text, code, figures["vgpr_count"] + figures["agpr_count"], problems
@@ -552,24 +543,25 @@ def measure(
     """
     digest, names = _digest(), " ".join(architectures)
     path = CACHE / f"{version(folder)}-{digest}-{names.replace(' ', '-')}.json"
-    if not only and not listings and path.exists():
-        return _outcome(path.read_text())
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
-    before = [str(folder.resolve())] if folder else []
-    env["PYTHONPATH"] = os.pathsep.join([*before, *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, names]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stdout + done.stderr)[-4000:]
-        raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
-    text = done.stdout.splitlines()[-1]
-    if not only and not listings:
+    kept = not only and not listings
+    if not kept or not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
+        if folder is not None:
+            env["PYTHONPATH"] = f"{folder.resolve()}{os.pathsep}{env.get('PYTHONPATH', '')}".strip(os.pathsep)
+        command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, names]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stdout + done.stderr)[-4000:]
+            raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
+        text = done.stdout.splitlines()[-1]
+        if not kept:
+            return _outcome(text)
         if _digest() != digest:
             raise RuntimeError("the kernels changed while they were compiled: once more, please")
-        CACHE.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return _outcome(text)
+    return _outcome(path.read_text())
 
 
 def _digest() -> str:

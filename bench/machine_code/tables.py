@@ -6,6 +6,7 @@ The text above the first table belongs to the page; it is edited there.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,14 +14,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
+Rows = list[Any]
 Key = tuple[str, ...]
-Figures = dict[str, float]
-Known = dict[str, dict[Key, Figures]]  # by the heading of a table and the names of a row
-_HEADINGS = {
-    "dtype": "type",
-    "case": "call",
-    "registers": "regs",
-}  # of columns, where they are not the fields'
+Known = dict[str, dict[Key, dict[str, float]]]  # by heading of a table, names of a row, compared field
+# Of columns, where they are not the fields'.
+_HEADINGS = {"dtype": "type", "case": "call", "registers": "regs"}
 
 
 class Page(NamedTuple):
@@ -51,20 +49,16 @@ class Page(NamedTuple):
     def name(self, heading: str, row: Any) -> str:
         return (f"{heading}: " if heading else "") + self.between.join(self.key(row))
 
-    def figures(self, cells: list[str]) -> Figures:
+    def figures(self, cells: list[str]) -> dict[str, float]:
         named = dict(zip(self.columns, cells, strict=True))
-        return {field: _number(named[field]) for field in self.compared}
-
-
-def _number(cell: str) -> float:
-    return float(cell) if "." in cell else int(cell or 0)
+        return {field: json.loads(named[field] or "0") for field in self.compared}
 
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def render(page: Page, tables: dict[str, list[Any]]) -> str:
+def render(page: Page, tables: dict[str, Rows]) -> str:
     """tables: rows by heading; "" = none."""
     top = [page.header, _line("---:" if field in page.formats else "---" for field in page.columns)]
     found = []
@@ -74,7 +68,7 @@ def render(page: Page, tables: dict[str, list[Any]]) -> str:
     return "\n\n".join(found)
 
 
-def document(page: Page, tables: dict[str, list[Any]]) -> str:
+def document(page: Page, tables: dict[str, Rows]) -> str:
     """The page as it is, with these tables."""
     first = re.compile(rf"^(## .+\n\n)?{re.escape(page.header)}$", re.MULTILINE)
     text = first.split(page.path.read_text(), maxsplit=1)[0]
@@ -98,7 +92,7 @@ def read(page: Page, text: str | None = None) -> Known:
     return found
 
 
-def problems(page: Page, heading: str, rows: list[Any]) -> list[str]:
+def problems(page: Page, heading: str, rows: Rows) -> list[str]:
     """What is wrong whatever the tables say."""
     return [f"{page.name(heading, row)}: {problem}" for row in rows for problem in row.problems]
 
@@ -106,7 +100,7 @@ def problems(page: Page, heading: str, rows: list[Any]) -> list[str]:
 def compare(
     page: Page,
     heading: str,
-    rows: list[Any],
+    rows: Rows,
     known: Known,
     targets: Collection[str],
     slack: float | None = None,
@@ -144,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser, page: Page, only: str) -> Non
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help=f"{only} contain these words")
 
 
-def conclude(page: Page, tables: dict[str, list[Any]], args: argparse.Namespace, *wrong: str) -> int:
+def conclude(page: Page, tables: dict[str, Rows], args: argparse.Namespace, *wrong: str) -> int:
     """Prints the tables, writes them or compares, and says what is wrong."""
     if args.write and args.only:
         raise SystemExit("--write takes no --only")
