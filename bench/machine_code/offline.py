@@ -387,11 +387,11 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     nvidia = "cubin" in launch.result.asm
     text, code, registers, problems = (_of_nvidia if nvidia else _of_amd)(launch)
     row = row._replace(registers=registers, shared=launch.result.metadata.shared)
+    arguments = launch.arguments
     try:
         body = _body(row, code)
     except ValueError as error:
         return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
-    arguments = launch.arguments
     rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
     elements = rows_of_w * next(arguments[block] for block in rest if arguments.get(block))
     per_thread = elements / (_CHIPS[row.target].lanes * arguments["num_warps"])

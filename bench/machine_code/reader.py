@@ -106,14 +106,11 @@ def _check_convergence(code: Body, labels: dict[str, int]) -> None:
             register = re.compile(rf"\s{text.split()[1].rstrip(',')}\b")
             starts = (c.text for c in code if c.opcode.startswith("BSSY") and register.search(c.text))
             if i + 1 not in [labels[label] for start in starts for label in _SASS_TARGET.findall(start)]:
-                raise ValueError(
-                    f"BSYNC at instruction {i} is not followed by the target of its BSSY: {text}"
-                )
+                raise ValueError(f"BSYNC at {i} is not followed by the target of its BSSY: {text}")
 
 
-Flow = Callable[
-    [Instruction], tuple[str | None, bool]
-]  # a label to jump to, and whether the next one may come
+# A label to jump to, and whether the next instruction may come.
+Flow = Callable[[Instruction], tuple[str | None, bool]]
 
 
 def _connected(code: Body, labels: dict[str, int], flow: Flow) -> Body:
@@ -168,23 +165,16 @@ def loops(code: Body) -> list[tuple[int, ...]]:
     What lies far behind, as the code that waits for a copy, belongs to the loop if it leads back into it. A cycle
     that can be entered at two places is no natural loop, and an error.
     """
-    graph = nx.DiGraph([(i, j) for i in reachable(code) for j in code[i].after])
-    graph.add_node(0)
-    dominated = nx.DiGraph(
-        [(above, i) for i, above in nx.immediate_dominators(graph, 0).items() if above != i]
-    )
-    dominated.add_node(0)
+    graph = nx.DiGraph([(-1, 0), *((i, j) for i in reachable(code) for j in code[i].after)])
+    dominated = nx.DiGraph([(above, i) for i, above in nx.immediate_dominators(graph, -1).items()])
     forward, found = graph.copy(), []
-    for header in sorted(graph):
-        before = set(graph.predecessors(header))
-        if not before or (len(before) == 1 and header):
-            continue  # what closes a loop comes beside what enters it
-        closing = before & ({header} | nx.descendants(dominated, header))
+    for header in [i for i in sorted(graph) if graph.in_degree(i) > 1]:  # entered, and closed
+        closing = set(graph.predecessors(header)) & ({header} | nx.descendants(dominated, header))
         if closing:
             forward.remove_edges_from([(i, header) for i in closing])
-            inside = nx.restricted_view(graph, [header], [])
-            ends = closing - {header}
-            found.append(tuple(sorted({header} | ends.union(*(nx.ancestors(inside, i) for i in ends)))))
+            before = nx.restricted_view(graph, [header], [])
+            body = closing.union(*(nx.ancestors(before, i) for i in closing - {header}))
+            found.append(tuple(sorted(body | {header})))
     if not nx.is_directed_acyclic_graph(forward):
         (i, _), *_ = nx.find_cycle(forward)
         raise ValueError(f"a cycle with two entries: {code[i].text} at instruction {i}")
