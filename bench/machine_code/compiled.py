@@ -127,22 +127,17 @@ def compile(path: str, target: str) -> tuple[Path, str]:
 
 # --- What ptxas and the machine code say ---
 
+_USED = ("stack", "spill stores", "spill loads", "registers")
 _USAGE = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
 
 
 def usages(log: str) -> dict[str, dict[str, int]]:
     """What ptxas -v says, by mangled name."""
-    found = {}
-    for entry in _USAGE.finditer(log):
-        name, *figures = entry.groups()
-        found[name] = dict(
-            zip(("stack", "spill stores", "spill loads", "registers"), map(int, figures), strict=True)
-        )
-    return found
+    return {name: dict(zip(_USED, map(int, used), strict=True)) for name, *used in _USAGE.findall(log)}
 
 
 def warnings(log: str) -> list[str]:
@@ -161,11 +156,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
         full = re.sub(r"\((?:bool|int|anonymous namespace)\)(?:::)?|(?:flatlora|gpu)::", "", full)
         full = full.replace("_kernel", "")
         if full.startswith("linear_sm80"):  # the last argument: split noise
-            full = (
-                full.replace(", false>", ">")
-                if full.endswith(", false>")
-                else full.replace(", true>", ", apart>")
-            )
+            full = full.replace(", false>", ">").replace(", true>", ", apart>")
         short[name] = full
     return short
 
@@ -210,7 +201,7 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     """What there is to say of one kernel."""
     code = reader.sass(listing, mangled)
     everything = [code[i] for i in reader.reachable(code)]
-    problems = [f"{usage[k]} bytes of {k}" for k in ("stack", "spill stores", "spill loads") if usage[k]]
+    problems = [f"{usage[k]} bytes of {k}" for k in _USED[:3] if usage[k]]
     loops, body = reader.loops(code), []
     if _draws(everything):
         try:

@@ -98,12 +98,7 @@ def problems(page: Page, heading: str, rows: Rows) -> list[str]:
 
 
 def compare(
-    page: Page,
-    heading: str,
-    rows: Rows,
-    known: Known,
-    targets: Collection[str],
-    slack: float | None = None,
+    page: Page, heading: str, rows: Rows, known: Known, targets: Collection[str], slack: float | None = None
 ) -> list[str]:
     """Where what was measured does not match the tables, or exceeds them by more than `slack`.
 
