@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import (
-    compiled,
     environment,
     fidelity,
-    offline,
     options,
     parts,
     providers,
@@ -32,6 +30,7 @@ from . import (
     training,
     variance,
 )
+from .machine_code import compiled, offline
 from .options import DEVICE, OUT, PLACE, Option, option
 from .results import Results
 from .shapes import MODES, SETS, Case

@@ -41,12 +41,12 @@ case $arch in 9.0) code=90a ;; *) code=${arch/./} ;; esac
 done = wrappers.nvcc(sys.argv[1], "-shared", "-o", sys.argv[2]); sys.exit(done.stderr if done.returncode else 0)' \
   $code "$folder/wrappers.so"
 took wrappers
-"$python" -m bench.pack triton --arch "$arch" --part 0/2 & first=$!
-"$python" -m bench.pack triton --arch "$arch" --part 1/2
+"$python" -m bench.gpu.pack triton --arch "$arch" --part 0/2 & first=$!
+"$python" -m bench.gpu.pack triton --arch "$arch" --part 1/2
 wait "$first"
 tar -C "$TRITON_CACHE_DIR" -cJf "$folder/triton.tar.xz" .
 took "Triton's cache"
-"$python" -m bench.pack seal "$folder" --arch "$arch"
+"$python" -m bench.gpu.pack seal "$folder" --arch "$arch"
 
 du -h "$folder"/*
 size=$(($(du -sk "$folder" | cut -f 1) / 1024))

@@ -114,7 +114,7 @@ part() {
 
 # --- what runs, on a GPU or dry ---
 device=cuda backends="cuda triton"
-pytest="'$python' -m bench.gpu_tests"
+pytest="'$python' -m bench.gpu.tests"
 cores=$(nproc)
 workers=$((cores > 15 ? 14 : cores > 2 ? cores - 2 : 1))
 each=60 # seconds for a family of kernels, which Triton may have to compile
@@ -143,7 +143,7 @@ if $dry_run; then
 elif [ -e "$pack" ]; then
   wanted="$wanted setup "
   export FLATLORA_WRAPPERS=$pack/wrappers.so TRITON_CACHE_DIR=${PACK_CACHE:-/tmp/flatlora-gpu-pack}
-  part setup 60 "'$python' -m bench.pack unpack '$pack'"
+  part setup 60 "'$python' -m bench.gpu.pack unpack '$pack'"
   if [ "$failed" = 0 ] && ! grep -q "compiles its kernels here" "$rows/setup"; then
     export BENCH_PROCESSES=0 # nothing is left to compile
     each=15

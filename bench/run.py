@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from flatlora_kernels.spec.noise import KINDS
 
-from . import gate, memory, precompile, providers, timing
+from . import gate, memory, providers, timing
+from .machine_code import precompile
 from .problem import COPIES, Problem
 from .providers import NOISELESS, REFERENCE, Provider, Unfit
 from .results import Results, Row

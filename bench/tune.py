@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import environment, gate, precompile, results, timing
-from .precompile import Job, Outcome, using
+from . import environment, gate, results, timing
+from .machine_code import precompile
+from .machine_code.precompile import Job, Outcome, using
 from .problem import COPIES, Problem
 from .providers import Fused, Plain
 from .shapes import Case

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import gpu_tests  # noqa: E402
+from bench.gpu import tests as gpu_tests  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
@@ -179,7 +179,7 @@ def test_time_that_is_over(tmp_path: Path) -> None:
     assert "targets.json" in files
     rest = {verdict for name, verdict in parts.items() if name not in ("setup", "targets")}
     assert rest == {"not run, no time left"}
-    for variables in ({"SUITE_SECONDS": "2"}, {"FAKE_CUT": "gpu_tests"}):
+    for variables in ({"SUITE_SECONDS": "2"}, {"FAKE_CUT": "gpu.tests"}):
         status, first, *_ = fake(tmp_path / next(iter(variables)), "correctness", **variables)
         assert status == 0 and first == "nothing failed in what ran"
 
@@ -208,7 +208,7 @@ def test_last(): pass
 def run_tests(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
     (folder / "test_bad.py").write_text(BAD)
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_tests", str(folder / "r.jsonl"), *arguments, str(folder / "test_bad.py")],
+        [sys.executable, "-m", "bench.gpu.tests", str(folder / "r.jsonl"), *arguments, str(folder / "test_bad.py")],
         capture_output=True, text=True, timeout=60, cwd=ROOT,
     )  # fmt: skip
     return done.returncode, done.stdout, gpu_tests.read(folder / "r.jsonl")
@@ -250,10 +250,10 @@ done
 # Compiles nothing and has a GPU; the parts of the suite do nothing.
 PACKING = """
 case "$*" in
-  *"bench.pack triton"*) mkdir -p "$TRITON_CACHE_DIR" && echo kernel > "$TRITON_CACHE_DIR/kernel${7%/*}" ;;
-  *"bench.pack"*) shift 2
+  *"bench.gpu.pack triton"*) mkdir -p "$TRITON_CACHE_DIR" && echo kernel > "$TRITON_CACHE_DIR/kernel${7%/*}" ;;
+  *"bench.gpu.pack"*) shift 2
     exec REAL -c 'import sys, torch
-from bench import pack
+from bench.gpu import pack
 torch.cuda.get_device_capability = lambda: (9, 0)
 sys.exit(pack.main())' "$@" ;;
   *get_device_name*) echo "NVIDIA Fake 1" ;;

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import compiled  # noqa: E402
+from bench.machine_code import compiled, tables  # noqa: E402
 
 # CI compiles for these alone, see `part`; FLATLORA_COMPILE=all for all.
 REPRESENTATIVE = ("80", "90a")
@@ -36,7 +36,6 @@ def test_what_ptxas_says_is_understood() -> None:
             "spill stores": 0,
             "spill loads": 0,
             "registers": 121,
-            "shared": 1024,
         },
         "_ZN8flatlora1gEv": {"stack": 16, "spill stores": 12, "spill loads": 8, "registers": 255},
     }
@@ -103,25 +102,29 @@ def test_main_loop_is_the_one_without_the_edges() -> None:
 
 
 def row(**changed: object) -> compiled.Row:
-    base = compiled.Row(
-        "linear_sm80<bf16, false, gaussian, 0>", "sm_80", 15.0, 12.0, 32, "64 HMMA", 64, 200, 0
-    )
+    base = compiled.Row("linear_sm80<bf16, false, gaussian, 0>", "sm_80", 15.0, 12.0, 32, "64 HMMA", 64, 200)
     return base._replace(**changed)  # type: ignore[arg-type]
 
 
+def compare(rows: list[compiled.Row], known: tables.Known, **options: float) -> list[str]:
+    return tables.compare(compiled.PAGE, "", rows, known, ("sm_80",), **options)
+
+
 def test_figures_may_only_go_down() -> None:
-    known = compiled.committed(compiled.document([row(), row(kernel="add_parts", instr=None, values=0)]))
-    assert known[row().key] == compiled.Committed(15.0, 200)
-    assert compiled.compare([row()], known) == []
-    assert compiled.compare([row(instr=10.0, registers=99)], known) == []
-    (problem,) = compiled.compare([row(instr=15.6)], known)
+    other = row(kernel="add_parts", instr=None, values=None)
+    known = tables.read(compiled.PAGE, tables.document(compiled.PAGE, {"": [row(), other]}))
+    assert known[""][row()[:2]] == {"instr": 15.0, "registers": 200}
+    assert compare([row(), other], known) == []
+    assert compare([row(instr=10.0, registers=99), other], known) == []
+    (problem,) = compare([row(instr=15.6), other], known)
     assert "instr 15.6" in problem and "may only go down" in problem
-    (problem,) = compiled.compare([row(registers=210)], known)
+    (problem,) = compare([row(registers=210), other], known)
     assert "registers 210" in problem
-    assert compiled.compare([row(instr=15.01)], known, slack=1.0)
-    (problem,) = compiled.compare([row(target="sm_86")], known)
-    assert compiled.REGENERATE in problem
-    assert len(compiled.stale([row()], known)) == 1
+    assert compare([row(instr=15.01), other], known, slack=1.0)
+    (problem,) = compare([row(), other, row(target="sm_86")], known)
+    assert compiled.PAGE.regenerate in problem and "not in" in problem
+    (problem,) = compare([row()], known)
+    assert "add_parts, sm_80" in problem and "nothing compiles" in problem
 
 
 def test_budgets_hold_whatever_the_table_says() -> None:
@@ -167,15 +170,13 @@ def rows() -> list[compiled.Row]:
 @pytest.mark.slow
 def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
     assert rows
-    problems = compiled.problems(rows)
+    problems = tables.problems(compiled.PAGE, "", rows)
     assert not problems, "\n".join(["", *problems])
 
 
 @pytest.mark.nvcc
 @pytest.mark.slow
 def test_matches_the_committed_table(rows: list[compiled.Row]) -> None:
-    known = compiled.committed(compiled.TABLE.read_text())
     targets = {row.target for row in rows}
-    problems = compiled.compare(rows, known)
-    problems += compiled.stale(rows, {key: value for key, value in known.items() if key[1] in targets})
+    problems = tables.compare(compiled.PAGE, "", rows, tables.read(compiled.PAGE), targets=targets)
     assert not problems, "\n".join(["", *problems])

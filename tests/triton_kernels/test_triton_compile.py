@@ -15,12 +15,12 @@ import targets
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import machine_code, offline  # noqa: E402
+from bench.machine_code import offline, reader, tables  # noqa: E402
 
 REQUIRED = "triton" in targets.REQUIRED
 
 
-def sass(*lines: str) -> list[machine_code.Instruction]:
+def sass(*lines: str) -> list[reader.Instruction]:
     """A listing in which a line that ends in a colon is a label."""
     listing = ['\t.section\t.text.other,"ax"', "        /*0000*/   BRA `(.L_other) ;", ".L_other:"]
     listing += [
@@ -32,11 +32,11 @@ def sass(*lines: str) -> list[machine_code.Instruction]:
         line if line.endswith(":") else f"        /*{0x10 * i:04x}*/   {line} ;"
         for i, line in enumerate(lines)
     ]
-    return machine_code.sass("\n".join(listing), "kernel")
+    return reader.sass("\n".join(listing), "kernel")
 
 
-def texts(code: list[machine_code.Instruction], loop: machine_code.Loop) -> list[str]:
-    return [code[i].text for i in loop.body]
+def texts(code: list[reader.Instruction], loop: tuple[int, ...]) -> list[str]:
+    return [code[i].text for i in loop]
 
 
 # The shape of a kernel for sm_90: the adapter's loop, the main loop with a wait whose code lies behind the end, and
@@ -75,38 +75,39 @@ MAIN = [line.removeprefix("@!P0 ") for line in MAIN]
 
 def test_loop_includes_the_code_that_waits_far_behind() -> None:
     code = sass(*KERNEL)
-    found = machine_code.loops(code)
-    assert sorted(len(loop.body) for loop in found) == [2, 3, 9]
-    assert texts(code, max(found, key=lambda loop: len(loop.body))) == MAIN
+    found = reader.loops(code)
+    assert sorted(len(loop) for loop in found) == [2, 3, 9]
+    assert texts(code, max(found, key=len)) == MAIN
 
 
 def test_main_loop_is_the_innermost_with_products_and_philox() -> None:
     code = sass(*KERNEL)
 
-    def wanted(body: list[machine_code.Instruction]) -> bool:
+    def wanted(body: list[reader.Instruction]) -> bool:
         return any("HGMMA" in i.text for i in body) and any("IMAD.WIDE" in i.text for i in body)
 
-    loop = machine_code.innermost(code, machine_code.loops(code), wanted)
-    assert texts(code, loop) == MAIN
+    assert [i.text for i in reader.main_loop(code, wanted)] == MAIN
     with pytest.raises(ValueError, match="expected one main loop, got 0"):
-        machine_code.innermost(code, machine_code.loops(code), lambda body: False)
+        reader.main_loop(code, lambda body: False)
     with pytest.raises(ValueError, match="expected one main loop, got 2"):
-        machine_code.innermost(code, machine_code.loops(code), lambda body: len(body) < 4)
+        reader.main_loop(code, lambda body: len(body) < 4)
 
 
 def test_innermost_of_nested_loops() -> None:
     code = sass(
         ".L_x_0:", "FADD R1, R2, R3", ".L_x_1:", "HMMA R4, R5, R6", "@P0 BRA `(.L_x_1)", "@P1 BRA `(.L_x_0)", "EXIT"
     )  # fmt: skip
-    loop = machine_code.innermost(
-        code, machine_code.loops(code), lambda body: any("HMMA" in i.text for i in body)
-    )
-    assert texts(code, loop) == ["HMMA R4, R5, R6", "BRA `(.L_x_1)"]
+
+    def wanted(body: list[reader.Instruction]) -> bool:
+        return any("HMMA" in i.text for i in body)
+
+    assert [i.text for i in reader.main_loop(code, wanted)] == ["HMMA R4, R5, R6", "BRA `(.L_x_1)"]
+    assert len(reader.main_loop(code, wanted, outermost=True)) == 4
 
 
 def test_code_that_cannot_run_is_not_counted() -> None:
     code = sass(*KERNEL)
-    assert [code[i].text for i in range(len(code)) if i not in machine_code.reachable(code)] == [
+    assert [code[i].text for i in range(len(code)) if i not in reader.reachable(code)] == [
         "BRA `(.L_x_5)",
         "NOP",
     ]
@@ -135,7 +136,7 @@ def test_what_may_come_after_a_branch(branch: str, after: tuple[int, ...]) -> No
 def test_call_that_does_not_return_is_a_branch() -> None:
     code = sass(".L_x_0:", "NOP", "@P0 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)", ".L_x_1:", "EXIT")
     assert (code[1].opcode, code[1].after) == ("BRA", (3, 2))
-    assert [loop.body for loop in machine_code.loops(code)] == [(0, 1, 2)]
+    assert reader.loops(code) == [(0, 1, 2)]
     code = sass(
         "CALL.REL.NOINC `(.L_x_0)",
         "EXIT",
@@ -145,7 +146,7 @@ def test_call_that_does_not_return_is_a_branch() -> None:
         "RET.REL.NODEC R4 `(kernel)",
     )
     assert (code[0].opcode, code[0].after) == ("CALL.REL.NOINC", (1,))
-    assert machine_code.reachable(code) == [0, 1]
+    assert reader.reachable(code) == [0, 1]
 
 
 def test_when_an_instruction_is_issued_is_no_part_of_it() -> None:
@@ -167,11 +168,11 @@ def test_branches_that_are_not_understood_are_errors() -> None:
 def test_cycle_with_two_entries_is_an_error() -> None:
     code = sass("@P0 BRA `(.L_x_1)", ".L_x_0:", "NOP", ".L_x_1:", "NOP", "@P1 BRA `(.L_x_0)", "EXIT")
     with pytest.raises(ValueError, match="two entries"):
-        machine_code.loops(code)
+        reader.loops(code)
 
 
 def test_loop_of_amd_assembly() -> None:
-    code = machine_code.amdgcn(
+    code = reader.amdgcn(
         "other:\n\ts_branch .LBB1_0\nkernel:                 ; @kernel\n.Lfunc_begin0:\n; %bb.16:\n"
         '\t.file\t1 "a.py"\n\ts_mov_b32 s0, 0\n\ts_cbranch_scc1 .LBB0_2\n.LBB0_1:   ; in Loop\n'
         "\t.loc\t1 39 0\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n.Ltmp1:\n"
@@ -181,12 +182,12 @@ def test_loop_of_amd_assembly() -> None:
     assert [i.opcode for i in code] == [
         "s_mov_b32", "s_cbranch_scc1", "v_mfma_f32_32x32x8_bf16", "s_cbranch_scc0", "s_endpgm"
     ]  # fmt: skip
-    assert [loop.body for loop in machine_code.loops(code)] == [(2, 3)]
+    assert reader.loops(code) == [(2, 3)]
 
 
 def test_hidden_special_functions() -> None:
     def hidden(*lines: str) -> int | None:
-        return offline._hidden(sass(*lines, "EXIT"))
+        return reader.hidden(sass(*lines, "EXIT"))
 
     product, wait, special = "HGMMA.64x128x16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.LG2 R1, R2"
     assert hidden(special, product, special, product, special, wait, special) == 2
@@ -195,14 +196,14 @@ def test_hidden_special_functions() -> None:
     assert hidden("HGMMA R1", special) is None
 
 
-def with_scoreboards(*lines: tuple[str, int | None, tuple[int, ...]]) -> list[machine_code.Instruction]:
+def with_scoreboards(*lines: tuple[str, int | None, tuple[int, ...]]) -> list[reader.Instruction]:
     """A listing of `nvdisasm -hex`: of each line its text, the scoreboard it sets and those it waits for."""
     listing = ['\t.section\t.text.kernel,"ax",@progbits']
     for i, (text, sets, waits) in enumerate(lines):
         control = sum(1 << 11 + j for j in waits) | 7 << 8 | (7 if sets is None else sets) << 5 | 3
         listing.append(f"        /*{0x10 * i:04x}*/   {text} ;    /* 0x{0xFEED << 9:016x} */")
         listing.append(f"{'':40}/* 0x{control << 41 | 0x500:016x} */")
-    return machine_code.sass("\n".join(listing), "kernel")
+    return reader.sass("\n".join(listing), "kernel")
 
 
 LOAD = "LDG.E.128 R12, desc[UR56][R12.64]"
@@ -222,12 +223,12 @@ def test_scoreboards_are_read_from_the_control_bits() -> None:
         f"        /*0000*/   NOP ;   /* 0x0000000000007918 */\n      /* {word} */"
         for word in ("0x000e220000000800", "0x003fca0000000000")
     )
-    assert [(i.sets, i.waits) for i in machine_code.sass(listing, "kernel")] == [(0, ()), (None, (0, 1))]
+    assert [(i.sets, i.waits) for i in reader.sass(listing, "kernel")] == [(0, ()), (None, (0, 1))]
 
 
 def test_waits_for_loads_while_the_tensor_cores_idle() -> None:
     def exposed(*lines: tuple[str, int | None, tuple[int, ...]]) -> list[str]:
-        return machine_code.exposed_waits(with_scoreboards(*lines))
+        return reader.exposed_waits(with_scoreboards(*lines))
 
     load, use = (LOAD, 5, ()), ("FADD R1, R12, R3", None, (0, 5))
     assert exposed(load, use, PRODUCT, WAIT) == [use[0]]
@@ -259,51 +260,56 @@ def outcome(*rows: offline.Row, version: str = "3.6.0") -> offline.Outcome:
     return offline.Outcome(version, list(rows), [])
 
 
+def committed(*outcomes: offline.Outcome) -> tables.Known:
+    """What is read from a page that is written of these."""
+    return tables.read(offline.PAGE, tables.document(offline.PAGE, {o.heading: o.rows for o in outcomes}))
+
+
 def test_table_round_trip() -> None:
     rows = [row(), row(target="sm80", hidden=None, exposed=None, shared=49152, tensor="16 HMMA")]
-    tables = offline.committed(offline.document([outcome(*rows), outcome(*rows, version="3.9.0")]))
-    assert list(tables) == ["3.6.0", "3.9.0"]
-    assert tables["3.6.0"] == {
-        rows[0].key: offline.Committed(15.9, 64, 112.0),
-        rows[1].key: offline.Committed(15.9, 64, 48.0),
+    known = committed(outcome(*rows), outcome(*rows, version="3.9.0"))
+    assert list(known) == ["Triton 3.6.0", "Triton 3.9.0"]
+    assert known["Triton 3.6.0"] == {
+        rows[0][:6]: {"instr": 15.9, "special": 64, "KiB": 112.0},
+        rows[1][:6]: {"instr": 15.9, "special": 64, "KiB": 48.0},
     }
-    assert offline.compare(outcome(*rows), tables) == []
+    assert outcome(*rows).compare(known) == []
 
 
 def test_figures_may_only_go_down() -> None:
-    tables = offline.committed(offline.document([outcome(row())]))
-    assert offline.compare(outcome(row(instructions=10.0, special=60, registers=250)), tables) == []
-    assert offline.compare(outcome(row(instructions=15.9 * 1.069)), tables) == []
-    (problem,) = offline.compare(outcome(row(instructions=15.9 * 1.071)), tables)
+    known = committed(outcome(row()))
+    assert outcome(row(instr=10.0, special=60, registers=250)).compare(known) == []
+    assert outcome(row(instr=15.9 * 1.069)).compare(known) == []
+    (problem,) = outcome(row(instr=15.9 * 1.071)).compare(known)
     assert "instr" in problem and "may only go down" in problem
-    assert "special" in offline.compare(outcome(row(special=69)), tables)[0]
-    assert "KiB" in offline.compare(outcome(row(shared=130000)), tables)[0]
-    assert offline.compare(outcome(row(instructions=15.91)), tables, slack=1.0)
+    assert "special" in outcome(row(special=69)).compare(known)[0]
+    assert "KiB" in outcome(row(shared=130000)).compare(known)[0]
+    assert tables.compare(offline.PAGE, "Triton 3.6.0", [row(instr=15.91)], known, (), slack=1.0)
 
 
 def test_rows_must_match_the_configurations() -> None:
-    tables = offline.committed(offline.document([outcome(row())]))
+    known = committed(outcome(row()))
     new = row(tile="128x128x64, 8 warps, 3 stages")
-    problems = offline.compare(outcome(new), tables)
-    assert len(problems) == 2 and all(offline.REGENERATE in problem for problem in problems)
-    assert "not in docs/internals/kernels.md" in problems[0] and "nothing compiles" in problems[1]
+    problems = outcome(new).compare(known)
+    assert len(problems) == 2 and all(offline.PAGE.regenerate in problem for problem in problems)
+    assert f"not in {offline.PAGE.place}" in problems[0] and "nothing compiles" in problems[1]
 
 
 def test_version_without_a_table_is_held_to_the_others() -> None:
-    older, newer = outcome(row(instructions=15.0)), outcome(row(instructions=16.0), version="3.9.0")
-    tables = offline.committed(offline.document([older, newer]))
-    assert offline.compare(outcome(row(instructions=17.0), version="3.10.0"), tables) == []
-    assert offline.compare(outcome(row(instructions=17.2), version="3.10.0"), tables)
-    assert offline.compare(older, {}) == [f"no table in docs/internals/kernels.md; {offline.REGENERATE}"]
+    older, newer = outcome(row(instr=15.0)), outcome(row(instr=16.0), version="3.9.0")
+    known = committed(older, newer)
+    assert outcome(row(instr=17.0), version="3.10.0").compare(known) == []
+    assert outcome(row(instr=17.2), version="3.10.0").compare(known)
+    assert older.compare({}) == [f"no table in {offline.PAGE.place}; {offline.PAGE.regenerate}"]
 
 
 @pytest.mark.parametrize(
     "changed, problem",
     [
-        ({"instructions": 17.51}, "the budget is 17.5"),
-        ({"kernel": "input_grad", "instructions": 18.61}, "the budget is 18.6"),
-        ({"kernel": "perturb", "instructions": 15.21, "rows": 0}, "the budget is 15.2"),
-        ({"noise": "rademacher", "instructions": 12.6}, "the budget is 12.5"),
+        ({"instr": 17.51}, "the budget is 17.5"),
+        ({"kernel": "input_grad", "instr": 18.61}, "the budget is 18.6"),
+        ({"kernel": "perturb", "instr": 15.21, "rows": 0}, "the budget is 15.2"),
+        ({"noise": "rademacher", "instr": 12.6}, "the budget is 12.5"),
         ({"exposed": 2}, "2 waits for a global load"),
         ({"exposed": 1, "dtype": "float16", "noise": "rademacher"}, "1 waits for a global load"),
         ({"shared": (227 << 10) + 1}, "bytes of shared memory"),
@@ -333,7 +339,7 @@ def test_budgets_are_for_whole_tiles_of_aligned_operands() -> None:
     for case in ("8192 rows, odd sizes and offsets", "8192 rows, all operands column-major"):
         assert offline.budget(row(case=case)) is None
         assert not offline._problems(
-            row(case=case, hidden=0, exposed=4, instructions=40.0),
+            row(case=case, hidden=0, exposed=4, instr=40.0),
             {"num_warps": 8, "BLOCK_M": 256, "CARRY": True},
         )
     assert offline.budget(row(rows=64)) is None
@@ -356,9 +362,9 @@ def test_full_float32_takes_no_tensor_cores() -> None:
 def outcomes() -> dict[str, offline.Outcome]:
     """Those of the versions that are here, by the names that tests have for them."""
     folders = {"oldest": offline.OLDEST_FOLDER, "environment": None}
-    if offline.environment_version() in (None, offline.OLDEST):
+    if offline.version() in (None, offline.OLDEST):
         folders.pop("environment")
-    if offline.environment_version() == offline.OLDEST:
+    if offline.version() == offline.OLDEST:
         folders["oldest"] = None
     here = {
         name: folder for name, folder in folders.items() if folder is None or (folder / "triton").is_dir()
@@ -371,7 +377,7 @@ def outcomes() -> dict[str, offline.Outcome]:
 def compiled(request: pytest.FixtureRequest, outcomes: dict[str, offline.Outcome]) -> offline.Outcome:
     if found := outcomes.get(request.param):
         return found
-    if request.param == "environment" and offline.environment_version() == offline.OLDEST:
+    if request.param == "environment" and offline.version() == offline.OLDEST:
         pytest.skip(f"the environment's Triton is the oldest supported, {offline.OLDEST}")
     reason = {
         "oldest": f"Triton {offline.OLDEST} is not in {offline.OLDEST_FOLDER.name}: make test-compile puts it there",
@@ -412,7 +418,7 @@ def test_loads_ahead_change_no_bit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=offline.ROOT,
+        cwd=tables.ROOT,
         capture_output=True,
         text=True,
     )
@@ -422,12 +428,12 @@ def test_loads_ahead_change_no_bit() -> None:
 @pytest.mark.slow
 def test_no_spills_tensor_cores_and_budgets(compiled: offline.Outcome) -> None:
     assert compiled.rows
-    assert not compiled.problems(), "\n".join(["", *compiled.problems()])
+    assert not compiled.wrong(), "\n".join(["", *compiled.wrong()])
 
 
 @pytest.mark.slow
 def test_matches_the_committed_table(compiled: offline.Outcome) -> None:
-    problems = offline.compare(compiled, offline.committed(offline.TABLE.read_text()))
+    problems = compiled.compare(tables.read(offline.PAGE))
     assert not problems, "\n".join(["", *problems])
 
 
@@ -437,7 +443,7 @@ def test_every_configuration_launches(
     architecture: str, compiled: offline.Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Triton's own launcher down to the driver, and a second time without Triton's search for the kernel."""
-    if compiled.version != offline.environment_version():
+    if compiled.version != offline.version():
         pytest.skip("of the Triton that this process imports")
     if architecture not in {row.target for row in compiled.rows}:
         pytest.skip("compiled for it by the other Triton, unless FLATLORA_COMPILE=all")

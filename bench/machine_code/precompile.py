@@ -11,13 +11,15 @@ import functools
 import inspect
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from .shapes import Case
+from ..shapes import Case
+
+DEVICE = "cuda"  # gpu/pack.py has none
 
 
 class Job(NamedTuple):
@@ -37,7 +39,6 @@ class Outcome(NamedTuple):
     registers: int | None = None  # of a thread
     spilled: int | None = None  # 4-byte words of a thread in local memory
     shared: int | None = None  # bytes of a block
-    seconds: float = 0.0
 
 
 @contextlib.contextmanager
@@ -48,20 +49,18 @@ def using(tile: Any) -> Iterator[None]:
         return
     from flatlora_kernels.triton_kernels import configs, launch
 
-    rule = configs.linear
-    signature = inspect.signature(rule)
+    signature = inspect.signature(configs.linear)
 
     def linear(*args: Any, **kwargs: Any) -> tuple[Any, int]:
         given = signature.bind(*args, **kwargs).arguments
         rows, outputs = -(-given["rows"] // tile.block_m), -(-given["outputs"] // tile.block_out)
         return tile, given["samples"] * rows * outputs
 
-    configs.linear = linear
     launch.forget()
     try:
-        yield
+        with mock.patch.object(configs, "linear", linear):
+            yield
     finally:
-        configs.linear = rule
         launch.forget()
 
 
@@ -75,52 +74,44 @@ def compiling() -> Iterator[list[Any]]:
         yield seen
 
 
-DEVICE = "cuda"  # pack.py has none
-
-
 @functools.lru_cache(1)
 def _problem(case: Case) -> Any:
-    from .problem import Problem
+    from ..problem import Problem
 
     return Problem(case, DEVICE, copies=1)
 
 
-def _step(job: Job) -> None:
+def step(job: Job) -> None:
+    """What the benchmark calls."""
     import flatlora_kernels as fk
 
-    from .problem import SCALING, SIGMA
-    from .providers import Fused, Perturb
+    from ..problem import SCALING, SIGMA
+    from ..providers import Fused, Perturb
 
     problem = _problem(job.case)
-    i = problem.inputs[0]
     if job.what == "noise_scale":
+        i = problem.inputs[0]
         fk.flat_noise_scale(i.weight, i.lora_A, i.lora_B, scaling=SCALING, sigma=SIGMA, backend="triton")
-    else:
-        if job.what == "perturb":
-            run = Perturb(problem, job.noise, "triton")
-        else:
-            run = Fused(problem, job.noise, "triton", job.what)
-        run.step(0)
-        if job.tile is None:
-            run.eps(0)  # for the gate
+        return
+    perturbs = job.what == "perturb"
+    run = Perturb(problem, job.noise, "triton") if perturbs else Fused(problem, job.noise, "triton", job.what)
+    run.step(0)
+    if job.tile is None:
+        run.eps(0)  # for the gate
 
 
 def work(job: Job) -> Outcome:
     """In a process of the pool. Nothing is launched: a wrong kernel does no harm here."""
-    start = time.perf_counter()
     torch.set_float32_matmul_precision(job.precision)
     try:
         with using(job.tile), compiling() as kernels:
-            _step(job)
+            step(job)
             for kernel in kernels:
                 kernel._init_handles()  # says what the driver would say on launching
-        if not kernels:
-            return Outcome("nothing was compiled", seconds=time.perf_counter() - start)
         numbers = [(k.n_regs, k.n_spills, k.metadata.shared) for k in kernels]
+        return Outcome(None, *map(max, *numbers, (0, 0, 0))) if numbers else Outcome("nothing was compiled")
     except Exception as error:  # whatever the compiler comes up with
-        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return Outcome(text, seconds=time.perf_counter() - start)
-    return Outcome(None, *map(max, *numbers, (0, 0, 0)), seconds=time.perf_counter() - start)
+        return Outcome(f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 def pool(processes: int | None = None) -> concurrent.futures.ProcessPoolExecutor:
@@ -157,10 +148,8 @@ def run(jobs: list[Job], processes: int | None = None, time_limit: float = 120.0
         done, pending = concurrent.futures.wait(futures, timeout=time_limit)
         for future in done:
             job, outcome = futures[future], outcome_of(future)
-            if outcome.error or outcome.spilled:
-                found.append(
-                    f"{job.case}, {job.noise}: {outcome.error or f'{outcome.spilled} words spilled'}"
-                )
+            if wrong := outcome.error or (outcome.spilled and f"{outcome.spilled} words spilled"):
+                found.append(f"{job.case}, {job.noise}: {wrong}")
         if pending:
             found.append(f"{len(pending)} of {len(jobs)} not compiled in {time_limit:.0f} s")
             workers.shutdown(wait=False, cancel_futures=True)

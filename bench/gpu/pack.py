@@ -1,8 +1,8 @@
 """What bench/gpu_pack.sh brings to a GPU's machine besides the CUDA libraries: Triton's cache, and a check of it all.
 
-    python -m bench.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
-    python -m bench.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
-    python -m bench.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
+    python -m bench.gpu.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
+    python -m bench.gpu.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
+    python -m bench.gpu.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
 
 `triton` goes through the calls of `bench.truth` and of the benchmark on tensors of the CPU, with Triton set up for the
 GPU: kernels and Triton's launchers are compiled, nothing is launched.
@@ -24,12 +24,14 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from ..machine_code import precompile
+
+ROOT = Path(__file__).resolve().parents[2]
 PROCESSORS = {"8.0": 108, "9.0": 132, "10.0": 148}
 
 
@@ -38,22 +40,18 @@ def about() -> dict[str, str]:
     import triton
     from triton.runtime.cache import triton_key
 
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     files = [ROOT / "CMakeLists.txt", ROOT / "tests/cpp/wrappers.cu"]
     for folder in ("csrc", "triton_kernels"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cu", ".py", ".txt")]
-    text = "".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files))
-    key = f"{triton_key()} python {platform.python_version_tuple()[:2]}"
     return {
-        "sources": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "triton_key": hashlib.sha256(key.encode()).hexdigest()[:16],
+        "sources": digest("".join(p.read_text() for p in sorted(files))),
+        "triton_key": digest(f"{triton_key()} python {platform.python_version_tuple()[:2]}"),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}",
         "cache": os.environ["TRITON_CACHE_DIR"],
     }
-
-
-def seal(folder: Path, arch: str) -> int:
-    (folder / "pack.json").write_text(json.dumps({**about(), "arch": arch}, indent=1) + "\n")
-    return 0
 
 
 def unpack(folder: Path) -> int:
@@ -114,22 +112,12 @@ def _pretend(arch: str) -> None:
     from flatlora_kernels.backends import triton as backend
     from flatlora_kernels.backends.shared import panel
 
-    from . import precompile
-
-    capability = tuple(map(int, arch.split(".")))
-
-    class Driver(CudaDriver):  # type: ignore[misc]
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: object = None) -> int:
-            return 0
-
-        def get_device_capability(self, device: object = None) -> tuple[int, ...]:
-            return capability
-
     CudaDriver.__bases__[0].__init__ = lambda self: None  # asks torch for its GPU
-    driver.set_active(Driver())
+    pretended = CudaDriver()
+    pretended.get_current_device = lambda: 0
+    pretended.get_current_stream = lambda device=None: 0
+    pretended.get_device_capability = lambda device=None: tuple(map(int, arch.split(".")))
+    driver.set_active(pretended)
     torch.cuda.is_available = lambda: False
     machine = launch.Machine(f"sm{arch.replace('.', '')}", PROCESSORS[arch])
     launch._machine = lambda index: machine
@@ -141,7 +129,7 @@ def _pretend(arch: str) -> None:
 
 
 def _truth() -> Iterator[Callable[[], object]]:
-    from . import truth
+    from .. import truth
 
     truth.SHAPES, truth.FEW = truth.SIZES["cuda"]
     truth.TIMED = 4096
@@ -159,12 +147,11 @@ def _truth() -> Iterator[Callable[[], object]]:
                 wanted = ["triton y", "triton dX"]
                 if rows == 16:  # the others do not depend on the rows, or by a product that is not Triton's
                     wanted += ["panel triton y", "panel triton dX", "perturb triton alone", "norms triton"]
-                for call in (calls[name] for name in wanted if name in calls):
-                    yield lambda call=call: call(0)
+                yield from (partial(calls[name], 0) for name in wanted if name in calls)
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
-    from . import precompile, shapes, strategies, training
+    from .. import shapes, strategies, training
 
     size = training.SIZES["llama3-8b"]
     cases = [*shapes.cases("targets", "cuda"), *strategies.cases("cuda", True)]
@@ -173,22 +160,18 @@ def _numbers() -> Iterator[Callable[[], object]]:
     few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
     jobs = precompile.table_jobs(cases, training.KINDS)
     jobs += [precompile.Job(case, noise, "panel") for case in few for noise in training.KINDS]
-    for job in jobs:
-        yield lambda job=job: precompile._step(job)
+    yield from (partial(precompile.step, job) for job in jobs)
 
 
 def compile_all(arch: str, part: int, parts: int) -> int:
     from triton.runtime import driver
-
-    from . import precompile
 
     start, failed, known = time.perf_counter(), 0, {}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _no_driver(Path(folder))
         _pretend(arch)
-        calls = (call for found in (_truth, _numbers) for call in found())
-        for number, call in enumerate(calls):
+        for number, call in enumerate(call for found in (_truth, _numbers) for call in found()):
             if number % parts != part:
                 continue
             with precompile.compiling() as kernels:
@@ -210,10 +193,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--arch", choices=PROCESSORS, help="compute capability")
     parser.add_argument("--part", default="0/1")
-    given: Any = parser.parse_args()
+    given = parser.parse_args()
     if given.what == "triton":
         return compile_all(given.arch, *map(int, given.part.split("/")))
-    return seal(given.folder, given.arch) if given.what == "seal" else unpack(given.folder)
+    if given.what == "unpack":
+        return unpack(given.folder)
+    text = json.dumps({**about(), "arch": given.arch}, indent=1)
+    (given.folder / "pack.json").write_text(f"{text}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,277 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: `python -m bench compiled`."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import reader, tables
+from .tables import ROOT
+
+CACHE = ROOT / "build" / "compiled"
+PAGE = tables.Page(
+    path=ROOT / "docs" / "internals" / "cuda_kernels.md",
+    regenerate="python -m bench compiled --write",
+    columns="kernel target instr besides values tensor special registers".split(),
+    formats={"instr": ".2f", "besides": ".2f", "values": "d", "special": "d", "registers": "d"},
+    names=2,
+    compared=("instr", "registers"),
+    slack=1.03,
+    between=", ",
+)
+
+TARGETS = ("80", "86", "89", "90", "90a", "100")
+# The options of CMakeLists.txt.
+OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-DNDEBUG")
+
+# Instructions per value of noise at most, whatever the table says: all, in `perturb` and in producer warps, and those
+# besides the products and their operands where the same warps multiply.
+_BUDGETS = {
+    ("perturb", "gaussian"): 17.0,
+    ("perturb", "rademacher"): 10.0,
+    ("linear_sm80", "gaussian"): 17.0,
+    ("linear_sm80", "rademacher"): 11.0,
+    ("linear_sm90", "gaussian"): 20.0,
+    # On an H100 waiting for W costs more than to hold a second tile of it.
+    ("linear_sm90", "rademacher"): 12.5,
+}
+
+
+class Row(NamedTuple):
+    """One kernel of one target. `instr` and `values`: of the main loop, in one thread."""
+
+    kernel: str
+    target: str
+    instr: float | None  # instructions per value of noise drawn; None = draws none
+    besides: float | None  # of these, those that are no products and load no operands of them
+    values: int | None
+    tensor: str
+    special: int
+    registers: int
+    problems: tuple[str, ...] = ()
+
+
+# --- From a source to a cubin ---
+
+
+def sources() -> dict[str, list[str]]:
+    """csrc/sources.txt: the CUDA files by kind."""
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
+    return {kind: [line[1] for line in lines if line[:1] == [kind]] for kind in ("cuda", "cuda-sm90a")}
+
+
+def jobs() -> list[tuple[str, str]]:
+    """(file, target): sm_90a's own kernels for it alone, the others for all."""
+    files = sources()
+    both = [(path, target) for path in files["cuda"] for target in TARGETS if target != "90a"]
+    return both + [(path, "90a") for path in files["cuda-sm90a"]]
+
+
+def nvcc() -> str | None:
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc")
+
+
+def nvdisasm() -> str | None:
+    """On PATH, beside nvcc, or the one that Triton brings."""
+    places = [Path(found) for found in [shutil.which("nvdisasm")] if found]
+    if compiler := nvcc():
+        places.append(Path(compiler).resolve().with_name("nvdisasm"))
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.submodule_search_locations:
+        places.append(Path(spec.submodule_search_locations[0], "backends/nvidia/bin/nvdisasm"))
+    return next((str(path) for path in places if path.exists()), None)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled or read here."""
+    if nvcc() is None:
+        return "nvcc is missing: put it on PATH or set CUDACXX"
+    if nvdisasm() is None:
+        return "nvdisasm is missing: it comes with the CUDA toolkit and with Triton (pip install triton)"
+    return None
+
+
+def _included(path: str) -> set[str]:
+    """The file and all of this repository that it includes."""
+    found: set[str] = set()
+    waiting = [(ROOT / path).resolve()]
+    while waiting:
+        file = waiting.pop()
+        if str(file) not in found and file.exists():
+            found.add(str(file))
+            names = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+            waiting += [(file.parent / name).resolve() for name in names]
+    return found
+
+
+def compile(path: str, target: str) -> tuple[Path, str]:
+    """The cubin of a file, and what ptxas said; kept in build/ until a source changes."""
+    compiler = str(nvcc())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256(repr((version, OPTIONS, path, target)).encode())
+    for file in sorted(_included(path)):
+        digest.update(Path(file).read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    stem = f"{Path(path).stem}.sm_{target}"
+    cubin = CACHE / f"{stem}.{digest.hexdigest()[:16]}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        for old in CACHE.glob(f"{stem}.*"):
+            old.unlink()
+        code = f"-gencode=arch=compute_{target},code=sm_{target}"
+        command = [compiler, *OPTIONS, code, "-Xptxas=-v", "-cubin", "-o", str(cubin), str(ROOT / path)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}")
+        log.write_text(done.stdout)
+    return cubin, log.read_text()
+
+
+# --- What ptxas and the machine code say ---
+
+_USED = ("stack", "spill stores", "spill loads", "registers")
+_USAGE = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def usages(log: str) -> dict[str, dict[str, int]]:
+    """What ptxas -v says, by mangled name."""
+    return {name: dict(zip(_USED, map(int, used), strict=True)) for name, *used in _USAGE.findall(log)}
+
+
+def warnings(log: str) -> list[str]:
+    """C7510 and its like tell that wgmma is serialised; nothing else may be said either."""
+    return [line.strip() for line in log.splitlines() if re.search(r"\(C7\d{3}\)|\bwarning\b", line, re.I)]
+
+
+def short_names(mangled: Iterable[str]) -> dict[str, str]:
+    """`flatlora::perturb_kernel<flatlora::gpu::bf16, (flatlora::Noise)1>` as `perturb<bf16, gaussian>`."""
+    names = list(mangled)
+    text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True).stdout
+    short = {}
+    for name, full in zip(names, text.splitlines(), strict=True):
+        for number, noise in enumerate(("none", "gaussian", "rademacher")):
+            full = full.replace(f"(flatlora::Noise){number}", noise)
+        full = re.sub(r"\((?:bool|int|anonymous namespace)\)(?:::)?|(?:flatlora|gpu)::", "", full)
+        full = full.replace("_kernel", "")
+        if full.startswith("linear_sm80"):  # the last argument: split noise
+            full = full.replace(", false>", ">").replace(", true>", ", apart>")
+        short[name] = full
+    return short
+
+
+def regular(name: str) -> bool:
+    """Not one of the kernels for any layout and offset: `perturb` without vectors, the third tile of linear_sm80."""
+    any_layout = name.startswith("linear_sm80") and name.endswith((" 2>", " 2, apart>"))
+    return not name.endswith("false>") and not any_layout
+
+
+_PHILOX_M1 = ("-0x326172a9", "0xcd9e8d57")
+
+
+def _draws(body: reader.Body, regular: bool = True) -> int:
+    """Values of noise that a thread draws in `body`. A call of the generator multiplies eight times by its second
+    constant, and once more for each block of columns; it serves 8 gaussians, or a thread's 32 signs. Irregular kernels
+    have a second call for rows that begin within a word."""
+    multiplies = sum(i.opcode.startswith("IMAD") and any(c in i.text for c in _PHILOX_M1) for i in body)
+    calls = multiplies // 8
+    if logarithms := sum(i.opcode.startswith("MUFU.LG2") for i in body):
+        return 2 * logarithms
+    return 32 * (calls if regular else min(calls, 1))
+
+
+def _main_loop(code: reader.Body, loops: list[tuple[int, ...]]) -> reader.Body:
+    """Of the innermost loops that draw noise, or that draw and multiply where one does both, the shortest: others are
+    for the edges."""
+    inner = reader.innermost(code, loops, lambda body: _draws(body) > 0)
+    if not inner:
+        raise ValueError("no loop that draws noise")
+    both = [body for body in inner if any(map(reader.is_tensor, body))]
+    return min(both or inner, key=len)
+
+
+def _fences_all(opcode: str) -> bool:
+    """What barriers with a scope of more than the block become."""
+    fence = opcode.startswith("MEMBAR") and not opcode.endswith(".CTA")
+    return fence or opcode.startswith(("ERRBAR", "CGAERRBAR", "CCTL"))
+
+
+def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, int]) -> Row:
+    """What there is to say of one kernel."""
+    code = reader.sass(listing, mangled)
+    everything = [code[i] for i in reader.reachable(code)]
+    problems = [f"{usage[k]} bytes of {k}" for k in _USED[:3] if usage[k]]
+    loops, body = reader.loops(code), []
+    if _draws(everything):
+        try:
+            body = _main_loop(code, loops)
+        except ValueError as error:
+            problems.append(str(error))
+    looping = sorted({i for loop in loops for i in loop})
+    if fences := [code[i].text for i in looping if _fences_all(code[i].opcode)]:
+        problems.append(f"{len(fences)} GPU-wide fences in loops, the first {fences[0]}")
+    problems += reader.faults(everything, body, "the main loop")
+    if name.startswith("linear"):
+        used = {i.opcode.split(".")[0] for i in everything}
+        wanted = {"HGMMA", "UTMALDG"} if target == "90a" else {"HMMA", "LDSM", "LDGSTS"}
+        problems += [f"no {w}" for w in sorted(wanted - used)]
+    values = _draws(body, regular(name))
+    besides = [i for i in body if not reader.is_tensor(i) and not i.opcode.startswith("LDSM")]
+    return Row(
+        name,
+        f"sm_{target}",
+        round(len(body) / values, 2) if values else None,
+        round(len(besides) / values, 2) if values else None,
+        values or None,
+        reader.tensor_cores(everything),
+        sum(map(reader.is_special, body)),
+        usage["registers"],
+        tuple(problems),
+    )
+
+
+def _over_budget(row: Row) -> list[str]:
+    for (prefix, noise), most in _BUDGETS.items():
+        ours = row.kernel.startswith(prefix) and noise in row.kernel and row.besides is not None
+        if ours and "float" not in row.kernel and regular(row.kernel) and row.besides > most:
+            return [f"{row.besides} instructions per value besides the products, the budget is {most}"]
+    return []
+
+
+def measure(path: str, target: str) -> list[Row]:
+    cubin, log = compile(path, target)
+    found = usages(log)
+    listing = reader.disassemble(cubin, "-c", tool=nvdisasm()) if found else ""
+    names = short_names(found)
+    rows = [read(listing, mangled, names[mangled], target, usage) for mangled, usage in found.items()]
+    return [row._replace(problems=(*row.problems, *warnings(log), *_over_budget(row))) for row in rows]
+
+
+def measure_all(chosen: list[tuple[str, str]], workers: int = 2) -> list[Row]:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return [row for rows in pool.map(lambda job: measure(*job), chosen) for row in rows]
+
+
+def main(args: argparse.Namespace) -> int:
+    """`python -m bench compiled`."""
+    if reason := missing():
+        raise SystemExit(reason)
+    chosen = [job for job in jobs() if all(word in " ".join(job) for word in args.only)]
+    return tables.conclude(PAGE, {"": measure_all(chosen, args.jobs)}, args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tables.add_arguments(parser, PAGE, "files and targets that")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")

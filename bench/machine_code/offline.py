@@ -1,0 +1,619 @@
+"""What the compiler makes of every shipped Triton configuration, without a GPU: `python -m bench offline`.
+
+The real launchers run on meta tensors, and Triton's own JIT specialises and compiles what they launch, for a target
+that is only named. Each version of Triton does so in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+from . import reader, tables
+from .tables import ROOT
+
+OLDEST = "3.6.0"
+OLDEST_FOLDER = ROOT / "build" / f"triton-{OLDEST}"
+CACHE = ROOT / "build" / "offline"
+
+PAGE = tables.Page(
+    path=ROOT / "docs" / "internals" / "kernels.md",
+    regenerate="python -m bench offline --write",
+    columns="kernel target dtype noise tile case instr tensor special hidden exposed registers KiB".split(),
+    formats={
+        "instr": ".2f",
+        "KiB": ".1f",
+        **dict.fromkeys(("special", "hidden", "exposed", "registers"), "d"),
+    },
+    names=6,
+    compared=("instr", "special", "KiB"),
+    slack=1.07,
+)
+
+
+class Chip(NamedTuple):
+    processors: int
+    shared: int  # bytes for one block
+    lanes: int  # of a warp
+    registers: int  # of a thread
+
+
+_CHIPS = {
+    "sm80": Chip(108, 99 << 10, 32, 255),  # of sm_86 and sm_89, which take its tiles; its own are 163 KiB
+    "sm90": Chip(132, 227 << 10, 32, 255),
+    "sm100": Chip(148, 227 << 10, 32, 255),
+    "sm120": Chip(188, 99 << 10, 32, 255),
+    "gfx942": Chip(304, 64 << 10, 64, 512),
+}
+_MAIN = ("sm80", "sm90", "sm100", "gfx942")
+_PRODUCTS = ("forward", "input_grad")
+
+# Instructions per element of W at most, of bfloat16, with more than 128 rows of x.
+_BUDGETS = {
+    ("forward", "sm90", "gaussian"): 17.5,
+    ("input_grad", "sm90", "gaussian"): 18.6,
+    ("forward", "sm80", "gaussian"): 19.2,
+    ("input_grad", "sm80", "gaussian"): 20.6,
+    **{(kernel, target, "rademacher"): 12.5 for kernel in _PRODUCTS for target in _MAIN[:3]},
+    **{("perturb", target, "gaussian"): 15.2 for target in _MAIN[:3]},
+    **{("row_sq_norms", target, "none"): 5.5 for target in _MAIN[:3]},
+}
+_MANY = 8192  # rows of x
+
+
+class Case(NamedTuple):
+    """A call of a launcher."""
+
+    kernel: str
+    architecture: str
+    dtype: str  # "tf32": float32 with torch.set_float32_matmul_precision("high")
+    rows: int = 0
+    N: int = 4096
+    K: int = 4096
+    rank: int = 16
+    noise: str = "gaussian"
+    variant: str = ""  # a key of _VARIANTS
+
+
+# How a call differs from contiguous, aligned operands with an adapter.
+_VARIANTS = {
+    "odd": "odd sizes and offsets",
+    "masks": "sizes multiples of 8 alone",
+    "columns": "all operands column-major",
+    "samples": "antithetic samples, bias",
+    "noise": "noise alone",
+    "apart": "split noise",
+    "u": "makes u",
+}
+
+
+class Row(NamedTuple):
+    """What was measured. The first six name it."""
+
+    kernel: str
+    target: str
+    dtype: str
+    noise: str
+    tile: str
+    case: str
+    instr: float = 0.0  # per element of the weight, in the main loop; without a loop, in the kernel
+    tensor: str = "-"  # instruction of the tensor cores in the loop, and how many
+    special: int = 0  # special functions in the loop
+    hidden: int | None = None  # those between the first warp-group product and its wait
+    exposed: int | None = None  # waits for a global load while no warp-group product runs
+    registers: int = 0
+    shared: int = 0  # bytes of a block
+    rows: int = 0
+    problems: Sequence[str] = ()
+
+    @property
+    def KiB(self) -> float:
+        return self.shared / 1024
+
+
+def cases() -> list[Case]:
+    """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
+    found = []
+    for architecture in _MAIN:
+        for kernel in _PRODUCTS:
+            half = Case(kernel, architecture, "bfloat16")
+            odd = half._replace(N=4095, K=4097, variant="odd")
+            for case in (half, odd, half._replace(dtype="float32"), half._replace(dtype="tf32")):
+                if case.dtype != "tf32" or architecture != "gfx942":
+                    found += [case._replace(rows=rows) for rows in _reached(case)]
+            many = half._replace(rows=_MANY)
+            apart = many._replace(variant="apart")
+            found += [many._replace(noise="rademacher"), apart._replace(noise="rademacher")]
+            found += [apart._replace(rows=rows) for rows in _reached(half)]
+            if architecture != "gfx942":
+                found.append(apart._replace(dtype="tf32"))
+            if kernel == "forward" and architecture != "gfx942":
+                few = half._replace(rows=16, variant="u")
+                found += [few, few._replace(noise="rademacher")]
+            if architecture in ("sm90", "gfx942"):
+                found += [many._replace(dtype="float16"), many._replace(variant="samples", rank=0)]
+            if architecture == "sm90":
+                found += [many._replace(N=4104, K=4104, variant="masks"), many._replace(variant="columns")]
+                found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
+                found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
+        if architecture in ("sm90", "sm100"):  # the others leave it to the vendor's products
+            grads = Case("adapter_grads", architecture, "bfloat16", _MANY, noise="none")
+            found += [grads, grads._replace(rank=32)]
+        perturb = Case("perturb", architecture, "bfloat16")
+        odd = perturb._replace(N=4095, K=4097, variant="odd")
+        found += [perturb, perturb._replace(noise="rademacher"), odd]
+        norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
+        found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
+        if architecture == "sm90":
+            found.append(perturb._replace(dtype="float32", variant="noise"))
+            found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
+    # Takes the tiles of sm_80, with less shared memory.
+    found += [Case(kernel, "sm120", "bfloat16", _MANY) for kernel in _PRODUCTS]
+    return list(dict.fromkeys(found))
+
+
+def _reached(case: Case) -> list[int]:
+    """Rows of x, a number for each tile that `case` can get by them: the most of those tried."""
+    from flatlora_kernels.triton_kernels import launch
+
+    reached: dict[int, int] = {}
+    with launch.instead(lambda *_: None), _tiles() as tiles:
+        for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
+            _compile_for(case.architecture)
+            call(case._replace(rows=rows))
+            reached.setdefault(id(tiles[-1]), rows)
+    return sorted(reached.values())
+
+
+@contextlib.contextmanager
+def _tiles() -> Iterator[list[Any]]:
+    """The entries of `configs.LINEAR` that launchers inside choose, for calls that were not prepared before."""
+    from flatlora_kernels.triton_kernels import configs
+
+    rule = configs.linear
+    chosen: list[Any] = []
+
+    def linear(*args: Any, **kwargs: Any) -> Any:
+        found = rule(*args, **kwargs)
+        chosen.append(found[0])
+        return found
+
+    with mock.patch.object(configs, "linear", linear):
+        yield chosen
+
+
+def _unreached(chosen: list[Any], rows: Iterable[Row], architectures: str) -> list[str]:
+    """Entries of `configs.LINEAR` that are not among those chosen, and tiles of other kernels without a row on some of
+    `architectures`."""
+    from flatlora_kernels.triton_kernels import configs
+
+    used = set(map(id, chosen))
+    found = [
+        f"configs.LINEAR[{family!r}, {kind!r}][{kernel!r}]: {tile}"
+        for (family, kind), table in configs.LINEAR.items()
+        if family != "interpreter"
+        for kernel, entries in table.items()
+        for _, tile in entries
+        if id(tile) not in used
+    ]
+    for name, tile in vars(configs).items():
+        if isinstance(tile, configs.Pass) and "INTERP" not in name:
+            text = f"{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+            have = {row.target for row in rows if row.tile == text}
+            wanted = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
+            missing = (a for a in wanted if a in architectures and a not in have)
+            found += [f"configs.{name} for {a}: {tile}" for a in missing]
+    return [f"no case of bench/machine_code/offline.py compiles {entry}" for entry in found]
+
+
+# --- In the process of one version of Triton ---
+
+
+class _Launch(NamedTuple):
+    row: Row  # its names
+    kernel: str
+    arguments: dict[str, Any]
+    result: Any  # Triton's compiled kernel, or the exception
+
+
+def _key(case: Case, kernel: str, arguments: dict[str, Any]) -> tuple[str, ...]:
+    name = kernel.strip("_").removesuffix("_kernel").removeprefix("linear_")
+    if name == "add_splits":
+        tile = [arguments["BLOCK"]]
+        about = {"and a second sum": arguments["HAS_SECOND"]}
+    else:
+        n = arguments["BLOCK_N"]
+        k = arguments.get("BLOCK_K") or arguments["BLOCK_M"]  # adapter_grads has no K
+        m = [arguments["BLOCK_M"]] if name in _PRODUCTS else []
+        tile = [*m, k, n] if name == "input_grad" else [*m, n, k]
+        about = {
+            f"{case.rows} rows": case.rows,
+            "split": arguments.get("SPLIT"),
+            f"rank {case.rank}" if case.rank else "no adapter": name != "perturb" and case.rank != 16,
+            _VARIANTS.get(case.variant, ""): case.variant,
+        }
+    text = "x".join(map(str, tile)) + f", {arguments['num_warps']} warps"
+    for stages in ("STAGES", "num_stages"):
+        if stages in arguments:
+            text += f", {arguments[stages]} stages"
+    if arguments.get("CARRY") is False:
+        text += ", no carry"
+    what = ", ".join(said for said, holds in about.items() if holds) or "-"
+    return name, case.architecture, case.dtype, arguments.get("NOISE", "none"), text, what
+
+
+def _compile_for(architecture: str) -> None:
+    """Triton gets as much of a driver as compiling needs."""
+    from flatlora_kernels.triton_kernels import launch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    chip, index = _CHIPS[architecture], list(_CHIPS).index(architecture)
+    kind, name = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
+    target = GPUTarget(kind, name, chip.lanes)
+    asked = {"device": lambda: index, "stream": lambda device: 0, "target": lambda: target}
+    driver.set_active(SimpleNamespace(**{f"get_current_{what}": answer for what, answer in asked.items()}))
+    machine = launch.Machine(architecture, chip.processors)
+    launch._machine = lambda index: machine
+    launch.forget()
+
+
+def call(case: Case) -> None:
+    """One call of the launcher that `case` names, on tensors without memory."""
+    import torch
+    from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
+
+    from flatlora_kernels.backends.shared.workspace import workspace_limit
+    from flatlora_kernels.spec.records import Draw, Product
+
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
+    odd, samples = case.variant == "odd", case.variant == "samples"
+
+    def matrix(rows: int, cols: int) -> Any:
+        if case.variant == "columns":
+            return torch.empty(cols, rows, dtype=dtype, device="meta").t()
+        # An element further, which is no multiple of 16 bytes.
+        elements = torch.empty(rows * cols + odd, dtype=dtype, device="meta")
+        return elements[int(odd) :].view(rows, cols)
+
+    M, N, K, r = case.rows, case.N, case.K, case.rank
+    weight = matrix(N, K)
+    draw = Draw(
+        torch.empty(N, dtype=torch.float32, device="meta"),
+        torch.empty((), dtype=torch.int64, device="meta"),
+        noise=case.noise,
+        samples=4 if samples else 1,
+        sample_offset=int(samples),
+        antithetic=samples,
+        row_offset=int(odd),
+        col_offset=8 * odd,
+    )
+    A, B = (matrix(r, K), matrix(N, r)) if r else (None, None)
+    accum = "split" if case.variant == "apart" else "folded"
+    if case.kernel == "forward":
+        u = matrix(M, r).contiguous() if r else None
+        bias = torch.empty(N, dtype=dtype, device="meta") if samples else None
+        u, own = (None, A) if case.variant == "u" else (u, None)
+        p = Product(matrix(M, K), weight, False, u, B, bias, 2.0)
+        product.product(p, draw, accum, workspace_limit(weight), own)
+    elif case.kernel == "input_grad":
+        v = matrix(M, r).contiguous() if r else None
+        p = Product(matrix(M, N), weight, True, v, None if A is None else A.t())
+        product.product(p, draw, accum, workspace_limit(weight))
+    elif case.kernel == "adapter_grads":
+        adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
+    elif case.kernel == "perturb":
+        perturb.perturb(None if case.variant == "noise" else weight, draw, weight)
+    else:
+        row_norms.row_sq_norms(weight, A, B, 2.0)
+
+
+def _work(only: str, listings: str, architectures: str) -> Outcome:
+    """The rows whose names contain all words of `only`, and the listings into a folder."""
+    import triton
+    from flatlora_kernels.triton_kernels import launch
+
+    launches: dict[tuple[str, ...], _Launch] = {}
+
+    def compile(case: Case, kernel: Any, arguments: dict[str, Any], build: Callable[[], Any]) -> None:
+        # What the constants DRAW and CUT hold goes by names of its own: NOISE, BLOCK_M.
+        records = [vars(arguments[name]) for name in ("DRAW", "CUT") if name in arguments]
+        arguments = arguments | {name.upper(): v for record in records for name, v in record.items()}
+        key = name = _key(case, kernel.__name__, arguments)
+        if key[0] == "add_splits":  # one of each kind is enough
+            name = (*key[:2], str(arguments["HAS_SECOND"]))
+        unwanted = case.architecture not in architectures.split()
+        if unwanted or name in launches or not all(word in " ".join(key) for word in only.split()):
+            return
+        try:
+            result = build()
+        except Exception as error:  # whatever the compiler comes up with is a finding
+            result = error
+        launches[name] = _Launch(Row(*key, rows=case.rows), kernel.__name__, arguments, result)
+
+    everything = cases()
+    with _tiles() as chosen:
+        for case in everything:
+            _compile_for(case.architecture)
+            with launch.instead(lambda *given, case=case: compile(case, *given)):
+                call(case)
+    rows = []
+    for number, compiled in enumerate(launches.values()):
+        text, row = _measure(compiled)
+        rows.append(row)
+        if listings:
+            Path(listings).mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"[^\w]+", "-", " ".join(row[: PAGE.names]))
+            Path(listings, f"{triton.__version__}-{number:03}-{name}.s").write_text(text)
+    unreached = [] if only else _unreached(chosen, rows, architectures)
+    return Outcome(triton.__version__, rows, unreached)
+
+
+_PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")
+
+
+def _wide_multiply(instruction: reader.Instruction) -> bool:
+    """Of Philox. AMD keeps the multipliers in registers; there any multiply that gives 64 bits is taken for one."""
+    if instruction.opcode.startswith(("v_mad_u64_u32", "v_mul_hi_u32")):
+        return True
+    return instruction.opcode.startswith("IMAD") and any(c in instruction.text for c in _PHILOX)
+
+
+def _load(instruction: reader.Instruction) -> bool:
+    return instruction.opcode.startswith(("LDG", "global_load", "buffer_load"))
+
+
+def _multiply_add(instruction: reader.Instruction) -> bool:
+    return instruction.opcode.startswith(("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32"))
+
+
+def _measure(launch: _Launch) -> tuple[str, Row]:
+    """The listing, and what there is to say of it."""
+    row = launch.row
+    if isinstance(launch.result, Exception):
+        problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
+        return "", row._replace(problems=[problem])
+    nvidia = "cubin" in launch.result.asm
+    text, code, registers, problems = (_of_nvidia if nvidia else _of_amd)(launch)
+    row = row._replace(registers=registers, shared=launch.result.metadata.shared)
+    arguments = launch.arguments
+    try:
+        body = _body(row, code)
+    except ValueError as error:
+        return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
+    rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
+    elements = rows_of_w * next(arguments[block] for block in rest if arguments.get(block))
+    per_thread = elements / (_CHIPS[row.target].lanes * arguments["num_warps"])
+    tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads") else "-"
+    row = row._replace(
+        instr=round(len(body) / per_thread, 2),
+        tensor=tensor,
+        special=sum(map(reader.is_special, body)),
+        hidden=reader.hidden(body),
+        exposed=len(reader.exposed_waits(body)) if "HGMMA" in tensor else None,
+    )
+    problems += [*reader.faults(code, body, "what is counted"), *_problems(row, arguments)]
+    return text, row._replace(problems=problems)
+
+
+def _of_nvidia(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
+    """Listing, instructions, registers of a thread, and what is wrong."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(launch.result.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = reader.disassemble(cubin, "-c", "-hex")
+    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    problems = [f"{usage[k]} bytes of {k}" for k in ("STACK", "LOCAL") if usage[k]]
+    return text, reader.sass(text, launch.kernel), usage["REG"], problems
+
+
+def _of_amd(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
+    asm = launch.result.asm
+    text = asm["amdgcn"]
+    code = reader.amdgcn(text, launch.kernel)
+    figures = {k: int(v) for k, v in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    problems = [f"{k} is {figures[k]}" for k in spilled if figures[k]]
+    ptx = ("prmt.b32", ".approx", "shl.b32")
+    problems += [f"PTX in {k}: {p}" for k in ("llir", "amdgcn") for p in ptx if p in asm[k]]
+    if launch.row.noise == "gaussian":
+        wanted = ("v_sin_f32", "v_cos_f32", "v_log_f32", "v_sqrt_f32")
+        problems += [f"no {w}" for w in wanted if not any(i.opcode.startswith(w) for i in code)]
+    return text, code, figures["vgpr_count"] + figures["agpr_count"], problems
+
+
+def _body(row: Row, code: reader.Body) -> reader.Body:
+    """The instructions that are counted."""
+    if row.kernel == "add_splits" or (row.kernel == "perturb" and not reader.loops(code)):
+        return [code[i] for i in reader.reachable(code)]
+    if row.kernel == "adapter_grads":
+        return reader.main_loop(code, lambda body: any(map(reader.is_tensor, body)))
+    if row.kernel == "row_sq_norms":  # the adapter has a loop inside
+        return reader.main_loop(code, lambda body: any(map(_load, body)), outermost=True)
+
+    def product(instruction: reader.Instruction) -> bool:
+        return reader.is_tensor(instruction) or (row.dtype == "float32" and _multiply_add(instruction))
+
+    def main(body: reader.Body) -> bool:
+        return sum(map(_wide_multiply, body)) >= 10 and (row.kernel == "perturb" or any(map(product, body)))
+
+    return reader.main_loop(code, main)
+
+
+def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
+    """What must hold whatever the table says."""
+    chip = _CHIPS[row.target]
+    found = []
+    if row.shared > chip.shared:
+        found.append(f"{row.shared} bytes of shared memory, {chip.shared} fit")
+    threads = chip.lanes * arguments["num_warps"]
+    if row.registers > chip.registers or (chip.lanes == 32 and row.registers * threads > 65536):
+        found.append(f"{row.registers} registers in {threads} threads")
+    if row.kernel in _PRODUCTS:
+        if row.dtype == "float32" and row.target.startswith("sm") and row.tensor != "-":
+            found.append(f"tensor cores in a product in full precision: {row.tensor}")
+        wanted = _tensor_wanted(row.target, row.dtype, arguments["BLOCK_M"])
+        if wanted not in row.tensor:
+            found.append(f"expected {wanted} in the main loop, got {row.tensor}")
+        if row.exposed and arguments["CARRY"] and row.rows > 128 and _regular(row):
+            found.append(f"{row.exposed} waits for a global load while no warp-group product runs")
+    limit = budget(row)
+    if limit is not None and row.instr > limit:
+        found.append(f"{row.instr} instructions per element of W, the budget is {limit}")
+    return found
+
+
+def _tensor_wanted(target: str, dtype: str, block_m: int) -> str:
+    if dtype == "float32":
+        return ""  # products in full precision are multiply-adds
+    large = {"sm90": "HGMMA", "sm100": "UTCHMMA"} if block_m >= 64 else {}
+    return "v_mfma" if target == "gfx942" else large.get(target, "HMMA")
+
+
+def _regular(row: Row) -> bool:
+    """Whole tiles of aligned, row-major operands."""
+    return not any(_VARIANTS[variant] in row.case for variant in ("odd", "masks", "columns"))
+
+
+def budget(row: Row) -> float | None:
+    """Instructions per element of W that no table may exceed."""
+    if row.dtype != "bfloat16" or not _regular(row) or _VARIANTS["apart"] in row.case:
+        return None
+    if row.kernel in _PRODUCTS and row.rows <= 128:
+        return None
+    if row.kernel == "row_sq_norms" and "no adapter" not in row.case:
+        return None
+    return _BUDGETS.get((row.kernel, row.target, row.noise))
+
+
+# --- Here ---
+
+
+class Outcome(NamedTuple):
+    """Of one version of Triton."""
+
+    version: str
+    rows: list[Row]
+    unreached: list[str]
+
+    @property
+    def heading(self) -> str:
+        return f"Triton {self.version}"
+
+    def wrong(self) -> list[str]:
+        """Whatever the table says."""
+        return tables.problems(PAGE, self.heading, self.rows) + self.unreached
+
+    def compare(self, known: tables.Known) -> list[str]:
+        """With the tables, for the targets that were compiled."""
+        return tables.compare(PAGE, self.heading, self.rows, known, {row.target for row in self.rows})
+
+
+def version(folder: Path | None = None) -> str | None:
+    """Of the Triton in `folder`; None = that this process would import, if any."""
+    if folder is None:
+        spec = importlib.util.find_spec("triton")
+        if spec is None or spec.origin is None:
+            return None
+        folder = Path(spec.origin).parents[1]
+    return re.findall(r"__version__ = ['\"]([^'\"]+)", (folder / "triton" / "__init__.py").read_text())[0]
+
+
+def measure(
+    folder: Path | None, only: str = "", listings: str = "", architectures: Iterable[str] = _CHIPS
+) -> Outcome:
+    """Compiles in a process of its own, with the Triton in `folder` or, None, that of the environment.
+
+    A result is kept in build/ for as long as the kernels and this program stay as they are.
+    """
+    digest, names = _digest(), " ".join(architectures)
+    path = CACHE / f"{version(folder)}-{digest}-{names.replace(' ', '-')}.json"
+    kept = not only and not listings
+    if not kept or not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
+        if folder is not None:
+            env["PYTHONPATH"] = f"{folder.resolve()}{os.pathsep}{env.get('PYTHONPATH', '')}".strip(os.pathsep)
+        command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, names]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stdout + done.stderr)[-4000:]
+            raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
+        text = done.stdout.splitlines()[-1]
+        if not kept:
+            return _outcome(text)
+        if _digest() != digest:
+            raise RuntimeError("the kernels changed while they were compiled: once more, please")
+        path.write_text(text)
+    return _outcome(path.read_text())
+
+
+def _digest() -> str:
+    """Of all that decides what is compiled and how it is read."""
+    package = ROOT / "flatlora_kernels"
+    sources = [*(ROOT / "triton_kernels").glob("*.py"), *(package / "spec").glob("*.py")]
+    sources += [package / "backends" / "triton.py", *(package / "backends" / "shared").glob("*.py")]
+    sources += [Path(__file__), Path(reader.__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
+
+
+def _outcome(text: str) -> Outcome:
+    version, rows, unreached = json.loads(text)
+    return Outcome(version, [Row(*row) for row in rows], unreached)
+
+
+def measure_all(
+    chosen: list[Path | None], only: str = "", listings: str = "", shared: bool = False
+) -> list[Outcome]:
+    """Two at a time; shared: two versions of Triton take half of the architectures each."""
+    halves = [list(_CHIPS)] * len(chosen)
+    if shared and len(chosen) == 2:
+        halves = [["sm80", "gfx942"], ["sm90", "sm100", "sm120"]]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda folder, half: measure(folder, only, listings, half), chosen, halves))
+
+
+def main(args: argparse.Namespace) -> int:
+    """`python -m bench offline`."""
+    chosen = args.triton or ([None] if version() == OLDEST else [OLDEST_FOLDER, None])
+    for folder in chosen:
+        if folder is None and version() is None:
+            raise SystemExit("triton is not installed here: pip install triton")
+        if folder is not None and not (folder / "triton").is_dir():
+            raise SystemExit(f"no Triton in {folder}: make {OLDEST_FOLDER.relative_to(ROOT)}")
+    outcomes = measure_all(chosen, " ".join(args.only), str(args.listings or ""))
+    unreached = [p for outcome in outcomes for p in outcome.unreached]
+    return tables.conclude(PAGE, {o.heading: o.rows for o in outcomes}, args, *unreached)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tables.add_arguments(parser, PAGE, "rows whose names")
+    parser.add_argument("--listings", type=Path, help="folder for the machine code")
+    parser.add_argument(
+        "--triton", nargs="+", type=Path, default=[], metavar="FOLDER",
+        help=f"installed with pip --target; default build/triton-{OLDEST} and the environment's",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(_work(*sys.argv[1:])))
