@@ -34,7 +34,7 @@ test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
-HALF := $(addprefix tests/,op/test_linear.py spec/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py op/test_compile.py)
+HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py op/test_compile.py)
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest

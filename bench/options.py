@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.core.noise import KINDS
 
 
 class Option(NamedTuple):

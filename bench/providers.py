@@ -19,8 +19,8 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
-from flatlora_kernels.spec.noise import KINDS
-from flatlora_kernels.spec.records import Draw
+from flatlora_kernels.core.noise import KINDS
+from flatlora_kernels.core.records import Draw
 
 from .problem import SCALING, Inputs, Problem
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import flatlora_kernels as fk
 from flatlora_kernels.choice import cost
 from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
-from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.core.noise import KINDS
 
 from . import environment, run, targets, timing
 from .options import option

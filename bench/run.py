@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.core.noise import KINDS
 
 from . import gate, memory, providers, timing
 from .machine_code import precompile

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatlora_kernels as fk
-from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.core.noise import KINDS
 
 from . import gate, memory, options, providers, timing
 from .options import number, option

@@ -14,7 +14,7 @@ import torch
 from targets import Target
 
 from flatlora_kernels import backends
-from flatlora_kernels.spec.noise import KINDS
+from flatlora_kernels.core.noise import KINDS
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatlora_kernels.backends import cuda
 from flatlora_kernels.backends.shared import arguments
-from flatlora_kernels.spec.records import Draw, Product
+from flatlora_kernels.core.records import Draw, Product
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"

@@ -202,7 +202,7 @@ class Plan(NamedTuple):
 
 
 def plan(p: Any, samples: int, noise_accum: str, workspace: int, precision: str) -> Plan:
-    """Of a product `flatlora_kernels.spec.records.Product`; see configs.py."""
+    """Of a product `flatlora_kernels.core.records.Product`; see configs.py."""
     a, outputs = p.a, p.outputs
     machine = machine_of(a)
     M, length = a.shape

@@ -94,7 +94,7 @@ def product(
     """y, (M, outputs), and u.
 
     Args:
-        p: `flatlora_kernels.spec.records.Product`, not empty. draw: `Draw` of the same module.
+        p: `flatlora_kernels.core.records.Product`, not empty. draw: `Draw` of the same module.
         noise_accum: "folded" or "split". workspace: bytes of scratch memory allowed.
         lora_A: of a forward, (r, K), r <= 32, in place of u, which the kernel then makes in its own pass over x; see
             `makes_u`.

@@ -278,7 +278,7 @@ def call(case: Case) -> None:
     from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
 
     from flatlora_kernels.backends.shared.workspace import workspace_limit
-    from flatlora_kernels.spec.records import Draw, Product
+    from flatlora_kernels.core.records import Draw, Product
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
@@ -571,7 +571,7 @@ def measure(
 def _digest() -> str:
     """Of all that decides what is compiled and how it is read."""
     package = ROOT / "flatlora_kernels"
-    sources = [*(ROOT / "triton_kernels").glob("*.py"), *(package / "spec").glob("*.py")]
+    sources = [*(ROOT / "triton_kernels").glob("*.py"), *(package / "core").glob("*.py")]
     sources += [package / "backends" / "triton.py", *(package / "backends" / "shared").glob("*.py")]
     sources += [Path(__file__), Path(reader.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]

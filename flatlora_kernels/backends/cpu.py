@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.records import Draw, Product
+from ..core.records import Draw, Product
 from .shared import arguments
 
 PRIORITY = 10

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec.noise import epsilon
-from ..spec.records import Draw, Product
+from ..core.noise import epsilon
+from ..core.records import Draw, Product
 from .shared.products import matmul
 
 PRIORITY = 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.records import Draw, Product
+from ..core.records import Draw, Product
 from .shared import products
 from .shared.workspace import workspace_limit
 

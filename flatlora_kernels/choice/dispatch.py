@@ -24,7 +24,7 @@ from torch import Tensor
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
-from ..spec.records import Choice
+from ..core.records import Choice
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
 DIRECTIONS = ("forward", "input_grad")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import backends
-from ..spec.records import Choice
+from ..core.records import Choice
 
 STRATEGIES = ("fused", "panel")
 # What stands for a strategy that nobody asked for, see `resolve`.

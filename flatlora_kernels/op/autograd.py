@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
 from ..backends.shared.products import matmul
-from ..spec.records import Operands
+from ..core.records import Operands
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
-from ..spec.noise import KINDS
-from ..spec.records import NO_DRAW, Draw, Operands
+from ..core.noise import KINDS
+from ..core.records import NO_DRAW, Draw, Operands
 from . import checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 

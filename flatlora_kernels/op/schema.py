@@ -23,7 +23,7 @@ from .. import backends
 from ..backends.shared import panel, products
 from ..choice import dispatch
 from ..choice.resolve import FREE
-from ..spec.records import Choice, Draw, Operands, Product
+from ..core.records import Choice, Draw, Operands, Product
 from . import autograd
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}

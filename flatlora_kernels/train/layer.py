@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.noise import KINDS
 from ..op import checks
 from ..op.functional import flat_noise_scale
-from ..spec.noise import KINDS
 from .controller import NoiseController
 from .streams import beside
 

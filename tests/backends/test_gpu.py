@@ -21,7 +21,7 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
-from flatlora_kernels.spec.records import Draw, Product
+from flatlora_kernels.core.records import Draw, Product
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.backends.shared import panel
 from flatlora_kernels.choice import cost, dispatch, resolve
-from flatlora_kernels.spec.records import Choice
+from flatlora_kernels.core.records import Choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")

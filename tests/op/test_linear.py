@@ -12,7 +12,7 @@ from compare import assert_close, check_problem, leaves, problem
 from targets import Target, randn
 
 import flatlora_kernels as fk
-from flatlora_kernels.spec.records import Product
+from flatlora_kernels.core.records import Product
 
 SHAPES = [  # (M, N, K)
     (1, 1, 1),

@@ -197,7 +197,7 @@ def test_reading_a_fake_tensor_is_an_error(fake: Any) -> None:
 def test_reference_never_reads_values(fake: Any) -> None:
     """Nor does the maths of the reference backend, which then costs a GPU no synchronisation."""
     from flatlora_kernels.backends import reference
-    from flatlora_kernels.spec.records import Draw, Product
+    from flatlora_kernels.core.records import Draw, Product
 
     for noise in ("gaussian", "rademacher"):
         draw = Draw(torch.empty(5), torch.zeros((), dtype=torch.int64), noise=noise, samples=2)

@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "flatlora_kernels"
 # Each room and what it may use. The package's own files (its room is "") may use all, and no room uses them.
 MAY_USE = {
-    "spec": (),
-    "triton_kernels": ("spec",),
-    "backends": ("spec", "triton_kernels"),
-    "choice": ("spec", "triton_kernels", "backends"),
-    "op": ("spec", "backends", "choice"),
-    "train": ("spec", "triton_kernels", "backends", "choice", "op"),
-    "methods": ("spec", "backends", "choice", "op", "train"),
-    "integrations": ("spec", "backends", "choice", "op", "train"),
+    "core": (),
+    "triton_kernels": ("core",),
+    "backends": ("core", "triton_kernels"),
+    "choice": ("core", "triton_kernels", "backends"),
+    "op": ("core", "backends", "choice"),
+    "train": ("core", "triton_kernels", "backends", "choice", "op"),
+    "methods": ("core", "backends", "choice", "op", "train"),
+    "integrations": ("core", "backends", "choice", "op", "train"),
     # Its command puts noise into saved adapters of PEFT.
-    "flatness": ("spec", "backends", "choice", "op", "train", "integrations"),
+    "flatness": ("core", "backends", "choice", "op", "train", "integrations"),
 }
 
 
@@ -139,9 +139,9 @@ def test_an_upward_import_is_found(tmp_path: Path, line: str) -> None:
     allowed = {
         f"{PACKAGE}/train/layer.py": "from ..op import schema",
         f"{PACKAGE}/op/schema.py": "import torch\nfrom . import autograd\nfrom .. import backends",
-        f"{PACKAGE}/op/autograd.py": "from ..spec import noise",
-        f"{PACKAGE}/spec/noise.py": "",
-        "triton_kernels/tile.py": "from ..spec.noise import Draw",
+        f"{PACKAGE}/op/autograd.py": "from ..core import noise",
+        f"{PACKAGE}/core/noise.py": "",
+        "triton_kernels/tile.py": "from ..core.noise import Draw",
     }
     assert upward(write(tmp_path, allowed)) == []
     found = upward(write(tmp_path, {**allowed, f"{PACKAGE}/op/schema.py": line}))

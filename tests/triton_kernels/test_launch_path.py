@@ -16,7 +16,7 @@ from targets import INTERPRETED, REQUIRED, randn
 from torch import Tensor
 
 from flatlora_kernels import backends
-from flatlora_kernels.spec.records import Draw, Product
+from flatlora_kernels.core.records import Draw, Product
 
 if "triton" in REQUIRED:
     import triton  # noqa: F401

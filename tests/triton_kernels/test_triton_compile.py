@@ -394,7 +394,7 @@ def test_loads_ahead_change_no_bit() -> None:
     program = """
         import torch
         from flatlora_kernels.backends import triton
-        from flatlora_kernels.spec.records import Draw, Product
+        from flatlora_kernels.core.records import Draw, Product
         from flatlora_kernels.triton_kernels import configs, forward, input_grad, product
 
         def products(steps, noise):

@@ -24,8 +24,8 @@ from targets import INTERPRETED, Target, randn
 
 import flatlora_kernels as fk
 from flatlora_kernels.backends.shared import products
-from flatlora_kernels.spec import noise as oracle
-from flatlora_kernels.spec.records import Draw, Product
+from flatlora_kernels.core import noise as oracle
+from flatlora_kernels.core.records import Draw, Product
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ...spec.records import Draw, Product
+from ...core.records import Draw, Product
 from .workspace import workspace_limit
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

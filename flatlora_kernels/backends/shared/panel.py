@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...spec.records import Draw, Product
+from ...core.records import Draw, Product
 from .workspace import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.

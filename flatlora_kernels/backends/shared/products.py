@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...spec.records import Product
+from ...core.records import Product
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

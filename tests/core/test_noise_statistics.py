@@ -18,7 +18,7 @@ import torch
 from targets import Target
 from torch import Tensor
 
-from flatlora_kernels.spec import noise as oracle
+from flatlora_kernels.core import noise as oracle
 
 N, K = 512, 2048
 FALSE_ALARM = 1e-6  # of one run of `alarms`

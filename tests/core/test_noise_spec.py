@@ -14,7 +14,7 @@ from targets import Target, generator
 from torch import Tensor
 
 import flatlora_kernels as fk
-from flatlora_kernels.spec import noise as oracle
+from flatlora_kernels.core import noise as oracle
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
 TOP = 2**32
