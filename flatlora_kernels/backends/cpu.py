@@ -94,7 +94,7 @@ def _call(function: str, packed: bytes) -> None:
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
-    y = p.a.new_empty((len(p.a), p.outputs))
+    y = p.a.new_empty((p.a.shape[0], p.outputs))
     if y.numel():
         _call("linear", arguments.linear(p, draw, noise_accum, y))
     return y

@@ -164,7 +164,7 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
     if draw is None or p.empty:
         return products.plain(p)
-    y = p.a.new_empty((len(p.a), p.outputs))
+    y = p.a.new_empty((p.a.shape[0], p.outputs))
     _call(y.device, "linear", arguments.linear(p, draw, noise_accum, y))
     return y
 

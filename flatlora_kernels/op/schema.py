@@ -42,6 +42,7 @@ _SCHEMAS = (
     "row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor",
     f"perturb(Tensor? weight, {_arguments(Draw)}, str backend, Tensor(a!) out) -> ()",
 )
+_OF_OPERANDS, _OF_DRAW = len(Operands._fields), len(Draw._fields)
 _lib = torch.library.Library("flatlora", "DEF")
 for _schema in _SCHEMAS:
     _lib.define(_schema)
@@ -49,8 +50,8 @@ for _schema in _SCHEMAS:
 
 def _records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
     """The arguments of a draw and a choice, which come last."""
-    draw, choice = Draw(*flat[: len(Draw._fields)]), Choice(*flat[len(Draw._fields) :])
-    return None if draw.noise_scale is None else draw, choice
+    draw = None if flat[0] is None else Draw._make(flat[:_OF_DRAW])
+    return draw, Choice._make(flat[_OF_DRAW:])
 
 
 def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[ModuleType, bool]:
@@ -60,7 +61,7 @@ def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[
     if choice.strategy not in FREE:
         return backends.get(choice.backend), choice.strategy == "panel"
     problem = dispatch.problem_of(
-        draw.noise, choice.noise_accum, len(a) // draw.samples, a.device, a.dtype, *weight.shape
+        draw.noise, choice.noise_accum, a.shape[0] // draw.samples, a.device, a.dtype, *weight.shape
     )
     found = dispatch.way(choice, problem)
     return backends.get(found.backend), found.strategy == "panel"
@@ -76,10 +77,15 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.flatten(0, -2)
 
 
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """y (M, outputs) with the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
 def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
-    x, weight, lora_A, lora_B, bias, lora_x, scaling = flat[: len(Operands._fields)]
-    draw, choice = _records(flat[len(Operands._fields) :])
-    a, shape = _matrix(x), (*x.shape[:-1], weight.shape[0])
+    x, weight, lora_A, lora_B, bias, lora_x, scaling = flat[:_OF_OPERANDS]
+    draw, choice = _records(flat[_OF_OPERANDS:])
+    a = _matrix(x)
     module, by_panels = _way(a, weight, draw, choice)
     u = None
     if lora_A is not None:
@@ -87,10 +93,10 @@ def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
             p = Product(a, weight, False, None, lora_B, bias, scaling)
             made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
             if made is not None:
-                return made[0].view(shape), made[1]
+                return _like(x, made[0]), made[1]
         u = products.matmul(a if lora_x is None else _matrix(lora_x), lora_A.to(x.dtype).t())
     p = Product(a, weight, False, u, lora_B, bias, scaling)
-    y = _product(module, by_panels, p, draw, choice.noise_accum).view(shape)
+    y = _like(x, _product(module, by_panels, p, draw, choice.noise_accum))
     return y, x.new_empty(0) if u is None else u
 
 
@@ -102,7 +108,7 @@ def _linear_input_grad(
     module, by_panels = _way(a, weight, draw, choice)
     adapter = () if v is None else (v.contiguous(), lora_A.t())
     grad_x = _product(module, by_panels, Product(a, weight, True, *adapter), draw, choice.noise_accum)
-    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+    return _like(grad_y, grad_x)
 
 
 def _adapter_grads(
