@@ -1,15 +1,10 @@
 """What a GPU says first: is each kernel right, does it give the same bits again, and how long does it take?
 
-    python -m bench.truth driver
-    python -m bench.truth check [--limit SECONDS] [--each SECONDS]
-    python -m bench.truth time [--limit SECONDS] [--rows 16,256,2048,8192]
-
-`driver` prints versions and how many clusters run at once. `check` runs each family of kernels in a process of its
-own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays CUDA graphs in
-turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT computes, by the
-same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is
-there.
-`--library NAME=FILE`, repeated, takes other builds of libflatlora_cuda in turns with the installed one, as cuda@NAME.
+`python -m bench.truth driver` prints versions and how many clusters run at once. `check` runs each family of kernels in
+a process of its own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays
+CUDA graphs in turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT
+computes, by the same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon
+as a result is there.
 """
 
 from __future__ import annotations
@@ -397,7 +392,13 @@ OPTIONS = (
     option("--budget", "seconds of the device for each call's times", type=float, default=0.02),
     option("--ranks", "of the adapter; where it is 0 every tile is timed", type=_numbers, default="16,0"),
     option("--only", "what has this regular expression in its name", default=""),
-    option("--library", action="append", default=[], metavar="NAME=FILE"),
+    option(
+        "--library",
+        "another build of libflatlora_cuda, to be taken in turns as cuda@NAME; may be repeated",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+    ),
 )
 
 

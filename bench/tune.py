@@ -83,10 +83,8 @@ class Tuner:
         self.family = configs.family_of(architecture)
         self.interpreted = self.family == "interpreter"
         self.kind = self._kind()
-        for part in ((self.family, self.kind), (self.family, "any"), ("any", self.kind)):
-            if part in configs.LINEAR:
-                self.table = configs.LINEAR[part]
-                break
+        parts = (self.family, self.kind), (self.family, "any"), ("any", self.kind)
+        self.table = next(configs.LINEAR[part] for part in parts if part in configs.LINEAR)
         self.timer = timing.timer(device)
         # Seconds for each call in the search and in the confirmation, and rounds at least.
         self.budgets, self.min_rounds = ((0.0, 0.0), 1) if self.interpreted else ((0.03, 0.1), 15)
@@ -287,11 +285,9 @@ def _distance(a: Any, b: Any) -> int:
 
 def text_of(tile: Any) -> str:
     """As one writes it: defaults are left out."""
-    defaults = type(tile)._field_defaults
-    given = [
-        str(v) if f not in defaults else f"{f}={v}" for f, v in tile._asdict().items() if defaults.get(f) != v
-    ]
-    return f"Config({', '.join(given)})"
+    required = tile[: len(tile) - len(tile._field_defaults)]
+    given = [f"{f}={getattr(tile, f)}" for f, v in tile._field_defaults.items() if getattr(tile, f) != v]
+    return f"Config({', '.join([*map(str, required), *given])})"
 
 
 def _submit(workers: Any, case: Case, noise: str, tiles: Iterable[Any]) -> dict[Any, Any]:
@@ -323,13 +319,13 @@ def main(args: argparse.Namespace) -> int:
     from flatlora_kernels.triton_kernels.launch import INTERPRETED
 
     dtypes, dry_run = args.dtypes, args.dry_run
+    if dry_run and not INTERPRETED:
+        raise ValueError("--dry-run is for Triton's interpreter: set TRITON_INTERPRET=1")
     if INTERPRETED and not dry_run:
         raise ValueError(
             "tune needs a GPU, and TRITON_INTERPRET=1 runs the kernels on the CPU, where no time means anything; "
             "--dry-run goes through the motions"
         )
-    if dry_run and not INTERPRETED:
-        raise ValueError("--dry-run is for Triton's interpreter: set TRITON_INTERPRET=1")
     device = "cpu" if dry_run else "cuda"
     meta = environment.describe(device)
     if "tf32" in dtypes:
