@@ -112,9 +112,8 @@ def every(device: str) -> list[Provider]:
         return Provider(f"{way}:{backend}", make, KINDS, what, fused=True)
 
     def perturb(backend: str) -> Provider:
-        return Provider(
-            f"perturb:{backend}", functools.partial(Perturb, backend=backend), KINDS, Perturb.__doc__
-        )
+        make = functools.partial(Perturb, backend=backend)
+        return Provider(f"perturb:{backend}", make, KINDS, Perturb.__doc__)
 
     auto = functools.partial(Fused, way="auto")
     return [

@@ -198,12 +198,11 @@ def _products(
         call = _product(p, direction, backend, (config, parts), way)
         return _again(lambda: call(0), p.exact(direction))
 
-    for case in itertools.product(shapes, dtypes, KINDS, DIRECTIONS):
-        shape, dtype, noise, direction = case
+    for shape, dtype, noise, direction in itertools.product(shapes, dtypes, KINDS, DIRECTIONS):
         split = backend != "triton" and way == "fused" and shape is shapes[0]
         for parts in (0, 2) if split else (0,):
             name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
-            yield name, functools.partial(error, *case, parts), TOLERANCE[dtype]
+            yield name, functools.partial(error, shape, dtype, noise, direction, parts), TOLERANCE[dtype]
 
 
 def _passes(backend: str) -> Checks:
@@ -350,11 +349,11 @@ def measure(
             if not re.search(only, name) and not name.startswith("plain"):
                 continue
             try:
-                ready[name] = timing.ready(call, DEVICE, copies=2)
-                ready[name](0)
+                call = timing.ready(call, DEVICE, copies=2)
+                call(0)
                 timing.synchronize(DEVICE)
+                ready[name] = call
             except Exception as error:
-                ready.pop(name, None)
                 failed += 1
                 text = timing.first_line(error)
                 _write("time", about | {"name": name, "raised": text})
@@ -367,7 +366,7 @@ def measure(
             _write("time", row)
             times = "{median_us:8.1f} us {to_plain:6.2f} ({to_plain_p20:.2f} to {to_plain_p80:.2f})"
             print(f"{M:5} {name:32} {times.format(**row)}", flush=True)
-        del calls, ready
+        del calls, ready, call
         torch.cuda.empty_cache()
     return failed
 
@@ -392,13 +391,7 @@ OPTIONS = (
     option("--budget", "seconds of the device for each call's times", type=float, default=0.02),
     option("--ranks", "of the adapter; where it is 0 every tile is timed", type=_numbers, default="16,0"),
     option("--only", "what has this regular expression in its name", default=""),
-    option(
-        "--library",
-        "another build of libflatlora_cuda, to be taken in turns as cuda@NAME; may be repeated",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-    ),
+    option("--library", "another build, as cuda@NAME", action="append", default=[], metavar="NAME=FILE"),
 )
 
 
