@@ -19,7 +19,6 @@ _SOURCES = ("flatlora_kernels", "csrc", "triton_kernels", ":(glob)bench/*.py")
 
 
 def describe(device: str) -> dict[str, Any]:
-    commit = _said("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD")
     status = _said("git", "-C", str(_ROOT), "status", "--porcelain", "--", *_SOURCES)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -36,7 +35,7 @@ def describe(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "peft": _version("peft"),
         "flatlora_kernels": fk.__version__,
-        "commit": commit,
+        "commit": _said("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"),
         "dirty": None if status is None else bool(status),  # whether the sources differ from the commit
     }
 
@@ -55,9 +54,8 @@ def clocks(device: str) -> str | None:
 
 def _said(*command: str) -> str | None:
     try:
-        return subprocess.run(
-            list(command), capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(list(command), capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +14,23 @@ import flatlora_kernels as fk
 
 from . import timing
 from .problem import SCALING, SIGMA, Problem
-from .providers import NOISELESS, Unfit
+from .providers import NOISELESS, Fused, Unfit
 from .results import Row
 from .run import Bench
-from .shapes import Case
+from .shapes import TRAINING, Case
 from .timing import Spread
 
 # In a core's cache, and from memory.
 GENERATOR_SHAPES = {"cpu": ((128, 512), (2048, 2048)), "cuda": ((2048, 2048), (4096, 4096))}
 _LOOP = 25  # calls per reading of the overhead
+_ROUNDS = 40
 
 
 def measure(bench: Bench, cases: Sequence[Case]) -> None:
     """All of them, for the layers and types of `cases`."""
     note = bench.progress.note
     note("overhead per call")
-    backends = [p.name.partition(":")[2] for p in bench.providers if p.name.startswith("fused:")]
-    bench.rows += overhead(backends, bench.settings.device)
+    bench.rows += overhead(_backends(bench), bench.settings.device)
     for dtype in dict.fromkeys(c.dtype for c in cases):
         note(f"noise generator, {dtype}")
         for N, K in GENERATOR_SHAPES[bench.settings.device]:
@@ -40,27 +40,21 @@ def measure(bench: Bench, cases: Sequence[Case]) -> None:
         bench.rows += noise_scale(bench, layer)
 
 
-def overhead(backends: list[str], device: str, rounds: int = 40) -> list[Row]:
+def overhead(backends: list[str], device: str) -> list[Row]:
     """A layer of 8 x 8 and one row: F.linear, and each backend with a tensor seed, an int seed and no noise."""
     x, grad_y = torch.randn(1, 8, device=device), torch.randn(1, 8, device=device)
     weight, scale = torch.randn(8, 8, device=device), torch.ones(8, device=device)
     seed = torch.tensor(1, device=device)
     leaf = x.clone().requires_grad_()
 
-    def fused(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
-        return lambda input: fk.fused_flat_lora_linear(input, weight, backend=backend, **options)
-
-    calls = {("F.linear", NOISELESS): lambda input: F.linear(input, weight)}
+    calls: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
+        ("F.linear", NOISELESS): lambda input: F.linear(input, weight)
+    }
     for name in backends:
-        calls[f"fused:{name}", "gaussian"] = fused(name, noise_scale=scale, seed=seed)
-        calls[f"fused:{name}, int seed", "gaussian"] = fused(name, noise_scale=scale, seed=1)
-        calls[f"fused:{name}", NOISELESS] = fused(name)
-
-    def forward(f: Callable[[Tensor], Tensor]) -> timing.Call:
-        return torch.no_grad()(lambda _: f(x))
-
-    def forward_backward(f: Callable[[Tensor], Tensor]) -> timing.Call:
-        return lambda _: torch.autograd.grad(f(leaf), leaf, grad_y)
+        fused = functools.partial(fk.fused_flat_lora_linear, weight=weight, backend=name)
+        calls[f"fused:{name}", "gaussian"] = functools.partial(fused, noise_scale=scale, seed=seed)
+        calls[f"fused:{name}, int seed", "gaussian"] = functools.partial(fused, noise_scale=scale, seed=1)
+        calls[f"fused:{name}", NOISELESS] = fused
 
     def timer(call: timing.Call, copy: int) -> float:
         """Host time per call. On a GPU that is the time to launch; the device catches up between readings."""
@@ -68,15 +62,19 @@ def overhead(backends: list[str], device: str, rounds: int = 40) -> list[Row]:
         for _ in range(_LOOP):
             call(copy)
         stop = time.perf_counter()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        timing.synchronize(device)
         return (stop - start) / _LOOP
+
+    def step(call: Callable[[Tensor], Tensor], mode: str) -> timing.Call:
+        if mode == "forward":
+            return torch.no_grad()(lambda _: call(x))
+        return lambda _: torch.autograd.grad(call(leaf), leaf, grad_y)
 
     rows = []
     about = {"kind": "overhead", "M": 1, "N": 8, "K": 8, "dtype": "float32", "rank": 0}
-    for mode, step in (("forward", forward), ("forward+backward", forward_backward)):
-        steps = {" ".join(label): step(f) for label, f in calls.items()}
-        timed = timing.interleaved(steps, timer, 1, 1.0, rounds, rounds)
+    for mode in TRAINING:
+        steps = {" ".join(label): step(call, mode) for label, call in calls.items()}
+        timed = timing.interleaved(steps, timer, 1, 1.0, _ROUNDS, _ROUNDS)
         for (provider, noise), label in zip(calls, steps, strict=True):
             over = Spread.of([r[label] - r[f"F.linear {NOISELESS}"] for r in timed])
             row = {**about, "mode": mode, "noise": noise, "provider": provider, **timing.row(timed, label)}
@@ -88,7 +86,7 @@ def noise_scale(bench: Bench, case: Case) -> list[Row]:
     """What a refresh of `noise_scale` costs: it is not part of the other times."""
     problem = Problem(case._replace(M=1, mode="forward"), bench.settings.device)
 
-    def torch_only(copy: int) -> None:
+    def by_torch(copy: int) -> None:
         i = problem.inputs[copy]
         merged = i.weight
         if i.lora_A is not None:
@@ -99,7 +97,7 @@ def noise_scale(bench: Bench, case: Case) -> list[Row]:
         i = problem.inputs[copy]
         fk.flat_noise_scale(i.weight, i.lora_A, i.lora_B, scaling=SCALING, sigma=SIGMA, backend=name)
 
-    calls = {"torch": torch_only, **_of_backends(bench, problem, refresh)}
+    calls = {"torch": by_torch, **_of_backends(bench, problem, refresh)}
     about = {name: getattr(case, name) for name in ("model", "layer", "N", "K", "dtype", "rank")}
     about |= {"kind": "noise_scale", "noise": NOISELESS}
     rounds = bench.timed(calls)
@@ -144,13 +142,15 @@ def _generate(bench: Bench, N: int, K: int, dtype: str, noise: str) -> dict[str,
 def _of_backends(bench: Bench, problem: Problem, call: Callable[[str, int], None]) -> dict[str, timing.Call]:
     """`call` of the fused providers that fit, by backend name, after a first call."""
     calls = {}
-    for p in bench.providers:
-        if p.name.startswith("fused:"):
-            name = p.name.partition(":")[2]
-            try:
-                p.make(problem, bench.settings.noises[0])
-                call(name, 0)
-                calls[name] = lambda copy, name=name: call(name, copy)
-            except (Unfit, NotImplementedError) as reason:
-                bench.skip(f"{p.name}: {reason}")
+    for name in _backends(bench):
+        try:
+            Fused(problem, bench.settings.noises[0], name)
+            call(name, 0)
+            calls[name] = functools.partial(call, name)
+        except (Unfit, NotImplementedError) as reason:
+            bench.skip(f"fused:{name}: {reason}")
     return calls
+
+
+def _backends(bench: Bench) -> list[str]:
+    return [p.name.partition(":")[2] for p in bench.providers if p.name.startswith("fused:")]

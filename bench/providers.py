@@ -92,9 +92,8 @@ def available_backends(device: str) -> dict[str, str | None]:
     reasons = {}
     for name, info in fk.backend_info().items():
         types = backends.get(name).DEVICE_TYPES
-        reasons[name] = info["unavailable"] or (
-            None if types is None or device in types else f"takes tensors on {', '.join(types)}"
-        )
+        fits = types is None or device in types
+        reasons[name] = info["unavailable"] or (None if fits else f"takes tensors on {', '.join(types)}")
     return reasons
 
 
@@ -112,11 +111,14 @@ def every(device: str) -> list[Provider]:
         make = functools.partial(Fused, backend=backend, way=way)
         return Provider(f"{way}:{backend}", make, KINDS, what, fused=True)
 
+    def perturb(backend: str) -> Provider:
+        make = functools.partial(Perturb, backend=backend)
+        return Provider(f"perturb:{backend}", make, KINDS, Perturb.__doc__)
+
+    auto = functools.partial(Fused, way="auto")
     return [
         *map(fused, usable),
-        Provider(
-            "auto", functools.partial(Fused, way="auto"), KINDS, "the op, nothing asked for", fused=True
-        ),
+        Provider("auto", auto, KINDS, "the op, nothing asked for", fused=True),
         *(fused(backend, way) for way in ("split", "panel") for backend in kernels),
         Provider("plain", Plain),
         Provider("lora", Lora, needs_rank=True),
@@ -124,10 +126,7 @@ def every(device: str) -> list[Provider]:
         Provider("inplace", InPlace, KINDS),
         Provider("eager", Eager, KINDS),
         Provider("compile", Compile, KINDS, compiled=True),
-        *(
-            Provider(f"perturb:{b}", functools.partial(Perturb, backend=b), KINDS, Perturb.__doc__)
-            for b in kernels
-        ),
+        *map(perturb, kernels),
     ]
 
 
@@ -184,19 +183,15 @@ class Fused(OfBackend):
         return torch.ops.flatlora.adapter_grads(i.grad_y, None, i.lora_B, SCALING, self.backend)[0]
 
 
-def linear(i: Inputs, weight: Tensor) -> Tensor:
-    """By a weight that is in memory; in one pass over y less than PEFT's separate multiply and add."""
-    y = i.x @ weight.t()
+def product(i: Inputs, weight: Tensor, mode: str) -> Tensor:
+    """By a weight that is in memory; in one pass over the result less than PEFT's separate multiply and add."""
+    alone = mode == "input_grad"
+    result = i.grad_y @ weight if alone else i.x @ weight.t()
     if i.lora_A is None:
-        return y
-    return torch.addmm(y, i.x @ i.lora_A.t(), i.lora_B.t(), alpha=SCALING)
-
-
-def input_grad(i: Inputs, weight: Tensor) -> Tensor:
-    dx = i.grad_y @ weight
-    if i.lora_A is None:
-        return dx
-    return torch.addmm(dx, i.grad_y @ i.lora_B, i.lora_A, alpha=SCALING)
+        return result
+    if alone:
+        return torch.addmm(result, i.grad_y @ i.lora_B, i.lora_A, alpha=SCALING)
+    return torch.addmm(result, i.x @ i.lora_A.t(), i.lora_B.t(), alpha=SCALING)
 
 
 class _Unfused(Run):
@@ -206,10 +201,10 @@ class _Unfused(Run):
         return self.inputs[copy].weight
 
     def forward(self, copy: int) -> Tensor:
-        return linear(self.inputs[copy], self.weight(copy))
+        return product(self.inputs[copy], self.weight(copy), "forward")
 
     def input_grad(self, copy: int) -> Tensor:
-        return input_grad(self.inputs[copy], self.weight(copy))
+        return product(self.inputs[copy], self.weight(copy), "input_grad")
 
 
 class Perturb(OfBackend, _Unfused):
@@ -220,10 +215,8 @@ class Perturb(OfBackend, _Unfused):
         self.scratch = torch.empty_like(problem.inputs[0].weight)
 
     def weight(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return fk.perturb_weight(
-            i.weight, i.noise_scale, **self.draw(copy, out=self.scratch, backend=self.backend)
-        )
+        i, draw = self.inputs[copy], self.draw(copy, out=self.scratch, backend=self.backend)
+        return fk.perturb_weight(i.weight, i.noise_scale, **draw)
 
 
 class Lora(_Unfused):
@@ -328,20 +321,19 @@ class Compile(Run):
             torch.compiler.reset()  # static graphs of many shapes would run into the limit of recompilations
             Compile._compiled_for = weakref.ref(problem)
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        self._forward = compiled(lambda i, noise: linear(i, i.weight + _eps_in_torch(i, noise)))
-        self._input_grad = compiled(lambda i, noise: input_grad(i, i.weight + _eps_in_torch(i, noise)))
+        self._product = compiled(lambda i, noise, mode: product(i, i.weight + _eps_in_torch(i, noise), mode))
         # Values go by the seed and the place in the weight, so a graph of its own draws the same.
         self._eps = compiled(_eps_in_torch)
 
-    def _drawn(self, call: Callable[[Inputs, str], Tensor], copy: int) -> Tensor:
+    def _drawn(self, call: Callable[..., Tensor], copy: int, *more: str) -> Tensor:
         torch.manual_seed(copy)
-        return call(self.inputs[copy], self.noise)
+        return call(self.inputs[copy], self.noise, *more)
 
     def forward(self, copy: int) -> Tensor:
-        return self._drawn(self._forward, copy)
+        return self._drawn(self._product, copy, "forward")
 
     def input_grad(self, copy: int) -> Tensor:
-        return self._drawn(self._input_grad, copy)
+        return self._drawn(self._product, copy, "input_grad")
 
     def eps(self, copy: int) -> Tensor:
         return self._drawn(self._eps, copy)

@@ -24,6 +24,7 @@ class Model(NamedTuple):
     note: str
 
 
+_WIDTH_768 = (Layer("attention", 768, 768), Layer("up", 3072, 768), Layer("down", 768, 3072))
 MODELS = {
     "square2048": Model((Layer("square", 2048, 2048),), (1, 16, 64, 256, 1024), "cases with stated targets"),
     "square4096": Model(
@@ -35,12 +36,12 @@ MODELS = {
         "all-MiniLM-L6-v2; a sentence of 32 tokens, a batch of 32",
     ),
     "vit-b32": Model(
-        (Layer("attention", 768, 768), Layer("up", 3072, 768), Layer("down", 768, 3072)),
+        _WIDTH_768,
         (50, 1600),
         "ViT-B/32 at 224 pixels: 49 patches and the class token; 1 and 32 images",
     ),
     "t5-base": Model(
-        (Layer("attention", 768, 768), Layer("up", 3072, 768), Layer("down", 768, 3072)),
+        _WIDTH_768,
         (128, 4096),
         "T5-base (not v1.1); 128 tokens, a batch of 32, as in the GLUE runs of the Flat-LoRA paper",
     ),
@@ -133,9 +134,7 @@ SETS = ("quick", "full", "targets", *MODELS)
 
 
 def cases(name: str, device: str) -> list[Case]:
-    """The cases of set `name`: "quick", "full", or of one model."""
-    if name in MODELS:
-        grids: tuple[Grid, ...] = NAMED.get(name) or (Grid(name, ranks=(0, 16)),)
-    else:
-        grids = {"quick": QUICK, "full": FULL, "targets": TARGETS}[name][device]
+    """The cases of set `name`: "quick", "full", "targets", or of one model."""
+    named = {"quick": QUICK, "full": FULL, "targets": TARGETS}
+    grids = named[name][device] if name in named else NAMED.get(name, (Grid(name, ranks=(0, 16)),))
     return list(dict.fromkeys(case for grid in grids for case in grid.cases()))

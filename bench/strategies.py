@@ -24,6 +24,7 @@ from .shapes import Case
 
 TABLES = Path(dispatch.__file__).parent / "tables"
 COLUMNS = "device,dtype,noise,direction,M,N,K,rank,backend,strategy,ratio,p20,p80,date,commit".split(",")
+RATIOS = {"ratio": "to_plain", "p20": "to_plain_p20", "p80": "to_plain_p80"}  # columns of the table, of a row
 MODES = ("forward", "input_grad")  # of a case, and directions of the table
 RANK = 16
 SHAPES = ((384, 384), (2048, 2048), (1024, 4096), (4096, 4096))
@@ -53,10 +54,11 @@ def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[di
     for row in rows:
         way, _, backend = row["provider"].partition(":")
         if row["kind"] == "linear" and way in resolve.STRATEGIES and not row.get("launch"):
-            line = row | {"device": device, "direction": row["mode"], "backend": backend, "strategy": way}
-            for name, column in (("ratio", "to_plain"), ("p20", "to_plain_p20"), ("p80", "to_plain_p80")):
-                line[name] = f"{row[column]:.4f}"
-            line |= {"date": str(meta["date"]).split("T")[0], "commit": meta["commit"]}
+            ratios = {name: f"{row[column]:.4f}" for name, column in RATIOS.items()}
+            line = {
+                **row, **ratios, "device": device, "direction": row["mode"], "backend": backend, "strategy": way,
+                "date": str(meta["date"]).split("T")[0], "commit": meta["commit"],
+            }  # fmt: skip
             found.append({name: line[name] for name in COLUMNS})
 
     def key(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -69,12 +71,12 @@ def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[di
 def combine(files: list[Path], tables: Path = TABLES) -> int:
     """The table of measurements that --backends left; the exit status."""
     found = [results.load(file) for file in files]
-    keys = {one.meta["config"]["table"] for one in found}
-    if len(keys) != 1:
+    key, *others = sorted({one.meta["config"]["table"] for one in found})
+    if others:
         raise ValueError(
-            f"--rows: expected measurements of one kind of device, got {', '.join(sorted(keys))}"
+            f"--rows: expected measurements of one kind of device, got {', '.join([key, *others])}"
         )
-    return write([line for one in found for line in table(one.rows, *keys, one.meta)], tables / _file(*keys))
+    return write([line for one in found for line in table(one.rows, key, one.meta)], tables / _file(key))
 
 
 def _file(key: str) -> str:
@@ -103,11 +105,8 @@ def main(
     key = dispatch.device_key(torch.device(device))
     if key is None:
         raise ValueError(f"--device: expected one that a backend with kernels runs on, got {device!r}")
-    wanted = [
-        b
-        for b in providers.usable_backends(device)
-        if b != providers.REFERENCE and (backends is None or b in backends)
-    ]
+    kernels = [b for b in providers.usable_backends(device) if b != providers.REFERENCE]
+    wanted = [b for b in kernels if backends is None or b in backends]
     if not wanted:
         raise ValueError(f"--backends: none of {', '.join(backends or ['the backends'])} runs on {device}")
     settings = run.Settings(

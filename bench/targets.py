@@ -42,14 +42,8 @@ def report(rows: list[Row], device: str, provider: str = "auto") -> str:
     problem = dict(zip(("dtype", "N", "K", "rank"), _PROBLEM[device], strict=True))
     lines = []
     for target in targets(device):
-        about = {
-            "kind": "linear",
-            "provider": provider,
-            "mode": target.mode,
-            "noise": target.noise,
-            "M": target.M,
-        }
-        about |= problem
+        about = {"kind": "linear", "provider": provider, **problem}
+        about |= {"mode": target.mode, "noise": target.noise, "M": target.M}
         found = [r for r in rows if f"to_{target.base}" in r and about.items() <= r.items()]
         launch, measured, verdict = "", "-", "not measured"
         if found:

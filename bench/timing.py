@@ -34,10 +34,6 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(*np.quantile(values, (0.5, 0.2, 0.8)).tolist())
 
-    def columns(self, median: str, percentile: str) -> dict[str, float]:
-        """Of a row; `percentile` has a {} for p20 and p80."""
-        return {median: self.median, percentile.format("p20"): self.p20, percentile.format("p80"): self.p80}
-
 
 def cpu_timer(call: Call, copy: int) -> float:
     start = time.perf_counter()
@@ -103,8 +99,19 @@ def graphed(step: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
     return replay
 
 
+def ready(step: Callable[[int], Any], device: str, copies: int) -> Callable[[int], Any]:
+    """As it is timed where launching is no part of the time."""
+    return graphed(step, copies) if device == "cuda" else step
+
+
 def timer(device: str) -> Timer:
     return CudaTimer() if device == "cuda" else cpu_timer
+
+
+def synchronize(device: str) -> None:
+    """Raises what the calls before did wrong."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def first_line(error: Exception) -> str:
@@ -134,9 +141,8 @@ def interleaved(
 ) -> list[Round]:
     """Seconds per call and round, after a warm-up.
 
-    Args:
-        copies: of the inputs; consecutive calls take different ones.
-        budget: seconds for each of `calls`, more where `min_rounds` of them take longer.
+    Consecutive calls take different ones of the `copies` of the inputs. `budget` is in seconds for each of `calls`,
+    more where `min_rounds` of them take longer.
     """
     estimates = {}
     for name, call in calls.items():
@@ -167,8 +173,9 @@ def paired_ratio(rounds: list[Round], name: str, base: str) -> Spread:
 def row(rounds: list[Round], name: str, bases: Mapping[str, str] = {}) -> dict[str, Any]:  # noqa: B006
     """The columns of a result that hold times, and ratios to `bases`: what they are called -> the call."""
     samples = seconds(rounds, name)
-    found = {"rounds": len(samples)}
-    found |= Spread(*(1e6 * t for t in Spread.of(samples))).columns("median_us", "{}_us")
+    median, p20, p80 = Spread.of([1e6 * t for t in samples])
+    found = {"rounds": len(samples), "median_us": median, "p20_us": p20, "p80_us": p80}
     for base, other in bases.items():
-        found |= paired_ratio(rounds, name, other).columns(f"to_{base}", f"to_{base}_{{}}")
+        ratio, p20, p80 = paired_ratio(rounds, name, other)
+        found |= {f"to_{base}": ratio, f"to_{base}_p20": p20, f"to_{base}_p80": p80}
     return found

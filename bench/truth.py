@@ -1,15 +1,10 @@
 """What a GPU says first: is each kernel right, does it give the same bits again, and how long does it take?
 
-    python -m bench.truth driver
-    python -m bench.truth check [--limit SECONDS] [--each SECONDS]
-    python -m bench.truth time [--limit SECONDS] [--rows 16,256,2048,8192]
-
-`driver` prints versions and how many clusters run at once. `check` runs each family of kernels in a process of its
-own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays CUDA graphs in
-turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT computes, by the
-same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon as a result is
-there.
-`--library NAME=FILE`, repeated, takes other builds of libflatlora_cuda in turns with the installed one, as cuda@NAME.
+`python -m bench.truth driver` prints versions and how many clusters run at once. `check` runs each family of kernels in
+a process of its own, all at once: one that hangs or breaks its CUDA context costs the others nothing. `time` replays
+CUDA graphs in turns from a cold L2 and prints ratios to the vendor's product in the same rounds; `lora` is what PEFT
+computes, by the same operators without its modules. Both write a line of JSON to OUT/truth-{check,time}.jsonl as soon
+as a result is there.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,9 +47,10 @@ SM90 = {"sm90 large": 1000, "sm90 middle": 1001, "sm90 small": 1002}
 # Yields (case, what computes its error, the most it may be).
 Checks = Iterator[tuple[str, Callable[[], float], float]]
 Family = Callable[[], Checks]
+Shape = tuple[int, ...]  # M, N, K, rank, samples
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
-# M, N, K, rank, samples: tiles that are full, tiles that are not, several samples; for many and for few rows.
+# Tiles that are full, tiles that are not, several samples; for many and for few rows.
 SIZES = {
     "cuda": (
         ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2)),
@@ -96,19 +92,18 @@ class Problem(problem.Problem):
         draw = {"seed": i.seed, "stream": self.stream, "noise": self.noise, "sample": group}
         return fk.perturb_weight(i.weight, i.noise_scale, **draw, backend="reference").double()
 
-    def exact(self, input_grad: bool) -> Tensor:
-        i, parts = self.inputs[0], []
-        for group, rows in enumerate((i.grad_y if input_grad else i.x).chunk(self.samples)):
-            weight = self.perturbed(group)
-            parts.append(rows.double() @ (weight if input_grad else weight.t()))
-        result = torch.cat(parts)
-        if i.lora_A is not None:
-            A, B = i.lora_A.double(), i.lora_B.double()
-            if input_grad:
-                result += self.v[0].double() @ A
-            else:
-                result += SCALING * ((i.x.double() @ A.t()).to(self.dtype).double() @ B.t())
-        return result
+    def exact(self, direction: str) -> Tensor:
+        i = self.inputs[0]
+        alone = direction == "input_grad"
+        groups = (i.grad_y if alone else i.x).double().chunk(self.samples)
+        weights = [self.perturbed(group) for group in range(len(groups))]
+        result = torch.cat([rows @ (W if alone else W.t()) for rows, W in zip(groups, weights, strict=True)])
+        if i.lora_A is None:
+            return result
+        A, B = i.lora_A.double(), i.lora_B.double()
+        if alone:
+            return result + self.v[0].double() @ A
+        return result + SCALING * ((i.x.double() @ A.t()).to(self.dtype).double() @ B.t())
 
 
 class Given(providers.Fused):
@@ -123,10 +118,8 @@ def _backend(name: str, configuration: tuple[int, int] = AUTOMATIC) -> Iterator[
     """Backend `name`, "cuda@base" for another library of the CUDA backend. The one place that reaches into it."""
     name, _, library = name.partition("@")
     cuda = backends.get("cuda")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(cuda, "configuration", configuration))
-        if library:
-            stack.enter_context(mock.patch.object(cuda, "_load", functools.partial(_load, library)))
+    load = functools.partial(_load, library) if library else cuda._load
+    with mock.patch.multiple(cuda, configuration=configuration, _load=load):
         yield name
 
 
@@ -168,18 +161,15 @@ def driver() -> int:
 def _families(libraries: list[str]) -> dict[str, Family]:
     found: dict[str, Family] = {}
 
-    def products(name: str, config: int, dtypes: tuple[str, ...], shapes: Any, way: str = "fused") -> None:
-        found[name] = lambda: _products(name.split()[0], config, dtypes, shapes, way)
+    def products(name: str, *what: Any) -> None:
+        found[name] = functools.partial(_products, name.split()[0], *what)
 
     for backend in ["cuda", *(f"cuda@{name}" for name in libraries)]:
         found[f"{backend} passes"] = functools.partial(_passes, backend)
-        for name, config in (
-            SM80.items() if backend == "cuda" else ()
-        ):  # other builds are of the sm_90a kernel
-            dtypes = HALF if name in ("large", "middle") else (*HALF, "float32")
+        tiles = SM80 | SM90 if backend == "cuda" else SM90  # other builds are of the sm_90a kernel
+        for name, config in tiles.items():
+            dtypes = (*HALF, "float32") if name in ("any", "few") else HALF
             products(f"{backend} {name}", config, dtypes, FEW if name == "few" else SHAPES)
-        for name, config in SM90.items():
-            products(f"{backend} {name}", config, HALF, SHAPES)
     products("cuda panel", -1, HALF[:1], SHAPES, "panel")
     found["triton passes"] = functools.partial(_passes, "triton")
     products("triton few", -1, ("bfloat16", "float32"), FEW)
@@ -201,16 +191,12 @@ def _again(run: Callable[[], Tensor], exact: Tensor) -> float:
 
 
 def _products(
-    backend: str,
-    config: int,
-    dtypes: tuple[str, ...],
-    shapes: tuple[tuple[int, ...], ...],
-    way: str = "fused",
+    backend: str, config: int, dtypes: tuple[str, ...], shapes: Sequence[Shape], way: str = "fused"
 ) -> Checks:
-    def error(shape: tuple[int, ...], dtype: str, noise: str, direction: str, parts: int) -> float:
+    def error(shape: Shape, dtype: str, noise: str, direction: str, parts: int) -> float:
         p = Problem(*shape, dtype, noise)
         call = _product(p, direction, backend, (config, parts), way)
-        return _again(lambda: call(0), p.exact(direction == "input_grad"))
+        return _again(lambda: call(0), p.exact(direction))
 
     for shape, dtype, noise, direction in itertools.product(shapes, dtypes, KINDS, DIRECTIONS):
         split = backend != "triton" and way == "fused" and shape is shapes[0]
@@ -274,15 +260,14 @@ def _check_family(name: str, family: Family, each: float = 60.0) -> int:
     wrong = 0
     for case, run, most in family():
         start = time.perf_counter()
-        row: dict[str, Any] = {"family": name, "case": case, "most": most}
+        row: dict[str, Any] = {"family": name, "case": case, "most": most, "ok": False}
         try:
             row["error"] = run()
-            row["ok"] = bool(row["error"] <= most)
+            row["ok"] = row["error"] <= most
         except Exception as error:
-            row |= {"ok": False, "raised": f"{type(error).__name__}: {error}"[:300]}
-        row["seconds"] = round(time.perf_counter() - start, 3)
+            row["raised"] = f"{type(error).__name__}: {error}"[:300]
+        _write("check", row | {"seconds": round(time.perf_counter() - start, 3)})
         wrong += not row["ok"]
-        _write("check", row)
         if "CUDA error" in row.get("raised", "") or "illegal" in row.get("raised", ""):
             break  # this process has lost its context
     clock.cancel()
@@ -290,9 +275,9 @@ def _check_family(name: str, family: Family, each: float = 60.0) -> int:
 
 
 def check(limit: float, libraries: list[str], arguments: list[str], only: str) -> int:
-    families = [name for name in _families(libraries) if re.search(only, name)]
     start = time.perf_counter()
     command = [sys.executable, "-m", "bench.truth", "family"]
+    families = [name for name in _families(libraries) if re.search(only, name)]
     running = {name: subprocess.Popen([*command, name, *arguments]) for name in families}
     wrong = []
     for name, process in running.items():
@@ -309,36 +294,39 @@ def check(limit: float, libraries: list[str], arguments: list[str], only: str) -
         if status:
             wrong.append(name)
         print(f"{'WRONG' if status else 'right':6} {name}", flush=True)
-    right, first = len(families) - len(wrong), f"; first wrong: {wrong[0]}" if wrong else ""
-    seconds = time.perf_counter() - start
+    first = f"; first wrong: {wrong[0]}" if wrong else ""
+    right, seconds = len(families) - len(wrong), time.perf_counter() - start
     print(f"check: {right} of {len(families)} families right, {seconds:.0f} s{first}", flush=True)
     return len(wrong)
 
 
 def _calls(
     rows: int, rank: int, noise: str, libraries: list[str], sweep: bool
-) -> tuple[dict[str, Callable[[int], Tensor]], Problem]:
-    """Name -> function of the number of the copy."""
+) -> tuple[dict[str, timing.Call], Problem]:
     p = Problem(rows, TIMED, TIMED, rank, 1, "bfloat16", noise, copies=2)
     plain = providers.Plain(p, noise)
     calls = {"plain": plain.forward, "plain dX": plain.input_grad}
     if rank:
         calls["lora"] = providers.Lora(p, noise).forward
+
+    def products(name: str, *what: Any) -> None:
+        for direction, suffix in DIRECTIONS.items():
+            calls[f"{name} {suffix}"] = _product(p, direction, *what)
+
     builds = ["cuda", *(f"cuda@{name}" for name in libraries)]
-    ways = [(name, name, AUTOMATIC) for name in ("triton", *builds)]
+    for name in ("triton", *builds):
+        products(name, name)
     if sweep and rows > 64:
         for build, (name, config) in itertools.product(builds, SM90.items()):
-            ways.append((f"{build} {name}", build, (config, 0)))
-            if rows <= 512:
-                ways += [(f"{build} {name} parts {k}", build, (config, k)) for k in (1, 2, 4)]
-        ways += [(f"cuda {name}", "cuda", (SM80[name], 0)) for name in ("large", "middle")]
-    if sweep and rows <= 16:
-        ways += [(f"cuda few parts {k}", "cuda", (SM80["few"], k)) for k in (1, 2, 4, 6, 8, 12, 16)]
-    for (name, build, configuration), (direction, suffix) in itertools.product(ways, DIRECTIONS.items()):
-        calls[f"{name} {suffix}"] = _product(p, direction, build, configuration)
+            products(f"{build} {name}", build, (config, 0))
+            for k in (1, 2, 4) if rows <= 512 else ():
+                products(f"{build} {name} parts {k}", build, (config, k))
+        for name in ("large", "middle"):
+            products(f"cuda {name}", "cuda", (SM80[name], 0))
+    for k in (1, 2, 4, 6, 8, 12, 16) if sweep and rows <= 16 else ():
+        products(f"cuda few parts {k}", "cuda", (SM80["few"], k))
     for backend in ("triton", "cuda"):
-        for direction, suffix in DIRECTIONS.items():
-            calls[f"panel {backend} {suffix}"] = _product(p, direction, backend, way="panel")
+        products(f"panel {backend}", backend, AUTOMATIC, "panel")
         perturb = providers.Perturb(p, noise, backend)
         calls |= {f"perturb {backend} alone": perturb.weight, f"perturb {backend} y": perturb.forward}
         if rank:
@@ -356,31 +344,29 @@ def measure(
             break
         about = {"M": M, "rank": rank, "noise": noise}
         calls, _ = _calls(M, rank, noise, libraries, sweep=rank == 0)
-        graphs = {}
+        ready = {}
         for name, call in calls.items():
             if not re.search(only, name) and not name.startswith("plain"):
                 continue
             try:
-                graph = timing.graphed(call, 2) if DEVICE == "cuda" else call
-                graph(0)
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
-                graphs[name] = graph
+                call = timing.ready(call, DEVICE, copies=2)
+                call(0)
+                timing.synchronize(DEVICE)
+                ready[name] = call
             except Exception as error:
                 failed += 1
                 text = timing.first_line(error)
                 _write("time", about | {"name": name, "raised": text})
                 print(f"{M:5} {name}: {text}", flush=True)
-        rounds = timing.interleaved(graphs, timing.timer(DEVICE), 2, budget, 15, 60)
+        rounds = timing.interleaved(ready, timing.timer(DEVICE), 2, budget, 15, 60)
         print(f"--- M = {M}, rank {rank}, {noise}, bfloat16, N = K = {TIMED}", flush=True)
-        for name in graphs:
+        for name in ready:
             base = "plain dX" if name.endswith("dX") else "plain"
             row = about | {"name": name} | timing.row(rounds, name, {"plain": base})
             _write("time", row)
-            ratio, p20, p80 = (row[f"to_plain{part}"] for part in ("", "_p20", "_p80"))
-            times = f"{row['median_us']:8.1f} us {ratio:6.2f} ({p20:.2f} to {p80:.2f})"
-            print(f"{M:5} {name:32} {times}", flush=True)
-        del calls, graphs
+            times = "{median_us:8.1f} us {to_plain:6.2f} ({to_plain_p20:.2f} to {to_plain_p80:.2f})"
+            print(f"{M:5} {name:32} {times.format(**row)}", flush=True)
+        del calls, ready, call
         torch.cuda.empty_cache()
     return failed
 
@@ -405,7 +391,7 @@ OPTIONS = (
     option("--budget", "seconds of the device for each call's times", type=float, default=0.02),
     option("--ranks", "of the adapter; where it is 0 every tile is timed", type=_numbers, default="16,0"),
     option("--only", "what has this regular expression in its name", default=""),
-    option("--library", action="append", default=[], metavar="NAME=FILE"),
+    option("--library", "another build, as cuda@NAME", action="append", default=[], metavar="NAME=FILE"),
 )
 
 

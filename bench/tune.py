@@ -14,6 +14,7 @@ import concurrent.futures
 import gc
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -39,13 +40,12 @@ _SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx": 64 <
 _REGISTERS = 200
 
 
-# All combinations, of which those that cannot fit into registers or shared memory are left out: block_m, block_out,
-# block_in, num_warps, num_stages, carry, per_processor.
-Space = tuple[tuple[Any, ...], ...]
+def space(most: int, family: str) -> tuple[tuple[Any, ...], ...]:
+    """For a line of the table that is for so many rows of x at most.
 
-
-def space(most: int, family: str) -> Space:
-    """For a line of the table that is for so many rows of x at most."""
+    block_m, block_out, block_in, num_warps, num_stages, carry, per_processor: all combinations that fit into registers
+    and shared memory.
+    """
     if family == "interpreter":
         return (16, 64), (32, 64), (64,), (1,), (1,), (True, False), (1,)
     if most <= 16:
@@ -70,9 +70,6 @@ class Line(NamedTuple):
         return f"{self.direction}, {self.cases[0][0].M} rows"
 
 
-Tried = tuple[Outcome, gate.Verdict | None, Callable[[int], Any] | None]  # of a tile on one case
-
-
 class Tuner:
     """Collects raw rows, winners and what was dropped."""
 
@@ -84,10 +81,10 @@ class Tuner:
         self.machine = launch.machine_of(torch.empty(1, device=device))
         architecture = self.machine.architecture
         self.family = configs.family_of(architecture)
+        self.interpreted = self.family == "interpreter"
         self.kind = self._kind()
-        tables = configs.LINEAR
-        self.table = tables.get((self.family, self.kind)) or tables.get((self.family, "any"))
-        self.table = self.table or tables["any", self.kind]
+        parts = (self.family, self.kind), (self.family, "any"), ("any", self.kind)
+        self.table = next(configs.LINEAR[part] for part in parts if part in configs.LINEAR)
         self.timer = timing.timer(device)
         # Seconds for each call in the search and in the confirmation, and rounds at least.
         self.budgets, self.min_rounds = ((0.0, 0.0), 1) if self.interpreted else ((0.03, 0.1), 15)
@@ -95,10 +92,6 @@ class Tuner:
         self.dropped: dict[str, None] = {}
         # Direction, place -> tile and what is said of it.
         self.winners: dict[tuple[str, int], tuple[Any, str]] = {}
-
-    @property
-    def interpreted(self) -> bool:
-        return self.family == "interpreter"
 
     def _kind(self) -> str:
         if self.interpreted:
@@ -144,18 +137,16 @@ class Tuner:
 
     def candidates(self, line: Line) -> list[Any]:
         """The present tile, then those that differ least from it and from those of the table's other lines."""
-        make, s = self.configs.Config, space(line.most, self.family)
         itemsize = getattr(torch, self.dtypes[0]).itemsize
         known = [tile._replace(fill=line.tile.fill) for _, tile in self.table[line.direction]]
-        found = []
-        for values in itertools.product(*s):
-            m, out, into, warps, stages, carry, per_processor = values
-            tile = make(m, out, into, warps, stages, carry, line.tile.fill, per_processor)
-            threads = 32 * warps
+        found: list[Any] = []
+        for values in itertools.product(*space(line.most, self.family)):
+            tile = self.configs.Config(*values[:6], line.tile.fill, values[6])
+            m, out, into, warps, stages = values[:5]
             shared = (stages * (m + out) + out) * into * itemsize
-            registers = (m * out + out * into) / threads
+            registers = (m * out + out * into) / (32 * warps)
             fits = self.interpreted or (shared <= _SHARED[self.family] and registers <= _REGISTERS)
-            if fits and m <= max(line.most, 16) and threads <= m * out:
+            if fits and m <= max(line.most, 16) and 32 * warps <= m * out:
                 found.append(tile)
         found.sort(key=lambda tile: (_distance(tile, line.tile), min(_distance(tile, t) for t in known)))
         M = line.cases[0][0].M
@@ -196,34 +187,22 @@ class Tuner:
     def _drop(self, what: str) -> None:
         self.dropped[what] = None
 
-    def _results(self, futures: dict[Any, Any]) -> dict[Any, Outcome]:
-        concurrent.futures.wait(futures.values(), timeout=max(0.0, self._left()))
-        found = {}
-        for tile, future in futures.items():
-            unfinished = not future.done() and Outcome("not compiled in time")
-            found[tile] = unfinished or precompile.outcome_of(future)
-            future.cancel()
-        return found
-
     def _search(self, line: Line, futures: dict[Any, Any], say: Callable[[str], None], workers: Any) -> None:
-        case, noise = line.cases[0]
-        outcomes = self._results(futures)
-        say(f"{line}: {len(outcomes)} candidates on {case}, {noise}")
-        ratios = self._time(line, case, noise, outcomes, self.budgets[0])
+        say(f"{line}: {len(futures)} candidates on {line.cases[0][0]}, {line.cases[0][1]}")
+        ratios = self._time(line, 0, futures)
         best = sorted(ratios, key=lambda tile: ratios[tile])[:FINALISTS]
         finals = {tile: [ratios[tile]] for tile in dict.fromkeys([*best, line.tile]) if tile in ratios}
         confirmed = 1
-        for case, noise in line.cases[1:]:
+        for number in range(1, len(line.cases)):
             if self._left() <= 0 or len(finals) < 2:
                 break
-            outcomes = self._results(_submit(workers, case, noise, finals))
-            ratios = self._time(line, case, noise, outcomes, self.budgets[1])
+            ratios = self._time(line, number, _submit(workers, *line.cases[number], finals))
             finals = {tile: [*finals[tile], ratios[tile]] for tile in finals if tile in ratios}
             confirmed += bool(finals)
         if not finals:
             self._drop(f"{line}: no candidate is left, the present tile stays")
             return
-        means = {tile: math.exp(sum(map(math.log, r)) / len(r)) for tile, r in finals.items()}
+        means = {tile: statistics.geometric_mean(found) for tile, found in finals.items()}
         winner = min(means, key=lambda tile: means[tile])
         said = [f"{means[winner]:.2f} of plain over {confirmed} of {len(line.cases)} cases"]
         if winner != line.tile:
@@ -232,35 +211,38 @@ class Tuner:
         self.winners[line.direction, line.place] = (winner, ", ".join(said))
         say(f"{line}: {text_of(winner)}, {'; '.join(said)}")
 
-    def _time(
-        self, line: Line, case: Case, noise: str, outcomes: dict[Any, Outcome], budget: float
-    ) -> dict[Any, float]:
-        """Time over plain's of every tile that is right; writes the raw rows."""
+    def _time(self, line: Line, number: int, futures: dict[Any, Any]) -> dict[Any, float]:
+        """Time over plain's of every tile that is right, on one of the line's cases; adds the raw rows."""
+        gc.collect()  # the graphs of the case before
+        concurrent.futures.wait(futures.values(), timeout=max(0.0, self._left()))
+        case, noise = line.cases[number]
         problem = Problem(case, self.device, COPIES)
-        tried = {tile: self._try(problem, noise, tile, outcome) for tile, outcome in outcomes.items()}
-        plain = Plain(problem, "none").step
-        calls = {"plain": plain if self.device == "cpu" else timing.graphed(plain, COPIES)}
-        calls |= {text_of(tile): call for tile, (_, _, call) in tried.items() if call is not None}
-        rounds = timing.interleaved(calls, self.timer, COPIES, budget, self.min_rounds, 200)
-        ratios = {}
-        for tile, (outcome, verdict, call) in tried.items():
-            row = {
+        calls = {"plain": timing.ready(Plain(problem, "none").step, self.device, COPIES)}
+        rows = {}
+        for tile, future in futures.items():
+            outcome = precompile.outcome_of(future) if future.done() else Outcome("not compiled in time")
+            future.cancel()
+            outcome, verdict, call = self._try(problem, noise, tile, outcome)
+            if call:
+                calls[text_of(tile)] = call
+            else:
+                self._drop(f"{line}: {text_of(tile)}: {outcome.error}")
+            rows[tile] = {
                 "architecture": self.machine.architecture, "direction": line.direction, "most_rows": line.most,
                 "M": case.M, "N": case.N, "K": case.K, "rank": case.rank, "dtype": case.dtype, "noise": noise,
                 **tile._asdict(), "present": tile == line.tile, **outcome._asdict(),
                 "error_over_limit": verdict.error_over_limit if verdict else None,
             }  # fmt: skip
-            if call is None:
-                self._drop(f"{line}: {text_of(tile)}: {outcome.error}")
-            else:
+        rounds = timing.interleaved(calls, self.timer, COPIES, self.budgets[number > 0], self.min_rounds, 200)
+        for tile, row in rows.items():
+            if text_of(tile) in calls:
                 row |= timing.row(rounds, text_of(tile), {"plain": "plain"})
-                ratios[tile] = row["to_plain"]
-            self.rows.append(row)
-        del calls, tried, call
-        gc.collect()
-        return ratios
+        self.rows += rows.values()
+        return {tile: row["to_plain"] for tile, row in rows.items() if "to_plain" in row}
 
-    def _try(self, problem: Problem, noise: str, tile: Any, outcome: Outcome) -> Tried:
+    def _try(
+        self, problem: Problem, noise: str, tile: Any, outcome: Outcome
+    ) -> tuple[Outcome, gate.Verdict | None, timing.Call | None]:
         """Through the gate, and made ready to be timed."""
         if not outcome.error and outcome.spilled:
             outcome = outcome._replace(error=f"spills {outcome.spilled} words of a thread")
@@ -276,10 +258,9 @@ class Tuner:
             verdict = gate.check(run, step=step)
             if not verdict.passed:
                 return outcome._replace(error=f"wrong: {verdict.detail}"), verdict, None
-            return outcome, verdict, step if self.device == "cpu" else timing.graphed(step, COPIES)
+            return outcome, verdict, timing.ready(step, self.device, COPIES)
         except Exception as error:
-            if self.device != "cpu":
-                torch.cuda.synchronize()  # an error that no later call would survive shows here, and ends the search
+            timing.synchronize(self.device)  # an error that no later call would survive ends the search
             return outcome._replace(error=timing.first_line(error)), None, None
 
     def text(self) -> str:
@@ -304,23 +285,19 @@ def _distance(a: Any, b: Any) -> int:
 
 def text_of(tile: Any) -> str:
     """As one writes it: defaults are left out."""
-    defaults = type(tile)._field_defaults
-    given = [
-        str(v) if f not in defaults else f"{f}={v}" for f, v in tile._asdict().items() if defaults.get(f) != v
-    ]
-    return f"Config({', '.join(given)})"
+    required = tile[: len(tile) - len(tile._field_defaults)]
+    given = [f"{f}={getattr(tile, f)}" for f, v in tile._field_defaults.items() if getattr(tile, f) != v]
+    return f"Config({', '.join([*map(str, required), *given])})"
 
 
 def _submit(workers: Any, case: Case, noise: str, tiles: Iterable[Any]) -> dict[Any, Any]:
     """The futures of these tiles; the interpreter compiles nothing."""
     precision = torch.get_float32_matmul_precision()
-    futures = {}
-    for tile in tiles:
-        if workers:
-            futures[tile] = workers.submit(precompile.work, Job(case, noise, "fused", tile, precision))
-        else:
-            futures[tile] = concurrent.futures.Future()
-            futures[tile].set_result(Outcome())
+    if workers:
+        return {t: workers.submit(precompile.work, Job(case, noise, "fused", t, precision)) for t in tiles}
+    futures: dict[Any, Any] = {tile: concurrent.futures.Future() for tile in tiles}
+    for future in futures.values():
+        future.set_result(Outcome())
     return futures
 
 
@@ -342,13 +319,13 @@ def main(args: argparse.Namespace) -> int:
     from flatlora_kernels.triton_kernels.launch import INTERPRETED
 
     dtypes, dry_run = args.dtypes, args.dry_run
+    if dry_run and not INTERPRETED:
+        raise ValueError("--dry-run is for Triton's interpreter: set TRITON_INTERPRET=1")
     if INTERPRETED and not dry_run:
         raise ValueError(
             "tune needs a GPU, and TRITON_INTERPRET=1 runs the kernels on the CPU, where no time means anything; "
             "--dry-run goes through the motions"
         )
-    if dry_run and not INTERPRETED:
-        raise ValueError("--dry-run is for Triton's interpreter: set TRITON_INTERPRET=1")
     device = "cpu" if dry_run else "cuda"
     meta = environment.describe(device)
     if "tf32" in dtypes:
