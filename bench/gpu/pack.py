@@ -32,7 +32,6 @@ import torch
 from ..machine_code import precompile
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESSORS = {"8.0": 108, "9.0": 132, "10.0": 148}
 
 
 def about() -> dict[str, str]:
@@ -105,22 +104,14 @@ def _pretend(arch: str) -> None:
     import flatlora_kernels
 
     flatlora_kernels.__path__.append(str(ROOT))  # its triton_kernels, in a checkout that is not installed
-    from flatlora_kernels.triton_kernels import launch
     from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
 
     from flatlora_kernels.backends import triton as backend
     from flatlora_kernels.backends.shared import panel
 
     CudaDriver.__bases__[0].__init__ = lambda self: None  # asks torch for its GPU
-    pretended = CudaDriver()
-    pretended.get_current_device = lambda: 0
-    pretended.get_current_stream = lambda device=None: 0
-    pretended.get_device_capability = lambda device=None: tuple(map(int, arch.split(".")))
-    driver.set_active(pretended)
+    precompile.compile_for(f"sm{arch.replace('.', '')}", CudaDriver())
     torch.cuda.is_available = lambda: False
-    machine = launch.Machine(f"sm{arch.replace('.', '')}", PROCESSORS[arch])
-    launch._machine = lambda index: machine
     backend.DEVICE_TYPES = ("cuda", "cpu")
     backend.unavailable = lambda: None
     panel._through_float32 = lambda dtype, device_type: False
@@ -191,7 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=["triton", "seal", "unpack"])
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--arch", choices=PROCESSORS, help="compute capability")
+    parser.add_argument("--arch", choices=["8.0", "9.0", "10.0"], help="compute capability")
     parser.add_argument("--part", default="0/1")
     given = parser.parse_args()
     if given.what == "triton":
