@@ -253,7 +253,7 @@ def _over_budget(row: Row) -> list[str]:
 def measure(path: str, target: str) -> list[Row]:
     cubin, log = compile(path, target)
     found = usages(log)
-    listing = reader.disassemble(cubin, "-c", tool=nvdisasm()) if found else ""
+    listing = reader.run(str(nvdisasm()), "-c", str(cubin)) if found else ""
     names = short_names(found)
     rows = [read(listing, mangled, names[mangled], target, usage) for mangled, usage in found.items()]
     return [row._replace(problems=(*row.problems, *warnings(log), *_over_budget(row))) for row in rows]

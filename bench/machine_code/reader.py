@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import networkx as nx
@@ -35,13 +34,7 @@ _GCN_LABEL = re.compile(r"([.\w$]+):")
 # --- From text to a graph ---
 
 
-def disassemble(cubin: Path, *options: str, tool: str | None = None) -> str:
-    """The listing, by `tool` or the nvdisasm that Triton brings."""
-    if tool is None:
-        from triton import knobs
-
-        tool = knobs.nvidia.nvdisasm.path
-    command = [tool, *options, str(cubin)]
+def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
