@@ -24,8 +24,7 @@ _HEADINGS = {"dtype": "type", "case": "call", "registers": "regs"}
 class Page(NamedTuple):
     path: Path
     regenerate: str
-    columns: list[str]  # fields of a row
-    formats: dict[str, str]  # of those that are numbers
+    columns: dict[str, str]  # fields of a row; of those that are numbers the format
     names: int  # the first columns, which name a row; the second of them is the target
     compared: tuple[str, ...]  # fields that may only go down
     slack: float
@@ -40,8 +39,8 @@ class Page(NamedTuple):
         return _line(_HEADINGS.get(field, field) for field in self.columns)
 
     def cells(self, row: Any) -> list[str]:
-        values = {field: getattr(row, field) for field in self.columns}
-        return ["" if v is None else format(v, self.formats.get(field, "")) for field, v in values.items()]
+        values = [(getattr(row, field), form) for field, form in self.columns.items()]
+        return ["" if value is None else format(value, form) for value, form in values]
 
     def key(self, row: Any) -> Key:
         return tuple(self.cells(row)[: self.names])
@@ -60,7 +59,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def render(page: Page, tables: dict[str, Rows]) -> str:
     """tables: rows by heading; "" = none."""
-    top = [page.header, _line("---:" if field in page.formats else "---" for field in page.columns)]
+    top = [page.header, _line("---:" if form else "---" for form in page.columns.values())]
     found = []
     for heading, rows in tables.items():
         lines = [*top, *(_line(page.cells(row)) for row in sorted(rows, key=page.key))]
@@ -80,17 +79,17 @@ def document(page: Page, tables: dict[str, Rows]) -> str:
 def read(page: Page, text: str | None = None) -> Known:
     """The tables of a page; text: in place of what is committed."""
     found: Known = {}
-    heading, inside = "", False
+    heading, table = "", None
     for line in (page.path.read_text() if text is None else text).splitlines():
         cells = [cell.strip() for cell in line[1:-1].split("|")]
         if line.startswith("## "):
             heading = line.removeprefix("## ")
         elif line == page.header:
-            inside, found[heading] = True, {}
+            table = found[heading] = {}
         elif not line.startswith("|"):
-            inside = False
-        elif inside and "---" not in cells:
-            found[heading][tuple(cells[: page.names])] = page.figures(cells)
+            table = None
+        elif table is not None and "---" not in cells:
+            table[tuple(cells[: page.names])] = page.figures(cells)
     return found
 
 
