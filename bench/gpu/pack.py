@@ -148,7 +148,8 @@ def _numbers() -> Iterator[Callable[[], object]]:
     weights = dict.fromkeys(size.shapes())
     cases = [*shapes.cases("targets", "cuda"), *strategies.cases("cuda", True)]
     cases += [
-        shapes.Case("", "", size.tokens, N, K, "bfloat16", "forward+backward", training.RANK) for N, K in weights
+        shapes.Case("", "", size.tokens, N, K, "bfloat16", "forward+backward", training.RANK)
+        for N, K in weights
     ]
     few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
     jobs = precompile.table_jobs(cases, training.KINDS)

@@ -156,31 +156,25 @@ def _reached(case: Case) -> list[int]:
 
 
 def _unreached(rows: Iterable[Row]) -> list[str]:
-    """Tiles of `configs` that no row has, by kernel; those of passes on each architecture."""
+    """Tiles of `configs` that no row has: of `LINEAR` by family and kernel, of passes by architecture."""
     from flatlora_kernels.triton_kernels import configs
 
-    have = {
-        (family, row.kernel, row.tile) for row in rows for family in (configs.family_of(row.target), "any")
-    }
-    have |= {(row.target, row.tile) for row in rows}
-    wanted: list[tuple[tuple[str, ...], str]] = [
-        ((of[0], kernel, _tile(c[:3], c.num_warps, c.num_stages, c.carry)), f"LINEAR[{of}][{kernel!r}]: {c}")
-        for of, table in configs.LINEAR.items()
-        if of[0] != "interpreter"
-        for kernel, entries in table.items()
-        for _, c in entries
-    ]
+    have = set[tuple[str, ...]]()
+    for row in rows:
+        family = configs.family_of(row.target)
+        have |= {(family, row.kernel, row.tile), ("any", row.kernel, row.tile), (row.target, row.tile)}
+    missing = []
+    for (family, kind), table in configs.LINEAR.items():
+        for kernel, (_, c) in ((kernel, entry) for kernel, entries in table.items() for entry in entries):
+            tile = _tile(c[:3], c.num_warps, c.num_stages, c.carry)
+            if family != "interpreter" and (family, kernel, tile) not in have:
+                missing.append(f"LINEAR[{family!r}, {kind!r}][{kernel!r}]: {c}")
     for name, c in vars(configs).items():
         if isinstance(c, configs.Pass) and "INTERP" not in name:
+            tile = _tile(c[:2], c.num_warps, c.num_stages)
             targets = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
-            wanted += [
-                ((t, _tile(c[:2], c.num_warps, c.num_stages)), f"{name} for {t}: {c}") for t in targets
-            ]
-    return [
-        f"no case of bench/machine_code/offline.py compiles configs.{s}"
-        for key, s in wanted
-        if key not in have
-    ]
+            missing += [f"{name} for {target}: {c}" for target in targets if (target, tile) not in have]
+    return [f"no case of bench/machine_code/offline.py compiles configs.{entry}" for entry in missing]
 
 
 # --- In the process of one version of Triton ---
