@@ -110,24 +110,24 @@ def cases() -> list[Case]:
     """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
     found = []
     for architecture in _MAIN:
+        nvidia, hopper = architecture != "gfx942", architecture == "sm90"
         for kernel in _PRODUCTS:
             half = Case(kernel, architecture, "bfloat16")
-            odd = half._replace(N=4095, K=4097, variant="odd")
-            for case in (half, odd, half._replace(dtype="float32"), half._replace(dtype="tf32")):
-                if case.dtype != "tf32" or architecture != "gfx942":
-                    found += [case._replace(rows=rows) for rows in _reached(case)]
-            many = half._replace(rows=_MANY)
+            many, tf32 = half._replace(rows=_MANY), half._replace(dtype="tf32")
             apart = many._replace(variant="apart")
+            odd = half._replace(N=4095, K=4097, variant="odd")
+            for case in (half, odd, half._replace(dtype="float32"), *([tf32] if nvidia else [])):
+                found += [case._replace(rows=rows) for rows in _reached(case)]
             found += [many._replace(noise="rademacher"), apart._replace(noise="rademacher")]
             found += [apart._replace(rows=rows) for rows in _reached(half)]
-            if architecture != "gfx942":
+            if nvidia:
                 found.append(apart._replace(dtype="tf32"))
-            if kernel == "forward" and architecture != "gfx942":
+            if kernel == "forward" and nvidia:
                 few = half._replace(rows=16, variant="u")
                 found += [few, few._replace(noise="rademacher")]
-            if architecture in ("sm90", "gfx942"):
+            if hopper or not nvidia:
                 found += [many._replace(dtype="float16"), many._replace(variant="samples", rank=0)]
-            if architecture == "sm90":
+            if hopper:
                 found += [many._replace(N=4104, K=4104, variant="masks"), many._replace(variant="columns")]
                 found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
                 found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
@@ -136,10 +136,10 @@ def cases() -> list[Case]:
             found += [grads, grads._replace(rank=32)]
         perturb = Case("perturb", architecture, "bfloat16")
         odd = perturb._replace(N=4095, K=4097, variant="odd")
-        found += [perturb, perturb._replace(noise="rademacher"), odd]
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
+        found += [perturb, perturb._replace(noise="rademacher"), odd]
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
-        if architecture == "sm90":
+        if hopper:
             found.append(perturb._replace(dtype="float32", variant="noise"))
             found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
     # Takes the tiles of sm_80, with less shared memory.
@@ -265,17 +265,16 @@ def call(case: Case) -> None:
         col_offset=8 * odd,
     )
     A, B = (matrix(r, K), matrix(N, r)) if r else (None, None)
-    accum = "split" if case.variant == "apart" else "folded"
-    if case.kernel == "forward":
-        u = matrix(M, r).contiguous() if r else None
+    if case.kernel in _PRODUCTS:
+        own = A if case.variant == "u" else None
+        low = matrix(M, r).contiguous() if r and own is None else None
         bias = torch.empty(N, dtype=dtype, device="meta") if samples else None
-        u, own = (None, A) if case.variant == "u" else (u, None)
-        p = Product(matrix(M, K), weight, False, u, B, bias, 2.0)
+        if case.kernel == "forward":
+            p = Product(matrix(M, K), weight, False, low, B, bias, 2.0)
+        else:
+            p = Product(matrix(M, N), weight, True, low, None if A is None else A.t())
+        accum = "split" if case.variant == "apart" else "folded"
         product.product(p, draw, accum, workspace_limit(weight), own)
-    elif case.kernel == "input_grad":
-        v = matrix(M, r).contiguous() if r else None
-        p = Product(matrix(M, N), weight, True, v, None if A is None else A.t())
-        product.product(p, draw, accum, workspace_limit(weight))
     elif case.kernel == "adapter_grads":
         adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
     elif case.kernel == "perturb":
@@ -466,24 +465,34 @@ def measure(
     """
     digest = _digest()
     kept = CACHE / f"{version(folder)}-{digest}-{'-'.join(architectures)}.json"
-    if not only and not listings and kept.exists():
-        return _outcome(kept.read_text())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
-    if folder is not None:
-        env["PYTHONPATH"] = f"{folder.resolve()}{os.pathsep}{env.get('PYTHONPATH', '')}".strip(os.pathsep)
-    command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, " ".join(architectures)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stdout + done.stderr)[-4000:]
-        raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
-    text = done.stdout.splitlines()[-1]
-    if not only and not listings:
-        if _digest() != digest:
+    whole = not only and not listings
+    if whole and kept.exists():
+        text = kept.read_text()
+    else:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
+        if folder is not None:
+            env["PYTHONPATH"] = f"{folder.resolve()}{os.pathsep}{env.get('PYTHONPATH', '')}".strip(os.pathsep)
+        command = [
+            sys.executable,
+            "-m",
+            "bench.machine_code.offline",
+            only,
+            listings,
+            " ".join(architectures),
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stdout + done.stderr)[-4000:]
+            raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
+        text = done.stdout.splitlines()[-1]
+        if whole and _digest() != digest:
             raise RuntimeError("the kernels changed while they were compiled: once more, please")
-        kept.write_text(text)
-    return _outcome(text)
+        if whole:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            kept.write_text(text)
+    name, rows, unreached = json.loads(text)
+    return Outcome(name, [Row(*row) for row in rows], unreached)
 
 
 def _digest() -> str:
@@ -492,11 +501,6 @@ def _digest() -> str:
     folders = (ROOT / "triton_kernels", package / "core", package / "backends/shared", Path(__file__).parent)
     sources = [package / "backends/triton.py", *(path for folder in folders for path in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
-
-
-def _outcome(text: str) -> Outcome:
-    version, rows, unreached = json.loads(text)
-    return Outcome(version, [Row(*row) for row in rows], unreached)
 
 
 def measure_all(
