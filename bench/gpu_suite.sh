@@ -9,9 +9,9 @@
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
-# triton, numpy, pytest and pytest-xdist. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK); where that is not,
-# the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does everything on the CPU, tiny, in the
-# emulator that `make emulator` builds: no time means anything there.
+# triton, numpy, pytest and pytest-xdist. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK);
+# where that is not, the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does
+# everything on the CPU, tiny, in the emulator that `make emulator` builds: no time means anything there.
 #
 # Results go to $OUT, or to bench/results/<GPU>, at most 8 files of a stage, as they are found: summary.txt (its first line
 # says where to look first), suite.log, {wrappers,cuda,large,triton}.jsonl, truth-{check,time}.jsonl, and a JSON to each
@@ -128,8 +128,7 @@ fi
 end=300
 pack=${SUITE_PACK:-$PWD/build/gpu-pack}
 $dry_run || wanted="$wanted setup "
-if $dry_run; then
-  :
+if $dry_run; then :
 elif [ -e "$pack" ]; then
   export FLATLORA_WRAPPERS=$pack/wrappers.so TRITON_CACHE_DIR=${PACK_CACHE:-/tmp/flatlora-gpu-pack}
   part setup 60 "'$python' -m bench.gpu.pack unpack '$pack'"

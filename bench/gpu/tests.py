@@ -12,6 +12,7 @@ The same file is the plugin of these processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -136,15 +137,17 @@ def main() -> int:
     command += ["-n", str(given.workers), "--max-worker-restart=1000000", f"--record={given.file}"]
     command += [f"--each={given.each}", f"--only-backend={given.backend}", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core has a process
-    cut = False
     with tempfile.TemporaryFile("w+") as output:
+        # In a group of its own, which ends whole, also where a test hangs.
         process = subprocess.Popen(command, stdout=output, env=environment, start_new_session=True)
         try:
-            status = process.wait(given.limit)
+            status: int | None = process.wait(given.limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status, cut = 0, True
-        if status not in (0, 1, 5):  # 5: no test was selected
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if status not in (None, 0, 1, 5):  # 5: no test was selected
             output.seek(0)
             print(output.read(), file=sys.stderr)
     rows = read(given.file)
@@ -153,14 +156,12 @@ def main() -> int:
     if failed := next((row for row in rows if row["outcome"] == "failed"), None):
         last = [line for line in failed["text"].splitlines() if line.strip()]
         said += f"; first: {failed['test']}: {last[-1][:200] if last else ''}"
-    elif status not in (0, 5):
+    elif status not in (None, 0, 5):
         said += f"; pytest ended with {status}"
-    elif not rows and not cut:
+    elif status == 5:
         said = f"no test was selected by {' '.join(arguments)}"
-    print(said + ("; no time left for the rest" if cut else ""))
-    if cut and not count["failed"]:
-        return NO_TIME
-    return int(bool(count["failed"]) or not rows or status not in (0, 5))
+    print(said + ("; no time left for the rest" if status is None else ""))
+    return int(bool(failed or status)) if status is not None or failed else NO_TIME
 
 
 if __name__ == "__main__":
