@@ -217,17 +217,10 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
         problems += [f"no {w}" for w in sorted(wanted - used)]
     values = _draws(body, regular(name))
     besides = [i for i in body if not reader.is_tensor(i) and not i.opcode.startswith("LDSM")]
-    return Row(
-        name,
-        f"sm_{target}",
-        round(len(body) / values, 2) if values else None,
-        round(len(besides) / values, 2) if values else None,
-        values or None,
-        reader.tensor_cores(everything),
-        sum(map(reader.is_special, body)),
-        usage["registers"],
-        tuple(problems),
-    )
+    per_value = [round(len(part) / values, 2) if values else None for part in (body, besides)]
+    tensor, special = reader.tensor_cores(everything), sum(map(reader.is_special, body))
+    registers = usage["registers"]
+    return Row(name, f"sm_{target}", *per_value, values or None, tensor, special, registers, tuple(problems))
 
 
 def _over_budget(row: Row) -> list[str]:
