@@ -9,7 +9,7 @@
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
-# triton, numpy, pytest and pytest-xdist. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK);
+# triton, numpy and pytest. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK);
 # where that is not, the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does
 # everything on the CPU, tiny, in the emulator that `make emulator` builds: no time means anything there.
 #
