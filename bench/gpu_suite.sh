@@ -9,9 +9,9 @@
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
-# triton, numpy and pytest. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK); where that is not,
-# the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does everything on the CPU, tiny, in the
-# emulator that `make emulator` builds: no time means anything there.
+# triton, numpy and pytest. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK);
+# where that is not, the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does
+# everything on the CPU, tiny, in the emulator that `make emulator` builds: no time means anything there.
 #
 # Results go to $OUT, or to bench/results/<GPU>, at most 8 files of a stage, as they are found: summary.txt (its first line
 # says where to look first), suite.log, {wrappers,cuda,large,triton}.jsonl, truth-{check,time}.jsonl, and a JSON to each
@@ -29,13 +29,13 @@ all="setup $truth $correctness $numbers sanitizer"
 dry_run=false
 wanted=
 for argument in "$@"; do
-  case " $argument $all " in
-    *" --dry-run "*) dry_run=true ;;
-    *" truth "*) wanted="$wanted $truth" ;;
-    *" correctness "*) wanted="$wanted $correctness" ;;
-    *" numbers "*) wanted="$wanted $numbers" ;;
-    *" $argument "*" $argument "*) wanted="$wanted $argument" ;;
-    *) echo "gpu_suite: expected truth, correctness, numbers or of $all; got '$argument'" >&2; exit 2 ;;
+  case $argument in
+    --dry-run) dry_run=true ;;
+    truth | correctness | numbers) wanted="$wanted ${!argument}" ;;
+    *) case " $all " in
+      *" $argument "*) wanted="$wanted $argument" ;;
+      *) echo "gpu_suite: expected truth, correctness, numbers or of $all; got '$argument'" >&2; exit 2 ;;
+    esac ;;
   esac
 done
 wanted=" ${wanted:-$all} "
@@ -53,31 +53,20 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 export OUT=$out
 log=$out/suite.log
 summary=$out/summary.txt
-rows=$(mktemp -d)
-trap 'rm -rf "$rows"' EXIT
-for name in $all; do # of earlier calls
-  grep "^$name  " "$summary" 2> /dev/null > "$rows/$name" || rm -f "$rows/$name"
-done
+declare -A rows # of the summary, by part
+for name in $all; do rows[$name]=$(grep "^$name  " "$summary" 2> /dev/null); done # of earlier calls
 about="$gpu, $(date -u +%FT%TZ), commit $(git rev-parse --short=12 HEAD 2> /dev/null || echo unknown)"
 printf '\n### %s: %s\n' "$about" "$wanted" >> "$log"
 
-cat_rows() {
-  local name
-  for name in $all; do [ ! -e "$rows/$name" ] || cat "$rows/$name"; done
-}
-
 # Rewrites the summary, with part NAME as it ended.
 note() {
-  local name=$1 first bad
-  printf '%s  %s\n' "$name" "$2" | tee "$rows/$name"
+  local name lines first
+  rows[$1]="$1  $2"
+  echo "${rows[$1]}"
   # In the order of $all: what a later part says follows from what an earlier one found.
-  bad=$(cat_rows | grep -E ' s: (FAILED|ran out)')
-  first=${bad%%$'\n'*}
-  {
-    if [ -n "$first" ]; then echo "LOOK FIRST AT $first"; else echo "nothing failed in what ran"; fi
-    echo "$about"
-    cat_rows
-  } > "$summary"
+  lines=$(for name in $all; do [ -z "${rows[$name]}" ] || echo "${rows[$name]}"; done)
+  first=$(grep -m 1 -E ' s: (FAILED|ran out)' <<< "$lines")
+  printf '%s\n' "${first:+LOOK FIRST AT }${first:-nothing failed in what ran}" "$about" "$lines" > "$summary"
 }
 
 failed=0
@@ -113,7 +102,7 @@ part() {
 }
 
 # --- what runs, on a GPU or dry ---
-device=cuda backends="cuda triton"
+device=cuda backends="cuda:cuda triton:triton" # a part's name, and the backend
 pytest="'$python' -m bench.gpu.tests"
 cores=$(nproc)
 workers=$((cores > 15 ? 14 : cores > 2 ? cores - 2 : 1))
@@ -126,7 +115,7 @@ targets="--set targets --budget 0.04 --providers auto plain lora peft perturb in
 training="--budget 1 --providers plain lora peft inplace"
 if $dry_run; then
   export FLATLORA_EMULATE=90
-  device=cpu backends="cpu reference" workers=2
+  device=cpu backends="cuda:cpu triton:reference" workers=2
   on_gpu="-k emulated" of_cuda="-m emulator tests/backends/test_gpu.py -k noise_is_that"
   of_large="-m emulator tests/backends/test_gpu.py -k 'two_to_the_31 and rademacher'"
   of_triton="-m interpreter tests/backends/test_gpu.py -k copy_engine_reads"
@@ -138,18 +127,16 @@ fi
 
 end=300
 pack=${SUITE_PACK:-$PWD/build/gpu-pack}
-if $dry_run; then
-  :
+$dry_run || wanted="$wanted setup "
+if $dry_run; then :
 elif [ -e "$pack" ]; then
-  wanted="$wanted setup "
   export FLATLORA_WRAPPERS=$pack/wrappers.so TRITON_CACHE_DIR=${PACK_CACHE:-/tmp/flatlora-gpu-pack}
   part setup 60 "'$python' -m bench.gpu.pack unpack '$pack'"
-  if [ "$failed" = 0 ] && ! grep -q "compiles its kernels here" "$rows/setup"; then
+  if [ "$failed" = 0 ] && [[ ${rows[setup]} != *"compiles its kernels here"* ]]; then
     export BENCH_PROCESSES=0 # nothing is left to compile
     each=15
   fi
 else
-  wanted="$wanted setup "
   # One architecture builds in a fraction of the time of all.
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch
 print("%d.%d" % torch.cuda.get_device_capability())')}
@@ -179,14 +166,14 @@ stage 230
 # One process: what is aimed at are ratios within a round that has all rivals, and the op's own choice takes both backends.
 part targets 90 "$bench run $targets --no-parts --memory none --time-limit \$((limit - 25)) $to targets"
 # A process to each backend: one that breaks its CUDA context leaves the other its numbers.
-for backend in $backends; do
-  case $backend in triton | reference) name=triton ;; *) name=cuda ;; esac
-  part strategies-$name 45 "$bench tune --strategies --quick --backends ${backend/reference/cpu} \
---time-limit $few_cases $to strategies-$name"
+for pair in $backends; do
+  backend=${pair#*:}
+  part strategies-${pair%:*} 45 "$bench tune --strategies --quick --backends ${backend/reference/cpu} \
+--time-limit $few_cases $to strategies-${pair%:*}"
 done
-for backend in $backends; do
-  case $backend in triton | reference) name=triton ;; *) name=cuda ;; esac
-  part training-$name 45 "$bench training $training $($dry_run || echo "flatlora:$backend") $to training-$name"
+for pair in $backends; do
+  $dry_run || flatlora=flatlora:${pair#*:}
+  part training-${pair%:*} 45 "$bench training $training ${flatlora:-} $to training-${pair%:*}"
 done
 
 stage 100

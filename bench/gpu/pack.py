@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -20,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,10 @@ import torch
 from ..machine_code import precompile
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESSORS = {"8.0": 108, "9.0": 132, "10.0": 148}
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def about() -> dict[str, str]:
@@ -40,18 +43,20 @@ def about() -> dict[str, str]:
     import triton
     from triton.runtime.cache import triton_key
 
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
     files = [ROOT / "CMakeLists.txt", ROOT / "tests/cpp/wrappers.cu"]
     for folder in ("csrc", "triton_kernels"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cu", ".py", ".txt")]
     return {
-        "sources": digest("".join(p.read_text() for p in sorted(files))),
-        "triton_key": digest(f"{triton_key()} python {platform.python_version_tuple()[:2]}"),
+        "sources": digest(*(p.read_text() for p in sorted(files))),
+        "triton_key": digest(triton_key(), f" python {platform.python_version_tuple()[:2]}"),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}",
         "cache": os.environ["TRITON_CACHE_DIR"],
     }
+
+
+def seal(folder: Path, arch: str) -> int:
+    (folder / "pack.json").write_text(json.dumps({**about(), "arch": arch}, indent=1) + "\n")
+    return 0
 
 
 def unpack(folder: Path) -> int:
@@ -64,20 +69,18 @@ def unpack(folder: Path) -> int:
     if packed["arch"] != capability:
         print(f"{folder} is for compute capability {packed['arch']}, this GPU has {capability}")
         return 1
-    libraries = ROOT / "flatlora_kernels/lib"
-    libraries.mkdir(exist_ok=True)
-    shutil.copy(folder / "libflatlora_cuda.so", libraries)
-    kernels = ROOT / "flatlora_kernels/triton_kernels"
-    if not kernels.exists():
-        kernels.symlink_to("../triton_kernels")
+    package = ROOT / "flatlora_kernels"
+    (package / "lib").mkdir(exist_ok=True)
+    shutil.copy(folder / "libflatlora_cuda.so", package / "lib")
+    if not (package / "triton_kernels").exists():
+        (package / "triton_kernels").symlink_to("../triton_kernels")
     if (packed["triton_key"], packed["cache"]) != (here["triton_key"], here["cache"]):
         print(
             "its Triton cache is for another Triton, Python or TRITON_CACHE_DIR: Triton compiles its kernels here"
         )
         return 0
-    with tarfile.open(folder / "triton.tar.xz") as tar:
-        tar.extractall(here["cache"], filter="data")
-    print(f"{len(list(Path(here['cache']).iterdir()))} entries in Triton's cache, {here['cache']}")
+    shutil.unpack_archive(folder / "triton.tar.xz", here["cache"], filter="data")
+    print(f"{len(os.listdir(here['cache']))} entries in Triton's cache, {here['cache']}")
     return 0
 
 
@@ -105,22 +108,14 @@ def _pretend(arch: str) -> None:
     import flatlora_kernels
 
     flatlora_kernels.__path__.append(str(ROOT))  # its triton_kernels, in a checkout that is not installed
-    from flatlora_kernels.triton_kernels import launch
     from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
 
     from flatlora_kernels.backends import triton as backend
     from flatlora_kernels.backends.shared import panel
 
     CudaDriver.__bases__[0].__init__ = lambda self: None  # asks torch for its GPU
-    pretended = CudaDriver()
-    pretended.get_current_device = lambda: 0
-    pretended.get_current_stream = lambda device=None: 0
-    pretended.get_device_capability = lambda device=None: tuple(map(int, arch.split(".")))
-    driver.set_active(pretended)
+    precompile.compile_for(f"sm{arch.replace('.', '')}", CudaDriver())
     torch.cuda.is_available = lambda: False
-    machine = launch.Machine(f"sm{arch.replace('.', '')}", PROCESSORS[arch])
-    launch._machine = lambda index: machine
     backend.DEVICE_TYPES = ("cuda", "cpu")
     backend.unavailable = lambda: None
     panel._through_float32 = lambda dtype, device_type: False
@@ -136,27 +131,26 @@ def _truth() -> Iterator[Callable[[], object]]:
     truth._again = lambda run, exact: float(run() is None)
     truth.Problem.exact = lambda self, input_grad: None
     truth.Problem.perturbed = lambda self, group=0: None
-    for name, family in truth._families([]).items():
-        if name.startswith("triton"):
-            for _, run, _ in family():
-                yield run
-    for rank in (16, 0):
-        for noise in truth.KINDS:
-            for rows in (16, 256, 2048, 8192):
-                calls, _ = truth._calls(rows, rank, noise, [], False)
-                wanted = ["triton y", "triton dX"]
-                if rows == 16:  # the others do not depend on the rows, or by a product that is not Triton's
-                    wanted += ["panel triton y", "panel triton dX", "perturb triton alone", "norms triton"]
-                yield from (partial(calls[name], 0) for name in wanted if name in calls)
+    families = truth._families([])
+    yield from (run for name in families if name.startswith("triton") for _, run, _ in families[name]())
+    for rank, noise, rows in itertools.product((16, 0), truth.KINDS, (16, 256, 2048, 8192)):
+        calls, _ = truth._calls(rows, rank, noise, [], False)
+        wanted = ["triton y", "triton dX"]
+        if rows == 16:  # the others do not depend on the rows, or by a product that is not Triton's
+            wanted += ["panel triton y", "panel triton dX", "perturb triton alone", "norms triton"]
+        yield from (partial(calls[name], 0) for name in wanted if name in calls)
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
     from .. import shapes, strategies, training
 
     size = training.SIZES["llama3-8b"]
+    weights = dict.fromkeys(size.shapes())
     cases = [*shapes.cases("targets", "cuda"), *strategies.cases("cuda", True)]
-    for N, K in dict.fromkeys(size.shapes()):
-        cases.append(shapes.Case("", "", size.tokens, N, K, "bfloat16", "forward+backward", training.RANK))
+    cases += [
+        shapes.Case("", "", size.tokens, N, K, "bfloat16", "forward+backward", training.RANK)
+        for N, K in weights
+    ]
     few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
     jobs = precompile.table_jobs(cases, training.KINDS)
     jobs += [precompile.Job(case, noise, "panel") for case in few for noise in training.KINDS]
@@ -171,9 +165,7 @@ def compile_all(arch: str, part: int, parts: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         _no_driver(Path(folder))
         _pretend(arch)
-        for number, call in enumerate(call for found in (_truth, _numbers) for call in found()):
-            if number % parts != part:
-                continue
+        for call in itertools.islice(itertools.chain(_truth(), _numbers()), part, None, parts):
             with precompile.compiling() as kernels:
                 try:
                     call()
@@ -191,16 +183,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=["triton", "seal", "unpack"])
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--arch", choices=PROCESSORS, help="compute capability")
+    parser.add_argument("--arch", choices=["8.0", "9.0", "10.0"], help="compute capability")
     parser.add_argument("--part", default="0/1")
     given = parser.parse_args()
     if given.what == "triton":
         return compile_all(given.arch, *map(int, given.part.split("/")))
-    if given.what == "unpack":
-        return unpack(given.folder)
-    text = json.dumps({**about(), "arch": given.arch}, indent=1)
-    (given.folder / "pack.json").write_text(f"{text}\n")
-    return 0
+    return unpack(given.folder) if given.what == "unpack" else seal(given.folder, given.arch)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ CACHE = ROOT / "build" / "compiled"
 PAGE = tables.Page(
     path=ROOT / "docs" / "internals" / "cuda_kernels.md",
     regenerate="python -m bench compiled --write",
-    columns="kernel target instr besides values tensor special registers".split(),
-    formats={"instr": ".2f", "besides": ".2f", "values": "d", "special": "d", "registers": "d"},
+    columns={"kernel": "", "target": "", "instr": ".2f", "besides": ".2f", "values": "d", "tensor": ""}
+    | {"special": "d", "registers": "d"},
     names=2,
     compared=("instr", "registers"),
     slack=1.03,
@@ -82,13 +82,12 @@ def nvcc() -> str | None:
 
 def nvdisasm() -> str | None:
     """On PATH, beside nvcc, or the one that Triton brings."""
-    places = [Path(found) for found in [shutil.which("nvdisasm")] if found]
+    places = [os.environ.get("PATH", os.defpath)]
     if compiler := nvcc():
-        places.append(Path(compiler).resolve().with_name("nvdisasm"))
-    spec = importlib.util.find_spec("triton")
-    if spec and spec.submodule_search_locations:
-        places.append(Path(spec.submodule_search_locations[0], "backends/nvidia/bin/nvdisasm"))
-    return next((str(path) for path in places if path.exists()), None)
+        places.append(str(Path(compiler).resolve().parent))
+    if spec := importlib.util.find_spec("triton"):
+        places += [f"{place}/backends/nvidia/bin" for place in spec.submodule_search_locations or ()]
+    return shutil.which("nvdisasm", path=os.pathsep.join(places))
 
 
 def missing() -> str | None:
@@ -100,31 +99,29 @@ def missing() -> str | None:
     return None
 
 
-def _included(path: str) -> set[str]:
+def _included(path: str) -> set[Path]:
     """The file and all of this repository that it includes."""
-    found: set[str] = set()
-    waiting = [(ROOT / path).resolve()]
+    found: set[Path] = set()
+    waiting = {(ROOT / path).resolve()}
     while waiting:
         file = waiting.pop()
-        if str(file) not in found and file.exists():
-            found.add(str(file))
-            names = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
-            waiting += [(file.parent / name).resolve() for name in names]
+        found.add(file)
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+        waiting |= {f for name in names if (f := (file.parent / name).resolve()).exists()} - found
     return found
 
 
 def compile(path: str, target: str) -> tuple[Path, str]:
     """The cubin of a file, and what ptxas said; kept in build/ until a source changes."""
     compiler = str(nvcc())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(repr((version, OPTIONS, path, target)).encode())
-    for file in sorted(_included(path)):
-        digest.update(Path(file).read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
+    known = repr((reader.run(compiler, "--version"), OPTIONS, path, target)).encode()
+    contents = [file.read_bytes() for file in sorted(_included(path))]
+    digest = hashlib.sha256(b"".join([known, *contents])).hexdigest()[:16]
     stem = f"{Path(path).stem}.sm_{target}"
-    cubin = CACHE / f"{stem}.{digest.hexdigest()[:16]}.cubin"
+    cubin = CACHE / f"{stem}.{digest}.cubin"
     log = cubin.with_suffix(".log")
     if not log.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob(f"{stem}.*"):
             old.unlink()
         code = f"-gencode=arch=compute_{target},code=sm_{target}"
@@ -192,16 +189,6 @@ def _draws(body: reader.Body, regular: bool = True) -> int:
     return 32 * (calls if regular else min(calls, 1))
 
 
-def _main_loop(code: reader.Body, loops: list[tuple[int, ...]]) -> reader.Body:
-    """Of the innermost loops that draw noise, or that draw and multiply where one does both, the shortest: others are
-    for the edges."""
-    inner = reader.innermost(code, loops, lambda body: _draws(body) > 0)
-    if not inner:
-        raise ValueError("no loop that draws noise")
-    both = [body for body in inner if any(map(reader.is_tensor, body))]
-    return min(both or inner, key=len)
-
-
 def _fences_all(opcode: str) -> bool:
     """What barriers with a scope of more than the block become."""
     fence = opcode.startswith("MEMBAR") and not opcode.endswith(".CTA")
@@ -213,12 +200,13 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     code = reader.sass(listing, mangled)
     everything = [code[i] for i in reader.reachable(code)]
     problems = [f"{usage[k]} bytes of {k}" for k in _USED[:3] if usage[k]]
-    loops, body = reader.loops(code), []
-    if _draws(everything):
-        try:
-            body = _main_loop(code, loops)
-        except ValueError as error:
-            problems.append(str(error))
+    loops = reader.loops(code)
+    inner = reader.innermost(code, loops, lambda body: _draws(body) > 0)
+    # Where one both draws and multiplies, those that do; others than the shortest are for the edges.
+    both = [body for body in inner if any(map(reader.is_tensor, body))]
+    body = min(both or inner, key=len, default=[])
+    if not body and _draws(everything):
+        problems.append("no loop that draws noise")
     looping = sorted({i for loop in loops for i in loop})
     if fences := [code[i].text for i in looping if _fences_all(code[i].opcode)]:
         problems.append(f"{len(fences)} GPU-wide fences in loops, the first {fences[0]}")
@@ -229,17 +217,10 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
         problems += [f"no {w}" for w in sorted(wanted - used)]
     values = _draws(body, regular(name))
     besides = [i for i in body if not reader.is_tensor(i) and not i.opcode.startswith("LDSM")]
-    return Row(
-        name,
-        f"sm_{target}",
-        round(len(body) / values, 2) if values else None,
-        round(len(besides) / values, 2) if values else None,
-        values or None,
-        reader.tensor_cores(everything),
-        sum(map(reader.is_special, body)),
-        usage["registers"],
-        tuple(problems),
-    )
+    per_value = [round(len(part) / values, 2) if values else None for part in (body, besides)]
+    tensor, special = reader.tensor_cores(everything), sum(map(reader.is_special, body))
+    registers = usage["registers"]
+    return Row(name, f"sm_{target}", *per_value, values or None, tensor, special, registers, tuple(problems))
 
 
 def _over_budget(row: Row) -> list[str]:
@@ -253,7 +234,7 @@ def _over_budget(row: Row) -> list[str]:
 def measure(path: str, target: str) -> list[Row]:
     cubin, log = compile(path, target)
     found = usages(log)
-    listing = reader.disassemble(cubin, "-c", tool=nvdisasm()) if found else ""
+    listing = reader.run(str(nvdisasm()), "-c", str(cubin)) if found else ""
     names = short_names(found)
     rows = [read(listing, mangled, names[mangled], target, usage) for mangled, usage in found.items()]
     return [row._replace(problems=(*row.problems, *warnings(log), *_over_budget(row))) for row in rows]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -17,13 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
-from . import reader, tables
+from . import precompile, reader, tables
+from .precompile import CHIPS
 from .tables import ROOT
 
 OLDEST = "3.6.0"
@@ -33,32 +31,15 @@ CACHE = ROOT / "build" / "offline"
 PAGE = tables.Page(
     path=ROOT / "docs" / "internals" / "kernels.md",
     regenerate="python -m bench offline --write",
-    columns="kernel target dtype noise tile case instr tensor special hidden exposed registers KiB".split(),
-    formats={
-        "instr": ".2f",
-        "KiB": ".1f",
-        **dict.fromkeys(("special", "hidden", "exposed", "registers"), "d"),
-    },
+    columns=dict.fromkeys("kernel target dtype noise tile case".split(), "")
+    | {"instr": ".2f", "tensor": ""}
+    | dict.fromkeys("special hidden exposed registers".split(), "d")
+    | {"KiB": ".1f"},
     names=6,
     compared=("instr", "special", "KiB"),
     slack=1.07,
 )
 
-
-class Chip(NamedTuple):
-    processors: int
-    shared: int  # bytes for one block
-    lanes: int  # of a warp
-    registers: int  # of a thread
-
-
-_CHIPS = {
-    "sm80": Chip(108, 99 << 10, 32, 255),  # of sm_86 and sm_89, which take its tiles; its own are 163 KiB
-    "sm90": Chip(132, 227 << 10, 32, 255),
-    "sm100": Chip(148, 227 << 10, 32, 255),
-    "sm120": Chip(188, 99 << 10, 32, 255),
-    "gfx942": Chip(304, 64 << 10, 64, 512),
-}
 _MAIN = ("sm80", "sm90", "sm100", "gfx942")
 _PRODUCTS = ("forward", "input_grad")
 
@@ -129,24 +110,24 @@ def cases() -> list[Case]:
     """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
     found = []
     for architecture in _MAIN:
+        nvidia, hopper = architecture != "gfx942", architecture == "sm90"
         for kernel in _PRODUCTS:
             half = Case(kernel, architecture, "bfloat16")
-            odd = half._replace(N=4095, K=4097, variant="odd")
-            for case in (half, odd, half._replace(dtype="float32"), half._replace(dtype="tf32")):
-                if case.dtype != "tf32" or architecture != "gfx942":
-                    found += [case._replace(rows=rows) for rows in _reached(case)]
-            many = half._replace(rows=_MANY)
+            many, tf32 = half._replace(rows=_MANY), half._replace(dtype="tf32")
             apart = many._replace(variant="apart")
+            odd = half._replace(N=4095, K=4097, variant="odd")
+            for case in (half, odd, half._replace(dtype="float32"), *([tf32] if nvidia else [])):
+                found += [case._replace(rows=rows) for rows in _reached(case)]
             found += [many._replace(noise="rademacher"), apart._replace(noise="rademacher")]
             found += [apart._replace(rows=rows) for rows in _reached(half)]
-            if architecture != "gfx942":
+            if nvidia:
                 found.append(apart._replace(dtype="tf32"))
-            if kernel == "forward" and architecture != "gfx942":
+            if kernel == "forward" and nvidia:
                 few = half._replace(rows=16, variant="u")
                 found += [few, few._replace(noise="rademacher")]
-            if architecture in ("sm90", "gfx942"):
+            if hopper or not nvidia:
                 found += [many._replace(dtype="float16"), many._replace(variant="samples", rank=0)]
-            if architecture == "sm90":
+            if hopper:
                 found += [many._replace(N=4104, K=4104, variant="masks"), many._replace(variant="columns")]
                 found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
                 found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
@@ -155,10 +136,10 @@ def cases() -> list[Case]:
             found += [grads, grads._replace(rank=32)]
         perturb = Case("perturb", architecture, "bfloat16")
         odd = perturb._replace(N=4095, K=4097, variant="odd")
-        found += [perturb, perturb._replace(noise="rademacher"), odd]
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
+        found += [perturb, perturb._replace(noise="rademacher"), odd]
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
-        if architecture == "sm90":
+        if hopper:
             found.append(perturb._replace(dtype="float32", variant="noise"))
             found.append(norms._replace(dtype="float32", N=4095, K=4097, variant="odd"))
     # Takes the tiles of sm_80, with less shared memory.
@@ -168,56 +149,32 @@ def cases() -> list[Case]:
 
 def _reached(case: Case) -> list[int]:
     """Rows of x, a number for each tile that `case` can get by them: the most of those tried."""
-    from flatlora_kernels.triton_kernels import launch
-
-    reached: dict[int, int] = {}
-    with launch.instead(lambda *_: None), _tiles() as tiles:
-        for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
-            _compile_for(case.architecture)
-            call(case._replace(rows=rows))
-            reached.setdefault(id(tiles[-1]), rows)
+    reached: dict[str, int] = {}
+    for rows in (_MANY, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16):
+        reached.setdefault(_launches(case._replace(rows=rows))[0].row.tile, rows)
     return sorted(reached.values())
 
 
-@contextlib.contextmanager
-def _tiles() -> Iterator[list[Any]]:
-    """The entries of `configs.LINEAR` that launchers inside choose, for calls that were not prepared before."""
+def _unreached(rows: Iterable[Row]) -> list[str]:
+    """Tiles of `configs` that no row has: of `LINEAR` by family and kernel, of passes by architecture."""
     from flatlora_kernels.triton_kernels import configs
 
-    rule = configs.linear
-    chosen: list[Any] = []
-
-    def linear(*args: Any, **kwargs: Any) -> Any:
-        found = rule(*args, **kwargs)
-        chosen.append(found[0])
-        return found
-
-    with mock.patch.object(configs, "linear", linear):
-        yield chosen
-
-
-def _unreached(chosen: list[Any], rows: Iterable[Row], architectures: str) -> list[str]:
-    """Entries of `configs.LINEAR` that are not among those chosen, and tiles of other kernels without a row on some of
-    `architectures`."""
-    from flatlora_kernels.triton_kernels import configs
-
-    used = set(map(id, chosen))
-    found = [
-        f"configs.LINEAR[{family!r}, {kind!r}][{kernel!r}]: {tile}"
-        for (family, kind), table in configs.LINEAR.items()
-        if family != "interpreter"
-        for kernel, entries in table.items()
-        for _, tile in entries
-        if id(tile) not in used
-    ]
-    for name, tile in vars(configs).items():
-        if isinstance(tile, configs.Pass) and "INTERP" not in name:
-            text = f"{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
-            have = {row.target for row in rows if row.tile == text}
-            wanted = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
-            missing = (a for a in wanted if a in architectures and a not in have)
-            found += [f"configs.{name} for {a}: {tile}" for a in missing]
-    return [f"no case of bench/machine_code/offline.py compiles {entry}" for entry in found]
+    have = set[tuple[str, ...]]()
+    for row in rows:
+        family = configs.family_of(row.target)
+        have |= {(family, row.kernel, row.tile), ("any", row.kernel, row.tile), (row.target, row.tile)}
+    missing = []
+    for (family, kind), table in configs.LINEAR.items():
+        for kernel, (_, c) in ((kernel, entry) for kernel, entries in table.items() for entry in entries):
+            tile = _tile(c[:3], c.num_warps, c.num_stages, c.carry)
+            if family != "interpreter" and (family, kernel, tile) not in have:
+                missing.append(f"LINEAR[{family!r}, {kind!r}][{kernel!r}]: {c}")
+    for name, c in vars(configs).items():
+        if isinstance(c, configs.Pass) and "INTERP" not in name:
+            tile = _tile(c[:2], c.num_warps, c.num_stages)
+            targets = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
+            missing += [f"{name} for {target}: {c}" for target in targets if (target, tile) not in have]
+    return [f"no case of bench/machine_code/offline.py compiles configs.{entry}" for entry in missing]
 
 
 # --- In the process of one version of Triton ---
@@ -227,49 +184,53 @@ class _Launch(NamedTuple):
     row: Row  # its names
     kernel: str
     arguments: dict[str, Any]
-    result: Any  # Triton's compiled kernel, or the exception
+    compile: Callable[[], Any]
 
 
-def _key(case: Case, kernel: str, arguments: dict[str, Any]) -> tuple[str, ...]:
+def _launches(case: Case) -> list[_Launch]:
+    """What `case` would launch."""
+    from flatlora_kernels.triton_kernels import launch
+
+    found = []
+
+    def note(kernel: Any, arguments: dict[str, Any], compile: Callable[[], Any]) -> None:
+        # What the constants DRAW and CUT hold goes by names of its own: NOISE, BLOCK_M.
+        for name in {"DRAW", "CUT"} & arguments.keys():
+            arguments = arguments | {key.upper(): value for key, value in vars(arguments[name]).items()}
+        found.append(_Launch(_named(case, kernel.__name__, arguments), kernel.__name__, arguments, compile))
+
+    precompile.compile_for(case.architecture)
+    with launch.instead(note):
+        call(case)
+    return found
+
+
+def _tile(blocks: Iterable[int], warps: int, stages: int | None = None, carry: bool = True) -> str:
+    text = f"{'x'.join(map(str, blocks))}, {warps} warps"
+    return text + (f", {stages} stages" if stages else "") + ("" if carry else ", no carry")
+
+
+def _named(case: Case, kernel: str, arguments: dict[str, Any]) -> Row:
     name = kernel.strip("_").removesuffix("_kernel").removeprefix("linear_")
     if name == "add_splits":
-        tile = [arguments["BLOCK"]]
+        blocks = [arguments["BLOCK"]]
         about = {"and a second sum": arguments["HAS_SECOND"]}
     else:
         n = arguments["BLOCK_N"]
         k = arguments.get("BLOCK_K") or arguments["BLOCK_M"]  # adapter_grads has no K
         m = [arguments["BLOCK_M"]] if name in _PRODUCTS else []
-        tile = [*m, k, n] if name == "input_grad" else [*m, n, k]
+        blocks = [*m, k, n] if name == "input_grad" else [*m, n, k]
         about = {
             f"{case.rows} rows": case.rows,
             "split": arguments.get("SPLIT"),
             f"rank {case.rank}" if case.rank else "no adapter": name != "perturb" and case.rank != 16,
             _VARIANTS.get(case.variant, ""): case.variant,
         }
-    text = "x".join(map(str, tile)) + f", {arguments['num_warps']} warps"
-    for stages in ("STAGES", "num_stages"):
-        if stages in arguments:
-            text += f", {arguments[stages]} stages"
-    if arguments.get("CARRY") is False:
-        text += ", no carry"
+    stages = arguments.get("num_stages", arguments.get("STAGES"))
+    tile = _tile(blocks, arguments["num_warps"], stages, arguments.get("CARRY", True))
     what = ", ".join(said for said, holds in about.items() if holds) or "-"
-    return name, case.architecture, case.dtype, arguments.get("NOISE", "none"), text, what
-
-
-def _compile_for(architecture: str) -> None:
-    """Triton gets as much of a driver as compiling needs."""
-    from flatlora_kernels.triton_kernels import launch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    chip, index = _CHIPS[architecture], list(_CHIPS).index(architecture)
-    kind, name = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
-    target = GPUTarget(kind, name, chip.lanes)
-    asked = {"device": lambda: index, "stream": lambda device: 0, "target": lambda: target}
-    driver.set_active(SimpleNamespace(**{f"get_current_{what}": answer for what, answer in asked.items()}))
-    machine = launch.Machine(architecture, chip.processors)
-    launch._machine = lambda index: machine
-    launch.forget()
+    noise = arguments.get("NOISE", "none")
+    return Row(name, case.architecture, case.dtype, noise, tile, what, rows=case.rows)
 
 
 def call(case: Case) -> None:
@@ -304,17 +265,16 @@ def call(case: Case) -> None:
         col_offset=8 * odd,
     )
     A, B = (matrix(r, K), matrix(N, r)) if r else (None, None)
-    accum = "split" if case.variant == "apart" else "folded"
-    if case.kernel == "forward":
-        u = matrix(M, r).contiguous() if r else None
+    if case.kernel in _PRODUCTS:
+        own = A if case.variant == "u" else None
+        low = matrix(M, r).contiguous() if r and own is None else None
         bias = torch.empty(N, dtype=dtype, device="meta") if samples else None
-        u, own = (None, A) if case.variant == "u" else (u, None)
-        p = Product(matrix(M, K), weight, False, u, B, bias, 2.0)
+        if case.kernel == "forward":
+            p = Product(matrix(M, K), weight, False, low, B, bias, 2.0)
+        else:
+            p = Product(matrix(M, N), weight, True, low, None if A is None else A.t())
+        accum = "split" if case.variant == "apart" else "folded"
         product.product(p, draw, accum, workspace_limit(weight), own)
-    elif case.kernel == "input_grad":
-        v = matrix(M, r).contiguous() if r else None
-        p = Product(matrix(M, N), weight, True, v, None if A is None else A.t())
-        product.product(p, draw, accum, workspace_limit(weight))
     elif case.kernel == "adapter_grads":
         adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
     elif case.kernel == "perturb":
@@ -323,48 +283,32 @@ def call(case: Case) -> None:
         row_norms.row_sq_norms(weight, A, B, 2.0)
 
 
-def _work(only: str, listings: str, architectures: str) -> Outcome:
+def _work(only: str, listings: str, architectures: str) -> tuple[str, list[Row], list[str]]:
     """The rows whose names contain all words of `only`, and the listings into a folder."""
     import triton
-    from flatlora_kernels.triton_kernels import launch
 
-    launches: dict[tuple[str, ...], _Launch] = {}
-
-    def compile(case: Case, kernel: Any, arguments: dict[str, Any], build: Callable[[], Any]) -> None:
-        # What the constants DRAW and CUT hold goes by names of its own: NOISE, BLOCK_M.
-        records = [vars(arguments[name]) for name in ("DRAW", "CUT") if name in arguments]
-        arguments = arguments | {name.upper(): v for record in records for name, v in record.items()}
-        key = name = _key(case, kernel.__name__, arguments)
-        if key[0] == "add_splits":  # one of each kind is enough
-            name = (*key[:2], str(arguments["HAS_SECOND"]))
-        unwanted = case.architecture not in architectures.split()
-        if unwanted or name in launches or not all(word in " ".join(key) for word in only.split()):
-            return
-        try:
-            result = build()
-        except Exception as error:  # whatever the compiler comes up with is a finding
-            result = error
-        launches[name] = _Launch(Row(*key, rows=case.rows), kernel.__name__, arguments, result)
-
-    everything = cases()
-    with _tiles() as chosen:
-        for case in everything:
-            _compile_for(case.architecture)
-            with launch.instead(lambda *given, case=case: compile(case, *given)):
-                call(case)
-    rows = []
-    for number, compiled in enumerate(launches.values()):
-        text, row = _measure(compiled)
-        rows.append(row)
-        if listings:
-            Path(listings).mkdir(parents=True, exist_ok=True)
-            name = re.sub(r"[^\w]+", "-", " ".join(row[: PAGE.names]))
-            Path(listings, f"{triton.__version__}-{number:03}-{name}.s").write_text(text)
-    unreached = [] if only else _unreached(chosen, rows, architectures)
-    return Outcome(triton.__version__, rows, unreached)
+    named, rows = [], {}
+    for launch in (launch for case in cases() for launch in _launches(case)):
+        row = launch.row
+        named.append(row)
+        names = row[: PAGE.names]
+        if row.kernel == "add_splits":  # one of each kind is enough
+            names = (row.kernel, row.target, row.case)
+        wanted = row.target in architectures.split() and all(
+            word in " ".join(row[:6]) for word in only.split()
+        )
+        if wanted and names not in rows:
+            text, rows[names] = _measure(launch)
+            if listings:
+                Path(listings).mkdir(parents=True, exist_ok=True)
+                name = re.sub(r"[^\w]+", "-", " ".join(row[: PAGE.names]))
+                Path(listings, f"{triton.__version__}-{len(rows) - 1:03}-{name}.s").write_text(text)
+    return triton.__version__, list(rows.values()), _unreached(named)
 
 
 _PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")
+_LOADS = ("LDG", "global_load", "buffer_load")
+_MULTIPLY_ADDS = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32")
 
 
 def _wide_multiply(instruction: reader.Instruction) -> bool:
@@ -374,31 +318,23 @@ def _wide_multiply(instruction: reader.Instruction) -> bool:
     return instruction.opcode.startswith("IMAD") and any(c in instruction.text for c in _PHILOX)
 
 
-def _load(instruction: reader.Instruction) -> bool:
-    return instruction.opcode.startswith(("LDG", "global_load", "buffer_load"))
-
-
-def _multiply_add(instruction: reader.Instruction) -> bool:
-    return instruction.opcode.startswith(("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32"))
-
-
 def _measure(launch: _Launch) -> tuple[str, Row]:
     """The listing, and what there is to say of it."""
-    row = launch.row
-    if isinstance(launch.result, Exception):
-        problem = f"does not compile: {type(launch.result).__name__}: {launch.result}"[:500]
-        return "", row._replace(problems=[problem])
-    nvidia = "cubin" in launch.result.asm
-    text, code, registers, problems = (_of_nvidia if nvidia else _of_amd)(launch)
-    row = row._replace(registers=registers, shared=launch.result.metadata.shared)
-    arguments = launch.arguments
+    row, arguments = launch.row, launch.arguments
+    try:
+        compiled = launch.compile()
+    except Exception as error:  # whatever the compiler comes up with is a finding
+        return "", row._replace(problems=[f"does not compile: {type(error).__name__}: {error}"[:500]])
+    read = _of_nvidia if "cubin" in compiled.asm else _of_amd
+    text, code, registers, problems = read(compiled.asm, launch.kernel, row)
+    row = row._replace(registers=registers, shared=compiled.metadata.shared)
     try:
         body = _body(row, code)
     except ValueError as error:
         return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
     rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
     elements = rows_of_w * next(arguments[block] for block in rest if arguments.get(block))
-    per_thread = elements / (_CHIPS[row.target].lanes * arguments["num_warps"])
+    per_thread = elements / (CHIPS[row.target].lanes * arguments["num_warps"])
     tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads") else "-"
     row = row._replace(
         instr=round(len(body) / per_thread, 2),
@@ -411,31 +347,28 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     return text, row._replace(problems=problems)
 
 
-def _of_nvidia(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
+def _of_nvidia(asm: Any, kernel: str, row: Row) -> tuple[str, reader.Body, int, list[str]]:
     """Listing, instructions, registers of a thread, and what is wrong."""
     from triton import knobs
 
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(launch.result.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        text = reader.disassemble(cubin, "-c", "-hex")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(asm["cubin"])
+        said = reader.run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+        text = reader.run(knobs.nvidia.nvdisasm.path, "-c", "-hex", cubin.name)
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     problems = [f"{usage[k]} bytes of {k}" for k in ("STACK", "LOCAL") if usage[k]]
-    return text, reader.sass(text, launch.kernel), usage["REG"], problems
+    return text, reader.sass(text, kernel), usage["REG"], problems
 
 
-def _of_amd(launch: _Launch) -> tuple[str, reader.Body, int, list[str]]:
-    asm = launch.result.asm
+def _of_amd(asm: Any, kernel: str, row: Row) -> tuple[str, reader.Body, int, list[str]]:
     text = asm["amdgcn"]
-    code = reader.amdgcn(text, launch.kernel)
+    code = reader.amdgcn(text, kernel)
     figures = {k: int(v) for k, v in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     problems = [f"{k} is {figures[k]}" for k in spilled if figures[k]]
     ptx = ("prmt.b32", ".approx", "shl.b32")
     problems += [f"PTX in {k}: {p}" for k in ("llir", "amdgcn") for p in ptx if p in asm[k]]
-    if launch.row.noise == "gaussian":
+    if row.noise == "gaussian":
         wanted = ("v_sin_f32", "v_cos_f32", "v_log_f32", "v_sqrt_f32")
         problems += [f"no {w}" for w in wanted if not any(i.opcode.startswith(w) for i in code)]
     return text, code, figures["vgpr_count"] + figures["agpr_count"], problems
@@ -448,20 +381,21 @@ def _body(row: Row, code: reader.Body) -> reader.Body:
     if row.kernel == "adapter_grads":
         return reader.main_loop(code, lambda body: any(map(reader.is_tensor, body)))
     if row.kernel == "row_sq_norms":  # the adapter has a loop inside
-        return reader.main_loop(code, lambda body: any(map(_load, body)), outermost=True)
-
-    def product(instruction: reader.Instruction) -> bool:
-        return reader.is_tensor(instruction) or (row.dtype == "float32" and _multiply_add(instruction))
+        return reader.main_loop(
+            code, lambda body: any(i.opcode.startswith(_LOADS) for i in body), outermost=True
+        )
+    products = _MULTIPLY_ADDS if row.dtype == "float32" else ()
 
     def main(body: reader.Body) -> bool:
-        return sum(map(_wide_multiply, body)) >= 10 and (row.kernel == "perturb" or any(map(product, body)))
+        multiplies = any(reader.is_tensor(i) or i.opcode.startswith(products) for i in body)
+        return sum(map(_wide_multiply, body)) >= 10 and (row.kernel == "perturb" or multiplies)
 
     return reader.main_loop(code, main)
 
 
 def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
     """What must hold whatever the table says."""
-    chip = _CHIPS[row.target]
+    chip = CHIPS[row.target]
     found = []
     if row.shared > chip.shared:
         found.append(f"{row.shared} bytes of shared memory, {chip.shared} fit")
@@ -471,8 +405,9 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
     if row.kernel in _PRODUCTS:
         if row.dtype == "float32" and row.target.startswith("sm") and row.tensor != "-":
             found.append(f"tensor cores in a product in full precision: {row.tensor}")
-        wanted = _tensor_wanted(row.target, row.dtype, arguments["BLOCK_M"])
-        if wanted not in row.tensor:
+        large = {"sm90": "HGMMA", "sm100": "UTCHMMA"} if arguments["BLOCK_M"] >= 64 else {}
+        wanted = "v_mfma" if row.target == "gfx942" else large.get(row.target, "HMMA")
+        if wanted not in row.tensor and row.dtype != "float32":
             found.append(f"expected {wanted} in the main loop, got {row.tensor}")
         if row.exposed and arguments["CARRY"] and row.rows > 128 and _regular(row):
             found.append(f"{row.exposed} waits for a global load while no warp-group product runs")
@@ -482,13 +417,6 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
     return found
 
 
-def _tensor_wanted(target: str, dtype: str, block_m: int) -> str:
-    if dtype == "float32":
-        return ""  # products in full precision are multiply-adds
-    large = {"sm90": "HGMMA", "sm100": "UTCHMMA"} if block_m >= 64 else {}
-    return "v_mfma" if target == "gfx942" else large.get(target, "HMMA")
-
-
 def _regular(row: Row) -> bool:
     """Whole tiles of aligned, row-major operands."""
     return not any(_VARIANTS[variant] in row.case for variant in ("odd", "masks", "columns"))
@@ -496,11 +424,9 @@ def _regular(row: Row) -> bool:
 
 def budget(row: Row) -> float | None:
     """Instructions per element of W that no table may exceed."""
-    if row.dtype != "bfloat16" or not _regular(row) or _VARIANTS["apart"] in row.case:
-        return None
-    if row.kernel in _PRODUCTS and row.rows <= 128:
-        return None
-    if row.kernel == "row_sq_norms" and "no adapter" not in row.case:
+    few = row.kernel in _PRODUCTS and row.rows <= 128
+    adapter = row.kernel == "row_sq_norms" and "no adapter" not in row.case
+    if few or adapter or row.dtype != "bfloat16" or not _regular(row) or _VARIANTS["apart"] in row.case:
         return None
     return _BUDGETS.get((row.kernel, row.target, row.noise))
 
@@ -519,14 +445,6 @@ class Outcome(NamedTuple):
     def heading(self) -> str:
         return f"Triton {self.version}"
 
-    def wrong(self) -> list[str]:
-        """Whatever the table says."""
-        return tables.problems(PAGE, self.heading, self.rows) + self.unreached
-
-    def compare(self, known: tables.Known) -> list[str]:
-        """With the tables, for the targets that were compiled."""
-        return tables.compare(PAGE, self.heading, self.rows, known, {row.target for row in self.rows})
-
 
 def version(folder: Path | None = None) -> str | None:
     """Of the Triton in `folder`; None = that this process would import, if any."""
@@ -539,54 +457,57 @@ def version(folder: Path | None = None) -> str | None:
 
 
 def measure(
-    folder: Path | None, only: str = "", listings: str = "", architectures: Iterable[str] = _CHIPS
+    folder: Path | None, only: str = "", listings: str = "", architectures: Iterable[str] = CHIPS
 ) -> Outcome:
     """Compiles in a process of its own, with the Triton in `folder` or, None, that of the environment.
 
     A result is kept in build/ for as long as the kernels and this program stay as they are.
     """
-    digest, names = _digest(), " ".join(architectures)
-    path = CACHE / f"{version(folder)}-{digest}-{names.replace(' ', '-')}.json"
-    kept = not only and not listings
-    if not kept or not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+    digest = _digest()
+    kept = CACHE / f"{version(folder)}-{digest}-{'-'.join(architectures)}.json"
+    whole = not only and not listings
+    if whole and kept.exists():
+        text = kept.read_text()
+    else:
         env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR", str(CACHE / "triton"))
         if folder is not None:
             env["PYTHONPATH"] = f"{folder.resolve()}{os.pathsep}{env.get('PYTHONPATH', '')}".strip(os.pathsep)
-        command = [sys.executable, "-m", "bench.machine_code.offline", only, listings, names]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.machine_code.offline",
+            only,
+            listings,
+            " ".join(architectures),
+        ]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             said = (done.stdout + done.stderr)[-4000:]
             raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
         text = done.stdout.splitlines()[-1]
-        if not kept:
-            return _outcome(text)
-        if _digest() != digest:
+        if whole and _digest() != digest:
             raise RuntimeError("the kernels changed while they were compiled: once more, please")
-        path.write_text(text)
-    return _outcome(path.read_text())
+        if whole:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            kept.write_text(text)
+    name, rows, unreached = json.loads(text)
+    return Outcome(name, [Row(*row) for row in rows], unreached)
 
 
 def _digest() -> str:
     """Of all that decides what is compiled and how it is read."""
     package = ROOT / "flatlora_kernels"
-    sources = [*(ROOT / "triton_kernels").glob("*.py"), *(package / "core").glob("*.py")]
-    sources += [package / "backends" / "triton.py", *(package / "backends" / "shared").glob("*.py")]
-    sources += [Path(__file__), Path(reader.__file__)]
+    folders = (ROOT / "triton_kernels", package / "core", package / "backends/shared", Path(__file__).parent)
+    sources = [package / "backends/triton.py", *(path for folder in folders for path in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
-
-
-def _outcome(text: str) -> Outcome:
-    version, rows, unreached = json.loads(text)
-    return Outcome(version, [Row(*row) for row in rows], unreached)
 
 
 def measure_all(
     chosen: list[Path | None], only: str = "", listings: str = "", shared: bool = False
 ) -> list[Outcome]:
     """Two at a time; shared: two versions of Triton take half of the architectures each."""
-    halves = [list(_CHIPS)] * len(chosen)
+    halves = [list(CHIPS)] * len(chosen)
     if shared and len(chosen) == 2:
         halves = [["sm80", "gfx942"], ["sm90", "sm100", "sm120"]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

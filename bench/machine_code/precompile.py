@@ -1,6 +1,6 @@
-"""Compiles kernels of the Triton backend before anything is timed, in several processes at once.
+"""Compiles kernels of the Triton backend without a launch: before anything is timed, or where there is no GPU.
 
-What they compile lies in Triton's cache on disk afterwards, where the process that measures finds it.
+What is compiled lies in Triton's cache on disk afterwards, where the process that measures finds it.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import inspect
 import multiprocessing
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +20,41 @@ import torch
 from ..shapes import Case
 
 DEVICE = "cuda"  # gpu/pack.py has none
+
+
+class Chip(NamedTuple):
+    processors: int
+    shared: int  # bytes for one block
+    lanes: int  # of a warp
+    registers: int  # of a thread
+
+
+CHIPS = {
+    "sm80": Chip(108, 99 << 10, 32, 255),  # of sm_86 and sm_89, which take its tiles; its own are 163 KiB
+    "sm90": Chip(132, 227 << 10, 32, 255),
+    "sm100": Chip(148, 227 << 10, 32, 255),
+    "sm120": Chip(188, 99 << 10, 32, 255),
+    "gfx942": Chip(304, 64 << 10, 64, 512),
+}
+
+
+def compile_for(architecture: str, pretended: Any = None) -> None:
+    """Triton and the launchers take this GPU for the current one. pretended: their driver; None = as much of one as
+    compiling needs."""
+    from flatlora_kernels.triton_kernels import launch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    chip, index = CHIPS[architecture], list(CHIPS).index(architecture)
+    kind, name = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
+    target, machine = GPUTarget(kind, name, chip.lanes), launch.Machine(architecture, chip.processors)
+    pretended = pretended or SimpleNamespace()
+    pretended.get_current_device = lambda: index
+    pretended.get_current_stream = lambda device=None: 0
+    pretended.get_current_target = lambda: target
+    driver.set_active(pretended)
+    launch._machine = lambda index: machine
+    launch.forget()
 
 
 class Job(NamedTuple):
@@ -49,12 +84,10 @@ def using(tile: Any) -> Iterator[None]:
         return
     from flatlora_kernels.triton_kernels import configs, launch
 
-    signature = inspect.signature(configs.linear)
-
-    def linear(*args: Any, **kwargs: Any) -> tuple[Any, int]:
-        given = signature.bind(*args, **kwargs).arguments
-        rows, outputs = -(-given["rows"] // tile.block_m), -(-given["outputs"] // tile.block_out)
-        return tile, given["samples"] * rows * outputs
+    def linear(
+        architecture: str, kind: str, direction: str, samples: int, rows: int, outputs: int, *rest: Any
+    ) -> tuple[Any, int]:
+        return tile, samples * -(-rows // tile.block_m) * -(-outputs // tile.block_out)
 
     launch.forget()
     try:

@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import networkx as nx
@@ -35,13 +34,7 @@ _GCN_LABEL = re.compile(r"([.\w$]+):")
 # --- From text to a graph ---
 
 
-def disassemble(cubin: Path, *options: str, tool: str | None = None) -> str:
-    """The listing, by `tool` or the nvdisasm that Triton brings."""
-    if tool is None:
-        from triton import knobs
-
-        tool = knobs.nvidia.nvdisasm.path
-    command = [tool, *options, str(cubin)]
+def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -63,7 +56,7 @@ def sass(listing: str, kernel: str) -> Body:
             sets, waits = _scoreboards(code[-1], int(word[1], 16))
             code[-1] = code[-1]._replace(sets=sets, waits=waits)
     _check_convergence(code, labels)
-    code = _connected(code, labels, _sass_flow)
+    code = _connected(code, labels)
     # ptxas also leaves a loop by a CALL, to code from where nothing returns.
     for i, instruction in enumerate(code):
         target = _SASS_TARGET.search(instruction.text)
@@ -87,7 +80,7 @@ def amdgcn(listing: str, kernel: str) -> Body:
             labels[label[1]] = len(code)
         elif inside and (found := _GCN_LINE.match(line)):
             code.append(Instruction(found[1], line.strip()))
-    return _connected(code, labels, _gcn_flow)
+    return _connected(code, labels)
 
 
 def _scoreboards(instruction: Instruction, word: int) -> tuple[int | None, tuple[int, ...]]:
@@ -111,39 +104,33 @@ def _check_convergence(code: Body, labels: dict[str, int]) -> None:
                 raise ValueError(f"BSYNC at {i} is not followed by the target of its BSSY: {text}")
 
 
-# A label to jump to, and whether the next instruction may come.
-Flow = Callable[[Instruction], tuple[str | None, bool]]
+_NOT_FOLLOWED = "BRX BRXU JMP JMX JMXU BREAK s_setpc_b64 s_swappc_b64 s_call_b64".split()
 
 
-def _connected(code: Body, labels: dict[str, int], flow: Flow) -> Body:
+def _connected(code: Body, labels: dict[str, int]) -> Body:
     found = []
     for i, instruction in enumerate(code):
-        label, goes_on = flow(instruction)
+        label, goes_on = _flow(instruction)
         jump = () if label is None else (labels[label],)
         found.append(instruction._replace(after=(*jump, i + 1) if goes_on and i + 1 < len(code) else jump))
     return found
 
 
-def _sass_flow(instruction: Instruction) -> tuple[str | None, bool]:
+def _flow(instruction: Instruction) -> tuple[str | None, bool]:
+    """A label to jump to, and whether the next instruction may come."""
     opcode, text, *_ = instruction
     name = opcode.split(".")[0]
+    if name in _NOT_FOLLOWED:
+        raise ValueError(f"a branch that cannot be followed: {text}")
     if name == "BRA":
         target = _SASS_TARGET.search(text)
         if target is None:
             raise ValueError(f"a branch whose target is not a label: {text}")
         conditional = ".DIV" in opcode or _SASS_PREDICATE.search(text[: target.start()])
         return target[1], instruction.guarded or bool(conditional)
-    if name in ("BRX", "BRXU", "JMP", "JMX", "JMXU", "BREAK"):
-        raise ValueError(f"a branch that cannot be followed: {text}")
-    return None, instruction.guarded or name not in ("EXIT", "RET")
-
-
-def _gcn_flow(instruction: Instruction) -> tuple[str | None, bool]:
-    opcode, text, *_ = instruction
-    if opcode in ("s_setpc_b64", "s_swappc_b64", "s_call_b64"):
-        raise ValueError(f"a branch that cannot be followed: {text}")
-    branches = opcode == "s_branch" or opcode.startswith("s_cbranch")
-    return text.split()[1] if branches else None, opcode not in ("s_branch", "s_endpgm")
+    if name == "s_branch" or name.startswith("s_cbranch"):
+        return text.split()[1], name != "s_branch"
+    return None, instruction.guarded or name not in ("EXIT", "RET", "s_endpgm")
 
 
 # --- Loops ---
@@ -234,10 +221,12 @@ def hidden(body: Body) -> int | None:
     products = [n for n, i in enumerate(body) if i.opcode.startswith("HGMMA")]
     if not products:
         return None
-    around = body[products[0] :] + body[: products[0]]
-    last = products[-1] - products[0]
-    waits = [n for n, i in enumerate(around) if n > last and i.opcode.startswith("WARPGROUP.DEPBAR")]
-    return sum(map(is_special, around[: waits[0]])) if waits else None
+    first, last = products[0], products[-1]
+    for n in [*range(last + 1, len(body)), *range(first)]:
+        if body[n].opcode.startswith("WARPGROUP.DEPBAR"):
+            between = body[first:n] if n > last else body[first:] + body[:n]
+            return sum(map(is_special, between))
+    return None
 
 
 def exposed_waits(body: Body) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,7 @@ _HEADINGS = {"dtype": "type", "case": "call", "registers": "regs"}
 class Page(NamedTuple):
     path: Path
     regenerate: str
-    columns: list[str]  # fields of a row
-    formats: dict[str, str]  # of those that are numbers
+    columns: dict[str, str]  # fields of a row; of those that are numbers the format
     names: int  # the first columns, which name a row; the second of them is the target
     compared: tuple[str, ...]  # fields that may only go down
     slack: float
@@ -37,11 +36,11 @@ class Page(NamedTuple):
 
     @property
     def header(self) -> str:
-        return _line(_HEADINGS.get(field, field) for field in self.columns)
+        return _line([_HEADINGS.get(field, field) for field in self.columns])
 
     def cells(self, row: Any) -> list[str]:
-        values = {field: getattr(row, field) for field in self.columns}
-        return ["" if v is None else format(v, self.formats.get(field, "")) for field, v in values.items()]
+        values = [(getattr(row, field), form) for field, form in self.columns.items()]
+        return ["" if value is None else format(value, form) for value, form in values]
 
     def key(self, row: Any) -> Key:
         return tuple(self.cells(row)[: self.names])
@@ -54,43 +53,43 @@ class Page(NamedTuple):
         return {field: json.loads(named[field] or "0") for field in self.compared}
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def render(page: Page, tables: dict[str, Rows]) -> str:
     """tables: rows by heading; "" = none."""
-    top = [page.header, _line("---:" if field in page.formats else "---" for field in page.columns)]
+    dashes = _line(["---:" if form else "---" for form in page.columns.values()])
     found = []
     for heading, rows in tables.items():
-        lines = [*top, *(_line(page.cells(row)) for row in sorted(rows, key=page.key))]
-        found.append("\n".join([f"## {heading}", "", *lines] if heading else lines))
+        lines = [_line(page.cells(row)) for row in sorted(rows, key=page.key)]
+        found.append("\n".join([*([f"## {heading}\n"] if heading else []), page.header, dashes, *lines]))
     return "\n\n".join(found)
 
 
 def document(page: Page, tables: dict[str, Rows]) -> str:
     """The page as it is, with these tables in place of its own."""
     first = re.compile(rf"^(## .+\n\n)?{re.escape(page.header)}$", re.MULTILINE)
-    page_text = page.path.read_text()
-    above = first.split(page_text, maxsplit=1)[0]
-    below = page_text.rpartition("\n|")[2].partition("\n")[2]
-    return "\n\n".join([above.rstrip(), render(page, tables), below.strip()]).rstrip() + "\n"
+    text = page.path.read_text()
+    above = first.split(text, maxsplit=1)[0].rstrip()
+    below = text.rpartition("\n|")[2].partition("\n")[2].strip()
+    return "\n\n".join([above, render(page, tables), below]).rstrip() + "\n"
 
 
 def read(page: Page, text: str | None = None) -> Known:
     """The tables of a page; text: in place of what is committed."""
     found: Known = {}
-    heading, inside = "", False
+    heading, table = "", None
     for line in (page.path.read_text() if text is None else text).splitlines():
         cells = [cell.strip() for cell in line[1:-1].split("|")]
         if line.startswith("## "):
             heading = line.removeprefix("## ")
         elif line == page.header:
-            inside, found[heading] = True, {}
+            table = found[heading] = {}
         elif not line.startswith("|"):
-            inside = False
-        elif inside and "---" not in cells:
-            found[heading][tuple(cells[: page.names])] = page.figures(cells)
+            table = None
+        elif table is not None and "---" not in cells:
+            table[tuple(cells[: page.names])] = page.figures(cells)
     return found
 
 
@@ -112,18 +111,19 @@ def compare(
     tables = [known[heading]] if heading in known else list(known.values())
     found = []
     for row in rows:
-        name, figures = page.name(heading, row), page.figures(page.cells(row))
+        name = page.name(heading, row)
         before = [table[page.key(row)] for table in tables if page.key(row) in table]
         if not before:
             found.append(f"{name}: not in {page.place}; {page.regenerate}")
-            continue
-        for field, value in figures.items():
-            most = max(b[field] for b in before)
+        for field, value in page.figures(page.cells(row)).items():
+            most = max((figures[field] for figures in before), default=value)
             if value > most * (slack or page.slack):
                 found.append(f"{name}: {field} {value}, {page.place} has {most}, which may only go down")
     stale = {key for table in tables for key in table if key[1] in targets} - set(map(page.key, rows))
-    names = [page.between.join(key) for key in sorted(stale)]
-    return found + [f"{page.place} has a row that nothing compiles: {n}; {page.regenerate}" for n in names]
+    for key in sorted(stale):
+        name = page.between.join(key)
+        found.append(f"{page.place} has a row that nothing compiles: {name}; {page.regenerate}")
+    return found
 
 
 # --- The commands ---

@@ -35,9 +35,9 @@ WRITTEN = """
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tables.Page:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    columns, formats = ["kernel", "target", "instr", "registers"], {"instr": ".2f", "registers": "d"}
+    columns = {"kernel": "", "target": "", "instr": ".2f", "registers": "d"}
     (tmp_path / "page.md").write_text(TEXT)
-    return tables.Page(tmp_path / "page.md", "make it", columns, formats, 2, ("instr", "registers"), 1.05)
+    return tables.Page(tmp_path / "page.md", "make it", columns, 2, ("instr", "registers"), 1.05)
 
 
 def run(page: tables.Page, rows: list[Row], *words: str) -> int:
