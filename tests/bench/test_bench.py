@@ -840,7 +840,7 @@ def test_training_memory() -> None:
     """A step's graph holds at least the activations of its tokens, and those of an adapter where there is one."""
     tokens = 4096  # at 512 the resident size of equal runs differs by more than an adapter
     settings = training.Settings("tiny", tokens, "cpu")
-    peaks = {name: training._peak(settings, "float32", 0.0, name, "none", {}) for name in ("plain", "lora")}
+    peaks = {name: training._peak(settings, name, "none", {}) for name in ("plain", "lora")}
     activations = tokens * 4 * (6 * BLOCK.hidden + 3 * BLOCK.intermediate)
     assert activations < peaks["plain"] < peaks["lora"] < 3 * activations
 
