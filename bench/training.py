@@ -88,21 +88,55 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
+# Model -> tokens of a sequence, at most; more make a batch.
+SEQUENCES = {"block": 2048, "llama": 2048, "minilm": 64}
+
+
+class Settings(NamedTuple):
+    size: str  # of a block; without meaning for minilm
+    tokens: int
+    device: str
+    noise: Sequence[str] = KINDS
+    budget: float = 5.0  # seconds for each way
+    min_rounds: int = 7
+    memory: bool = True
+    model: str = "block"
+    layers: int = 1
+    sequence: int | None = None
+    providers: Sequence[str] | None = None
+    dtype: str = "float32"
+    dropout: float = 0.0
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        sequence = self.sequence or min(self.tokens, SEQUENCES[self.model])
+        return self.tokens // sequence, sequence
+
+    def state(self) -> State:
+        return (MiniLM if self.model == "minilm" else Blocks)(self)
+
+
 class State:
     """A model, adapters for its layers `names`, and batches: the same for all ways to train."""
 
-    def __init__(
-        self, model: nn.Module, names: list[str], dtype: torch.dtype, device: str, dropout: float
-    ) -> None:
-        self.model = model.to(device, dtype).train().requires_grad_(False)
-        self.names, self.dtype, self.device, self.dropout = names, dtype, device, dropout
-        self.generator = torch.Generator(device).manual_seed(1)
-        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in names]
+    batches: list[tuple[Tensor, Tensor]]
+
+    def __init__(self, model: nn.Module, settings: Settings, inside: str = "") -> None:
+        self.dtype, self.device, self.dropout = (
+            getattr(torch, settings.dtype),
+            settings.device,
+            settings.dropout,
+        )
+        self.model = model.to(self.device, self.dtype).train().requires_grad_(False)
+        modules = model.get_submodule(inside).named_modules(prefix=inside)
+        self.names = [name for name, module in modules if isinstance(module, nn.Linear)]
+        self.generator = torch.Generator(self.device).manual_seed(1)
+        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in self.names]
         self.adapters = [
             (self.randn(RANK, K, std=K**-0.5), self.randn(N, RANK, std=0.02))
             for N, K in (w.shape for w in self.weights)
         ]
-        self.batches: list[tuple[Tensor, Tensor]] = []
         self.references: dict[Any, list[dict[str, Tensor]]] = {}  # of the gate
 
     def randn(self, *shape: int, std: float = 1.0) -> Tensor:
@@ -138,16 +172,13 @@ def fill(module: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> 
 
 
 class Blocks(State):
-    def __init__(
-        self, size: Size, layers: int, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
-    ) -> None:  # fmt: skip
-        blocks = [Block(size, dtype, device) for _ in range(layers)]
-        model = blocks[0] if layers == 1 else nn.Sequential(*blocks)
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        super().__init__(model, names, dtype, device, dropout)
+    def __init__(self, settings: Settings) -> None:
+        size, layers = SIZES[settings.size], settings.layers
+        blocks = [Block(size, getattr(torch, settings.dtype), settings.device) for _ in range(layers)]
+        super().__init__(blocks[0] if layers == 1 else nn.Sequential(*blocks), settings)
         for weight in self.weights:
             weight.normal_(0, weight.shape[1] ** -0.5, generator=self.generator)
-        shape = (batch, sequence, size.hidden)
+        shape = (*settings.batch, size.hidden)
         self.batches = [(self.randn(*shape).requires_grad_(), self.randn(*shape)) for _ in range(COPIES)]
 
 
@@ -180,17 +211,11 @@ def pretrained() -> nn.Module:
 
 
 class MiniLM(State):
-    def __init__(
-        self, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
-    ) -> None:
-        model = copy.deepcopy(pretrained())
-        inside = model.encoder.encoder.named_modules(prefix="encoder.encoder")
-        names = [name for name, module in inside if isinstance(module, nn.Linear)]
-        super().__init__(model, names, dtype, device, dropout)
-        words = model.encoder.config.vocab_size
-        for _ in range(COPIES):
-            ids = torch.randint(words, (batch, sequence), generator=self.generator, device=device)
-            self.batches.append((ids, self.randn(batch)))
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(copy.deepcopy(pretrained()), settings, inside="encoder.encoder")
+        words = self.model.encoder.config.vocab_size
+        draw = functools.partial(torch.randint, words, generator=self.generator, device=self.device)
+        self.batches = [(draw(settings.batch), self.randn(settings.batch[0])) for _ in range(COPIES)]
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
@@ -431,36 +456,6 @@ def _outcome(way: Way) -> dict[str, Tensor]:
         found |= {f"{name}: grad of lora_A": A.grad, f"{name}: grad of lora_B": B.grad}
     way.clear(0)
     return found
-
-
-# Model -> tokens of a sequence, at most; more make a batch.
-SEQUENCES = {"block": 2048, "llama": 2048, "minilm": 64}
-
-
-class Settings(NamedTuple):
-    size: str  # of a block; without meaning for minilm
-    tokens: int
-    device: str
-    noise: Sequence[str] = KINDS
-    budget: float = 5.0  # seconds for each way
-    min_rounds: int = 7
-    memory: bool = True
-    model: str = "block"
-    layers: int = 1
-    sequence: int | None = None
-    providers: Sequence[str] | None = None
-    dtype: str = "float32"
-    dropout: float = 0.0
-
-    @property
-    def batch(self) -> tuple[int, int]:
-        """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, SEQUENCES[self.model])
-        return self.tokens // sequence, sequence
-
-    def state(self) -> State:
-        about = (*self.batch, getattr(torch, self.dtype), self.device, self.dropout)
-        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], self.layers, *about)
 
 
 def run(

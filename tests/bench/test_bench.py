@@ -587,7 +587,8 @@ BLOCK = training.SIZES["tiny"]
 
 
 def blocks(dtype: torch.dtype = torch.float32, layers: int = 1, dropout: float = 0.0) -> training.State:
-    return training.Blocks(BLOCK, layers, 1, 16, dtype, "cpu", dropout)
+    name = str(dtype).removeprefix("torch.")
+    return training.Settings("tiny", 16, "cpu", layers=layers, dtype=name, dropout=dropout).state()
 
 
 @pytest.fixture
@@ -823,7 +824,7 @@ def test_training_minilm_command(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_bert")
 def test_training_minilm_shares_its_parameters() -> None:
-    state = training.MiniLM(2, 12, torch.float32, "cpu")
+    state = training.Settings("tiny", 24, "cpu", model="minilm", sequence=12).state()
     noisy, other = way("flatlora", state, "gaussian"), way("lora", state)
     assert len(state.names) == 12 == len(noisy.controller.layers)
     words = [w.module.encoder.embeddings.word_embeddings.weight for w in (noisy, other)]
