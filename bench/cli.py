@@ -60,14 +60,6 @@ def _plot(args: Arguments) -> None:
         print(path)
 
 
-def _table(args: Arguments) -> None:
-    print(table.summary(results.load(args.file), args.long))
-
-
-def _compare(args: Arguments) -> None:
-    print(table.compare(results.load(args.a), results.load(args.b)))
-
-
 def _memory_cases(which: str, cases: list[Case]) -> set[Case]:
     largest = {case._replace(M=0): case for case in sorted(cases, key=lambda c: c.M)}
     return set({"none": (), "first": cases[:1], "largest": largest.values(), "all": cases}[which])
@@ -168,9 +160,7 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
         option("--name", "of the files; default set, device and time"),
     )  # fmt: skip
     noise = option("--noise", nargs="+", choices=KINDS, default=list(KINDS))
-    min_rounds = functools.partial(
-        option, "--min-rounds", "also where that takes longer than the budget", type=int
-    )
+    rounds = "also where that takes longer than the budget"
     strategies = "with --strategies: "
     return {
         "run": ("time a set of cases (this is what happens without a command)", _run, (
@@ -188,7 +178,7 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                 choices=("none", "first", "largest", "all"),
             ),
             option("--budget", "seconds for each provider of a case; 0.15 in quick, else 0.5", type=float),
-            min_rounds(default=5),
+            option("--min-rounds", rounds, type=int, default=5),
             option("--time-limit", "seconds, no case is begun after; default 40 in quick", type=float),
             option(
                 "--graph",
@@ -263,7 +253,7 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                 noise,
                 option("--providers", "only these", nargs="+"),
                 option("--budget", "seconds for each way to train", type=float, default=5.0),
-                min_rounds(default=7),
+                option("--min-rounds", rounds, type=int, default=7),
                 both("--memory", "measure the peak of a step", default=True),
                 *place,
             ),
@@ -273,7 +263,10 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
             "sets, layers and providers, and why a provider cannot run here", _list,
             (option("--device", choices=("cpu", "cuda")),),
         ),
-        "table": ("Markdown of a run", _table, (file, flag("--long", "a line to every provider, with percentiles"))),
+        "table": (
+            "Markdown of a run", lambda args: print(table.summary(results.load(args.file), args.long)),
+            (file, flag("--long", "a line to every provider, with percentiles")),
+        ),
         "plot": (
             "PNGs of a run: ratio to plain against M", _plot,
             (file, option("--out", "folder; default that of the file", type=Path)),
@@ -286,7 +279,10 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
             "compile the CUDA kernels without a GPU and print what came out; see docs/internals/cuda_kernels.md",
             compiled.main, compiled.add_arguments,
         ),
-        "compare": ("two runs side by side", _compare, (option("a", type=Path), option("b", type=Path))),
+        "compare": (
+            "two runs side by side", lambda args: print(table.compare(results.load(args.a), results.load(args.b))),
+            (option("a", type=Path), option("b", type=Path)),
+        ),
     }  # fmt: skip
 
 

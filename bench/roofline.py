@@ -172,17 +172,14 @@ def _kernels(chip: Chip) -> list[tuple[str, str, list[list[Work]]]]:
 def amounts(chip: Chip) -> str:
     """What the kernels of a call ask for."""
     columns = {
-        "GFLOP": ("flops", 1e9), "memory MB": ("memory", 1e6), "L2 MB": ("l2", 1e6), "shared MB": ("shared", 1e6),
-        "M instructions": ("slots", 1e6),
+        "GFLOP": ("flops", 1e9, ",.1f"), "memory MB": ("memory", 1e6, ",.0f"), "L2 MB": ("l2", 1e6, ",.0f"),
+        "shared MB": ("shared", 1e6, ",.0f"), "M instructions": ("slots", 1e6, ",.0f"),
     }  # fmt: skip
     body = []
     for name, M, kernels in _kernels(chip):
         cells = [
-            both(
-                (sum(getattr(w, field) for w in k) / scale for k in kernels),
-                ",.1f" if scale > 1e8 else ",.0f",
-            )
-            for field, scale in columns.values()
+            both((sum(getattr(w, field) for w in k) / scale for k in kernels), form)
+            for field, scale, form in columns.values()
         ]
         drawn = sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6
         body.append([name, M, *cells, f"{drawn:,.0f}", str(len(kernels[0]))])
@@ -213,13 +210,13 @@ def _cell(found: Measurement | None) -> str:
 
 def ratios(direction: str) -> str:
     """To a plain product, all GPUs."""
-    body = []
-    for chip, name in itertools.product(CHIPS, WAYS):
-        if name != "plain":
-            cells = (
-                (t / plain(chip, M, direction) for t in _predicted(chip, name, M, direction)) for M in ROWS
-            )
-            body.append([chip.name, name, *(both(cell, ".2f") for cell in cells)])
+
+    def cell(chip: Chip, name: str, M: int) -> str:
+        base = plain(chip, M, direction)
+        return both((t / base for t in _predicted(chip, name, M, direction)), ".2f")
+
+    lines = [(chip, name) for chip in CHIPS for name in WAYS if name != "plain"]
+    body = [[chip.name, name, *(cell(chip, name, M) for M in ROWS)] for chip, name in lines]
     return markdown(["GPU", "kernels", *(f"M = {M}" for M in ROWS)], body)
 
 

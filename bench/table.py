@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from .results import BASES, Results, Row, key
 
@@ -35,6 +36,11 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def hardware(meta: dict[str, Any]) -> str:
+    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
+    return f"{meta.get('hardware')}{threads}"
+
+
 def case_name(row: Row) -> str:
     name = row["model"] if row["layer"] == "square" else f"{row['model']} {row['layer']}"
     return f"{name} {row['N']}x{row['K']}" + (f" r{row['rank']}" if row["rank"] else "")
@@ -51,9 +57,8 @@ def summary(results: Results, long: bool = False) -> str:
     meta, linear = results.meta, [r for r in results.rows if r["kind"] == "linear"]
     versions = ", ".join(f"{k} {meta[k]}" for k in ("torch", "triton", "flatlora_kernels") if meta.get(k))
     commit = f"commit {meta.get('commit')}" + (" with changes" if str(meta.get("dirty")) == "True" else "")
-    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     versions += f", Python {meta.get('python')}"
-    parts = [f"{meta.get('hardware')}{threads}; {versions}; {commit}; {meta.get('date')}"]
+    parts = [f"{hardware(meta)}; {versions}; {commit}; {meta.get('date')}"]
     for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
         rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
         how = ", replayed as a CUDA graph" if launch == "graph" else ""

@@ -365,7 +365,7 @@ class Flat(Way):
         self.controller.advance(overlap=True)
 
     def used(self) -> list[Tensor]:
-        weights = Way.used(self)
+        weights = super().used()
         if self.noise == NOISELESS:
             return weights
         if self.state.device == "cuda":
