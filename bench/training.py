@@ -92,29 +92,12 @@ class Block(nn.Module):
 SEQUENCES = {"block": 2048, "llama": 2048, "minilm": 64}
 
 
-class Settings(NamedTuple):
-    size: str  # of a block; without meaning for minilm
-    tokens: int
-    device: str
-    noise: Sequence[str] = KINDS
-    budget: float = 5.0  # seconds for each way
-    min_rounds: int = 7
-    memory: bool = True
-    model: str = "block"
-    layers: int = 1
-    sequence: int | None = None
-    providers: Sequence[str] | None = None
-    dtype: str = "float32"
-    dropout: float = 0.0
+# The options of the command, all of them set; `dtype` and `dropout` are those of one setting.
+Settings = argparse.Namespace
 
-    @property
-    def batch(self) -> tuple[int, int]:
-        """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, SEQUENCES[self.model])
-        return self.tokens // sequence, sequence
 
-    def state(self) -> State:
-        return (MiniLM if self.model == "minilm" else Blocks)(self)
+def changed(settings: Settings, **fields: Any) -> Settings:
+    return Settings(**{**vars(settings), **fields})
 
 
 class State:
@@ -122,12 +105,17 @@ class State:
 
     batches: list[tuple[Tensor, Tensor]]
 
+    @staticmethod
+    def of(settings: Settings) -> State:
+        return (MiniLM if settings.model == "minilm" else Blocks)(settings)
+
     def __init__(self, model: nn.Module, settings: Settings, inside: str = "") -> None:
         self.dtype, self.device, self.dropout = (
             getattr(torch, settings.dtype),
             settings.device,
             settings.dropout,
         )
+        self.batch = (settings.tokens // settings.sequence, settings.sequence)
         self.model = model.to(self.device, self.dtype).train().requires_grad_(False)
         modules = model.get_submodule(inside).named_modules(prefix=inside)
         self.names = [name for name, module in modules if isinstance(module, nn.Linear)]
@@ -178,7 +166,7 @@ class Blocks(State):
         super().__init__(blocks[0] if layers == 1 else nn.Sequential(*blocks), settings)
         for weight in self.weights:
             weight.normal_(0, weight.shape[1] ** -0.5, generator=self.generator)
-        shape = (*settings.batch, size.hidden)
+        shape = (*self.batch, size.hidden)
         self.batches = [(self.randn(*shape).requires_grad_(), self.randn(*shape)) for _ in range(COPIES)]
 
 
@@ -215,7 +203,7 @@ class MiniLM(State):
         super().__init__(copy.deepcopy(pretrained()), settings, inside="encoder.encoder")
         words = self.model.encoder.config.vocab_size
         draw = functools.partial(torch.randint, words, generator=self.generator, device=self.device)
-        self.batches = [(draw(settings.batch), self.randn(settings.batch[0])) for _ in range(COPIES)]
+        self.batches = [(draw(self.batch), self.randn(self.batch[0])) for _ in range(COPIES)]
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
@@ -464,13 +452,13 @@ def run(
     """Rows, failures and what was skipped."""
     found = Findings(settings.noise, Progress(0))
     for dtype, dropout in itertools.product(dtypes, dropouts):
-        _setting(settings._replace(dtype=dtype, dropout=dropout), found)
+        _setting(changed(settings, dtype=dtype, dropout=dropout), found)
         gc.collect()
     return found.rows, found.failures, list(found.skipped)
 
 
 def _setting(s: Settings, found: Findings) -> None:
-    state = s.state()
+    state = State.of(s)
     shapes = dict.fromkeys(tuple(w.shape) for w in state.weights)
     cases = [Case("", "", s.tokens, N, K, s.dtype, "forward+backward", RANK) for N, K in shapes]
     compile_first(s.device, cases, s.noise)
@@ -483,8 +471,7 @@ def _setting(s: Settings, found: Findings) -> None:
         "model": s.model if s.model == "minilm" else f"{s.size} {s.model}",
         "N": min(N for N, _ in shapes), "K": max(K for _, K in shapes), "dtype": s.dtype, "rank": RANK,
     }  # fmt: skip
-    batch, sequence = s.batch
-    layer = f"{batch} x {sequence} tokens, lora_dropout {s.dropout:g}"
+    layer = f"{state.batch[0]} x {state.batch[1]} tokens, lora_dropout {s.dropout:g}"
     of_step = {**about, "kind": "training", "layer": layer, "M": s.tokens, "mode": "training step"}
     timed = functools.partial(timing.interleaved, timer=timing.timer(s.device), copies=COPIES,
                               min_rounds=s.min_rounds, max_rounds=200)  # fmt: skip
@@ -515,8 +502,9 @@ def _peak(settings: Settings, provider: str, noise: str, ways: dict[str, Entry])
 def _peak_on_cpu(settings: Settings, provider: str, noise: str) -> int | None:
     make = next(p.make for p in every("cpu") if p.name == provider)
     # Thread pools and generated code come up on a smaller model, the optimiser's state in a first step.
-    make(settings._replace(size="tiny", layers=1, tokens=64, sequence=64).state(), noise).step(0)
-    way = make(settings.state(), noise)
+    small = changed(settings, size="tiny", layers=1, tokens=64, sequence=64)
+    make(State.of(small), noise).step(0)
+    way = make(State.of(settings), noise)
     way.step(0)
     gc.collect()
     return memory.peak_of(lambda: way.step(0), "cpu")
@@ -526,18 +514,14 @@ def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
     on_gpu = args.device == "cuda"
     size = args.size or ("llama3-8b" if on_gpu else "cpu")
-    settings = Settings(
-        size, args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens), args.device, args.noise,
-        args.budget, args.min_rounds, args.memory, args.model, (args.layers or 4) if args.model == "llama" else 1,
-        args.sequence, args.providers,
-    )  # fmt: skip
-    sequences, sequence = settings.batch
-    if sequences * sequence != settings.tokens:
-        raise SystemExit(
-            f"--tokens: expected at most {sequence}, or a multiple of that, got {settings.tokens}"
-        )
+    tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
+    sequence = args.sequence or min(tokens, SEQUENCES[args.model])
+    layers = (args.layers or 4) if args.model == "llama" else 1
+    if tokens % sequence:
+        raise SystemExit(f"--tokens: expected at most {sequence}, or a multiple of that, got {tokens}")
     known = [p.name for p in every(args.device)]
     for name in args.providers or ():
         if name not in known:
             raise SystemExit(f"--providers: expected of {', '.join(known)}, got {name}")
+    settings = changed(args, size=size, tokens=tokens, sequence=sequence, layers=layers)
     return run(settings, args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"]), args.dropout)
