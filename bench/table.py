@@ -74,10 +74,8 @@ def summary(results: Results, long: bool = False) -> str:
         parts.append(f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {after}")
     if late := meta.get("launched_late"):
         parts.append(f"Launched late, so that times hold some of the host's: {late}")
-    if rows := [r for r in linear if r.get("peak_extra_bytes") is not None]:
-        text = _pivot(
-            [r for r in rows if r["noise"] in ("none", "gaussian")], {**_CASE, "mode": "mode"}, _mib
-        )
+    if rows := [r for r in linear if _mib(r) and r["noise"] in ("none", "gaussian")]:
+        text = _pivot(rows, {**_CASE, "mode": "mode"}, _mib)
         parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{text}")
     parts += [f"Skipped: {s}" for s in results.skipped] + [f"FAILED: {f}" for f in results.failures]
     return "\n\n".join(parts)
@@ -176,13 +174,15 @@ _OTHERS: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
 )  # fmt: skip
 
 
+_ABOUT = ("M", "dtype", "mode", "noise", "provider")
+
+
 def compare(a: Results, b: Results) -> str:
     """Rows that both runs have, with B as a multiple of A.
 
     Where a row has a ratio to plain, that compares the runs better: both its parts were timed side by side. A
     star says that the two ratios' ranges from the 20th to the 80th percentile do not touch.
     """
-
     notes = []
     for name in ("hardware", "threads", "torch", "triton", "python", "commit", "dirty"):
         had = [run.meta.get(name) for run in (a, b)]
@@ -193,15 +193,14 @@ def compare(a: Results, b: Results) -> str:
     only_a, only_b = len(a.rows) - len(both), len(of_b)
     if only_a or only_b:
         notes.append(f"rows that only one has: {only_a} in A, {only_b} in B")
-    header = ["what", "M", "dtype", "mode", "noise", "provider", "A", "B", "B / A"]
-    header += ["A to plain", "B to plain", "B / A"]
+    header = ["what", *_ABOUT, "A", "B", "B / A", "A to plain", "B to plain", "B / A"]
     return "\n\n".join([*notes, markdown(header, [_compared(ra, rb) for ra, rb in both])])
 
 
 def _compared(a: Row, b: Row) -> list[str]:
     what = case_name(a) if a.get("model") else f"{a['N']}x{a['K']}"
     what = what if a["kind"] == "linear" else f"{a['kind']} {what}"
-    about = [what, *(str(a.get(k) or "") for k in ("M", "dtype", "mode", "noise", "provider"))]
+    about = [what, *(str(a.get(k) or "") for k in _ABOUT)]
     times = [*(microseconds(r["median_us"]) for r in (a, b)), ratio(b["median_us"] / a["median_us"])]
     if a.get("to_plain") is None or b.get("to_plain") is None:
         return [*about, *times, "", "", ""]
