@@ -110,11 +110,8 @@ class State:
         return (MiniLM if settings.model == "minilm" else Blocks)(settings)
 
     def __init__(self, model: nn.Module, settings: Settings, inside: str = "") -> None:
-        self.dtype, self.device, self.dropout = (
-            getattr(torch, settings.dtype),
-            settings.device,
-            settings.dropout,
-        )
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.device, self.dropout = settings.device, settings.dropout
         self.batch = (settings.tokens // settings.sequence, settings.sequence)
         self.model = model.to(self.device, self.dtype).train().requires_grad_(False)
         modules = model.get_submodule(inside).named_modules(prefix=inside)
