@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from flatlora_kernels.core.noise import KINDS
 
 from . import (
     environment,
@@ -31,16 +33,15 @@ from . import (
     variance,
 )
 from .machine_code import compiled, offline
-from .options import DEVICE, OUT, PLACE, Option, option
+from .options import option
 from .results import Results
 from .shapes import MODES, SETS, Case
 
 _SHORT = ("quick", "targets", "square4096")  # sets
-_BOTH = argparse.BooleanOptionalAction
 Arguments = argparse.Namespace
 
 
-def _list(args: Arguments) -> int:
+def _list(args: Arguments) -> None:
     lines = ["Sets: " + ", ".join(SETS), "", "Layers, (out_features, in_features):"]
     for name, model in shapes.MODELS.items():
         layers = ", ".join(f"{layer.name} ({layer.N}, {layer.K})" for layer in model.layers)
@@ -50,31 +51,18 @@ def _list(args: Arguments) -> int:
     missing = {k: v for k, v in providers.available_backends(args.device).items() if v}
     lines += [f"  not here, fused:{name}: {reason}" for name, reason in missing.items()]
     print("\n".join(lines))
-    return 0
 
 
-def _plot(args: Arguments) -> int:
+def _plot(args: Arguments) -> None:
     from . import plot  # matplotlib is wanted here alone
 
     for path in plot.plot(results.load(args.file), args.out or args.file.parent, args.file.stem):
         print(path)
-    return 0
-
-
-def _printed(text: Callable[[Arguments], str]) -> Callable[[Arguments], int]:
-    def command(args: Arguments) -> int:
-        print(text(args))
-        return 0
-
-    return command
 
 
 def _memory_cases(which: str, cases: list[Case]) -> set[Case]:
-    if which == "none":
-        return set()
-    if which == "largest":
-        return set({case._replace(M=0): case for case in sorted(cases, key=lambda c: c.M)}.values())
-    return set(cases if which == "all" else cases[:1])
+    largest = {case._replace(M=0): case for case in sorted(cases, key=lambda c: c.M)}
+    return set({"none": (), "first": cases[:1], "largest": largest.values(), "all": cases}[which])
 
 
 def _run(args: Arguments) -> int:
@@ -95,9 +83,8 @@ def _run(args: Arguments) -> int:
         time_limit=default(args.time_limit, 40.0, math.inf),
         graph=args.graph or ("small" if args.device == "cuda" else "none"),
     )
-    fields = {"M": args.m, "dtype": args.dtypes, "mode": args.modes, "rank": args.rank}
     cases = shapes.cases(args.set, args.device)
-    for field, values in fields.items():
+    for field, values in {"M": args.m, "dtype": args.dtypes, "mode": args.modes, "rank": args.rank}.items():
         if values:
             cases = [c._replace(**{field: value}) for c in cases for value in values]
     cases = list(dict.fromkeys(cases))
@@ -105,13 +92,10 @@ def _run(args: Arguments) -> int:
     stem = results.file_stem(args, meta, args.set)
     started = time.perf_counter()
     run.compile_first(args.device, cases, settings.noises, args.processes)
-    bench = run.Bench(
-        settings, run.Progress(len(cases)), lambda bench: results.save_json(bench.results(meta), stem)
-    )
+    bench = run.Bench(settings, run.Progress(len(cases)), lambda b: results.save_json(b.results(meta), stem))
     if args.parts:
         parts.measure(bench, cases)
-    memory_cases = _memory_cases(default(args.memory, "first", "largest"), cases)
-    bench.linear_cases(cases, memory_cases, started)
+    bench.linear_cases(cases, _memory_cases(default(args.memory, "first", "largest"), cases), started)
     if isinstance(bench.timer, timing.CudaTimer):
         meta["launched_late"] = bench.timer.launched_late
     return _finish(args, bench.results(meta), args.set)
@@ -135,10 +119,8 @@ def _finish(args: Arguments, found: Results, what: str) -> int:
     print(table.summary(found))
     if what == "targets":
         print("\n" + targets.report(found.rows, args.device))
-    print(
-        "\n"
-        + "\n".join(f"Written: {path}" for path in results.save(found, results.file_stem(args, meta, what)))
-    )
+    paths = results.save(found, results.file_stem(args, meta, what))
+    print("", *(f"Written: {path}" for path in paths), sep="\n")
     return 1 if found.failures else 0
 
 
@@ -149,54 +131,64 @@ def _tune(args: Arguments) -> int:
         return tune.main(args)
     if args.rows:
         return strategies.combine(args.rows)
-    return strategies.main(
-        args.device, args.quick, args.time_limit, args.out, args.name, backends=args.backends
-    )
+    chosen = (args.device, args.quick, args.time_limit, args.out, args.name)
+    return strategies.main(*chosen, backends=args.backends)
 
 
-class Command(NamedTuple):
-    help: str
-    run: Callable[[Arguments], int]
-    options: Sequence[Option] | Callable[[argparse.ArgumentParser], None] = ()
+def _number(kind: type, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """A type for argparse, which refuses other numbers in these words."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return parse
 
 
-def _commands() -> dict[str, Command]:
-    """Made anew at each call: tests add sets."""
-    file, flag = option("file", type=Path), functools.partial(option, action="store_true")
+def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]:
+    """Help, what runs, and its options, or what adds them. Made anew at each call: tests add sets."""
+    flag = functools.partial(option, action="store_true")
+    both = functools.partial(option, action=argparse.BooleanOptionalAction)
+    count = _number(int, lambda n: n >= 1, "at least 1")
+    file = option("file", type=Path)
+    device = option("--device", default := "default cuda where there is one", choices=("cpu", "cuda"))
+    out = option("--out", "folder of the CSV and JSON", type=Path, default=roofline.RESULTS / "local")
+    place = (
+        device, option("--threads", "of torch, on a CPU", type=int), out,
+        option("--name", "of the files; default set, device and time"),
+    )  # fmt: skip
+    noise = option("--noise", nargs="+", choices=KINDS, default=list(KINDS))
+    rounds = "also where that takes longer than the budget"
     strategies = "with --strategies: "
     return {
-        "run": Command("time a set of cases (this is what happens without a command)", _run, (
+        "run": ("time a set of cases (this is what happens without a command)", _run, (
             option("--set", "which cases; a model: all its layers", default="quick", choices=SETS),
             option("--m", "take these rows of x in place of the set's", type=int, nargs="+"),
             option("--dtypes", nargs="+", choices=("float16", "bfloat16", "float32", "float64")),
             option("--modes", nargs="+", choices=MODES),
             option("--rank", "of the adapter, 0 = none; in place of the set's", type=int, nargs="+"),
-            options.NOISE,
+            noise,
             option("--providers", "only these and plain; fused: all backends", nargs="+"),
-            option("--compile", "default: not in quick and square4096", action=_BOTH),
+            both("--compile", "default: not in quick and square4096"),
             option(
-                "--memory",
-                "where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
-                choices=("none", "first", "largest", "all"),
+                "--memory", choices=("none", "first", "largest", "all"),
+                help="where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
             ),
             option("--budget", "seconds for each provider of a case; 0.15 in quick, else 0.5", type=float),
-            option("--min-rounds", options.MIN_ROUNDS, type=int, default=5),
+            option("--min-rounds", rounds, type=int, default=5),
             option("--time-limit", "seconds, no case is begun after; default 40 in quick", type=float),
             option(
-                "--graph",
-                f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
-                choices=("none", "small", "all"),
+                "--graph", choices=("none", "small", "all"),
+                help=f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",
             ),
-            option(
-                "--processes", "that compile Triton kernels before anything is timed; 0 = none", type=int
-            ),
-            *PLACE,
-            option(
-                "--parts", "first the overhead, the generator and noise_scale by themselves", action=_BOTH, default=True
-            ),
+            option("--processes", "that compile Triton kernels before anything is timed; 0 = none", type=int),
+            *place,
+            both("--parts", "first the overhead, the generator and noise_scale by themselves", default=True),
             flag("--ways", "the op's panels, split noise and own choice, too"),
         )),
-        "tune": Command("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
+        "tune": ("search tiles for the Triton kernels on this GPU and print a table for configs.py", _tune, (
             flag(
                 "--strategies",
                 "instead measure fused kernels against panels and write the table of the automatic choice",
@@ -204,7 +196,7 @@ def _commands() -> dict[str, Command]:
             flag("--quick", strategies + "a few cases"),
             option("--backends", strategies + "measure these alone, and write no table", nargs="+"),
             option("--rows", strategies + "the table of these measurements", type=Path, nargs="+", metavar="JSON"),
-            option("--device", strategies + DEVICE.settings["help"], choices=("cpu", "cuda")),
+            option("--device", strategies + default, choices=("cpu", "cuda")),
             option(
                 "--dtypes", "16-bit types, float32 or tf32: the table has a part for each", nargs="+",
                 default=["bfloat16", "float16"], choices=("float16", "bfloat16", "float32", "tf32"),
@@ -214,49 +206,79 @@ def _commands() -> dict[str, Command]:
             option("--processes", "that compile; default one for every core but two", type=int),
             flag("--dry-run", "in Triton's interpreter, where no time means anything"),
             flag("--table", "print the table after a dry run, too"),
-            OUT,
+            out,
             option("--name", "of the files; default tune, device and time"),
         )),
-        "roofline": Command(
+        "roofline": (
             f"what kernels ask of each unit of a GPU, predicted, and of this CPU, measured; see {roofline.PAGE}",
-            roofline.main, roofline.OPTIONS,
+            roofline.main,
+            (
+                option("--device", "gpu: predicted; cpu: measured here", choices=("gpu", "cpu", "all"), default="all"),
+                flag("--write", f"into {roofline.PAGE}"),
+            ),
         ),
-        "fidelity": Command(
+        "fidelity": (
             "how much of small noise survives rounding, by type and sigma; see docs/internals/noise.md",
-            _printed(lambda args: fidelity.report()),
+            lambda args: print(fidelity.report()), (),
         ),
-        "variance": Command(
-            "what several noise draws in one step do to the gradient; see docs/samples.md",
-            variance.main, variance.OPTIONS,
-        ),
-        "training": Command(
+        "variance": ("what several noise draws in one step do to the gradient; see docs/samples.md", variance.main, (
+            option("--model", "minilm: what the sentiment example trains", choices=variance.MODELS, default="blocks"),
+            option("--batch", "sequences, a multiple of 4", type=int, default=16),
+            option("--tokens", "of a sequence of blocks", type=int, default=64),
+            option("--sigma", type=float, default=0.05),
+            option("--noise", choices=KINDS, default=KINDS[0]),
+            option("--draws", "steps of each way, at least 4", type=int, default=40),
+            option("--warm-up", "steps of training before", type=int, default=40),
+            option("--seed", "of weights, data and noise", type=int, default=0),
+        )),
+        "training": (
             "an optimiser step of Llama-shaped blocks or of MiniLM, against PEFT's LoRA and the authors' procedure",
-            _training, (*training.OPTIONS, *PLACE),
+            _training,
+            (
+                option(
+                    "--model", "llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
+                    choices=training.SEQUENCES, default="block",
+                ),
+                option("--size", "of a block; default llama3-8b on a GPU, else cpu", choices=training.SIZES),
+                option("--layers", "of llama; default 4", type=count),
+                option("--tokens", "in a step; default goes by the size, and is 1024 with minilm", type=count),
+                option("--sequence", "tokens of each sequence; default at most 2048, minilm 64", type=count),
+                option(
+                    "--dropout", "lora_dropout", nargs="+", default=[0.0],
+                    type=_number(float, lambda p: 0 <= p < 1, "0 <= p < 1"),
+                ),
+                option("--dtypes", "default bfloat16, on a CPU both", nargs="+", choices=("bfloat16", "float32")),
+                noise,
+                option("--providers", "only these", nargs="+"),
+                option("--budget", "seconds for each way to train", type=float, default=5.0),
+                option("--min-rounds", rounds, type=int, default=7),
+                both("--memory", "measure the peak of a step", default=True),
+                *place,
+            ),
         ),
-        "overhead": Command("time per call over F.linear on a layer of 8 x 8", _overhead, PLACE),
-        "list": Command(
+        "overhead": ("time per call over F.linear on a layer of 8 x 8", _overhead, place),
+        "list": (
             "sets, layers and providers, and why a provider cannot run here", _list,
-            [option("--device", choices=("cpu", "cuda"))],
+            (option("--device", choices=("cpu", "cuda")),),
         ),
-        "table": Command(
-            "Markdown of a run", _printed(lambda args: table.summary(results.load(args.file), args.long)),
+        "table": (
+            "Markdown of a run", lambda args: print(table.summary(results.load(args.file), args.long)),
             (file, flag("--long", "a line to every provider, with percentiles")),
         ),
-        "plot": Command(
+        "plot": (
             "PNGs of a run: ratio to plain against M", _plot,
             (file, option("--out", "folder; default that of the file", type=Path)),
         ),
-        "offline": Command(
+        "offline": (
             "compile the Triton kernels without a GPU and print what came out; see docs/internals/kernels.md",
             offline.main, offline.add_arguments,
         ),
-        "compiled": Command(
+        "compiled": (
             "compile the CUDA kernels without a GPU and print what came out; see docs/internals/cuda_kernels.md",
             compiled.main, compiled.add_arguments,
         ),
-        "compare": Command(
-            "two runs side by side",
-            _printed(lambda args: table.compare(results.load(args.a), results.load(args.b))),
+        "compare": (
+            "two runs side by side", lambda args: print(table.compare(results.load(args.a), results.load(args.b))),
             (option("a", type=Path), option("b", type=Path)),
         ),
     }  # fmt: skip
@@ -272,12 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Times the fused noisy linear against its rivals; without arguments, the quick set.",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, command in commands.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
-        if callable(command.options):
-            command.options(subparser)
+    for name, (help, _, its_options) in commands.items():
+        subparser = subparsers.add_parser(name, help=help, description=help)
+        if callable(its_options):
+            its_options(subparser)
         else:
-            options.add(subparser, command.options)
+            options.add(subparser, its_options)
     args = parser.parse_args(given)
     device = getattr(args, "device", "")
     if device is None:
@@ -289,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     try:
-        return commands[args.command].run(args)
+        return commands[args.command][1](args) or 0
     except ValueError as error:
         if args.command != "tune":
             raise

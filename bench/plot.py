@@ -6,26 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from .results import Results, Row
-from .table import OP, case_name, provider_names
+from .table import OP, case_name, hardware, provider_names
 
 # Okabe and Ito's palette, which holds for colour-blind readers. What a name begins with decides, so that a
 # provider looks the same in every plot; the op's ways are drawn boldest.
-_COLOURS = {
-    "fused:cpu": "#0072B2", "fused:triton": "#D55E00", "fused:cuda": "#009E73", "fused": "#56B4E9",
-    "perturb": "#E69F00", "eager": "#CC79A7", "inplace": "#7F7F7F", "compile": "#8C6D31", "lora": "#000000",
-    "peft": "#B0B000", "auto": "#AA0044", "panel": "#5E3C99", "split": "#1B9E9E",
+_LOOKS = {
+    "fused": ("o", "#56B4E9"), "auto": ("*", "#AA0044"), "panel": ("P", "#5E3C99"), "split": ("d", "#1B9E9E"),
+    "perturb": ("s", "#E69F00"), "eager": ("^", "#CC79A7"), "inplace": ("v", "#7F7F7F"), "compile": ("D", "#8C6D31"),
+    "lora": ("x", "#000000"), "peft": ("+", "#B0B000"),
 }  # fmt: skip
-_MARKERS = {
-    "fused": "o", "auto": "*", "panel": "P", "split": "d",
-    "perturb": "s", "eager": "^", "inplace": "v", "compile": "D", "lora": "x", "peft": "+",
-}  # fmt: skip
+_COLOURS = {"fused:cpu": "#0072B2", "fused:triton": "#D55E00", "fused:cuda": "#009E73"}
 
 
 def _style(provider: str) -> dict[str, Any]:
     family = provider.partition(":")[0]
-    colour = _COLOURS.get(provider) or _COLOURS.get(family, "#A52A2A")
+    marker, colour = _LOOKS.get(family, (".", "#A52A2A"))
     bold = {"linewidth": 2.4, "zorder": 3} if family in OP else {"linewidth": 1.2, "zorder": 2}
-    return {"color": colour, "marker": _MARKERS.get(family, "."), **bold}
+    return {"color": _COLOURS.get(provider, colour), "marker": marker, **bold}
 
 
 def plot(results: Results, folder: Path, stem: str) -> list[Path]:
@@ -54,9 +51,8 @@ def _figure(rows: list[Row], title: str, meta: dict[str, Any], path: Path) -> No
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     noises = [n for n in dict.fromkeys(r["noise"] for r in rows) if n != "none"] or ["none"]
-    Ms = sorted({r["M"] for r in rows})
+    Ms, names = sorted({r["M"] for r in rows}), provider_names(rows)
     curves = len(Ms) > 1
-    names = provider_names(rows)
     height = 3.1 if curves else 0.35 * len(names) + 0.8
     fig, axes = plt.subplots(
         len(dtypes), len(noises), figsize=(3.6 * len(noises) + 2.0, height * len(dtypes) + 0.9), squeeze=False,
@@ -76,12 +72,10 @@ def _figure(rows: list[Row], title: str, meta: dict[str, Any], path: Path) -> No
             line[0].set_ylabel("time / plain x @ W.T")
         handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
         shown = [n for n in names if n in handles]
-        legend = {"loc": "outside right upper", "fontsize": 9, "frameon": False}
-        fig.legend([handles[n] for n in shown], shown, **legend)
+        fig.legend([handles[n] for n in shown], shown, loc="outside right upper", fontsize=9, frameon=False)
     else:
         title += f", M = {Ms[0]}"
-    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
-    where = f"{meta.get('hardware')}{threads}, torch {meta.get('torch')}; bands: 20th to 80th percentile"
+    where = f"{hardware(meta)}, torch {meta.get('torch')}; bands: 20th to 80th percentile"
     fig.suptitle(f"{title}\n{where}", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-# Of a row: a step of a model is "training", where N, K are its smallest and largest widths; "noise_scale" is its
-# refresh, "noise" the generator.
-KINDS = ("linear", "training", "noise_scale", "noise", "overhead")
-# What a row is about.
-# `launch`: "graph" where a CUDA graph was replayed, else missing.
+# What a row is about. `kind`: "linear"; "training", a step of a model, where N, K are its smallest and largest widths;
+# "noise_scale", its refresh; "noise", the generator; "overhead". `launch`: "graph" where a CUDA graph was replayed.
 KEYS = ("kind", "model", "layer", "M", "N", "K", "dtype", "mode", "rank", "noise", "provider", "launch")
 _TIMES = ("rounds", "median_us", "p20_us", "p80_us")
 BASES = ("plain", "lora", "peft", "rival")

@@ -13,9 +13,9 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
 from flatlora_kernels.core.noise import KINDS
 
 from . import environment, run, targets, timing
-from .options import option
 from .shapes import Case
 from .table import markdown
 
@@ -84,47 +83,44 @@ class Measurement(NamedTuple):
 Measurements = dict[tuple[str, str, int, str], Measurement]  # by mode, provider, M, noise
 
 
+def _measurements(rows: Iterable[dict[str, Any]]) -> Measurements:
+    """The first of each; values are numbers, or as a CSV has them."""
+    found: Measurements = {}
+    for row in rows:
+        to_plain = float(row["to_plain"]) if row["to_plain"] else None
+        key = (row["mode"], row["provider"], int(row["M"]), row["noise"])
+        found.setdefault(key, Measurement(float(row["median_us"]) / 1e6, to_plain))
+    return found
+
+
 def measurements(chip: Chip, folder: Path = RESULTS) -> Measurements:
     """Of the latest run on this GPU, sizes as here; graphs where there are some.
 
     What `truth` has goes before the benchmark's runs.
     """
     rows = []
+    about = {"kind": "linear", "device": "cuda", "dtype": "bfloat16", "N": str(SIZE), "K": str(SIZE)}
     for path in sorted(folder.glob("**/*.csv")):
         with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if _is_of(row, chip)]
+            rows += [
+                row for row in csv.DictReader(file)
+                if all(row.get(k) == v for k, v in about.items()) and _named(chip, row["hardware"])
+                and (row["provider"] == "plain" or row["rank"] == str(RANK))  # plain leaves the adapter out
+            ]  # fmt: skip
     rows.sort(key=lambda row: (row["date"], row.get("launch") == "graph"), reverse=True)
-    found: Measurements = {}
-    for row in rows:
-        to_plain = float(row["to_plain"]) if row["to_plain"] else None
-        key = (row["mode"], row["provider"], int(row["M"]), row["noise"])
-        found.setdefault(key, Measurement(float(row["median_us"]) / 1e6, to_plain))
-    return found | truth(chip, RANK, folder)
+    return _measurements(rows) | truth(chip, RANK, folder)
 
 
 def truth(chip: Chip, rank: int, folder: Path = RESULTS) -> Measurements:
     """The same from truth-time.jsonl of the folder that bears the GPU's name: graphs, a cold L2."""
-    found: Measurements = {}
+    rows = []
     for path in sorted(folder.glob("*/truth-time.jsonl")):
-        if not _named(chip, path.parent.name):
-            continue
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in map(json.loads, path.read_text().splitlines() if _named(chip, path.parent.name) else ()):
             mode, provider = _TRUTH.get(row["name"], ("", ""))
             if provider and row["rank"] == rank:
                 noise = "none" if provider in ("plain", "lora") else row["noise"]
-                measured = Measurement(row["median_us"] / 1e6, row["to_plain"])
-                found.setdefault((mode, provider, int(row["M"]), noise), measured)
-    return found
-
-
-def _is_of(row: dict[str, str], chip: Chip) -> bool:
-    """Of this GPU and one of the cases of the tables."""
-    if row.get("kind") != "linear":  # results of examples are of no kind
-        return False
-    about = {"device": "cuda", "dtype": "bfloat16", "N": str(SIZE), "K": str(SIZE)}
-    if row["provider"] != "plain":  # which leaves the adapter out
-        about["rank"] = str(RANK)
-    return all(row.get(k) == v for k, v in about.items()) and _named(chip, row["hardware"])
+                rows.append({**row, "mode": mode, "provider": provider, "noise": noise})
+    return _measurements(rows)
 
 
 def _named(chip: Chip, hardware: str) -> bool:
@@ -134,17 +130,20 @@ def _named(chip: Chip, hardware: str) -> bool:
     return name in hardware and memory in hardware
 
 
-def both(values: Iterable[str]) -> str:
+def both(values: Iterable[float | str], form: str = "") -> str:
     """Of gaussian and rademacher noise; once where they are the same."""
-    return " / ".join(dict.fromkeys(values))
+    return " / ".join(dict.fromkeys(format(value, form) for value in values))
 
 
-def _predicted(chip: Chip, name: str, M: int, direction: str) -> tuple[list[float], list[float]]:
-    """Seconds with each noise, and over a plain product."""
+def plain(chip: Chip, M: int, *directions: str) -> float:
+    """Seconds of the products without noise."""
+    return sum(cost.plain(chip, call("none", M, direction)).seconds for direction in directions)
+
+
+def _predicted(chip: Chip, name: str, M: int, direction: str) -> list[float]:
+    """Seconds with each noise."""
     backend, way, _ = WAYS[name]
-    times = [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in KINDS]
-    base = cost.plain(chip, call("none", M, direction)).seconds
-    return times, [t / base for t in times]
+    return [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in KINDS]
 
 
 def _measured(found: Measurements, mode: str, name: str, M: int, noise: str) -> Measurement | None:
@@ -173,14 +172,14 @@ def _kernels(chip: Chip) -> list[tuple[str, str, list[list[Work]]]]:
 def amounts(chip: Chip) -> str:
     """What the kernels of a call ask for."""
     columns = {
-        "GFLOP": ("flops", 1e9), "memory MB": ("memory", 1e6), "L2 MB": ("l2", 1e6), "shared MB": ("shared", 1e6),
-        "M instructions": ("slots", 1e6),
+        "GFLOP": ("flops", 1e9, ",.1f"), "memory MB": ("memory", 1e6, ",.0f"), "L2 MB": ("l2", 1e6, ",.0f"),
+        "shared MB": ("shared", 1e6, ",.0f"), "M instructions": ("slots", 1e6, ",.0f"),
     }  # fmt: skip
     body = []
     for name, M, kernels in _kernels(chip):
         cells = [
-            both(f"{sum(getattr(w, field) for w in k) / scale:,.{1 if scale > 1e8 else 0}f}" for k in kernels)
-            for field, scale in columns.values()
+            both((sum(getattr(w, field) for w in k) / scale for k in kernels), form)
+            for field, scale, form in columns.values()
         ]
         drawn = sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6
         body.append([name, M, *cells, f"{drawn:,.0f}", str(len(kernels[0]))])
@@ -192,14 +191,14 @@ def roofline(chip: Chip) -> str:
     found, body = measurements(chip), []
     for name, M, kernels in _kernels(chip):
         costs = [cost.total(chip, k) for k in kernels]
-        times, ratios, measured = [c.seconds for c in costs], "-", "-"
+        times, to_plain, measured = [c.seconds for c in costs], "-", "-"
         if M != "-":
-            times, to_plain = _predicted(chip, name, int(M), "forward")
-            ratios = both(f"{r:.2f}" for r in to_plain)
+            times = _predicted(chip, name, int(M), "forward")
+            to_plain = both((t / plain(chip, int(M), "forward") for t in times), ".2f")
             measured = both(_cell(_measured(found, "forward", name, int(M), noise)) for noise in KINDS)
-        units = [both(f"{1e6 * c.units[unit]:.1f}" for c in costs) for unit in UNITS]
-        all_of_it, bound = both(f"{1e6 * t:.1f}" for t in times), both(c.bound for c in costs)
-        body.append([name, M, *units, all_of_it, bound, ratios, measured])
+        units = [both((1e6 * c.units[unit] for c in costs), ".1f") for unit in UNITS]
+        all_of_it = both((1e6 * t for t in times), ".1f")
+        body.append([name, M, *units, all_of_it, both(c.bound for c in costs), to_plain, measured])
     return markdown(["kernels", "M", *UNITS, "time", "bound", "to plain", "measured"], body)
 
 
@@ -211,12 +210,13 @@ def _cell(found: Measurement | None) -> str:
 
 def ratios(direction: str) -> str:
     """To a plain product, all GPUs."""
-    body = [
-        [chip.name, name, *(both(f"{r:.2f}" for r in _predicted(chip, name, M, direction)[1]) for M in ROWS)]
-        for chip in CHIPS
-        for name in WAYS
-        if name != "plain"
-    ]
+
+    def cell(chip: Chip, name: str, M: int) -> str:
+        base = plain(chip, M, direction)
+        return both((t / base for t in _predicted(chip, name, M, direction)), ".2f")
+
+    lines = [(chip, name) for chip in CHIPS for name in WAYS if name != "plain"]
+    body = [[chip.name, name, *(cell(chip, name, M) for M in ROWS)] for chip, name in lines]
     return markdown(["GPU", "kernels", *(f"M = {M}" for M in ROWS)], body)
 
 
@@ -238,12 +238,11 @@ def against_targets(chip: Chip) -> str:
         if not (times and at_rank_0 and unfused):
             continue
         name = min(times, key=lambda n: times[n])
-        plain = cost.plain(chip, call("none", M)).seconds
         rival = min(cost.perturb(chip, b, call(noise, M)).seconds for b in ("triton", "cuda"))
         model = fastest(chip, call(noise, M)).seconds
         cells = [noise, str(M), name, f"{min(at_rank_0).to_plain:.2f}"]
         for what, ratio, predicted in (
-            ("plain", times[name].to_plain, model / plain),
+            ("plain", times[name].to_plain, model / plain(chip, M, "forward")),
             ("rival", times[name].seconds / unfused.seconds, model / rival),
         ):
             most = limits[noise, M, what]
@@ -256,10 +255,11 @@ def against_targets(chip: Chip) -> str:
 
 def residuals(chip: Chip) -> str:
     """Measured microseconds, and the model's time over that."""
-    sizes, body = (16, 64, 256, 1024, 2048, 8192), []
-    for rank, (mode, column), (name, (backend, way, _)) in itertools.product(
-        (0, RANK), (("forward", "y"), ("input_grad", "dX")), WAYS.items()
-    ):
+    sizes, columns, body = (16, 64, 256, 1024, 2048, 8192), {"forward": "y", "input_grad": "dX"}, []
+    for rank, mode, name in itertools.product((0, RANK), columns, WAYS):
+        backend, way, _ = WAYS[name]
+        if way == "plain" and rank:
+            continue
         measured = truth(chip, rank)
         for noise in ("none",) if way == "plain" else KINDS:
             cells = []
@@ -267,8 +267,8 @@ def residuals(chip: Chip) -> str:
                 found = _measured(measured, mode, name, M, noise)
                 model = cost.cost(chip, backend, way, call(noise, M, mode, rank)).seconds
                 cells.append(f"{1e6 * found.seconds:.1f} ({model / found.seconds:.2f})" if found else "-")
-            if (way != "plain" or not rank) and set(cells) != {"-"}:
-                body.append([name, noise, str(rank), column, *cells])
+            if set(cells) != {"-"}:
+                body.append([name, noise, str(rank), columns[mode], *cells])
     return markdown(["kernels", "noise", "rank", "", *(f"M = {M}" for M in sizes)], body)
 
 
@@ -310,9 +310,9 @@ def steps(chip: Chip) -> str:
     for M in ROWS:
         peft = step(chip, M, KINDS[0])[1].seconds
         ours = [step(chip, M, noise)[0].seconds for noise in KINDS]
-        base = sum(cost.plain(chip, call("none", M, d)).seconds for d in ("forward", "input_grad"))
-        times = (f"{1e6 * base:.0f}", f"{1e6 * peft:.0f}", both(f"{1e6 * s:.0f}" for s in ours))
-        body.append([str(M), *times, both(f"{s / peft:.2f}" for s in ours)])
+        cells = ([plain(chip, M, "forward", "input_grad")], [peft], ours)
+        micro = [both((1e6 * s for s in seconds), ".0f") for seconds in cells]
+        body.append([str(M), *micro, both((s / peft for s in ours), ".2f")])
     return markdown(["M", "x W^T and dY W alone", "PEFT, no noise", "ours", "ours / PEFT"], body)
 
 
@@ -345,14 +345,13 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
         return f"Backend 'cpu' is not here: {reason}"
     ours = ("fused:cpu", "panel:cpu", "perturb:cpu")
     bench = run.Bench(run.Settings("cpu", providers=ours, budget=budget), run.Progress(0))
-    rates = [measured_chip(budget)]
+    before = measured_chip(budget)
     for dtype, M in itertools.product(("float32", "bfloat16"), rows):
         bench.linear(Case("", "", M, size, size, dtype, "forward", 0), measure_memory=False)
-    rates.append(measured_chip(budget))
+    after = measured_chip(budget)
     # Rates are what the machine can do: the better of before and after.
-    best = {f: max(getattr(c, f) for c in rates) for f in ("bandwidth", "tensor", "single")}
-    chip = rates[0]._replace(**best)
-    order = ("none", *KINDS)
+    best = {f: max(getattr(before, f), getattr(after, f)) for f in ("bandwidth", "tensor", "single")}
+    chip, order = before._replace(**best), ("none", *KINDS)
     body = []
     for row in sorted(bench.rows, key=lambda r: (r["dtype"] != "float32", r["M"], order.index(r["noise"]))):
         way, dtype, M, noise = row["provider"].partition(":")[0], row["dtype"], row["M"], row["noise"]
@@ -374,22 +373,25 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
 
 def gpu_report() -> str:
     h100 = next(c for c in CHIPS if c.name == "H100 SXM")
+    unless = f"{_PREDICTED}, but for what an H100 calibrates"
     parts = [
         f"**Measured** on an H100, beside its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
         against_targets(h100),
         "**Measured** on an H100, microseconds (and the model's time over that)",
         residuals(h100),
+        f"{unless}: forward over a plain product",
+        ratios("forward"),
+        f"{unless}: input gradient over a plain product",
+        ratios("input_grad"),
+        f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds",
+        steps(h100),
+        f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100",
+        amounts(h100),
     ]
-    unless = f"{_PREDICTED}, but for what an H100 calibrates"
-    parts += [f"{unless}: forward over a plain product", ratios("forward")]
-    parts += [f"{unless}: input gradient over a plain product", ratios("input_grad")]
-    parts += [f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds", steps(h100)]
-    parts += [f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100", amounts(h100)]
     for chip in CHIPS:
         about = f"{chip.processors} processors, {chip.clock / 1e9:g} GHz, {chip.bandwidth / 1e12:g} TB/s"
         last = ", but for the last column" if measurements(chip) else ""
-        parts.append(f"{_PREDICTED}{last}: forward on {chip.name} ({about}), microseconds")
-        parts.append(roofline(chip))
+        parts += [f"{_PREDICTED}{last}: forward on {chip.name} ({about}), microseconds", roofline(chip)]
     return "\n\n".join(parts)
 
 
@@ -402,18 +404,10 @@ def write(mark: str, text: str, doc: Path = DOC) -> None:
     doc.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n\n{end}", page, flags=re.DOTALL))
 
 
-OPTIONS = (
-    option("--device", "gpu: predicted; cpu: measured here", choices=("gpu", "cpu", "all"), default="all"),
-    option("--write", f"into {PAGE}", action="store_true"),
-)
-
-
-def main(args: argparse.Namespace) -> int:
-    reports: dict[str, Callable[[], str]] = {"gpu": gpu_report, "cpu": cpu}
-    for mark, report in reports.items():
+def main(args: argparse.Namespace) -> None:
+    for mark, report in {"gpu": gpu_report, "cpu": cpu}.items():
         if args.device in (mark, "all"):
             text = report()
             print(text + "\n")
             if args.write:
                 write(f"roofline {mark}", text)
-    return 0

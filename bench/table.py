@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .results import BASES, KINDS, Results, Row, key
+from .results import BASES, Results, Row, key
 
 OP = ("fused", "auto", "panel", "split")  # what names of the op's own ways begin with
 Cell = Callable[[Row], str]
@@ -36,6 +36,11 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def hardware(meta: dict[str, Any]) -> str:
+    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
+    return f"{meta.get('hardware')}{threads}"
+
+
 def case_name(row: Row) -> str:
     name = row["model"] if row["layer"] == "square" else f"{row['model']} {row['layer']}"
     return f"{name} {row['N']}x{row['K']}" + (f" r{row['rank']}" if row["rank"] else "")
@@ -49,14 +54,11 @@ def provider_names(rows: list[Row]) -> list[str]:
 
 def summary(results: Results, long: bool = False) -> str:
     """All parts of a run that it has rows for; `long` gives a line to every row, not to every case."""
-    meta = results.meta
+    meta, linear = results.meta, [r for r in results.rows if r["kind"] == "linear"]
     versions = ", ".join(f"{k} {meta[k]}" for k in ("torch", "triton", "flatlora_kernels") if meta.get(k))
     commit = f"commit {meta.get('commit')}" + (" with changes" if str(meta.get("dirty")) == "True" else "")
-    threads = f", {meta.get('threads')} threads" if meta.get("device") == "cpu" else ""
     versions += f", Python {meta.get('python')}"
-    parts = [f"{meta.get('hardware')}{threads}; {versions}; {commit}; {meta.get('date')}"]
-    of_kind = {kind: [r for r in results.rows if r["kind"] == kind] for kind in KINDS}
-    linear = of_kind["linear"]
+    parts = [f"{hardware(meta)}; {versions}; {commit}; {meta.get('date')}"]
     for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
         rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
         how = ", replayed as a CUDA graph" if launch == "graph" else ""
@@ -65,26 +67,14 @@ def summary(results: Results, long: bool = False) -> str:
         else:
             plain = "dY @ W" if mode == "input_grad" else "x @ W.T"
             parts.append(f"**{mode}**{how}, time as a multiple of plain `{plain}`\n\n{_by_case(rows)}")
-    if rows := of_kind["noise_scale"]:
-        text = _pivot(rows, {"layer": case_name, "dtype": "dtype"}, _time("median_us"))
-        parts.append(f"**Refresh of `noise_scale`, once per step and layer**\n\n{text}")
-    if rows := of_kind["noise"]:
-        title = "**One-pass `W + eps` (ns per value and core); torch: its generator alone**"
-        parts.append(f"{title}\n\n{_pivot(rows, _WEIGHT, _noise)}")
-    if rows := of_kind["overhead"]:
-        text = _listed(rows, _OVERHEAD)
-        parts.append(f"**Time per call of one row and 8 x 8, microseconds**\n\n{text}")
-    if rows := of_kind["training"]:
-        text = _listed(rows, _TRAINING)
-        parts.append(f"**An optimiser step of a whole model**, ratios of times\n\n{text}")
-    if meta.get("clocks_after"):
-        parts.append(
-            f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {meta['clocks_after']}"
-        )
-    if meta.get("launched_late"):
-        parts.append(f"Launched late, so that times hold some of the host's: {meta['launched_late']}")
-    if rows := [r for r in linear if r.get("peak_extra_bytes") is not None]:
-        rows = [r for r in rows if r["noise"] in ("none", "gaussian")]
+    for kind, title, text in _OTHERS:
+        if rows := [r for r in results.rows if r["kind"] == kind]:
+            parts.append(f"{title}\n\n{text(rows)}")
+    if after := meta.get("clocks_after"):
+        parts.append(f"Clocks, not touched, before: {meta.get('clocks_before')}; after: {after}")
+    if late := meta.get("launched_late"):
+        parts.append(f"Launched late, so that times hold some of the host's: {late}")
+    if rows := [r for r in linear if _mib(r) and r["noise"] in ("none", "gaussian")]:
         text = _pivot(rows, {**_CASE, "mode": "mode"}, _mib)
         parts.append(f"**Peak memory beyond the inputs, MiB** (the output counts)\n\n{text}")
     parts += [f"Skipped: {s}" for s in results.skipped] + [f"FAILED: {f}" for f in results.failures]
@@ -106,9 +96,8 @@ def _pivot(rows: list[Row], columns: Columns, cell: Cell) -> str:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         lines.setdefault(tuple(_cells(row, columns)), {})[row["provider"]] = cell(row)
-    return markdown(
-        [*columns, *names], [[*head, *(cells.get(n, "") for n in names)] for head, cells in lines.items()]
-    )
+    body = [[*head, *(cells.get(n, "") for n in names)] for head, cells in lines.items()]
+    return markdown([*columns, *names], body)
 
 
 def _time(name: str) -> Cell:
@@ -173,6 +162,19 @@ _TRAINING: Columns = {
     "/ inplace": _spread("to_rival"), "peak, MiB": _mib,
 }  # fmt: skip
 _WEIGHT: Columns = {"weight": lambda row: f"{row['N']}x{row['K']}", "dtype": "dtype", "noise": "noise"}
+_LAYER: Columns = {"layer": case_name, "dtype": "dtype"}
+# Kind of the rows, title, text.
+_OTHERS: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
+    ("noise_scale", "**Refresh of `noise_scale`, once per step and layer**",
+     lambda rows: _pivot(rows, _LAYER, _time("median_us"))),
+    ("noise", "**One-pass `W + eps` (ns per value and core); torch: its generator alone**",
+     lambda rows: _pivot(rows, _WEIGHT, _noise)),
+    ("overhead", "**Time per call of one row and 8 x 8, microseconds**", lambda rows: _listed(rows, _OVERHEAD)),
+    ("training", "**An optimiser step of a whole model**, ratios of times", lambda rows: _listed(rows, _TRAINING)),
+)  # fmt: skip
+
+
+_ABOUT = ("M", "dtype", "mode", "noise", "provider")
 
 
 def compare(a: Results, b: Results) -> str:
@@ -181,29 +183,24 @@ def compare(a: Results, b: Results) -> str:
     Where a row has a ratio to plain, that compares the runs better: both its parts were timed side by side. A
     star says that the two ratios' ranges from the 20th to the 80th percentile do not touch.
     """
-
-    def text(value: Any) -> str:  # as a CSV has it
-        return "" if value is None else str(value)
-
-    notes = [
-        f"{name}: A has {a.meta.get(name)}, B has {b.meta.get(name)}"
-        for name in ("hardware", "threads", "torch", "triton", "python", "commit", "dirty")
-        if text(a.meta.get(name)) != text(b.meta.get(name))
-    ]
+    notes = []
+    for name in ("hardware", "threads", "torch", "triton", "python", "commit", "dirty"):
+        had = [run.meta.get(name) for run in (a, b)]
+        if len({"" if value is None else str(value) for value in had}) > 1:  # as a CSV has it
+            notes.append(f"{name}: A has {had[0]}, B has {had[1]}")
     of_b = {key(r): r for r in b.rows}
     both = [(r, of_b.pop(key(r))) for r in a.rows if key(r) in of_b]
     only_a, only_b = len(a.rows) - len(both), len(of_b)
     if only_a or only_b:
         notes.append(f"rows that only one has: {only_a} in A, {only_b} in B")
-    header = ["what", "M", "dtype", "mode", "noise", "provider", "A", "B", "B / A"]
-    header += ["A to plain", "B to plain", "B / A"]
+    header = ["what", *_ABOUT, "A", "B", "B / A", "A to plain", "B to plain", "B / A"]
     return "\n\n".join([*notes, markdown(header, [_compared(ra, rb) for ra, rb in both])])
 
 
 def _compared(a: Row, b: Row) -> list[str]:
     what = case_name(a) if a.get("model") else f"{a['N']}x{a['K']}"
     what = what if a["kind"] == "linear" else f"{a['kind']} {what}"
-    about = [what, *(str(a.get(k) or "") for k in ("M", "dtype", "mode", "noise", "provider"))]
+    about = [what, *(str(a.get(k) or "") for k in _ABOUT)]
     times = [*(microseconds(r["median_us"]) for r in (a, b)), ratio(b["median_us"] / a["median_us"])]
     if a.get("to_plain") is None or b.get("to_plain") is None:
         return [*about, *times, "", "", ""]

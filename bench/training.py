@@ -12,14 +12,14 @@ the perturbed weights that it used.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import gc
 import importlib.util
+import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,8 +31,7 @@ from torch import Tensor, nn
 import flatlora_kernels as fk
 from flatlora_kernels.core.noise import KINDS
 
-from . import gate, memory, options, providers, timing
-from .options import number, option
+from . import gate, memory, providers, timing
 from .problem import COPIES, SCALING, SIGMA
 from .providers import NOISELESS, REFERENCE, Provider, Unfit
 from .results import Row
@@ -89,22 +88,45 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
+# Model -> tokens of a sequence, at most; more make a batch.
+SEQUENCES = {"block": 2048, "llama": 2048, "minilm": 64}
+
+
+# The options of the command, all of them set; `dtype` and `dropout` are those of one setting.
+Settings = argparse.Namespace
+
+
+def changed(settings: Settings, **fields: Any) -> Settings:
+    return Settings(**{**vars(settings), **fields})
+
+
 class State:
     """A model, adapters for its layers `names`, and batches: the same for all ways to train."""
 
-    def __init__(
-        self, model: nn.Module, names: list[str], dtype: torch.dtype, device: str, dropout: float
-    ) -> None:
-        self.model = model.to(device, dtype).train().requires_grad_(False)
-        self.names, self.dtype, self.device, self.dropout = names, dtype, device, dropout
-        self.generator = torch.Generator(device).manual_seed(1)
-        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in names]
+    batches: list[tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def of(settings: Settings) -> State:
+        return (MiniLM if settings.model == "minilm" else Blocks)(settings)
+
+    def __init__(self, model: nn.Module, settings: Settings, inside: str = "") -> None:
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.device, self.dropout = settings.device, settings.dropout
+        self.batch = (settings.tokens // settings.sequence, settings.sequence)
+        self.model = model.to(self.device, self.dtype).train().requires_grad_(False)
+        modules = model.get_submodule(inside).named_modules(prefix=inside)
+        self.names = [name for name, module in modules if isinstance(module, nn.Linear)]
+        self.generator = torch.Generator(self.device).manual_seed(1)
+        self.weights: list[Tensor] = [model.get_submodule(name).weight.detach() for name in self.names]
         self.adapters = [
-            (self._randn(K**-0.5, RANK, K), self._randn(0.02, N, RANK))
+            (self.randn(RANK, K, std=K**-0.5), self.randn(N, RANK, std=0.02))
             for N, K in (w.shape for w in self.weights)
         ]
-        self.batches: list[tuple[Tensor, Tensor]] = []
-        self.references: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of the gate
+        self.references: dict[Any, list[dict[str, Tensor]]] = {}  # of the gate
+
+    def randn(self, *shape: int, std: float = 1.0) -> Tensor:
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return empty.normal_(0, std, generator=self.generator)
 
     def module(self) -> nn.Module:
         """The model again, which shares all parameters."""
@@ -128,10 +150,6 @@ class State:
         other.batches = [(cast(x), cast(target)) for x, target in self.batches[:1]]
         return other
 
-    def _randn(self, std: float, *shape: int) -> Tensor:
-        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return empty.normal_(0, std, generator=self.generator)
-
 
 def fill(module: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> None:
     for name, weight in zip(names, weights, strict=True):
@@ -139,25 +157,19 @@ def fill(module: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> 
 
 
 class Blocks(State):
-    def __init__(
-        self, size: Size, layers: int, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
-    ) -> None:  # fmt: skip
-        blocks = [Block(size, dtype, device) for _ in range(layers)]
-        model = blocks[0] if layers == 1 else nn.Sequential(*blocks)
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        super().__init__(model, names, dtype, device, dropout)
+    def __init__(self, settings: Settings) -> None:
+        size, layers = SIZES[settings.size], settings.layers
+        blocks = [Block(size, getattr(torch, settings.dtype), settings.device) for _ in range(layers)]
+        super().__init__(blocks[0] if layers == 1 else nn.Sequential(*blocks), settings)
         for weight in self.weights:
             weight.normal_(0, weight.shape[1] ** -0.5, generator=self.generator)
-        shape = (batch, sequence, size.hidden)
-        self.batches = [
-            (self._randn(1, *shape).requires_grad_(), self._randn(1, *shape)) for _ in range(COPIES)
-        ]
+        shape = (*self.batch, size.hidden)
+        self.batches = [(self.randn(*shape).requires_grad_(), self.randn(*shape)) for _ in range(COPIES)]
 
 
 def example() -> Any:
     """The module examples/finetune_sentiment.py."""
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None and spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -184,17 +196,11 @@ def pretrained() -> nn.Module:
 
 
 class MiniLM(State):
-    def __init__(
-        self, batch: int, sequence: int, dtype: torch.dtype, device: str, dropout: float = 0.0
-    ) -> None:
-        model = copy.deepcopy(pretrained())
-        inside = model.encoder.encoder.named_modules(prefix="encoder.encoder")
-        names = [name for name, module in inside if isinstance(module, nn.Linear)]
-        super().__init__(model, names, dtype, device, dropout)
-        words = model.encoder.config.vocab_size
-        for _ in range(COPIES):
-            ids = torch.randint(words, (batch, sequence), generator=self.generator, device=device)
-            self.batches.append((ids, self._randn(1, batch)))
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(copy.deepcopy(pretrained()), settings, inside="encoder.encoder")
+        words = self.model.encoder.config.vocab_size
+        draw = functools.partial(torch.randint, words, generator=self.generator, device=self.device)
+        self.batches = [(draw(self.batch), self.randn(self.batch[0])) for _ in range(COPIES)]
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         # As in SentenceClassifier, whose mean is in float32 whatever the type of the encoder.
@@ -205,16 +211,18 @@ class MiniLM(State):
 class Way:
     """A model under training. Raises `Unfit` from its constructor where it cannot be."""
 
-    def __init__(self, state: State, noise: str) -> None:
-        self.state, self.noise = state, noise
+    def __init__(self, state: State, noise: str, backend: str | None = None) -> None:
+        self.state, self.noise, self.backend = state, noise, backend
         self.module = state.module()
-        self.adapters: list[tuple[Tensor, Tensor]] = []  # what is trained, in the order of state.names
+        # What is trained, in the order of state.names.
+        self.adapters = [(nn.Parameter(A.clone()), nn.Parameter(B.clone())) for A, B in state.adapters]
+        self.layers: list[Any] = []
         self.build()
         parameters = [p for pair in self.adapters for p in pair]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
     def build(self) -> None:
-        """Gives the model its layers, and fills in `adapters`."""
+        """Gives the model its layers, and these the adapters."""
         raise NotImplementedError
 
     def perturb(self) -> None:
@@ -251,9 +259,6 @@ class Way:
         self.clear(copy)
         return loss
 
-    def _own_adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(nn.Parameter(A.clone()), nn.Parameter(B.clone())) for A, B in self.state.adapters]
-
 
 class Plain(Way):
     """the frozen model alone, no adapter and no noise: what the ratios are to"""
@@ -261,13 +266,13 @@ class Plain(Way):
     def build(self) -> None:
         if not self.state.batches[0][0].requires_grad:
             raise Unfit("nothing of this model would have a gradient")
+        self.adapters = []
 
 
 class Lora(Way):
     """LoRA without noise, unfused, in one pass over y less than PEFT"""
 
     def build(self) -> None:
-        self.adapters = self._own_adapters()
         for name, pair in zip(self.state.names, self.adapters, strict=True):
             self.module.get_submodule(name).register_forward_hook(functools.partial(self._add, *pair))
 
@@ -286,10 +291,8 @@ class Peft(Way):
         import peft
 
         lora = {"r": RANK, "lora_alpha": SCALING * RANK, "lora_dropout": self.state.dropout}
-        config = peft.LoraConfig(**lora, target_modules=self.state.names)
-        peft.inject_adapter_in_model(config, self.module)
-        self.adapters = self._own_adapters()
-        self.layers: list[Any] = [self.module.get_submodule(name) for name in self.state.names]
+        peft.inject_adapter_in_model(peft.LoraConfig(**lora, target_modules=self.state.names), self.module)
+        self.layers = [self.module.get_submodule(name) for name in self.state.names]
         for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
 
@@ -310,8 +313,7 @@ class InPlace(Peft):
         self.drawn += 1
         torch.manual_seed(self.drawn)
         self.stds = []
-        for layer in self.layers:
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
             merged = layer.weight.data + layer.scaling["default"] * (B @ A)
             self.stds.append(SIGMA / math.sqrt(merged.shape[1]) * torch.norm(merged, dim=1, keepdim=True))
             layer.weight.data += torch.normal(0, self.stds[-1].repeat(1, merged.shape[1]))
@@ -326,20 +328,22 @@ class InPlace(Peft):
         return [layer.weight.double() for layer in self.layers]
 
 
-class _Controlled(Way):
-    """Layers of this project, whose noise a controller draws."""
+class Flat(Way):
+    """this project's FlatLoraLinear"""
 
-    layers: list[Any]
-    controller: fk.NoiseController
+    def build(self) -> None:
+        self.control(
+            fk.apply_flat_lora, self.state.names, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
+            lora_dropout=self.state.dropout, dtype=self.state.dtype,
+        )  # fmt: skip
+        self.layers = [self.module.get_submodule(name) for name in self.state.names]
+        for layer, (A, B) in zip(self.layers, self.adapters, strict=True):
+            layer.lora_A, layer.lora_B = A, B
 
-    def __init__(self, state: State, noise: str, backend: str | None = None) -> None:
-        self.backend = backend
-        super().__init__(state, noise)
-
-    def _noise(self) -> dict[str, Any]:
-        """Arguments of both `apply_flat_lora`."""
+    def control(self, apply: Callable[..., fk.NoiseController], *arguments: Any, **settings: Any) -> None:
         noise = {"sigma": 0.0} if self.noise == NOISELESS else {"sigma": SIGMA, "noise": self.noise}
-        return {**noise, "seed": 1, "backend": self.backend}
+        settings |= {**noise, "seed": 1, "backend": self.backend}
+        self.controller = apply(self.module, *arguments, **settings)
 
     def perturb(self) -> None:
         # First in a step, not last: what runs beside the forward pass is then inside the time of the step.
@@ -359,44 +363,24 @@ class _Controlled(Way):
         return weights
 
 
-class Flat(_Controlled):
-    """this project's FlatLoraLinear"""
-
-    def build(self) -> None:
-        self.controller = fk.apply_flat_lora(
-            self.module, self.state.names, verbose=False, r=RANK, lora_alpha=SCALING * RANK,
-            lora_dropout=self.state.dropout, dtype=self.state.dtype, **self._noise(),
-        )  # fmt: skip
-        self.layers = [self.module.get_submodule(name) for name in self.state.names]
-        for layer, (A, B) in zip(self.layers, self.state.adapters, strict=True):
-            layer.lora_A.data.copy_(A)
-            layer.lora_B.data.copy_(B)
-        self.adapters = [(layer.lora_A, layer.lora_B) for layer in self.layers]
-
-
-class FlatPeft(_Controlled, Peft):
+class FlatPeft(Flat, Peft):
     """PEFT's LoRA under this project's `integrations.peft.apply_flat_lora`"""
 
     def build(self) -> None:
-        super().build()
+        Peft.build(self)
         from flatlora_kernels.integrations.peft import apply_flat_lora
 
-        self.controller = apply_flat_lora(self.module, **self._noise())
+        self.control(apply_flat_lora)
 
 
 def every(device: str) -> list[Provider]:
     """All ways to train, ours first: as it chooses itself and, where several backends run, with each of them."""
-    noises = (NOISELESS, *KINDS)
+    ours: dict[str, Any] = {"noises": (NOISELESS, *KINDS), "fused": True}
     usable = [name for name in providers.usable_backends(device) if name != REFERENCE]
-
-    forced = [
-        Provider(f"flatlora:{name}", functools.partial(Flat, backend=name), noises, fused=True)
-        for name in usable
-    ]
+    forced = {f"flatlora:{b}": functools.partial(Flat, backend=b) for b in usable if len(usable) > 1}
+    found = {"flatlora": Flat, **forced, "flatlora-peft": FlatPeft}
     return [
-        Provider("flatlora", Flat, noises, fused=True),
-        *(forced if len(forced) > 1 else ()),
-        Provider("flatlora-peft", FlatPeft, noises, fused=True),
+        *(Provider(name, make, **ours) for name, make in found.items()),
         Provider("plain", Plain),
         Provider("lora", Lora),
         Provider("peft", Peft),
@@ -411,11 +395,9 @@ def check(way: Way) -> gate.Verdict:
     type with those weights rounded once, plus one ulp.
     """
     way.perturb()
-    weights = way.used()
-    moved = math.sqrt(
-        sum((u - w).square().sum().item() for u, w in zip(weights, way.state.weights, strict=True))
-    )
-    moved /= math.sqrt(sum(w.double().square().sum().item() for w in way.state.weights))
+    weights, unmoved = way.used(), way.state.weights
+    moved = math.hypot(*((u - w).norm().item() for u, w in zip(weights, unmoved, strict=True)))
+    moved /= math.hypot(*(w.double().norm().item() for w in unmoved))
     expected = 0.0 if way.noise == NOISELESS else SIGMA
     if abs(moved - expected) > 0.2 * expected:
         return gate.Verdict(math.inf, f"noise: expected {expected:g} of the weights, got {moved:.3g}")
@@ -431,22 +413,26 @@ def check(way: Way) -> gate.Verdict:
     return max(verdicts)
 
 
-def _references(
-    kind: type[Way], state: State, weights: list[Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _references(kind: type[Way], state: State, weights: list[Tensor]) -> list[dict[str, Tensor]]:
     """Outcomes with these weights in float64 and in the type of `state`; ways with equal weights share them."""
     key = (kind, *(value for w in weights for value in (w.sum().item(), w.square().sum().item())))
     if key not in state.references:
-        exact, plain = (
-            _outcome(kind(state.with_weights(weights, dtype), NOISELESS))
-            for dtype in (torch.float64, state.dtype)
-        )
-        state.references[key] = exact, plain
+        states = (state.with_weights(weights, dtype) for dtype in (torch.float64, state.dtype))
+        state.references[key] = [_outcome(kind(other, NOISELESS)) for other in states]
     return state.references[key]
 
 
 def _outcome(way: Way) -> dict[str, Tensor]:
-    with _same_dropout(way.state.device):
+    generator = torch.Generator(way.state.device).manual_seed(2)
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Drops the same elements in all types; torch's own does not."""
+        if not training or not p:
+            return x
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
+        return x * kept / (1 - p)
+
+    with mock.patch.object(F, "dropout", dropout):
         found = {"loss": way.loss(0)}
     x = way.state.batches[0][0]
     if x.grad is not None:
@@ -457,144 +443,68 @@ def _outcome(way: Way) -> dict[str, Tensor]:
     return found
 
 
-@contextlib.contextmanager
-def _same_dropout(device: str) -> Iterator[None]:
-    """torch's own drops other elements in another type."""
-    generator = torch.Generator(device).manual_seed(2)
-
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or not p:
-            return x
-        kept = torch.rand(x.shape, generator=generator, device=device) >= p
-        return x * kept / (1 - p)
-
-    with mock.patch.object(F, "dropout", dropout):
-        yield
-
-
-class Settings(NamedTuple):
-    size: str  # of a block; without meaning for minilm
-    tokens: int
-    device: str
-    noise: tuple[str, ...] = KINDS
-    budget: float = 5.0  # seconds for each way
-    min_rounds: int = 7
-    memory: bool = True
-    model: str = "block"
-    layers: int = 1
-    sequence: int | None = None
-    dropout: tuple[float, ...] = (0.0,)
-    providers: tuple[str, ...] | None = None
-
-    @property
-    def batch(self) -> tuple[int, int]:
-        """Sequences, and tokens of each."""
-        sequence = self.sequence or min(self.tokens, DEFAULTS[self.model]["sequence"])
-        return self.tokens // sequence, sequence
-
-    def state(self, dtype: str, dropout: float) -> State:
-        about = (*self.batch, getattr(torch, dtype), self.device, dropout)
-        return MiniLM(*about) if self.model == "minilm" else Blocks(SIZES[self.size], self.layers, *about)
-
-
-_SEQUENCE = 2048  # tokens of a block's at most; more make a batch
-DEFAULTS = {
-    "block": {"sequence": _SEQUENCE, "layers": 1},
-    "llama": {"sequence": _SEQUENCE, "layers": 4},
-    "minilm": {"sequence": 64, "layers": 1},
-}
-
-
-def run(settings: Settings, dtypes: list[str]) -> tuple[list[Row], list[str], list[str]]:
+def run(
+    settings: Settings, dtypes: Sequence[str], dropouts: Sequence[float] = (0.0,)
+) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
     found = Findings(settings.noise, Progress(0))
-    for dtype in dtypes:
-        for dropout in settings.dropout:
-            _setting(settings, dtype, dropout, found)
-            gc.collect()
+    for dtype, dropout in itertools.product(dtypes, dropouts):
+        _setting(changed(settings, dtype=dtype, dropout=dropout), found)
+        gc.collect()
     return found.rows, found.failures, list(found.skipped)
 
 
-def _setting(settings: Settings, dtype: str, dropout: float, found: Findings) -> None:
-    state = settings.state(dtype, dropout)
+def _setting(s: Settings, found: Findings) -> None:
+    state = State.of(s)
     shapes = dict.fromkeys(tuple(w.shape) for w in state.weights)
-    cases = [Case("", "", settings.tokens, N, K, dtype, "forward+backward", RANK) for N, K in shapes]
-    compile_first(settings.device, cases, settings.noise)
-    wanted = [p for p in every(settings.device) if settings.providers is None or p.name in settings.providers]
-    found.progress.note(f"{dtype}, lora_dropout {dropout:g}: {', '.join(p.name for p in wanted)}")
-    ways = found.admit(wanted, dtype, state, check)
+    cases = [Case("", "", s.tokens, N, K, s.dtype, "forward+backward", RANK) for N, K in shapes]
+    compile_first(s.device, cases, s.noise)
+    wanted = [p for p in every(s.device) if s.providers is None or p.name in s.providers]
+    found.progress.note(f"{s.dtype}, lora_dropout {s.dropout:g}: {', '.join(p.name for p in wanted)}")
+    ways = found.admit(wanted, s.dtype, state, check)
     if not ways:
         return
-    model = settings.model if settings.model == "minilm" else f"{settings.size} {settings.model}"
-    about: Row = {"model": model, "N": min(N for N, _ in shapes), "K": max(K for _, K in shapes)}
-    about |= {"dtype": dtype, "rank": RANK}
-    batch, sequence = settings.batch
-    of_step = {
-        **about, "kind": "training", "layer": f"{batch} x {sequence} tokens, lora_dropout {dropout:g}",
-        "M": settings.tokens, "mode": "training step",
+    about: Row = {
+        "model": s.model if s.model == "minilm" else f"{s.size} {s.model}",
+        "N": min(N for N, _ in shapes), "K": max(K for _, K in shapes), "dtype": s.dtype, "rank": RANK,
     }  # fmt: skip
-    timer = timing.timer(settings.device)
-
-    def timed(calls: dict[str, timing.Call], budget: float) -> list[timing.Round]:
-        return timing.interleaved(calls, timer, COPIES, budget, settings.min_rounds, 200)
-
-    rounds = timed({label: entry.run.step for label, entry in ways.items()}, settings.budget)
+    layer = f"{state.batch[0]} x {state.batch[1]} tokens, lora_dropout {s.dropout:g}"
+    of_step = {**about, "kind": "training", "layer": layer, "M": s.tokens, "mode": "training step"}
+    timed = functools.partial(timing.interleaved, timer=timing.timer(s.device), copies=COPIES,
+                              min_rounds=s.min_rounds, max_rounds=200)  # fmt: skip
+    rounds = timed({label: entry.run.step for label, entry in ways.items()}, budget=s.budget)
     steps = rows_of(ways, rounds, of_step, across_noises=True)
     refresh = {
-        p.name: lambda copy, way=way: way.controller.advance()
-        for p, noise, way, _ in ways.values()
-        if isinstance(way, _Controlled) and noise == KINDS[0]
+        entry.provider.name: lambda copy, way=entry.run: way.controller.advance()
+        for entry in ways.values()
+        if isinstance(entry.run, Flat) and entry.noise == KINDS[0]
     }
-    rounds = timed(refresh, settings.budget / 4) if refresh else []
-    about |= {"kind": "noise_scale", "layer": f"all {len(state.weights)} layers", "noise": NOISELESS}
-    if settings.memory:
+    rounds = timed(refresh, budget=s.budget / 4) if refresh else []
+    if s.memory:
         for row in steps:
-            row["peak_extra_bytes"] = _peak(settings, dtype, dropout, row["provider"], row["noise"], ways)
+            row["peak_extra_bytes"] = _peak(s, row["provider"], row["noise"], ways)
+    about |= {"kind": "noise_scale", "layer": f"all {len(state.weights)} layers", "noise": NOISELESS}
     found.rows += steps
     found.rows += [{**about, "provider": name, **timing.row(rounds, name)} for name in refresh]
 
 
-def _peak(
-    settings: Settings, dtype: str, dropout: float, provider: str, noise: str, ways: dict[str, Entry]
-) -> int | None:
+def _peak(settings: Settings, provider: str, noise: str, ways: dict[str, Entry]) -> int | None:
     """Of a step beyond weights, adapters, optimiser and batches."""
     if settings.device == "cuda":
         way = ways[f"{provider} {noise}"].run
         return memory.peak_of(lambda: way.step(0), "cuda")
-    return memory.in_fresh_process(_measure, settings, dtype, dropout, provider, noise)
+    return memory.in_fresh_process(_peak_on_cpu, settings, provider, noise)
 
 
-def _measure(settings: Settings, dtype: str, dropout: float, provider: str, noise: str) -> int | None:
+def _peak_on_cpu(settings: Settings, provider: str, noise: str) -> int | None:
     make = next(p.make for p in every("cpu") if p.name == provider)
     # Thread pools and generated code come up on a smaller model, the optimiser's state in a first step.
-    small = settings._replace(size="tiny", layers=1, tokens=64, sequence=64)
-    make(small.state(dtype, dropout), noise).step(0)
-    way = make(settings.state(dtype, dropout), noise)
+    small = changed(settings, size="tiny", layers=1, tokens=64, sequence=64)
+    make(State.of(small), noise).step(0)
+    way = make(State.of(settings), noise)
     way.step(0)
     gc.collect()
     return memory.peak_of(lambda: way.step(0), "cpu")
-
-
-_count = number(int, lambda n: n >= 1, "at least 1")
-OPTIONS = (
-    option(
-        "--model", "llama: several Llama-shaped blocks; minilm: what the sentiment example trains",
-        choices=DEFAULTS, default="block",
-    ),
-    option("--size", "of a block; default llama3-8b on a GPU, else cpu", choices=SIZES),
-    option("--layers", "of llama; default 4", type=_count),
-    option("--tokens", "in a step; default goes by the size, and is 1024 with minilm", type=_count),
-    option("--sequence", "tokens of each sequence; default at most 2048, minilm 64", type=_count),
-    option(
-        "--dropout", "lora_dropout", nargs="+", default=[0.0], type=number(float, lambda p: 0 <= p < 1, "0 <= p < 1")
-    ),
-    option("--dtypes", "default bfloat16, on a CPU both", nargs="+", choices=("bfloat16", "float32")),
-    options.NOISE,
-    option("--providers", "only these", nargs="+"),
-    option("--budget", "seconds for each way to train", type=float, default=5.0),
-    option("--min-rounds", options.MIN_ROUNDS, type=int, default=7),
-    option("--memory", "measure the peak of a step", action=argparse.BooleanOptionalAction, default=True),
-)  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
@@ -602,19 +512,13 @@ def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
     on_gpu = args.device == "cuda"
     size = args.size or ("llama3-8b" if on_gpu else "cpu")
     tokens = args.tokens or (1024 if args.model == "minilm" else SIZES[size].tokens)
-    layers = (args.model == "llama" and args.layers) or DEFAULTS[args.model]["layers"]
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
-    given = {name: given[name] for name in Settings._fields} | {
-        "size": size,
-        "tokens": tokens,
-        "layers": layers,
-    }
-    settings = Settings(**given)
-    sequences, sequence = settings.batch
-    if sequences * sequence != tokens:
+    sequence = args.sequence or min(tokens, SEQUENCES[args.model])
+    layers = (args.layers or 4) if args.model == "llama" else 1
+    if tokens % sequence:
         raise SystemExit(f"--tokens: expected at most {sequence}, or a multiple of that, got {tokens}")
     known = [p.name for p in every(args.device)]
     for name in args.providers or ():
         if name not in known:
             raise SystemExit(f"--providers: expected of {', '.join(known)}, got {name}")
-    return run(settings, args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"]))
+    settings = changed(args, size=size, tokens=tokens, sequence=sequence, layers=layers)
+    return run(settings, args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"]), args.dropout)

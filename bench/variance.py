@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import flatlora_kernels as fk
 
-from .options import option
 from .table import markdown
 from .timing import Spread
 from .training import PROJECTIONS, Block, Size, example, fill
@@ -195,19 +194,7 @@ def table(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
-OPTIONS = (
-    option("--model", "minilm: what the sentiment example trains", choices=MODELS, default="blocks"),
-    option("--batch", "sequences, a multiple of 4", type=int, default=16),
-    option("--tokens", "of a sequence of blocks", type=int, default=64),
-    option("--sigma", type=float, default=0.05),
-    option("--noise", choices=["gaussian", "rademacher"], default="gaussian"),
-    option("--draws", "steps of each way, at least 4", type=int, default=40),
-    option("--warm-up", "steps of training before", type=int, default=40),
-    option("--seed", "of weights, data and noise", type=int, default=0),
-)
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     if args.draws < 4:
         raise SystemExit(f"--draws: expected at least 4, got {args.draws}")
     if args.batch < 4 or args.batch % 4:
@@ -220,4 +207,3 @@ def main(args: argparse.Namespace) -> int:
         f" seed {args.seed}, {torch.get_num_threads()} threads; one draw per step takes {step * 1e3:.0f} ms\n"
     )
     print(table(rows))
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import contextlib
 import csv
@@ -586,8 +587,15 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 BLOCK = training.SIZES["tiny"]
 
 
+SETTINGS = argparse.Namespace(
+    size="tiny", model="block", layers=1, tokens=16, sequence=16, dtype="float32", dropout=0.0, device="cpu",
+    noise=("gaussian",), providers=None, budget=0.001, min_rounds=1, memory=False,
+)  # fmt: skip
+
+
 def blocks(dtype: torch.dtype = torch.float32, layers: int = 1, dropout: float = 0.0) -> training.State:
-    return training.Blocks(BLOCK, layers, 1, 16, dtype, "cpu", dropout)
+    name = str(dtype).removeprefix("torch.")
+    return training.State.of(training.changed(SETTINGS, layers=layers, dtype=name, dropout=dropout))
 
 
 @pytest.fixture
@@ -756,8 +764,7 @@ def test_a_wrong_way_to_train_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(training.Flat, "loss", lambda self, copy: training.Way.loss(self, copy) * 1.01)
     monkeypatch.setattr(training.Lora, "perturb", lambda self: 1 / 0)
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
-    settings = training.Settings("tiny", 16, "cpu", ("gaussian",), 0.001, 1, False)
-    rows, failures, skipped = training.run(settings, ["float32"])
+    rows, failures, skipped = training.run(SETTINGS, ["float32"])
     assert {r["provider"] for r in rows} == {"plain"}
     assert [f.split(": ")[1] for f in failures] == ["gate", "gate", "ZeroDivisionError"]
     assert "flatlora gaussian: gate: loss: error" in failures[1]
@@ -823,7 +830,7 @@ def test_training_minilm_command(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_bert")
 def test_training_minilm_shares_its_parameters() -> None:
-    state = training.MiniLM(2, 12, torch.float32, "cpu")
+    state = training.State.of(training.changed(SETTINGS, model="minilm", tokens=24, sequence=12))
     noisy, other = way("flatlora", state, "gaussian"), way("lora", state)
     assert len(state.names) == 12 == len(noisy.controller.layers)
     words = [w.module.encoder.embeddings.word_embeddings.weight for w in (noisy, other)]
@@ -839,8 +846,8 @@ def test_training_minilm_shares_its_parameters() -> None:
 def test_training_memory() -> None:
     """A step's graph holds at least the activations of its tokens, and those of an adapter where there is one."""
     tokens = 4096  # at 512 the resident size of equal runs differs by more than an adapter
-    settings = training.Settings("tiny", tokens, "cpu")
-    peaks = {name: training._peak(settings, "float32", 0.0, name, "none", {}) for name in ("plain", "lora")}
+    settings = training.changed(SETTINGS, tokens=tokens, sequence=2048)
+    peaks = {name: training._peak(settings, name, "none", {}) for name in ("plain", "lora")}
     activations = tokens * 4 * (6 * BLOCK.hidden + 3 * BLOCK.intermediate)
     assert activations < peaks["plain"] < peaks["lora"] < 3 * activations
 
