@@ -48,6 +48,13 @@ class Problem(NamedTuple):
     N: int
     K: int
 
+    @classmethod
+    def of(
+        cls, noise: str, noise_accum: str, rows: int, device: torch.device, dtype: torch.dtype, N: int, K: int
+    ) -> Problem:
+        """With sizes rounded to their classes; rows: those that see one sample."""
+        return cls(device, dtype, noise, noise_accum, size_class(rows), size_class(N), size_class(K))
+
 
 class Candidate(NamedTuple):
     """One way to do it, forward and input gradient taken together."""
@@ -197,13 +204,6 @@ def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -
     return Decision(best.backend, best.strategy, reason, candidates)
 
 
-def problem_of(
-    noise: str, noise_accum: str, rows: int, device: torch.device, dtype: torch.dtype, N: int, K: int
-) -> Problem:
-    """rows: those that see one sample."""
-    return Problem(device, dtype, noise, noise_accum, size_class(rows), size_class(N), size_class(K))
-
-
 def way(choice: Choice, p: Problem) -> Decision:
     """What a call runs."""
     names = [choice.backend]
@@ -219,7 +219,7 @@ def explain(
     backend, noise_accum = choice.backend, choice.noise_accum
     if noise is None or 0 in (rows, *weight.shape):
         return Explanation(backend, "fused", noise_accum, "nothing is drawn: products without noise", 0)
-    problem = problem_of(noise, noise_accum, rows, device, weight.dtype, *weight.shape)
+    problem = Problem.of(noise, noise_accum, rows, device, weight.dtype, *weight.shape)
     found = way(choice, problem)
     reason = found.reason if choice.strategy in FREE else "asked for"
     workspace = workspace_limit(weight)

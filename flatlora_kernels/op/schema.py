@@ -60,7 +60,7 @@ def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[
         return backends.get(choice.backend), False
     if choice.strategy not in FREE:
         return backends.get(choice.backend), choice.strategy == "panel"
-    problem = dispatch.problem_of(
+    problem = dispatch.Problem.of(
         draw.noise, choice.noise_accum, a.shape[0] // draw.samples, a.device, a.dtype, *weight.shape
     )
     found = dispatch.way(choice, problem)
