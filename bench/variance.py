@@ -85,6 +85,7 @@ def blocks(args: argparse.Namespace) -> Setting:
             weight = randn(N, K) / K**0.5
             fill(ours, [name], [weight])
             fill(theirs, [name], [weight + 0.3 * randn(N, RANK) @ randn(RANK, K) / (RANK * K) ** 0.5])
+    torch.manual_seed(args.seed)  # lora_A is drawn from it
     controller = _adapt(model, PROJECTIONS, args)
 
     def batches() -> Iterator[Loss]:

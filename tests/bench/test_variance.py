@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 import pytest
@@ -61,6 +62,12 @@ def test_variance_is_that_of_known_gradients() -> None:
     found, error = variance._variance([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])], 2.0)
     assert found == pytest.approx((2 + 8) / 2)  # 2 and 8: unbiased variances of the two numbers
     assert error == pytest.approx(0, abs=1e-6)
+
+
+def test_a_seed_gives_the_same_blocks_again() -> None:
+    args = argparse.Namespace(seed=3, batch=4, tokens=2, sigma=0.1, noise="gaussian")
+    first, second = ([p.detach() for p in variance.blocks(args).model.parameters()] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
