@@ -17,7 +17,7 @@ from .tile import (
     sample_of,
     step_at,
     weight_rows,
-)  # fmt: skip
+)
 
 
 @triton.jit

@@ -7,10 +7,10 @@ Every module of this folder is a backend and has the same members:
     NOISE_ACCUMS             the `noise_accum` names it implements
     unavailable()            None, or one sentence: what is missing here and how to get it
     describe()               one line for the doctor
-    product                 what core/records.py calls so, with noise or without
+    product                  what core/records.py calls so, with noise or without
     row_sq_norms, perturb
-    product_and_u           optional: the forward's product, and u of the adapter in the same kernel
-    adapter_grads           optional: its own way to the gradients of the adapter
+    product_and_u            optional: the forward's product, and u of the adapter in the same kernel
+    adapter_grads            optional: its own way to the gradients of the adapter
 
 so that a new backend is a new file here and no edit elsewhere.
 """

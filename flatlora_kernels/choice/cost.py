@@ -95,7 +95,7 @@ class Call(NamedTuple):
 
     @property
     def workspace(self) -> int:
-        """Bytes, as `arguments.workspace_limit`."""
+        """Bytes, as `workspace.workspace_limit`."""
         return min(WORKSPACE, self.N * self.K * self.size // 4)
 
     def choose(self, counts: Counts) -> float:

@@ -1,4 +1,5 @@
-// Kernels that break one rule each, and twins that keep it: tests/test_emulator.py runs them in the emulator.
+// Kernels that break one rule each, and twins that keep it: tests/csrc/test_emulator_checks.py runs them in the
+// emulator.
 #include <cstring>
 
 #include "../../csrc/cuda/launch.h"

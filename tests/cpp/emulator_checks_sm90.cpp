@@ -1,5 +1,5 @@
-// Kernels for sm_90a that break one rule each, and twins that keep it: tests/test_emulator_checks_sm90.py runs them in
-// the emulator.
+// Kernels for sm_90a that break one rule each, and twins that keep it: tests/csrc/test_emulator_checks_sm90.py runs
+// them in the emulator.
 #include <cstring>
 #include <string>
 

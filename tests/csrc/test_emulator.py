@@ -21,7 +21,8 @@ import torch
 from emulator import Kernels
 from torch import Tensor
 
-from flatlora_kernels.core.noise import Draw, epsilon
+from flatlora_kernels.core.noise import epsilon
+from flatlora_kernels.core.records import Draw
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LIBRARY = Path(

@@ -15,7 +15,7 @@ from emulator import Kernels
 from test_emulator import F16, Case, Fault, check, inputs, kernels, outcome, synchronisation, with_faults
 from torch import Tensor
 
-from flatlora_kernels.core.noise import Draw
+from flatlora_kernels.core.records import Draw
 
 __all__ = ["kernels"]  # the fixture
 
