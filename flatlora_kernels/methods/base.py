@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..train.controller import NoiseController
 from ..train.layer import NoisyLayer
+from ..train.state import keys
+from ..train.undo import undone
 
 Closure = Callable[[], Tensor]
 
@@ -108,11 +110,12 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
-        if set(state) != set(self.state_dict()):
-            raise ValueError(
-                f"state: expected the keys {sorted(self.state_dict())} of {type(self).__name__}, got {sorted(state)}"
-            )
+        """Put back what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: `state` is not of such a method on such a model; nothing has changed.
+        """
+        keys(f"state of {type(self).__name__}", state, self.state_dict())
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
         with self._noise(self.noise):
@@ -191,12 +194,14 @@ def mean(losses: Sequence[Tensor]) -> Tensor:
 def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Puts the values of `tensors` back at the end, bit for bit."""
     pairs = [(t, t.detach().clone()) for t in tensors]
-    try:
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, before in pairs:
+            tensor.copy_(before)
+
+    with undone(undo):
         yield
-    finally:
-        with torch.no_grad():
-            for tensor, before in pairs:
-                tensor.copy_(before)
 
 
 def mean_over_ranks(tensors: Sequence[Tensor]) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..train.controller import unwrapped
+from ..train.attach import unwrapped
+from ..train.state import tensors
+from ..train.undo import undone
 from .base import Adapter, Closure, Method, mean_over_ranks
 from .neftune import generator
 
@@ -94,12 +96,10 @@ class BiLoRA(Method):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        saved = state["auxiliary"]
-        if [t.shape for t in saved] != [t.shape for t in self.auxiliary]:
-            raise ValueError("state: expected auxiliary pairs of this model's shapes, got others")
+        saved = tensors("state['auxiliary']", state["auxiliary"], self.auxiliary)
+        self._ascent.load_state_dict(state["ascent"])  # refuses before it changes anything
         for tensor, value in zip(self.auxiliary, saved, strict=True):
             tensor.copy_(value)
-        self._ascent.load_state_dict(state["ascent"])
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
         with self._in_use():
@@ -109,13 +109,15 @@ class BiLoRA(Method):
     def _in_use(self) -> Iterator[None]:
         for tensor in self.auxiliary:
             tensor.grad = None
-        try:
+
+        def undo() -> None:
+            for layer, _, _ in self._pairs:
+                layer.__dict__.pop("auxiliary", None)
+
+        with undone(undo):
             for layer, A2, B2 in self._pairs:
                 layer.auxiliary = (A2, B2)
             yield
-        finally:
-            for layer, _, _ in self._pairs:
-                layer.__dict__.pop("auxiliary", None)
 
     def _update(self) -> None:
         if all(t.grad is None for t in self.auxiliary):

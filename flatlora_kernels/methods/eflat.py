@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..train.state import tensors
 from .base import Adapter, Closure, Method, kept
 
 
@@ -59,7 +60,10 @@ class EFlatLoRA(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for E, value in zip(self.perturbation, state["perturbation"], strict=True):
+        saved = tensors("state['perturbation']", state["perturbation"], self.perturbation)
+        if not isinstance(state["begun"], bool):
+            raise TypeError(f"state['begun']: expected a bool, got {type(state['begun']).__name__}")
+        for E, value in zip(self.perturbation, saved, strict=True):
             E.copy_(value)
         self._begun = state["begun"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..train.undo import undone
 from .base import Closure, Method
 
 
@@ -123,11 +124,9 @@ class LPFSGD(Method):
     @contextlib.contextmanager
     def _micro_batch(self, index: int) -> Iterator[None]:
         before = self.controller.sample_offset
-        self.controller.sample_offset = before + index * self._stride
-        try:
+        with undone(lambda: setattr(self.controller, "sample_offset", before)):
+            self.controller.sample_offset = before + index * self._stride
             yield
-        finally:
-            self.controller.sample_offset = before
 
 
 def _needs_row_norm(method: Method) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..op import checks
+from . import watch
+from .attach import Attachment, attached, unwrapped
+from .names import pattern
+from .roles import Drawing
+from .state import noise_state
+from .undo import undone
 
 SCHEDULES = ("constant", "linear", "cosine")
 NORMS = ("flat", "row")
-STATE_KEY = "flat_lora"
 
 _MASK64 = (1 << 64) - 1
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
 
 
 def _mix(value: int) -> int:
@@ -27,16 +31,6 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
-
-
-class Drawing(Protocol):
-    """What a controller asks of the layers that draw with it, see `layer.NoisyLayer`."""
-
-    stream: int
-
-    def refresh_noise_scale(self, *, overlap: bool = False) -> None: ...
-    def _rescale(self) -> None: ...
-    def _base_parameter(self) -> Tensor: ...
 
 
 def signed(value: int) -> int:
@@ -59,6 +53,12 @@ class NoiseController:
     The tensors are no buffers of a module: DistributedDataParallel would overwrite those with rank 0's, and
     layers may sit on several devices.
 
+    Warns, once each, where layers train without noise because their forward does not run, where adapters train and
+    nobody moves the controller on, and where ``samples="batch"`` finds no batch.
+
+    Where `advance`, an assignment or a loaded state ends in an exception (KeyboardInterrupt, out of memory), the
+    controller is at the step where it was, with the noise of that step, or at the next one whole.
+
     Args:
         sigma: strength of the noise, a float >= 0; 0 = none. Also as `target_sigma`, which may be assigned.
         schedule: the strength at step t is sigma times 1 ("constant"), t / T ("linear"), (1 - cos(pi t / T)) / 2
@@ -74,6 +74,8 @@ class NoiseController:
             draws that one rank with 2 B sequences sees. May be assigned. Not saved.
         norm: "flat", std of eps in row n ``sigma / sqrt(in_features) ||W'_n||`` (Flat-LoRA), or "row",
             ``sigma ||W'_n||`` (the filter-wise noise of LPF-SGD, arXiv 2201.08025, and RWP, arXiv 2404.00357).
+        expect_unused: layers that a step may leave out, such as experts, without a warning: a regular expression for
+            the whole name of one or of a module around it, or names or their dotted ends, as in PEFT.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class NoiseController:
         rank: int = 0,
         sample_offset: int = 0,
         norm: str = "flat",
+        expect_unused: str | Iterable[str] = (),
     ) -> None:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed: expected an int or None, got {type(seed).__name__}")
@@ -104,7 +107,11 @@ class NoiseController:
         self._schedule = schedule
         self._target_sigma = _checked_sigma(sigma)
         self._total_steps = _checked_total(total_steps)
-        self._off = 0  # how many disabled() are open
+        self.expect_unused = pattern(expect_unused)
+        self._driven = False  # whether it was ever attached or advanced
+        self._several = False  # whether samples="batch" ever was more than one
+        self._said: set[str] = set()  # what was warned of
+        self._off: set[object] = set()  # the disabled() that are open
         self._tensors: dict[torch.device, Tensor] = {}
         self._layers: weakref.WeakSet[Drawing] = weakref.WeakSet()
         self._attachment: weakref.ref[Attachment] | None = None
@@ -123,7 +130,8 @@ class NoiseController:
         """The seed of this step as a 0-d int64 tensor on `device`; the same tensor for every step."""
         device = torch.device(device)
         if device not in self._tensors:
-            self._tensors[device] = torch.full((), signed(self.value), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # it will be written to outside
+                self._tensors[device] = torch.full((), signed(self.value), dtype=torch.int64, device=device)
         return self._tensors[device]
 
     @property
@@ -134,8 +142,7 @@ class NoiseController:
     @rank.setter
     def rank(self, value: int) -> None:
         checks.uint32("rank", value)
-        self._rank = value
-        self._reseed(self.base, self.step)
+        self._change(_rank=value)
 
     @property
     def norm(self) -> str:
@@ -152,8 +159,7 @@ class NoiseController:
 
     @target_sigma.setter
     def target_sigma(self, value: float) -> None:
-        self._target_sigma = _checked_sigma(value)
-        self._rescale()
+        self._change(_target_sigma=_checked_sigma(value))
 
     @property
     def total_steps(self) -> int | None:
@@ -161,8 +167,7 @@ class NoiseController:
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        self._total_steps = _checked_total(value)
-        self._rescale()
+        self._change(_total_steps=_checked_total(value))
 
     @property
     def sigma(self) -> float:
@@ -212,10 +217,15 @@ class NoiseController:
                 layer waits for its own `noise_scale` only. Not for passes that are replayed as a CUDA graph, which
                 would not wait, and a break in the graph of `torch.compile`.
         """
-        self.sigma_at(self.step + 1)  # raises before anything has moved
-        self._reseed(self.base, self.step + 1)
-        for layer in self._layers:
-            layer.refresh_noise_scale(overlap=overlap)
+        sigma = self.sigma_at(self.step + 1)  # raises before anything has moved
+        self._driven = True
+        layers = tuple(self._layers)
+        if self.active:
+            watch.idle(self)
+        measured = [(layer, layer._measure(sigma, overlap=overlap)) for layer in layers]
+        self._change(measured, step=self.step + 1)
+        for layer in layers:
+            layer._called = False
 
     def attach(self, optimizer: torch.optim.Optimizer, *, overlap: bool = False) -> Attachment:
         """Let `optimizer` drive this controller: `advance()` after each step that it takes.
@@ -239,11 +249,12 @@ class NoiseController:
             raise RuntimeError(
                 "attach: this controller is attached to an optimizer already; remove() that handle"
             )
-        if optimizer in _attached:
+        if optimizer in attached:
             raise RuntimeError("attach: optimizer has another NoiseController already; remove() its handle")
         attachment = Attachment(self, optimizer, overlap)
         self._attachment = weakref.ref(attachment)
-        _attached[optimizer] = attachment
+        attached[optimizer] = attachment
+        self._driven = True
         return attachment
 
     @property
@@ -260,18 +271,14 @@ class NoiseController:
         """Go to a saved step; sigma, schedule, total_steps, rank and sample_offset stay those given here.
 
         Raises:
-            KeyError: `state` is not of `state_dict()`.
+            KeyError, TypeError, ValueError: `state` is not of `state_dict()`; nothing has moved.
         """
-        for name in ("base", "step"):
-            if name not in state:
-                raise KeyError(f"state: expected the keys 'base' and 'step', got {sorted(state)}")
-        self.move_to(int(state["base"]) & _MASK64, int(state["step"]))
+        self.move_to(*noise_state(state))
 
     def move_to(self, base: int, step: int) -> None:
         """To this seed and step, in every layer; reads no weight unless sigma leaves 0."""
         if (base, step) != (self.base, self.step):
-            self._reseed(base, step)
-            self._rescale()
+            self._change(base=base, step=step)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -279,18 +286,28 @@ class NoiseController:
 
         A backward that computes a forward again (gradient checkpointing) belongs inside as well.
         """
-        self._off += 1
-        try:
+        token = object()
+        with undone(lambda: self._off.discard(token)):
+            self._off.add(token)
             yield
-        finally:
-            self._off -= 1
 
-    def _reseed(self, base: int, step: int) -> None:
-        self.base, self.step = base, step
+    def _change(self, measured: Sequence[tuple[Drawing, Any]] = (), **settings: Any) -> None:
+        """Take over settings, and what layers have measured; all of it, or where something raises nothing."""
+        before = {name: self.__dict__[name] for name in settings}
+        try:
+            for layer, found in measured:
+                layer._adopt(found)
+            self.__dict__.update(settings)
+            self._follow()
+        except BaseException:
+            self.__dict__.update(before)
+            self._follow()
+            raise
+
+    def _follow(self) -> None:
+        """Tensors and layers as the settings say."""
         for tensor in self._tensors.values():
             tensor.fill_(signed(self.value))
-
-    def _rescale(self) -> None:
         for layer in self._layers:
             layer._rescale()
 
@@ -314,75 +331,30 @@ class NoiseController:
         return 1 + max((other.stream for other in others), default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_off", "_tensors", "_layers", "_attachment")
+        own = ("_off", "_tensors", "_layers", "_attachment")  # of this object and this process
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _off=0, _tensors={}, _layers=weakref.WeakSet(), _attachment=None)
+        self.__dict__.update(state, _off=set(), _tensors={}, _layers=weakref.WeakSet(), _attachment=None)
 
     def __repr__(self) -> str:
-        return (
-            f"NoiseController(sigma={self._target_sigma}, schedule={self.schedule!r}, total_steps={self._total_steps},"
-            f" seed={self.base}, rank={self.rank}, step={self.step})"
-        )
-
-
-class Attachment:
-    """What `NoiseController.attach` returns. Lives as long as the optimiser, or until `remove()`."""
-
-    def __init__(
-        self, controller: NoiseController, optimizer: torch.optim.Optimizer, overlap: bool = False
-    ) -> None:
-        self._controller = controller
-        self._overlap = overlap
-        self.optimizer = weakref.ref(optimizer)
-        self._hooks = [
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._load),
-        ]
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # Fused optimisers are called whatever the GradScaler found, and skip the step on the device.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf.item():
-            self._controller.advance(overlap=self._overlap)
-
-    def _save(self, optimizer: Any, state: dict[str, Any]) -> None:
-        state[STATE_KEY] = self._controller.state_dict()
-
-    def _load(self, optimizer: Any, state: dict[str, Any]) -> None:
-        if STATE_KEY not in state:
-            raise KeyError(
-                f"state_dict: expected the key {STATE_KEY!r}, because a NoiseController is attached, got"
-                f" {sorted(state)}; to load what was saved without one, attach after loading"
+        sigma = self._known_sigma()
+        present = "?" if sigma is None else f"{sigma:.6g}"
+        total = "" if self._total_steps is None else f" of {self._total_steps}"
+        settings = "".join(
+            f", {name}={value!r}"
+            for name, value, default in (
+                ("rank", self._rank, 0),
+                ("sample_offset", self.sample_offset, 0),
+                ("norm", self._norm, "flat"),
             )
-        self._controller.load_state_dict(state[STATE_KEY])
-
-    def remove(self) -> None:
-        """The optimiser no longer advances, saves or restores the controller. Twice is as good as once."""
-        for hook in self._hooks:
-            hook.remove()
-        optimizer = self.optimizer()
-        if optimizer is not None and _attached.get(optimizer) is self:
-            del _attached[optimizer]
-        self._controller._attachment = None
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """accelerate's wrapper is an Optimizer by name only: hooks belong on the one inside."""
-    inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return inner
+            if value != default
+        )
+        off = ", disabled" if self._off else ""
+        return (
+            f"NoiseController(sigma={present} of {self._target_sigma:.6g}, schedule={self._schedule!r},"
+            f" step={self.step}{total}, seed={self.base}{settings}, layers={len(self._layers)}{off})"
+        )
 
 
 def _checked_sigma(value: Any) -> float:

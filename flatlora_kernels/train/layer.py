@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from ..core.noise import KINDS
 from ..op import checks
 from ..op.functional import flat_noise_scale
+from . import watch
 from .controller import NoiseController
-from .streams import beside
+from .streams import beside, wait_before_steps
+from .undo import undone
 
 Self = TypeVar("Self", bound="NoisyLayer")
+
+
+class Measured(NamedTuple):
+    """What a layer found in its weights."""
+
+    unit: Tensor | None  # noise_scale at sigma = 1; None at sigma = 0
+    stamps: tuple[Any, ...]  # of what it was computed from
+    ready: torch.cuda.Event | None  # where another stream computes it
 
 
 class NoisyLayer(nn.Module):
@@ -41,10 +51,17 @@ class NoisyLayer(nn.Module):
     noise_scale: Tensor | None = None  # (N,) float32, None at sigma = 0
     # A second adapter ((r2, K), (N, r2)) beside the first, in training mode; set only while a method steps.
     auxiliary: tuple[Tensor, Tensor] | None = None
+    flat_lora_name: str = ""  # in the model, for messages
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
     _scaled: tuple[Any, ...] | None = None  # what _unit_scale was computed from
     _seed: Tensor
+    _called: bool = False  # whether the forward ran since the last step
+    _steps_idle: int = 0  # steps in a row in which it did not, and parameters changed
+    _seen: tuple[tuple[Any, ...] | None, int] = (
+        None,
+        0,
+    )  # trained parameters at the last forward, how often changed
 
     def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
         """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from."""
@@ -77,12 +94,13 @@ class NoisyLayer(nn.Module):
         self.noise, self.samples, self.antithetic = noise, samples, antithetic
         self.strategy, self.noise_accum, self.backend = strategy, noise_accum, backend
         self.stream = noise_controller._stream_for(self) if stream is None else stream
+        self.__dict__.update(_called=False, _steps_idle=0, _seen=(None, 0))
         self.refresh_noise_scale()
 
     def _remove_noise(self) -> None:
         """The controller forgets the layer, and the layer what `_set_up_noise` gave it."""
         self.noise_controller._layers.discard(self)
-        for name in (*_SETTINGS, "noise_scale", "_unit_scale", "_ready", "_scaled", "_seed", "auxiliary"):
+        for name in (*_SETTINGS, *_OWN):
             self.__dict__.pop(name, None)
 
     def noise_arguments(self, x: Tensor) -> dict[str, Any]:
@@ -97,16 +115,22 @@ class NoisyLayer(nn.Module):
             "backend": self.backend,
         }
         controller = self.noise_controller
+        self._note_call(x)
         if not self.training or controller._off:
             return arguments
         if not torch.compiler.is_compiling():
+            if not controller._driven and torch.is_grad_enabled():
+                watch.undriven(self, self._changes())
             self._refresh_if_stale()
         if self.noise_scale is None:
             return arguments
-        self._wait_until_ready()
         samples: Any = self.samples
         if samples == "batch":
             samples = x.shape[0] if x.dim() > 1 else 1
+            if not torch.compiler.is_compiling() and not controller._several:
+                controller._several = samples > 1
+                if samples == 1:
+                    watch.one_sample(controller, x.shape)
         arguments.update(
             seed=self._seed,
             stream=self.stream,
@@ -117,6 +141,12 @@ class NoisyLayer(nn.Module):
             antithetic=self.antithetic,
         )
         return arguments
+
+    def describe_noise(self) -> str:
+        """``sigma=0.05, noise='gaussian', stream=3``, for `extra_repr`; the present sigma, ? before it is known."""
+        sigma = self.noise_controller._known_sigma()
+        present = "?" if sigma is None else f"{sigma:.6g}"
+        return f"sigma={present}, noise={self.noise!r}, stream={self.stream}"
 
     def _with_auxiliary(
         self, lora_A: Tensor | None, lora_B: Tensor | None
@@ -129,13 +159,38 @@ class NoisyLayer(nn.Module):
             return A, B
         return torch.cat((lora_A, A.to(lora_A.dtype))), torch.cat((lora_B, B.to(lora_B.dtype)), 1)
 
-    @torch.no_grad()
+    def _note_call(self, x: Tensor) -> None:
+        """That the forward runs; and it waits for the norms, also where it does not use them: what follows it may
+        write to what they are computed from."""
+        if torch.compiler.is_compiling():
+            self._called = True
+            return
+        # Past nn.Module.__setattr__, which takes 4 us. A captured graph runs without this line.
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.__dict__["_captured"] = True
+        self.__dict__["_called"] = True
+        self._wait_until_ready()
+
     def refresh_noise_scale(self, *, overlap: bool = False) -> None:
         """Compute `noise_scale` from the present weights: one read of W, none at ``sigma = 0``.
 
         Args:
             overlap: see `NoiseController.advance`.
         """
+        sigma = self.noise_controller._known_sigma()
+        measured = self._measure(sigma, overlap=overlap)
+        try:
+            self._adopt(measured)
+            self._scale_by(sigma)
+        except BaseException:
+            self.__dict__["_scaled"] = None  # the next forward does it again
+            raise
+
+    # Made inside torch.inference_mode(), the tensors could not be used in training later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _measure(self, sigma: float | None, *, overlap: bool = False) -> Measured:
+        """The norms of the present weights, of which nothing is kept yet."""
         weight, lora_A, lora_B, scaling = self._weight_in_use()
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -144,13 +199,10 @@ class NoisyLayer(nn.Module):
             )
         if overlap and weight.is_cuda:
             with beside(weight.device, "noise_scale") as side:
-                self.refresh_noise_scale()
-                self._ready = side.record_event()
-            return
+                measured = self._measure(sigma)
+                return measured._replace(ready=side.record_event())
         self._wait_until_ready()
         self._attach(weight.device)
-        controller = self.noise_controller
-        sigma = controller._known_sigma()
         if not sigma:
             unit = None
         elif weight.is_meta:
@@ -162,28 +214,41 @@ class NoisyLayer(nn.Module):
                 lora_B,
                 scaling=scaling,
                 sigma=1.0,
-                in_features=1 if controller.norm == "row" else None,
+                in_features=1 if self.noise_controller.norm == "row" else None,
                 backend=self.backend,
             )
-        stamps = tuple(map(_stamp, self._norm_sources()))
-        # Past nn.Module.__setattr__, which takes 4 us for each.
-        self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=stamps)
-        self._scale_by(sigma)
+        return Measured(unit, tuple(map(_stamp, self._norm_sources())), None)
 
-    @torch.no_grad()
+    def _adopt(self, measured: Measured) -> None:
+        """Keep what was measured; `noise_scale` follows by `_rescale`."""
+        # Past nn.Module.__setattr__, which takes 4 us for each.
+        self.__dict__.update(_unit_scale=measured.unit, _scaled=measured.stamps, _ready=measured.ready)
+        if measured.ready is not None:
+            wait_before_steps(self)
+
     def _rescale(self) -> None:
         sigma = self.noise_controller._known_sigma()
         if sigma and self._unit_scale is None:
             self.refresh_noise_scale()
             return
-        self._wait_until_ready()
         self._scale_by(sigma)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _scale_by(self, sigma: float | None) -> None:
         scale, unit = self.noise_scale, self._unit_scale
         if not sigma or unit is None:
             self.noise_scale = None
-        elif scale is None or scale.device != unit.device or scale.shape != unit.shape:
+            return
+        if self._ready is not None:  # beside the current stream, as the norms
+            with beside(unit.device, "noise_scale") as side:
+                self._multiply(scale, unit, sigma)
+                self.__dict__["_ready"] = side.record_event()
+        else:
+            self._multiply(scale, unit, sigma)
+
+    def _multiply(self, scale: Tensor | None, unit: Tensor, sigma: float) -> None:
+        if scale is None or scale.device != unit.device or scale.shape != unit.shape or scale.is_inference():
             self.noise_scale = unit * sigma
         else:  # in place: compiled graphs keep their input, and a backward that comes too late is noticed
             torch.mul(unit, sigma, out=scale)
@@ -195,6 +260,25 @@ class NoisyLayer(nn.Module):
         if seen is None or len(seen) != len(sources) or not all(map(_unchanged, sources, seen)):
             self.refresh_noise_scale()
 
+    def _trained(self) -> bool:
+        """Whether a parameter that is trained is another one than measured, and no CUDA graph runs the forward."""
+        sources, seen = self._norm_sources(), self._scaled
+        if seen is None or len(seen) != len(sources) or self.__dict__.get("_captured"):
+            return False
+        return any(
+            isinstance(source, Tensor) and source.requires_grad and not _unchanged(source, its)
+            for source, its in zip(sources, seen, strict=True)
+        )
+
+    def _changes(self) -> int:
+        """How many forwards found trained parameters other than the one before it."""
+        sources = [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
+        now = tuple((id(s), _version(s), s.data_ptr()) for s in sources)
+        before, changes = self._seen
+        changes += before is not None and before != now
+        self.__dict__["_seen"] = now, changes
+        return changes
+
     def _wait_until_ready(self) -> None:
         if self._ready is not None and self._unit_scale is not None:
             torch.cuda.current_stream(self._unit_scale.device).wait_event(self._ready)
@@ -204,21 +288,31 @@ class NoisyLayer(nn.Module):
         self.__dict__["_seed"] = self.noise_controller.tensor(device)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
+        self._wait_until_ready()
         super()._apply(fn, recurse)
         self.refresh_noise_scale()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         self._wait_until_ready()
-        return {**self.__dict__, "_ready": None, "_scaled": None}
+        return {**self.__dict__, "_ready": None, "_scaled": None, "_seen": (None, 0)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        with torch.inference_mode(False):
+            for name in ("noise_scale", "_unit_scale"):  # copied in inference mode
+                tensor = self.__dict__.get(name)
+                if tensor is not None and tensor.is_inference():
+                    self.__dict__[name] = tensor.clone()
         self._attach(self._seed.device)
 
 
 _SETTINGS = (
     "noise_controller", "noise", "stream", "samples", "antithetic", "strategy", "noise_accum", "backend",
+)  # fmt: skip
+_OWN = (
+    "noise_scale", "_unit_scale", "_ready", "_scaled", "_seed", "auxiliary", "_called", "_captured",
+    "_steps_idle", "_seen",
 )  # fmt: skip
 
 
@@ -260,13 +354,16 @@ def instead_of_noise(
 ) -> Iterator[None]:
     """Inside, `noise_arguments` of these layers is ``arguments(layer)``, in eval mode as well."""
     layers = list(layers)
-    try:
-        for layer in layers:
-            layer.__dict__["noise_arguments"] = _Arguments(arguments(layer))
-        yield
-    finally:
+
+    def undo() -> None:
         for layer in layers:
             layer.__dict__.pop("noise_arguments", None)
+
+    with undone(undo):
+        for layer in layers:
+            layer.__dict__["noise_arguments"] = _Arguments(arguments(layer))
+            layer.__dict__["_called"] = True
+        yield
 
 
 class _Arguments:
@@ -283,12 +380,14 @@ class _Arguments:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module as it was before, afterwards."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for module, training in before:
             module.training = training
+
+    with undone(undo):
+        model.eval()
+        yield
 
 
 def _stamp(source: Any) -> Any:

@@ -14,7 +14,6 @@ In a training loop:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,10 +26,13 @@ from ..op import checks
 from ..op.functional import fused_flat_lora_linear
 from .controller import NoiseController, signed
 from .layer import NoisyLayer, check_noise_options, controller_of
+from .names import matches
+from .state import layer_state, layer_states
 
 _MASK64 = (1 << 64) - 1
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
 _READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+EXTRA_STATE = "_extra_state"  # torch's name for it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -224,8 +226,9 @@ class FlatLoraLinear(NoisyLayer):
         return torch.tensor(state, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        base, step, self.stream = state.tolist()
-        self.noise_controller.move_to(base & _MASK64, step)
+        base, step, stream = layer_state(state, "state_dict: '_extra_state'")
+        self.noise_controller.move_to(base, step)
+        self.stream = stream
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -236,13 +239,15 @@ class FlatLoraLinear(NoisyLayer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.merged:
             raise RuntimeError("FlatLoraLinear: merged; call unmerge() before load_state_dict()")
+        self._wait_until_ready()
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh_noise_scale()
 
     def extra_repr(self) -> str:
-        names = ("in_features", "out_features", "r", "lora_alpha", "sigma", "noise", "stream")
+        names = ("in_features", "out_features", "r", "lora_alpha")
         text = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-        return f"{text}, bias={self.bias is not None}" + (", merged" if self.merged else "")
+        merged = ", merged" if self.merged else ""
+        return f"{text}, bias={self.bias is not None}, {self.describe_noise()}{merged}"
 
 
 def apply_flat_lora(
@@ -319,9 +324,39 @@ def apply_flat_lora(
             stream += same == stream
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, replacements[id(linear)])
+    if not any(
+        getattr(hook, "hook", None) is check_state for hook in model._load_state_dict_pre_hooks.values()
+    ):
+        model.register_load_state_dict_pre_hook(check_state)
     if verbose:
         print_trainable_parameters(model)
     return noise_controller
+
+
+def check_state(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Pre-hook of `load_state_dict`: what cannot be loaded into the layers is refused before anything is loaded.
+
+    Raises:
+        RuntimeError, ValueError: a merged layer; a parameter of another shape; seeds, steps and streams that cannot
+            be of one model.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, FlatLoraLinear)}
+    found = {}
+    for name, layer in layers.items():
+        start = f"{prefix}{name}." if name else prefix
+        if layer.merged and any(key.startswith(start) for key in state_dict):
+            raise RuntimeError(f"{name!r}: merged; call unmerge() before load_state_dict()")
+        for key, parameter in layer.named_parameters():
+            saved = state_dict.get(start + key)
+            if saved is not None and getattr(saved, "shape", None) != parameter.shape:
+                got = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+                raise RuntimeError(
+                    f"state_dict: expected {start + key!r} of shape {tuple(parameter.shape)}, got {got}"
+                )
+        state = state_dict.get(start + EXTRA_STATE)
+        if state is not None:
+            found[name] = layer_state(state, f"state_dict: {start + EXTRA_STATE!r}")
+    layer_states(layers, found)
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -346,12 +381,6 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
         return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
     return None
-
-
-def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in pattern)
 
 
 def _parameter(tensor: Tensor, train: bool) -> nn.Parameter:

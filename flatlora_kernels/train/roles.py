@@ -1,0 +1,48 @@
+"""What layers and their controller ask of each other, without knowing each other's class."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .names import Pattern
+
+
+class Drawing(Protocol):
+    """A layer as its controller sees it, see `layer.NoisyLayer`."""
+
+    stream: int
+    flat_lora_name: str
+    training: bool
+    _called: bool
+    _steps_idle: int
+
+    @property
+    def noise_controller(self) -> Driven: ...
+    def _measure(self, sigma: float | None, *, overlap: bool = False) -> Any: ...
+    def _adopt(self, measured: Any) -> None: ...
+    def _rescale(self) -> None: ...
+    def _base_parameter(self) -> Tensor: ...
+    def _trained(self) -> bool: ...
+
+
+class Driven(Protocol):
+    """A controller as its layers and its optimiser see it, see `controller.NoiseController`."""
+
+    step: int
+    expect_unused: Pattern
+    _layers: weakref.WeakSet[Drawing]
+    _said: set[str]
+    _attachment: Any
+
+    @property
+    def schedule(self) -> str | Callable[[int], float]: ...
+    @property
+    def target_sigma(self) -> float: ...
+    def _known_sigma(self) -> float | None: ...
+    def advance(self, *, overlap: bool = False) -> None: ...
+    def state_dict(self) -> dict[str, int]: ...
+    def move_to(self, base: int, step: int) -> None: ...
