@@ -1,4 +1,4 @@
-"""Parents that compute LoRA layers themselves are refused; those that wrap their own forward, or call the layers, are not."""
+"""Parents that compute LoRA layers themselves are refused; those that call them, or their own forward, are not."""
 
 from __future__ import annotations
 

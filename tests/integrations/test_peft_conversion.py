@@ -115,38 +115,36 @@ def test_a_later_adapter_that_does_not_fit() -> None:
 
 
 def test_a_later_adapter_of_another_method() -> None:
-    """Injected beside LoRA, as transformers' model.add_adapter does; PEFT wraps the layers that have noise."""
+    """PEFT puts AdaLoRA's layers around those that have noise."""
     torch.manual_seed(0)
-    model = tiny_llama()
-    inject_adapter_in_model(lora(target_modules=["q_proj"]), model, "first")
-    apply_flat_lora(model, sigma=0.3)
-    other = AdaLoraConfig(target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, total_step=10)
-    inject_adapter_in_model(other, model, "second")
-    ids = torch.arange(4)[None]
-    with pytest.warns(UserWarning, match=r"layers\.0\.self_attn\.v_proj.* is SVDLinear"):
-        model(input_ids=ids, labels=ids).loss.backward()
+    model = get_peft_model(Net(), lora(), mixed=True).train()
+    controller = apply_flat_lora(model, sigma=0.3)
+    model.add_adapter(
+        "second", AdaLoraConfig(target_modules=["up", "head"], init_r=4, target_r=2, total_step=10)
+    )
+    with pytest.warns(UserWarning, match="'up': .* is SVDLinear.*'head'"):
+        first = run(model)["y"]
+    controller.advance()
     with no_warning_of_ours():
-        model(input_ids=ids, labels=ids).loss.backward()
+        assert not torch.equal(run(model)["y"], first)
 
 
 @names_modules
 def test_a_later_adapter_of_an_unknown_kind() -> None:
-    """On layers that have noise: PEFT computes it; the others keep their noise."""
+    """On layers that have noise: PEFT computes it, and the other adapters keep their noise."""
     peft, flat = pair(lora(), sigma=0.3)
     second = lora(alora_invocation_tokens=[1], task_type="CAUSAL_LM")
     with pytest.warns(UserWarning, match=r"'up \(second\)': its adapter is of another kind"):
-        inject_adapter_in_model(second, flat.base_model.model, "second")
-    inject_adapter_in_model(second, peft.base_model.model, "second")
-    flat.train(), peft.train()
+        flat.add_adapter("second", second)
+    peft.add_adapter("second", second)
+    scramble(flat)
+    peft.load_state_dict(flat.state_dict())
     with no_warning_of_ours():
         agree(run(flat), run(with_noise(peft, flat)))
-        for model in (peft, flat):
-            model.base_model.set_adapter("second")
-        flat.load_state_dict(peft.state_dict())
-        agree(run(flat), run(peft))
-        for model in (peft, flat):
-            model.base_model.set_adapter(["default", "second"])
-        agree(run(flat), run(peft))
+        for names in ("second", ["default", "second"]):
+            for model in (peft, flat):
+                model.base_model.set_adapter(names)
+            agree(run(flat), run(peft))
 
 
 def test_injected_adapters() -> None:
@@ -340,7 +338,7 @@ def test_what_print_shows() -> None:
     assert noisy in repr(model)
     rest = [line for line in repr(model).splitlines() if "sigma=" not in line]
     assert "\n".join(rest).replace("FlatLinear", "Linear") == before
-    controller.advance()  # total_steps is still unknown: so is sigma
+    controller.move_to(controller.base, 1)  # total_steps is still unknown: so is sigma
     assert "sigma=0.05, noise=gaussian, stream=1" in repr(model)
     controller.total_steps = 1
     assert "sigma=0.05, noise" in repr(model)
@@ -357,8 +355,8 @@ def test_one_line_at_conversion(capsys: pytest.CaptureFixture[str], monkeypatch:
 
     model = get_peft_model(Net(), lora(target_modules=["up", "down", "head"]))
     line = printed(model, exclude_modules=["up"], schedule="cosine")
-    expected = "weight noise on 2 layers (streams 0 to 1), 1 LoRA layer left without (exclude_modules); sigma 0.05, cosine"
-    assert line == expected + "\n"
+    expected = "weight noise on 2 layers (streams 0 to 1), 1 LoRA layer left without (exclude_modules)"
+    assert line == expected + "; sigma 0.05, cosine\n"
     assert printed(model, exclude_modules=["up"], verbose=False) == ""
     model = get_peft_model(Shared(), lora(target_modules=["square", "other"]))
     options: dict[str, Any] = {"sigma": 0.0, "schedule": lambda step: 1.0}
