@@ -10,19 +10,37 @@ the class `FlatLinear`, whose forward draws noise in training mode.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train.controller import NoiseController
 from ..train.layer import NoisyLayer, controller_of
-from ..train.linear import HOOKS, matches, obstacle_to
+from ..train.linear import HOOKS, bypass_of, check_options, listed, matches, obstacle_to, print_noise
+
+_INSTALL = 'pip install "flatlora_kernels[peft]"'
+try:
+    import peft
+except ImportError as error:
+    raise ImportError(
+        f"flatlora_kernels.integrations.peft needs the packages peft and transformers: {error}; {_INSTALL}"
+    ) from error
+if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 17):
+    raise ImportError(
+        f"flatlora_kernels.integrations.peft needs peft 0.17 or later, found {peft.__version__}; {_INSTALL}"
+    )
+
+from peft.tuners.lora.layer import Linear, LoraLayer  # noqa: E402
+from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+OPTIONS = ("noise", "samples", "antithetic", "strategy", "noise_accum", "backend")
+# How far sums of squares in another order may move a norm.
+_NORM_ERROR = 2.0**-18
 
 
 class FlatLinear(NoisyLayer, Linear):
@@ -33,12 +51,13 @@ class FlatLinear(NoisyLayer, Linear):
     these norms without DoRA. No noise in eval mode, at sigma = 0, with the adapters disabled or none of them active:
     then the result is PEFT's up to rounding. Adapters in float32 beside 16 bits are multiplied in 16 bits.
 
+    An adapter of a kind unknown here that comes later is left to PEFT, without noise; a warning says so.
+
     Raises:
         RuntimeError: in the forward, where noise is wanted and the layer is merged, its batch mixes adapters
-            (`adapter_names`), DoRA is active beside another adapter, or an active adapter is of a kind unknown here.
+            (`adapter_names`), or DoRA is active beside another adapter.
     """
 
-    flat_lora_name: str  # in the model, for messages
     # PEFT's
     base_layer: Any
     lora_A: Any
@@ -55,7 +74,7 @@ class FlatLinear(NoisyLayer, Linear):
         noise = self.noise_arguments(x)
         obstacle = self._obstacle(names, args, kwargs)
         if obstacle:
-            if "noise_scale" in noise:
+            if "noise_scale" in noise and obstacle != _unknown_variants(self, names):
                 raise RuntimeError(f"{self.flat_lora_name}: expected no noise, because {obstacle}")
             return Linear.forward(self, x, *args, **kwargs)
         return self._fused(x, names, noise)
@@ -67,14 +86,30 @@ class FlatLinear(NoisyLayer, Linear):
         """Why the fused op cannot compute this forward; PEFT's own can."""
         if self.merged:
             return "its adapters are merged, so that nothing of it trains; unmerge_adapter() or eval()"
+        unknown = _unknown_variants(self, names)
+        if unknown:
+            return unknown
         given = [name for name, value in kwargs.items() if value is not None]
         if args or given:
             return f"it is called with {', '.join(given) or 'more than one argument'}"
         if any(getattr(self.base_layer, hooks) for hooks in HOOKS):
             return "its base_layer has hooks, which the fused op would not call"
         if len(names) > 1 and any(name in self.lora_variant for name in names):
-            return "DoRA or the like is active beside another adapter"
-        return _unknown_variants(self, names)
+            return "DoRA is active beside another adapter"
+        return None
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        obstacle = _unknown_variants(self, [adapter_name])
+        if obstacle:
+            _warn_of({f"{self.flat_lora_name} ({adapter_name})": obstacle})
+
+    def extra_repr(self) -> str:
+        if "noise_controller" not in vars(self):
+            return "no noise"
+        target, sigma = self.noise_controller.target_sigma, self.noise_controller._known_sigma()
+        grows = "" if sigma in (None, target) else f" of {target}"
+        return f"sigma={target if sigma is None else sigma}{grows}, noise={self.noise}, stream={self.stream}"
 
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
         base = self.base_layer
@@ -94,20 +129,30 @@ class FlatLinear(NoisyLayer, Linear):
                 bias = own if bias is None else bias + own
         lora_x = self._dropped(x, names[0]).to(x.dtype) if drops else None
         A_all, B_all = self._with_auxiliary(A, B)
+        y = fused_flat_lora_linear(x, weight, A_all, B_all, bias, scaling=scaling, lora_x=lora_x, **noise)
         if names[0] not in self.lora_variant:
-            return fused_flat_lora_linear(
-                x, weight, A_all, B_all, bias, scaling=scaling, lora_x=lora_x, **noise
-            )
-        # y = m / c * (x (W + eps)^T + ...) + bias; PEFT drops the input of all but one copy of W.
-        magnitude = self.lora_magnitude_vector[names[0]].weight
-        gain = magnitude / row_sq_norms(weight, A, B, scaling=scaling, backend=self.backend).sqrt()
-        dropped = x if lora_x is None else lora_x
-        y = fused_flat_lora_linear(dropped, weight, A_all, B_all, scaling=scaling, **noise)
-        dtype = y.dtype
-        y = y * gain
+            return y
+        # PEFT drops the input of the copy of W that m / c - 1 multiplies, and leaves the bias alone.
         if lora_x is not None:
-            y = y + fused_flat_lora_linear(x - lora_x, weight, **noise)
-        return (y if bias is None else y + bias).to(dtype)
+            part = fused_flat_lora_linear(lora_x, weight, A_all, B_all, scaling=scaling, **noise)
+        else:
+            part = y if bias is None else y - bias
+        return (y + (self._gain(names[0], x, A, B) - 1) * part).to(y.dtype)
+
+    def _gain(self, name: str, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """DoRA's m / c (N,). c has the precision that PEFT gives it: m is at first such a norm, and m / c is 1."""
+        magnitude = self.lora_magnitude_vector[name].weight
+        norms = row_sq_norms(self._weight(), A, B, scaling=self.scaling[name], backend=self.backend).sqrt()
+        # PEFT casts x to the adapter's type, and everything else to that of x.
+        dtype = self.lora_A[name].weight.dtype if self.cast_input_dtype_enabled else x.dtype
+        if dtype.itemsize == 2:
+            # A norm between two values may be rounded to either: what m began with is one of PEFT's choices.
+            low, high = ((norms * (1 + error)).to(dtype) for error in (-_NORM_ERROR, _NORM_ERROR))
+            rounded = torch.where(
+                (low == magnitude) | (high == magnitude), magnitude.detach(), norms.to(dtype)
+            )
+            norms = rounded.to(norms.dtype)
+        return magnitude / norms
 
     def _dropped(self, x: Tensor, name: str) -> Tensor:
         # In the adapter's type, as in PEFT: the same numbers are drawn.
@@ -144,11 +189,24 @@ class FlatLinear(NoisyLayer, Linear):
 
 
 class _ConvertLater:
-    """Forward hook of the model: converts the layers that an adapter added since has brought."""
+    """Forward hook of the model: converts the layers that an adapter added since has brought.
 
-    def __init__(self, model: nn.Module, *options: Any) -> None:
+    What cannot be converted is left to PEFT with a warning. An error would come in a forward, and would stop
+    evaluation and generation too, long after the line that added the adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        noise_controller: NoiseController,
+        exclude: str | tuple[str, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self.noise_controller = noise_controller
+        self.exclude = exclude
         self.options = options
         self.known = self._adapters(model)
+        self.left: set[str] = set()  # told already
 
     @staticmethod
     def _adapters(model: nn.Module) -> list[Any]:
@@ -158,9 +216,16 @@ class _ConvertLater:
         if torch.compiler.is_compiling():
             return
         adapters = self._adapters(model)
-        if list(map(id, adapters)) != list(map(id, self.known)):
-            _convert(model, *self.options)
-            self.known = adapters
+        if list(map(id, adapters)) == list(map(id, self.known)):
+            return
+        self.known = adapters
+        layers, obstacles = _to_convert(model, self.exclude)
+        for name, layer in layers.items():
+            _make_flat(layer, name, self.noise_controller, self.options)
+        new = {name: obstacle for name, obstacle in obstacles.items() if name not in self.left}
+        self.left |= new.keys()
+        if new:
+            _warn_of(new)
 
 
 def apply_flat_lora(
@@ -172,20 +237,24 @@ def apply_flat_lora(
     seed: int | None = None,
     noise_controller: NoiseController | None = None,
     exclude_modules: str | Iterable[str] = (),
+    verbose: bool = True,
     **options: Any,
 ) -> NoiseController:
     """Train the LoRA layers of a PEFT model under weight noise, in place.
 
     Every LoRA layer of an `nn.Linear` or a `Conv1D` becomes a `FlatLinear`; streams are numbered in order of
-    `named_modules()`. Adapters added later are seen at the next forward of `peft_model`. A second call converts what
-    has come since. Conv1D, DoRA, several adapters, initialisations and dropout work as in PEFT.
+    `named_modules()`. Adapters added later are seen at the next forward of `peft_model`; layers of theirs that cannot
+    be converted are left to PEFT with a warning. A second call converts what has come since, or returns the
+    controller as it is. Conv1D, DoRA, several adapters, initialisations and dropout work as in PEFT.
 
     Args:
         peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or a model with LoRA layers injected.
-        sigma, schedule, total_steps, seed: of a new `NoiseController`; default 0.05, "constant", None, None.
+        sigma, schedule, total_steps, seed: of a new `NoiseController`; default 0.05, "constant", None, None. Those
+            given in a second call have to be the controller's.
         noise_controller: instead of these four; default that of layers already converted.
         exclude_modules: LoRA layers that stay PEFT's, without noise: a regular expression for the whole name, or names
-            or their dotted ends, as in PEFT.
+            or their dotted ends, as in PEFT, of layers or of modules around them.
+        verbose: print which layers are under noise, in the first process.
         options: `noise`, `samples`, `antithetic`, `strategy`, `noise_accum`, `backend` of every layer.
 
     Returns:
@@ -193,19 +262,36 @@ def apply_flat_lora(
 
     Raises:
         ValueError: LoRA layers that cannot be converted, which are named with the reason, and none is; or there is
-            none to convert; or settings of a controller beside one that exists.
+            none to convert; or `exclude_modules` or one of its names matches no LoRA layer, or one converted already;
+            or settings or options other than those of the layers converted already.
+        TypeError: an option that there is not.
     """
+    _check_names(options)
+    exclude = _pattern(exclude_modules)
+    _check_excluded(peft_model, exclude)
     existing = [module for module in peft_model.modules() if isinstance(module, FlatLinear)]
-    noise_controller = controller_of(
-        existing, noise_controller, sigma=sigma, schedule=schedule, total_steps=total_steps, seed=seed
-    )
-    rest = (noise_controller, _pattern(exclude_modules), options)
-    if not _convert(peft_model, *rest):
-        got = "none but those converted already" if existing else "none"
+    settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
+    controller = controller_of(existing, noise_controller, **settings)
+    layers, obstacles = _to_convert(peft_model, exclude)
+    if obstacles:
+        raise ValueError(
+            f"peft_model: expected LoRA layers that can train under weight noise, got {_reasons(obstacles)};"
+            " exclude_modules leaves layers to PEFT, without noise"
+        )
+    if not layers and not existing:
+        got = "none but those in exclude_modules" if _lora_layers(peft_model) else "none"
         raise ValueError(f"peft_model: expected LoRA layers to convert, got {got}")
+    if not layers:
+        check_options(existing, controller, options)
+    for name, layer in layers.items():
+        _make_flat(layer, name, controller, options)
     _remove_hook(peft_model)
-    peft_model.register_forward_pre_hook(_ConvertLater(peft_model, *rest))
-    return noise_controller
+    peft_model.register_forward_pre_hook(_ConvertLater(peft_model, controller, exclude, options))
+    if verbose:
+        found = _lora_layers(peft_model).values()
+        noisy = [layer for layer in found if isinstance(layer, FlatLinear)]
+        print_noise(noisy, controller, left=len(found) - len(noisy))
+    return controller
 
 
 def remove_flat_lora(peft_model: nn.Module) -> None:
@@ -230,69 +316,75 @@ def custom_modules(
     """What ``LoraConfig._register_custom_module`` takes to have `get_peft_model` build `FlatLinear`s itself.
 
     A configuration holds for its own adapter: register every later one too, or call `apply_flat_lora` on the model
-    after adding it. Needs PEFT 0.19.
+    after adding it. PEFT shows one target at a time and not the modules around it. So names in `exclude_modules` that
+    match nothing stay unnoticed, and so do parents that compute a layer without calling it; `apply_flat_lora` refuses
+    both. Needs PEFT 0.19.
 
     Args:
         noise_controller, exclude_modules, options: see `apply_flat_lora`.
 
     Raises:
         ValueError: in `get_peft_model`, a target that cannot be such a layer, which is named.
+        RuntimeError: in `get_peft_model`, PEFT before 0.19.
+        TypeError: an option that there is not.
     """
 
+    _check_names(options)
     exclude = _pattern(exclude_modules)
+
+    def refuse(name: str, obstacle: str) -> None:
+        raise ValueError(
+            f"target_modules: expected modules that custom_modules can give weight noise, got {name!r}: {obstacle};"
+            f" custom_modules(..., exclude_modules=[{name!r}]) leaves it to PEFT, without noise"
+        )
 
     def build(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
         if "target_name" not in kwargs:
-            raise RuntimeError("custom_modules: needs PEFT 0.19 or later; apply_flat_lora does not")
+            raise RuntimeError(
+                f"custom_modules: expected PEFT 0.19 or later, got {peft.__version__}; instead, call apply_flat_lora"
+                " on what get_peft_model returns"
+            )
         name = kwargs["target_name"]
         if _excluded(name, exclude):
             return None  # PEFT goes on to its own layers
         obstacle = _base_obstacle(target)
         if kwargs.get("parameter_name"):
-            obstacle = "a bare parameter is adapted"
+            obstacle = "a bare parameter is adapted (target_parameters)"
         if obstacle:
-            raise ValueError(_message({name: obstacle}))
+            refuse(name, obstacle)
         transposed = isinstance(target, Conv1D)
         kwargs["config"].fan_in_fan_out = transposed  # as PEFT corrects it
         layer = Linear(target, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
         obstacle = _unknown_variants(layer, layer.lora_variant)
         if obstacle:
-            raise ValueError(_message({name: obstacle}))
+            refuse(name, obstacle)
         _make_flat(layer, name, noise_controller, options)
         return layer
 
     return {nn.Module: build}
 
 
-def _convert(
-    model: nn.Module,
-    noise_controller: NoiseController,
-    exclude: str | tuple[str, ...],
-    options: dict[str, Any],
-) -> int:
-    """Convert what is not yet converted, or nothing where something cannot be; returns how many were."""
+def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """By their names in the base model."""
+    named = model.named_modules()
+    return {n.removeprefix("base_model.model."): m for n, m in named if isinstance(m, LoraLayer)}
+
+
+def _to_convert(
+    model: nn.Module, exclude: str | tuple[str, ...]
+) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """The layers that are not yet converted, and why some of the others cannot be."""
     layers, obstacles = {}, {}
-    modules = dict(model.named_modules())
-    for full_name, module in modules.items():
-        name = full_name.removeprefix("base_model.model.")
-        if not isinstance(module, LoraLayer) or isinstance(module, FlatLinear) or _excluded(name, exclude):
+    modules = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    for name, module in _lora_layers(model).items():
+        if isinstance(module, FlatLinear) or _excluded(name, exclude):
             continue
-        layers[name] = module
-        if type(module) is not Linear:
-            obstacles[name] = f"a {type(module).__name__} is not PEFT's plain LoRA layer"
+        obstacle = _layer_obstacle(module) or _parent_obstacle(modules, name)
+        if obstacle:
+            obstacles[name] = obstacle
         else:
-            obstacle = (
-                _base_obstacle(module.base_layer)
-                or _unknown_variants(module, module.lora_variant)
-                or _parent_obstacle(modules.get(full_name.rpartition(".")[0]))
-            )
-            if obstacle:
-                obstacles[name] = obstacle
-    if obstacles:
-        raise ValueError(_message(obstacles))
-    for name, layer in layers.items():
-        _make_flat(layer, name, noise_controller, options)
-    return len(layers)
+            layers[name] = module
+    return layers, obstacles
 
 
 def _make_flat(layer: Any, name: str, noise_controller: NoiseController, options: dict[str, Any]) -> None:
@@ -321,18 +413,54 @@ def _excluded(name: str, exclude: str | tuple[str, ...]) -> bool:
     return any(matches(".".join(parts[:end]), exclude) for end in range(1, len(parts) + 1))
 
 
+def _check_names(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"options: expected {', '.join(OPTIONS)}, got {name!r}")
+
+
+def _check_excluded(model: nn.Module, exclude: str | tuple[str, ...]) -> None:
+    layers = _lora_layers(model)
+    entries: list[Any] = [exclude] if isinstance(exclude, str) else [(name,) for name in exclude]
+    for entry in entries:
+        found = [name for name in layers if _excluded(name, entry)]
+        got = repr(entry) if isinstance(entry, str) else repr(entry[0])
+        if not found:
+            raise ValueError(
+                f"exclude_modules: expected to match LoRA layers or modules around them, got {got}, which matches none"
+                f" of {len(layers)} ({listed(layers)})"
+            )
+        converted = [name for name in found if isinstance(layers[name], FlatLinear)]
+        if converted:
+            raise ValueError(
+                f"exclude_modules: expected to match LoRA layers without noise, got {got}, which matches"
+                f" {listed(converted)}; remove_flat_lora(peft_model) first"
+            )
+
+
 def _base_obstacle(base: nn.Module) -> str | None:
+    if not isinstance(base, (nn.Linear, Conv1D)):
+        return f"it is neither an nn.Linear nor a Conv1D, its class is {type(base).__name__}"
     return obstacle_to(base, nn.Linear.forward, Conv1D.forward)
 
 
-def _parent_obstacle(parent: nn.Module | None) -> str | None:
-    """Why adapters of PEFT inside `parent` have no effect in eval mode, whoever trains them."""
+def _layer_obstacle(layer: LoraLayer) -> str | None:
+    if type(layer) is not Linear:
+        return f"its class in PEFT is {type(layer).__name__}, not the plain LoRA layer Linear"
+    if "forward" in vars(layer):
+        return "it has a forward of its own, in the place of its class's"
+    return _base_obstacle(layer.base_layer) or _unknown_variants(layer, layer.lora_variant)
+
+
+def _parent_obstacle(modules: dict[str, nn.Module], name: str) -> str | None:
+    """Why what is around the layer would miss its noise, or even its adapter."""
+    parent = modules.get(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return (
             "nn.TransformerEncoderLayer reads its weight in eval mode without calling it;"
             " torch.backends.mha.set_fastpath_enabled(False) ends that"
         )
-    return None
+    return bypass_of(modules, name)
 
 
 def _unknown_variants(layer: LoraLayer, names: Iterable[str]) -> str | None:
@@ -342,6 +470,19 @@ def _unknown_variants(layer: LoraLayer, names: Iterable[str]) -> str | None:
     return "DoRA is offloaded" if layer.ephemeral_gpu_offload and variants else None
 
 
-def _message(obstacles: dict[str, str]) -> str:
-    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in obstacles.items())
-    return f"LoRA layers that cannot train under weight noise (exclude_modules leaves them PEFT's): {reasons}"
+def _warn_of(obstacles: dict[str, str]) -> None:
+    warnings.warn(
+        f"LoRA layers of a later adapter are left to PEFT, and train without weight noise: {_reasons(obstacles)}",
+        stacklevel=2,
+    )
+
+
+def _reasons(obstacles: dict[str, str]) -> str:
+    """Each reason once, with the layers it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, obstacle in obstacles.items():
+        names.setdefault(obstacle, []).append(name)
+    return "; ".join(
+        f"{first!r}: {obstacle}" + (f" (as for {listed(map(repr, others))})" if others else "")
+        for obstacle, (first, *others) in names.items()
+    )

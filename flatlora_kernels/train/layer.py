@@ -336,16 +336,36 @@ def controller_of(
     """The controller for further layers of a model: the one given, that of the existing layers, or a new one.
 
     Args:
-        settings: of a new one; those that are None are left to its defaults.
+        settings: of a new one; those that are None are left to its defaults. Beside a controller that exists, they
+            have to be its own.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if given is None and existing:
         given = existing[0].noise_controller
     if given is None:
         return NoiseController(**settings)
+    own = {
+        "sigma": given.target_sigma, "schedule": given.schedule, "total_steps": given.total_steps, "seed": given.base,
+    }  # fmt: skip
     for name, value in settings.items():
-        raise ValueError(f"{name}: expected None, because there is a NoiseController already, got {value!r}")
+        if name == "seed" and isinstance(value, int):
+            value = value & 0xFFFFFFFFFFFFFFFF
+        if _identity(value) != _identity(own[name]):
+            change = {
+                "sigma": "assign controller.target_sigma",
+                "total_steps": "assign controller.total_steps",
+            }
+            raise ValueError(
+                f"{name}: expected None, because there is a NoiseController already, with {own[name]!r}, got {value!r};"
+                f" to change it, {change.get(name, 'make the layers anew (with PEFT after remove_flat_lora)')}"
+            )
     return given
+
+
+def _identity(setting: Any) -> Any:
+    """Equal for functions of one definition: a notebook's cell that runs again makes its lambdas anew."""
+    code = getattr(setting, "__code__", None)
+    return setting if code is None else (code, setting.__closure__, setting.__defaults__)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,11 @@ In a training loop:
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -265,15 +268,17 @@ def apply_flat_lora(
     """Replace the matching `nn.Linear`s of `model` by `FlatLoraLinear`s, in place, and freeze all the rest.
 
     Streams are numbered in order of `model.named_modules()`; linears with one and the same weight (tied) get the
-    same stream. A second call adds layers to the first one's: they share its controller and number on. A linear
-    that is used in several places stays one layer.
+    same stream. A second call adds layers to the first one's: they share its controller and number on. Where all that
+    match are replaced already, it returns the controller as it is. A linear that is used in several places stays one
+    layer.
 
     Args:
         target_modules: as in PEFT, a string is a regular expression that has to match the whole module name;
             otherwise each string is a name or the dotted end of one ("query" matches "layer.0.query").
-        sigma, schedule, total_steps, seed: of a new `NoiseController`; default 0.05, "constant", None, None.
+        sigma, schedule, total_steps, seed: of a new `NoiseController`; default 0.05, "constant", None, None. Those
+            given in a second call have to be the controller's.
         noise_controller: instead of these four.
-        verbose: print the number of trainable parameters.
+        verbose: print the number of trainable parameters and which layers are under noise, in the first process.
         options: keyword arguments of `FlatLoraLinear`, but `stream`.
 
     Returns:
@@ -282,18 +287,22 @@ def apply_flat_lora(
     Raises:
         ValueError: no `nn.Linear` below `model` matches; or one that is not plain (a forward of its own, as quantised
             layers have, a parametrization, hooks, a sharded weight), or whose parent reads its weight past its
-            forward (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`), so that an adapter would have no
-            effect; or settings of a controller beside one that exists.
+            forward (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, a parent with a forward of its own), so
+            that an adapter would have no effect; or settings or options other than those of the layers replaced
+            already; or `model` has LoRA layers of PEFT, for which `flatlora_kernels.integrations.peft` is made.
     """
+    _refuse_peft(model)
     pattern = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = {n: m for n, m in modules.items() if n and isinstance(m, nn.Linear) and matches(n, pattern)}
-    if not targets:
+    existing = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
+    settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
+    again = [m for n, m in modules.items() if n and isinstance(m, FlatLoraLinear) and matches(n, pattern)]
+    if not targets and not again:
         linears = [n for n, m in modules.items() if n and isinstance(m, nn.Linear)]
-        shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
             f"target_modules: expected to match the name of an nn.Linear, got {pattern!r}, which matches"
-            f" none of {len(linears)} ({shown})"
+            f" none of {len(linears)} ({listed(linears)})"
         )
     for name in targets:
         parent = modules[name.rpartition(".")[0]]
@@ -302,14 +311,13 @@ def apply_flat_lora(
                 f"target_modules: expected layers that are called, got {name!r}: {type(parent).__name__}"
                 " reads its weight directly, and would miss the adapter"
             )
-        obstacle = obstacle_to(targets[name], nn.Linear.forward)
+        obstacle = obstacle_to(targets[name], nn.Linear.forward) or bypass_of(modules, name)
         if obstacle:
             raise ValueError(f"target_modules: expected plain linear layers, got {name!r}: {obstacle}")
 
-    existing = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
-    noise_controller = controller_of(
-        existing, noise_controller, sigma=sigma, schedule=schedule, total_steps=total_steps, seed=seed
-    )
+    controller = controller_of(existing, noise_controller, **settings)
+    if not targets:
+        check_options(again, controller, options)
     tied = {id(layer._base_parameter()): layer.stream for layer in existing}
     stream = 1 + max((layer.stream for layer in existing), default=-1)
     if not existing:
@@ -318,9 +326,9 @@ def apply_flat_lora(
     for name, linear in targets.items():
         if id(linear) not in replacements:
             same = tied.setdefault(id(linear.weight), stream)
-            replacements[id(linear)] = FlatLoraLinear.from_linear(
-                linear, noise_controller=noise_controller, stream=same, **options
-            )
+            layer = FlatLoraLinear.from_linear(linear, noise_controller=controller, stream=same, **options)
+            layer.flat_lora_name = name
+            replacements[id(linear)] = layer
             stream += same == stream
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, replacements[id(linear)])
@@ -328,9 +336,11 @@ def apply_flat_lora(
         getattr(hook, "hook", None) is check_state for hook in model._load_state_dict_pre_hooks.values()
     ):
         model.register_load_state_dict_pre_hook(check_state)
-    if verbose:
+    if verbose and _first_process():
         print_trainable_parameters(model)
-    return noise_controller
+    if verbose:
+        print_noise([m for m in model.modules() if isinstance(m, FlatLoraLinear)], controller)
+    return controller
 
 
 def check_state(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
@@ -369,10 +379,151 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
+def print_noise(layers: Sequence[NoisyLayer], controller: NoiseController, *, left: int = 0) -> None:
+    """Print one line, in the first process: how many layers are under noise, with which streams and how strong.
+
+    Args:
+        left: number of LoRA layers without noise.
+    """
+    if not _first_process():
+        return
+    streams = sorted({layer.stream for layer in layers})
+    shown = f"streams {streams[0]} to {streams[-1]}" if len(streams) > 1 else f"stream {streams[0]}"
+    tied = ", tied weights share one" if len(streams) < len(layers) else ""
+    without = f", {_count(left, 'LoRA layer')} left without (exclude_modules)" if left else ""
+    schedule = controller.schedule if isinstance(controller.schedule, str) else "a schedule of your own"
+    step = f", at step {controller.step}" if controller.step else ""
+    print(
+        f"weight noise on {_count(len(layers), 'layer')} ({shown}{tied}){without};"
+        f" sigma {controller.target_sigma:g}, {schedule}{step}"
+    )
+
+
+def check_options(layers: Sequence[Any], controller: NoiseController, options: dict[str, Any]) -> None:
+    """That a call which converts nothing asks for nothing else than these layers have.
+
+    Raises:
+        ValueError: another controller, or an option with another value.
+        TypeError: an option that the layers do not have.
+    """
+    anew = "to change it, make the layers anew (with PEFT after remove_flat_lora)"
+    for layer in layers:
+        if layer.noise_controller is not controller:
+            raise ValueError(
+                f"noise_controller: expected the {layer.noise_controller!r} of the layers converted already, got"
+                f" {controller!r}; {anew}"
+            )
+        for name, value in options.items():
+            present = _option(layer, name)
+            if value is not None and value != present:
+                raise ValueError(
+                    f"{name}: expected {present!r}, as the layers converted already have, got {value!r}; {anew}"
+                )
+
+
+def _option(layer: Any, name: str) -> Any:
+    if name == "lora_dropout":
+        return layer.lora_dropout.p
+    if name == "dtype":
+        return None if layer.lora_A is None else layer.lora_A.dtype
+    if name == "train_weight":
+        return layer._base_parameter().requires_grad
+    if not hasattr(layer, name):
+        raise TypeError(f"options: expected keyword arguments of {type(layer).__name__}, got {name!r}")
+    return getattr(layer, name)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first eight, for messages."""
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def _first_process() -> bool:
+    """Of torch.distributed's group, or of those that torchrun has started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """By names, because PEFT need not be installed."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] == "peft" and kind.__name__ in ("PeftModel", "LoraLayer"):
+                raise ValueError(
+                    f"model: expected one without LoRA layers of PEFT, got {type(module).__name__}; for these,"
+                    " from flatlora_kernels.integrations.peft import apply_flat_lora"
+                )
+
+
+def bypass_of(modules: dict[str, nn.Module], name: str) -> str | None:
+    """What around the layer computes it without calling it, so that neither noise nor adapter would be seen.
+
+    Looked at are functions in instance attributes `forward` and `apply_*`, which is where Unsloth's and axolotl's LoRA
+    kernels are. Of these, it bypasses the layer if it has "lora" in its name or its code's; so does a forward of the
+    direct parent that neither leads to that of the parent's class, as accelerate's hooks do, nor names the layer.
+
+    Args:
+        modules: the model's, by name.
+    """
+    path = name.split(".")
+    for depth in range(len(path)):
+        parent = modules[".".join(path[:depth])]
+        for attribute, found in vars(parent).items():
+            if not callable(found) or not (attribute == "forward" or attribute.startswith("apply_")):
+                continue
+            functions = list(_functions(found))
+            if attribute == "forward" and type(parent).forward in functions:
+                continue
+            names = {
+                n for f in functions for n in (f.__name__, *f.__code__.co_names, *f.__code__.co_freevars)
+            }
+            reads = any("lora" in n.lower() for n in names)
+            direct = attribute == "forward" and depth == len(path) - 1
+            if reads or (direct and path[-1] not in names):
+                kind = functions[0] if functions else type(found)
+                where = repr(path[depth - 1]) if depth else "the model"
+                return (
+                    f"{where} around it ({type(parent).__name__}) has an attribute {attribute} of its own,"
+                    f" {kind.__module__}.{kind.__name__}, which does not call it; {_SWITCHES}"
+                )
+    return None
+
+
+_SWITCHES = (
+    "kernels of LoRA are switched off in axolotl by lora_mlp_kernel: false, lora_qkv_kernel: false and"
+    " lora_o_kernel: false, in Unsloth by UNSLOTH_FUSED_LORA_DROPOUT=0 and a lora_dropout above 0"
+)
+
+
+def _functions(found: Any) -> Iterator[types.FunctionType]:
+    """The Python functions that a callable consists of: those it binds, wraps or closes over."""
+    seen, rest = set(), [found]
+    while rest:
+        item = rest.pop(0)
+        if id(item) in seen or isinstance(item, (type, nn.Module)) or not callable(item):
+            continue
+        seen.add(id(item))
+        if isinstance(item, types.FunctionType):
+            yield item
+            for cell in item.__closure__ or ():
+                with contextlib.suppress(ValueError):  # empty
+                    rest.append(cell.cell_contents)
+        inner = ("__func__", "func", "__wrapped__", "_torchdynamo_orig_callable")
+        rest += [getattr(item, attribute, None) for attribute in inner]
+
+
 def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards."""
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
+    if hasattr(base, "_hf_hook"):
+        return "accelerate's hook moves its weight (a device_map over several devices, or offload)"
     if type(base).forward not in forwards or "forward" in vars(base):
         return f"{type(base).__name__} has a forward of its own"
     if any(getattr(base, hooks) for hooks in HOOKS):

@@ -192,6 +192,63 @@ def test_bfloat16_base_with_float32_adapters(name: str) -> None:
     assert (under_noise["y"] - got["y"]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("adapter", ["float32", "16 bits"])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_begins_as_in_peft(base: torch.dtype, adapter: str, dropout: float) -> None:
+    """PEFT rounds norms to the type of its adapters. Magnitudes begin as such norms: m / c is 1, and the outputs differ
+    where sums in another order were rounded otherwise, and nowhere else."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 512)).to(base)
+    config = lora(target_modules=["0"], use_dora=True, lora_dropout=dropout)
+    peft = get_peft_model(net, config, autocast_adapter_dtype=adapter == "float32").train()
+    flat = copy.deepcopy(peft)
+    apply_flat_lora(flat, sigma=0.0)
+    x = torch.randn(64, 256).to(base)
+    outputs = []
+    for model in (peft, flat):
+        torch.manual_seed(1)
+        outputs.append(model(x))
+    assert (outputs[0] == outputs[1]).float().mean() > 0.99
+    layer = flat_layers(flat)["0"]
+    dtype = layer.lora_A["default"].weight.dtype
+    A, B, _ = layer._adapter(["default"], base)
+    gain = layer._gain("default", x, A, B)
+    dora = layer.lora_magnitude_vector["default"]
+    theirs = dora.get_weight_norm(layer.base_layer.weight.to(dtype), torch.zeros((), dtype=dtype), 1.0)
+    torch.testing.assert_close(gain, dora.weight.float() / theirs.float(), rtol=1e-6, atol=0)
+    if adapter == "16 bits":
+        assert (gain == 1).all()
+
+
+def test_dora_after_training_in_16_bits() -> None:
+    """Gradients too are as near to the exact ones as PEFT's, where everything has 16 bits."""
+    for name in ("dora", "dora_dropout"):
+        peft, flat = behaviour(name, dtype=torch.bfloat16)
+        for model in (peft, flat):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
+        exact = run(copy.deepcopy(peft).float())
+        rounded_like(run(flat, torch.bfloat16), exact, run(peft, torch.bfloat16))
+
+
+def test_norms_between_two_values_are_rounded_as_the_magnitudes_were() -> None:
+    """A float32 sum in another order may fall on the other side of a value in the middle."""
+    net = nn.Sequential(nn.Linear(2, 3, bias=False)).bfloat16()
+    peft = get_peft_model(net, lora(target_modules=["0"], use_dora=True), autocast_adapter_dtype=False)
+    apply_flat_lora(peft, sigma=0.0)
+    layer = flat_layers(peft)["0"]
+    middle = 1 + 2.0**-8  # of 1 and the next value of bfloat16
+    norms = torch.tensor([middle * (1 - 2.0**-20), middle * (1 + 2.0**-20), middle * (1 + 2.0**-12)])
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    magnitude.data = torch.tensor([1 + 2.0**-7, 1.0, 1.0], dtype=torch.bfloat16)
+    A, B, _ = layer._adapter(["default"], torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flatlora_kernels.integrations.peft.row_sq_norms", lambda *_, **__: norms.square())
+        gain = layer._gain("default", torch.randn(1, 2).bfloat16(), A, B)
+    torch.testing.assert_close(gain, torch.tensor([1.0, 1.0, 1 / (1 + 2.0**-7)]))
+
+
 def test_autocast() -> None:
     peft, flat = pair(lora(lora_dropout=0.4), sigma=0.0)
     exact = run(peft)

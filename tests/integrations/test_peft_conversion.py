@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +19,11 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 from peft_models import (  # noqa: E402
     Net,
+    Shared,
     TiedHead,
     Transposed,
     agree,
@@ -82,11 +89,62 @@ def test_adapters_added_later(how: str, tmp_path: Path) -> None:
     assert len({id(layer.noise_controller) for layer in layers.values()}) == 1
 
 
-def test_an_adapter_added_later_that_does_not_fit() -> None:
-    _, flat = pair(lora(target_modules=["down"]), make=TiedHead, sigma=0.3)
-    flat.add_adapter("second", lora(target_modules=["embed"]))
-    with pytest.raises(ValueError, match="'embed'"):
+@contextlib.contextmanager
+def no_warning_of_ours() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "LoRA layers of a later adapter")
+        yield
+
+
+def test_a_later_adapter_that_does_not_fit() -> None:
+    """What cannot be converted is left to PEFT, with one warning; the rest of the adapter is under noise."""
+    peft, flat = pair(lora(target_modules=["down"]), make=TiedHead, sigma=0.3)
+    for model in (peft, flat):
+        torch.manual_seed(7)
+        model.add_adapter("second", lora(target_modules=["embed", "lm_head"]))
+        model.base_model.set_adapter(["default", "second"])
+        scramble(model)
+    with pytest.warns(UserWarning, match="left to PEFT, .* without weight noise: 'embed': .* is Embedding"):
+        got = run(flat)
+    with no_warning_of_ours():
+        agree(got, run(with_noise(peft, flat)))
         run(flat)
+        flat.add_adapter("third", lora(target_modules=["embed"]))
+        run(flat)
+    assert set(flat_layers(flat)) == {"down", "lm_head"}
+
+
+def test_a_later_adapter_of_another_method() -> None:
+    """PEFT puts AdaLoRA's layers around those that have noise."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), lora(), mixed=True).train()
+    controller = apply_flat_lora(model, sigma=0.3)
+    model.add_adapter(
+        "second", AdaLoraConfig(target_modules=["up", "head"], init_r=4, target_r=2, total_step=10)
+    )
+    with pytest.warns(UserWarning, match="'up': .* is SVDLinear.*'head'"):
+        first = run(model)["y"]
+    controller.advance()
+    with no_warning_of_ours():
+        assert not torch.equal(run(model)["y"], first)
+
+
+@names_modules
+def test_a_later_adapter_of_an_unknown_kind() -> None:
+    """On layers that have noise: PEFT computes it, and the other adapters keep their noise."""
+    peft, flat = pair(lora(), sigma=0.3)
+    second = lora(alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match=r"'up \(second\)': its adapter is of another kind"):
+        flat.add_adapter("second", second)
+    peft.add_adapter("second", second)
+    scramble(flat)
+    peft.load_state_dict(flat.state_dict())
+    with no_warning_of_ours():
+        agree(run(flat), run(with_noise(peft, flat)))
+        for names in ("second", ["default", "second"]):
+            for model in (peft, flat):
+                model.base_model.set_adapter(names)
+            agree(run(flat), run(peft))
 
 
 def test_injected_adapters() -> None:
@@ -103,10 +161,11 @@ def test_injected_adapters() -> None:
 
 def test_second_call_and_removal() -> None:
     peft, flat = pair(lora(), sigma=0.3)
-    with pytest.raises(ValueError, match="none but those converted already"):
-        apply_flat_lora(flat)
+    assert apply_flat_lora(flat) is flat.controller
     with pytest.raises(ValueError, match="^sigma: .*NoiseController already"):
         apply_flat_lora(flat, sigma=0.1)
+    with pytest.raises(ValueError, match="got none but those in exclude_modules"):
+        apply_flat_lora(peft, exclude_modules=["up", "down"])
     with pytest.raises(ValueError, match="got none$"):
         apply_flat_lora(Net())
     with pytest.raises(ValueError, match="^noise: "):
@@ -173,7 +232,9 @@ def test_custom_modules_name_what_cannot_be_built(kind: str) -> None:
         made._register_custom_module(custom_modules(NoiseController(sigma=0.1), **options))
         return made
 
-    with pytest.raises(ValueError, match=rf"'(attention\.)?{kind}'"):
+    with pytest.raises(
+        ValueError, match=rf"'(attention\.)?{kind}': .*custom_modules\(\.\.\., exclude_modules="
+    ):
         get_peft_model(Zoo(), config())
     assert set(flat_layers(get_peft_model(Zoo(), config(exclude_modules=[kind])))) == {"up"}
 
@@ -196,6 +257,165 @@ def test_unknown_kinds_of_adapter_are_named(options: dict[str, Any], name: str) 
         inject_adapter_in_model(config, Net())
 
 
+@pytest.mark.parametrize(
+    "exclude, got",
+    [(["up", "dwon"], "'dwon'"), (r"do\w", r"'do\\w'"), ("", "''"), (["head"], "'head'")],
+)
+def test_exclude_modules_that_match_nothing(exclude: Any, got: str) -> None:
+    model = get_peft_model(Net(), lora())
+    with pytest.raises(ValueError) as caught:
+        apply_flat_lora(model, exclude_modules=exclude)
+    assert str(caught.value).startswith("exclude_modules: expected to match LoRA layers")
+    assert f"got {got}, which matches none of 2 (up, down)" in str(caught.value)
+    assert not flat_layers(model)
+
+
+def test_exclude_modules_names_what_has_noise() -> None:
+    _, flat = pair(lora(), sigma=0.3)
+    with pytest.raises(ValueError, match="^exclude_modules: .* got 'up', .*; remove_flat_lora"):
+        apply_flat_lora(flat, exclude_modules=["up"])
+
+
+def test_a_cell_that_runs_again() -> None:
+    """Equal settings: the controller as it is; others are named with the present ones."""
+
+    def cell(model: nn.Module, **changes: Any) -> NoiseController:
+        settings: dict[str, Any] = {
+            "sigma": 0.1, "schedule": lambda step: 1.0, "total_steps": 9, "seed": -1, "noise": "rademacher",
+            "exclude_modules": ["up"],
+        }  # fmt: skip
+        return apply_flat_lora(model, **(settings | changes))
+
+    model = get_peft_model(Net(), lora())
+    controller = cell(model)
+    controller.advance()
+    assert cell(model) is controller and controller.step == 1
+    assert cell(model, seed=None, sigma=None, noise_controller=controller) is controller
+    assert len(model._forward_pre_hooks) == 1
+    anew = r"make the layers anew \(with PEFT after remove_flat_lora\)"
+    for changes, message in [
+        ({"sigma": 0.2}, r"^sigma: .* with 0\.1, got 0\.2; .*assign controller\.target_sigma"),
+        ({"total_steps": 8}, r"^total_steps: .* with 9, got 8; .*assign controller\.total_steps"),
+        ({"schedule": "cosine"}, rf"^schedule: .* with <function .*, got 'cosine'; .*{anew}"),
+        ({"schedule": lambda step: 2.0}, rf"^schedule: .*{anew}"),
+        ({"seed": 4}, rf"^seed: .* with {2**64 - 1}, got 4; .*{anew}"),
+        ({"noise": "gaussian"}, rf"^noise: expected 'rademacher', .* got 'gaussian'; .*{anew}"),
+        ({"samples": "batch"}, r"^samples: expected 1, .* got 'batch'"),
+        (
+            {
+                "noise_controller": NoiseController(),
+                **dict.fromkeys(("sigma", "schedule", "total_steps", "seed")),
+            },
+            rf"^noise_controller: expected the NoiseController\(.*\) of the layers .*, got .*{anew}",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cell(model, **changes)
+    with pytest.raises(TypeError, match="^options: expected noise, .*, got 'noize'"):
+        cell(model, noize="gaussian")
+    controller.target_sigma = 0.2
+    assert cell(model, sigma=0.2) is controller
+
+
+def test_a_cell_that_makes_the_model_again() -> None:
+    """get_peft_model twice on one base: PEFT puts the new adapter into the layers that are there."""
+    base = Net()
+    controller = apply_flat_lora(get_peft_model(base, lora()), sigma=0.3)
+    model = get_peft_model(base, lora())
+    assert apply_flat_lora(model, sigma=0.3) is controller
+    assert len(flat_layers(model)) == 2 == len(controller.layers)
+
+
+def test_what_print_shows() -> None:
+    """sigma, noise and stream beside PEFT's children; nothing of it elsewhere."""
+    model = get_peft_model(Net(), lora())
+    before = repr(model)
+    controller = apply_flat_lora(model, sigma=0.05, schedule="cosine")
+    plain = "up): lora.Linear(\n"
+    noisy = (
+        plain.replace("Linear(", "FlatLinear(") + " " * 8 + "sigma=0.0 of 0.05, noise=gaussian, stream=0\n"
+    )
+    assert noisy in repr(model)
+    rest = [line for line in repr(model).splitlines() if "sigma=" not in line]
+    assert "\n".join(rest).replace("FlatLinear", "Linear") == before
+    controller.move_to(controller.base, 1)  # total_steps is still unknown: so is sigma
+    assert "sigma=0.05, noise=gaussian, stream=1" in repr(model)
+    controller.total_steps = 1
+    assert "sigma=0.05, noise" in repr(model)
+    assert "no noise" in repr(FlatLinear(nn.Linear(4, 4), "default", r=2, lora_alpha=2, config=lora()))
+    remove_flat_lora(model)
+    assert repr(model) == before
+
+
+def test_one_line_at_conversion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def printed(model: nn.Module, **options: Any) -> str:
+        capsys.readouterr()
+        apply_flat_lora(model, **options)
+        return capsys.readouterr().out
+
+    model = get_peft_model(Net(), lora(target_modules=["up", "down", "head"]))
+    line = printed(model, exclude_modules=["up"], schedule="cosine")
+    expected = "weight noise on 2 layers (streams 0 to 1), 1 LoRA layer left without (exclude_modules)"
+    assert line == expected + "; sigma 0.05, cosine\n"
+    assert printed(model, exclude_modules=["up"], verbose=False) == ""
+    model = get_peft_model(Shared(), lora(target_modules=["square", "other"]))
+    options: dict[str, Any] = {"sigma": 0.0, "schedule": lambda step: 1.0}
+    line = "weight noise on 2 layers (stream 0, tied weights share one); sigma 0, a schedule of your own"
+    assert printed(model, **options) == line + "\n"
+    flat_layers(model)["square"].noise_controller.advance()
+    assert printed(model) == line + ", at step 1\n"
+    monkeypatch.setenv("RANK", "1")
+    assert printed(model) == ""
+
+
+def test_layers_know_their_names() -> None:
+    model = get_peft_model(tiny_llama(), lora(target_modules=["q_proj"]))
+    apply_flat_lora(model)
+    assert {layer.flat_lora_name for layer in flat_layers(model).values()} == set(flat_layers(model))
+    assert "model.layers.0.self_attn.q_proj" in flat_layers(model)
+
+
+def test_the_other_function_refuses_peft() -> None:
+    for model in (get_peft_model(Net(), lora()), inject_adapter_in_model(lora(), Net())):
+        with pytest.raises(
+            ValueError, match="from flatlora_kernels.integrations.peft import apply_flat_lora"
+        ):
+            flat_lora(model, ["head"])
+
+
+@pytest.mark.parametrize(
+    "modules, message",
+    [
+        (
+            {"peft": None},
+            r"needs the packages peft and transformers: .*pip install \"flatlora_kernels\[peft\]\"",
+        ),
+        ({"transformers": None}, "needs the packages peft and transformers: .*transformers"),
+        (
+            {"peft": SimpleNamespace(__version__="0.16.3")},
+            r"needs peft 0\.17 or later, found 0\.16\.3; pip install",
+        ),
+    ],
+)
+def test_what_to_install(modules: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "flatlora_kernels.integrations.peft"
+    for gone in [
+        name,
+        *(n for n in sys.modules if n.partition(".")[0] == "peft" and "transformers" in modules),
+    ]:
+        monkeypatch.delitem(sys.modules, gone)
+    for other, module in modules.items():
+        monkeypatch.setitem(sys.modules, other, module)
+    with pytest.raises(ImportError, match=f"^{name} {message}"):
+        importlib.import_module(name)
+
+
+def test_old_peft_has_no_names_for_custom_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    (build,) = custom_modules(NoiseController()).values()
+    with pytest.raises(RuntimeError, match=r"expected PEFT 0\.19 or later, got \d.*apply_flat_lora"):
+        build(nn.Linear(4, 4), "default")
+
+
 def test_more_that_is_named() -> None:
     model = get_peft_model(Net(), lora(use_dora=True))
     model.base_model.model.up.ephemeral_gpu_offload = True
@@ -204,6 +424,15 @@ def test_more_that_is_named() -> None:
     flat_lora(net := Net(), ["up"], verbose=False)
     with pytest.raises(ValueError, match="FlatLoraLinear"):
         get_peft_model(net, lora())
+
+
+def test_many_layers_with_one_reason() -> None:
+    net = nn.Sequential(*(nn.Embedding(4, 4) for _ in range(12)))
+    model = get_peft_model(net, lora(target_modules=[str(n) for n in range(12)]))
+    with pytest.raises(
+        ValueError, match=r"'0': its class .* \(as for '1', .*'8' and 3 more\); exclude_modules"
+    ):
+        apply_flat_lora(model)
 
 
 def test_transformer_encoder_layer() -> None:

@@ -12,7 +12,7 @@ from targets import Target, randn
 from torch import Tensor, nn
 
 import flatlora_kernels as fk
-from flatlora_kernels import FlatLoraLinear, apply_flat_lora
+from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,59 @@ def test_second_call_adds_to_the_first() -> None:
     assert model.first.lora_A.requires_grad
 
 
+def test_a_cell_that_runs_again() -> None:
+    """Equal settings: the controller as it is; others are named with the present ones."""
+    model = Net()
+    given: dict[str, Any] = {
+        "sigma": 0.1, "schedule": "linear", "total_steps": 9, "seed": -1, "r": 2, "lora_alpha": 3, "lora_dropout": 0.2,
+        "noise": "rademacher", "dtype": torch.float32, "backend": "reference", "verbose": False,
+    }  # fmt: skip
+    names = ["first", "block.0"]
+    controller = apply_flat_lora(model, names, **given)
+    before = list(model.modules())
+    controller.advance()
+    assert apply_flat_lora(model, names, **given) is controller and controller.step == 1
+    assert apply_flat_lora(model, ["first"], verbose=False) is controller
+    assert list(map(id, model.modules())) == list(map(id, before))
+    for changes, message in [
+        ({"sigma": 0.2}, r"^sigma: .* with 0\.1, got 0\.2; .* assign controller\.target_sigma"),
+        ({"total_steps": 8}, r"^total_steps: .* with 9, got 8; .* assign controller\.total_steps"),
+        ({"schedule": "cosine"}, "^schedule: .* with 'linear', got 'cosine'; .* make the layers anew"),
+        ({"seed": 4}, "^seed: .* got 4; .* make the layers anew"),
+        ({"r": 3}, "^r: expected 2, .* got 3; .* make the layers anew"),
+        ({"lora_alpha": 4}, "^lora_alpha: expected 3, .* got 4"),
+        ({"lora_dropout": 0.1}, r"^lora_dropout: expected 0\.2, .* got 0\.1"),
+        ({"dtype": torch.bfloat16}, r"^dtype: expected torch\.float32, .* got torch\.bfloat16"),
+        ({"train_weight": True}, "^train_weight: expected False, .* got True"),
+        ({"noise": "gaussian"}, "^noise: expected 'rademacher', .* got 'gaussian'"),
+        (
+            {"noise_controller": NoiseController()}
+            | dict.fromkeys(("sigma", "schedule", "total_steps", "seed")),
+            "^noise_controller: expected the NoiseController",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            apply_flat_lora(model, names, **(given | changes))
+    with pytest.raises(TypeError, match="^options: expected keyword arguments of FlatLoraLinear, got 'rank'"):
+        apply_flat_lora(model, names, rank=2)
+
+
+def test_schedules_of_your_own_are_compared_by_their_code() -> None:
+    def cell(slope: float) -> NoiseController:
+        return apply_flat_lora(model, ["first"], schedule=lambda step: step * slope, verbose=False)
+
+    model = Net()
+    assert cell(0.5) is cell(0.5)
+    with pytest.raises(ValueError, match="^schedule: "):
+        cell(0.25)
+
+
+def test_layers_know_their_names() -> None:
+    model = Net()
+    apply_flat_lora(model, ["0"], verbose=False)
+    assert model.block[0].flat_lora_name == "block.0"
+
+
 def test_shared_linear_stays_one_layer() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
@@ -123,10 +176,48 @@ def test_prints_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None
     model = Net()
     apply_flat_lora(model, ["first"], r=2, backend="reference")
     total = sum(p.numel() for p in model.parameters())
-    printed = capsys.readouterr().out
-    assert f"{2 * (16 + 24)} of {total:,}" in printed
+    parameters, noise = capsys.readouterr().out.splitlines()
+    assert f"{2 * (16 + 24)} of {total:,}" in parameters
+    assert noise == "weight noise on 1 layer (stream 0); sigma 0.05, constant"
     assert fk.print_trainable_parameters(model) == (80, total)
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == parameters + "\n"
+
+
+def test_prints_in_the_first_process_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")  # as torchrun sets it, before there is a group
+    apply_flat_lora(Net(), ["first"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        apply_flat_lora(Net(), ["first"])
+        assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_layers_of_peft_are_refused_where_it_is_not_installed() -> None:
+    kind = type("LoraLayer", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
+    model = nn.Sequential(nn.Linear(4, 4), type("Linear", (kind,), {})())
+    with pytest.raises(ValueError, match="^model: .* from flatlora_kernels.integrations.peft import apply_"):
+        apply_flat_lora(model, ["0"])
+    assert not layers(model)
+
+
+@pytest.mark.parametrize("attribute", ["forward", "apply_mlp"])
+def test_parents_that_compute_layers_themselves_are_refused(attribute: str) -> None:
+    """More of it in integrations/test_peft_bypass.py."""
+
+    def fused(x: Tensor) -> Tensor:
+        return lora_mlp(model.block, x)  # type: ignore[name-defined]  # noqa: F821
+
+    model = Net()
+    setattr(model.block, attribute, fused)
+    with pytest.raises(
+        ValueError, match="^target_modules: .* got 'block.2': 'block' around it .*lora_mlp_kernel"
+    ):
+        apply_flat_lora(model, ["first", "block.2"])
+    assert not layers(model)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
