@@ -352,12 +352,12 @@ def peft_model() -> nn.Module:
 SETTINGS = {"sigma": 0.5, "schedule": "cosine", "seed": 3, "backend": "reference"}
 
 
-def converted_before(folder: Path, **arguments: Any) -> tuple[Trainer, NoiseController]:
+def converted_before(folder: Path, more: Any = None, **arguments: Any) -> Trainer:
     from flatlora_kernels.integrations import peft
 
     model = peft_model()
-    controller = peft.apply_flat_lora(model, **SETTINGS)
-    return make(model, folder, [FlatLoraCallback(controller)], **arguments), controller
+    controller = peft.apply_flat_lora(model, **SETTINGS, **(more or {}))
+    return make(model, folder, [FlatLoraCallback(controller)], **arguments)
 
 
 def noisy(model: nn.Module) -> list[NoisyLayer]:
@@ -365,7 +365,7 @@ def noisy(model: nn.Module) -> list[NoisyLayer]:
 
 
 def test_the_callback_converts_as_apply_flat_lora_does(tmp_path: Path) -> None:
-    before, _ = converted_before(tmp_path / "before")
+    before = converted_before(tmp_path / "before")
     before.train()
     callback = FlatLoraCallback(**SETTINGS)
     found = make(peft_model(), tmp_path / "inside", [callback], logging_steps=2)
@@ -440,18 +440,20 @@ def test_a_model_made_anew_is_converted_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", ["before", "by the Trainer"])
 def test_compiled_models(wrapped: str, tmp_path: Path) -> None:
-    before, _ = converted_before(tmp_path / "before", max_steps=3)
+    """The names in exclude_modules are those of the model inside."""
+    exclude = {"exclude_modules": "second"}
+    before = converted_before(tmp_path / "before", exclude, max_steps=3)
     before.train()
     model = peft_model()
     options = {"torch_compile": True, "torch_compile_backend": "eager"} if wrapped == "by the Trainer" else {}
     given = torch.compile(model, backend="eager") if wrapped == "before" else model
     found = make(
-        given, tmp_path, [FlatLoraCallback(**SETTINGS)], max_steps=3, save_strategy="no",
+        given, tmp_path, [FlatLoraCallback(**SETTINGS, **exclude)], max_steps=3, save_strategy="no",
         label_names=["labels"], remove_unused_columns=False, **options,
     )  # fmt: skip
     found.model_accepts_loss_kwargs = False  # the wrapper's forward seems to take everything
     found.train()
-    assert len(noisy(model)) == 2
+    assert len(noisy(model)) == 1
     got = {n.removeprefix("_orig_mod."): w for n, w in weights(found).items()}
     expected = weights(before)
     assert list(got) == list(expected)
