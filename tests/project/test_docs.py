@@ -74,7 +74,7 @@ def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
     found = list(blocks(page))
-    for package in ("peft", "transformers", "accelerate"):
+    for package in ("peft", "transformers", "accelerate", "trl"):
         if any(re.search(rf"^\s*(from|import) (\w+\.)*{package}\b", code, re.M) for _, code in found):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
