@@ -1189,6 +1189,18 @@ def small_truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return truth
 
 
+def test_truth_refuses_a_library_of_another_build(
+    small_truth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.so").write_text("not a library")
+    monkeypatch.setattr(small_truth, "_libraries", {})
+    monkeypatch.setenv("FLATLORA_EMULATE", "1")
+    monkeypatch.setattr(sys, "argv", ["truth", "time", f"--library=old={tmp_path / 'old.so'}"])
+    with pytest.raises(SystemExit, match="2"):
+        small_truth.main()
+    assert f"--library old={tmp_path / 'old.so'}: its library cannot be loaded: " in capsys.readouterr().err
+
+
 def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def family() -> Any:
         return small_truth._products("cpu", -1, ("bfloat16", "float32"), ((20, 72, 96, 8, 2),))

@@ -191,7 +191,7 @@ def test_doctor_says_why_a_backend_does_not_run(bare: Path) -> None:
     done = python("-m", "flatlora_kernels", folder=bare)
     assert done.returncode == 0, done.stderr
     assert "libflatlora_cpu.so: cannot be loaded" in done.stdout
-    assert "because its library could not be loaded" in done.stdout
+    assert "because its library cannot be loaded" in done.stdout
 
 
 def listed_sources() -> set[str]:
