@@ -35,7 +35,9 @@ def free_memory(machine: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
     """Bytes, of the machine or of its container, whichever has less left; None where nobody says."""
     found = []
     if machine.exists():
-        found += [int(line.split()[1]) << 10 for line in machine.read_text().splitlines() if "MemAvailable" in line]
+        found += [
+            int(line.split()[1]) << 10 for line in machine.read_text().splitlines() if "MemAvailable" in line
+        ]
     limit, used = (group / f"memory.{name}" for name in ("max", "current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         found.append(int(limit.read_text()) - int(used.read_text()))

@@ -2,8 +2,8 @@
 
 The library knows no torch headers, so one build serves every torch and every Python. What it needs of torch is its
 thread pool, and it gets that at load time: the address of `torch_parallel_for` from torch's stable C interface
-(torch >= 2.10). Arguments travel as one packed struct, see shared/arguments.py; shared/library.py asks whether a library
-takes these.
+(torch >= 2.10). Arguments travel as one packed struct, see shared/arguments.py; shared/library.py asks the library
+whether it takes these.
 """
 
 from __future__ import annotations

