@@ -382,6 +382,23 @@ print(setup.jobs(cuda=True), setup.jobs(cuda=False))
 
 
 @needs_setuptools
+def test_compiling_is_announced(sdist: Path, tmp_path: Path, fakes: Path) -> None:
+    shutil.copytree(sdist, tmp_path / "source")
+    for build, said in (
+        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about a minute of a core"),
+        (
+            "cuda",
+            "compiling flatlora_cpu and flatlora_cuda, 3 processes at a time, about five minutes of a core",
+        ),
+    ):
+        with_nvcc(fakes)
+        variables = {"PATH": str(fakes), "MAX_JOBS": "3", "FLATLORA_BUILD": build}
+        done = setup("build_ext", folder=tmp_path / "source", **variables)
+        assert done.returncode == 0, done.stderr
+        assert f"flatlora_kernels: {said}; FLATLORA_BUILD=none leaves it out" in done.stderr
+
+
+@needs_setuptools
 def test_failed_compilation_says_what_to_do(sdist: Path, tmp_path: Path, fakes: Path) -> None:
     (fakes / "cmake").write_text("#!/bin/sh\nexit 1\n")
     shutil.copytree(sdist, tmp_path / "source")
