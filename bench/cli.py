@@ -65,6 +65,18 @@ def _memory_cases(which: str, cases: list[Case]) -> set[Case]:
     return set({"none": (), "first": cases[:1], "largest": largest.values(), "all": cases}[which])
 
 
+def _describe(args: Arguments) -> dict[str, Any]:
+    """Of the machine, before anything is timed; says at once where other programs take their part of it."""
+    meta = environment.describe(args.device)
+    if meta["busy"]:
+        print(
+            f"{meta['busy']}. Times will be long; --time-limit SECONDS ends a run",
+            file=sys.stderr,
+            flush=True,
+        )
+    return meta
+
+
 def _run(args: Arguments) -> int:
     quick, short = args.set == "quick", args.set in _SHORT
 
@@ -80,7 +92,8 @@ def _run(args: Arguments) -> int:
         ways=args.ways or args.set == "targets",
         budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
-        time_limit=default(args.time_limit, 40.0, math.inf),
+        time_limit=math.inf if args.time_limit is None else args.time_limit,
+        goal=40.0 if quick and args.budget is None and args.time_limit is None else math.inf,
         graph=args.graph or ("small" if args.device == "cuda" else "none"),
     )
     cases = shapes.cases(args.set, args.device)
@@ -88,7 +101,7 @@ def _run(args: Arguments) -> int:
         if values:
             cases = [c._replace(**{field: value}) for c in cases for value in values]
     cases = list(dict.fromkeys(cases))
-    meta = environment.describe(args.device)
+    meta = _describe(args)
     stem = results.file_stem(args, meta, args.set)
     started = time.perf_counter()
     run.compile_first(args.device, cases, settings.noises, args.processes)
@@ -103,11 +116,11 @@ def _run(args: Arguments) -> int:
 
 def _overhead(args: Arguments) -> int:
     rows = parts.overhead(providers.usable_backends(args.device), args.device)
-    return _finish(args, Results(environment.describe(args.device), rows, [], []), "overhead")
+    return _finish(args, Results(_describe(args), rows, [], []), "overhead")
 
 
 def _training(args: Arguments) -> int:
-    return _finish(args, Results(environment.describe(args.device), *training.main(args)), "training")
+    return _finish(args, Results(_describe(args), *training.main(args)), "training")
 
 
 def _finish(args: Arguments, found: Results, what: str) -> int:
@@ -176,9 +189,12 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                 "--memory", choices=("none", "first", "largest", "all"),
                 help="where to measure peak memory; largest: M of each layer. Default: first in quick, else largest",
             ),
-            option("--budget", "seconds for each provider of a case; 0.15 in quick, else 0.5", type=float),
+            option(
+                "--budget", type=float,
+                help="seconds for each provider of a case; 0.15 in quick, less where it would take over 40 s, else 0.5",
+            ),
             option("--min-rounds", rounds, type=int, default=5),
-            option("--time-limit", "seconds, no case is begun after; default 40 in quick", type=float),
+            option("--time-limit", "seconds, no case is begun after, those left are named; default none", type=float),
             option(
                 "--graph", choices=("none", "small", "all"),
                 help=f"cases to time as CUDA graphs as well; small: at most {run.GRAPH_ROWS} rows; default on a GPU",

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,31 @@ import flatlora_kernels as fk
 
 _ROOT = Path(__file__).parent.parent
 _SOURCES = ("flatlora_kernels", "csrc", "triton_kernels", ":(glob)bench/*.py")
+
+
+_BUSY = 0.8  # with less of its cores, the machine has something else to do
+
+
+def cpu_share(seconds: float = 0.2) -> float:
+    """The part of their time in which torch's threads run when all have work: 1 where no other program does."""
+    threads = torch.get_num_threads()
+    x = torch.rand(threads << 16)
+    x.exp()
+    wall, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        x.exp()
+    return (time.process_time() - used) / (threads * (time.perf_counter() - wall))
+
+
+def busy() -> str | None:
+    """A sentence where other programs take their part of the machine."""
+    if (share := cpu_share()) >= _BUSY:
+        return None
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"This machine is busy: {share:.0%} of {torch.get_num_threads()} threads' time is left to the benchmark"
+        f" ({os.cpu_count()} cores{load})"
+    )
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -28,6 +54,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "clocks_before": clocks(device),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "busy": busy(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

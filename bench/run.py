@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     min_rounds: int = 5
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
+    goal: float = math.inf  # seconds for all cases; where they take longer, later ones have fewer rounds
     graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
 
 
@@ -148,6 +149,7 @@ class Bench(Findings):
     ) -> None:
         super().__init__(settings.noises, progress)
         self.settings, self.after_case = settings, after_case
+        self.share = 1.0  # of budget and rounds that a case gets
         self.timer = timing.timer(settings.device)
         for name, reason in providers.available_backends(settings.device).items():
             if reason is not None:
@@ -173,16 +175,29 @@ class Bench(Findings):
         self, cases: Sequence[Case], memory_cases: Collection[Case] = (), started: float | None = None
     ) -> None:
         """Each case in turn, as long as there is time; started: when the time began, default now."""
-        started = time.perf_counter() if started is None else started
+        s, begun = self.settings, time.perf_counter()
+        started = begun if started is None else started
         self.progress.total = len(cases)
+        hurried, shares = 0, 0.0
         for number, case in enumerate(cases):
-            if time.perf_counter() - started > self.settings.time_limit:
-                self.skip(f"the last {len(cases) - number} of {len(cases)} cases, for time (--time-limit)")
+            now = time.perf_counter()
+            if now - started > s.time_limit:
+                for left in cases[number:]:
+                    self.skip(f"{left}: no time left (--time-limit {s.time_limit:g}: more seconds have it)")
                 break
+            if number and s.goal < math.inf:
+                whole = (now - begun) / shares * (len(cases) - number)  # seconds, at the pace so far
+                self.share = min(1.0, max(0.1, (s.goal - (now - started)) / whole))
+            shares += self.share
+            hurried += self.share < 1
             self.progress.step(str(case))
             self.linear(case, case in memory_cases)
             self.after_case(self)
             gc.collect()
+        if hurried:
+            self.skip(
+                f"rounds, in {hurried} of {len(cases)} cases, for time (--budget {s.budget:g} has them)"
+            )
         self.progress.close()
 
     def _graphs(self, case: Case, entries: dict[str, Entry]) -> None:
@@ -212,7 +227,8 @@ class Bench(Findings):
 
     def timed(self, calls: dict[str, timing.Call]) -> list[timing.Round]:
         s = self.settings
-        return timing.interleaved(calls, self.timer, COPIES, s.budget, s.min_rounds, s.max_rounds)
+        least = min(s.min_rounds, max(2, round(self.share * s.min_rounds)))
+        return timing.interleaved(calls, self.timer, COPIES, self.share * s.budget, least, s.max_rounds)
 
 
 def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:

@@ -59,6 +59,8 @@ def summary(results: Results, long: bool = False) -> str:
     commit = f"commit {meta.get('commit')}" + (" with changes" if str(meta.get("dirty")) == "True" else "")
     versions += f", Python {meta.get('python')}"
     parts = [f"{hardware(meta)}; {versions}; {commit}; {meta.get('date')}"]
+    if busy := meta.get("busy"):
+        parts.append(f"{busy}.")
     for mode, launch in dict.fromkeys((r["mode"], r.get("launch")) for r in linear):
         rows = [r for r in linear if (r["mode"], r.get("launch")) == (mode, launch)]
         how = ", replayed as a CUDA graph" if launch == "graph" else ""

@@ -127,7 +127,10 @@ def _backend(name: str, configuration: tuple[int, int] = AUTOMATIC) -> Iterator[
 def _load(library: str) -> Any:
     cuda = backends.get("cuda")
     with mock.patch.object(cuda, "_path", lambda: _libraries[library]):
-        return cuda._load.__wrapped__()
+        loaded = cuda._load.__wrapped__()
+    if isinstance(loaded, str):
+        raise ValueError(f"--library {library}={_libraries[library]}: {loaded}")
+    return loaded
 
 
 def _product(
@@ -404,6 +407,11 @@ def main() -> int:
         print("truth: torch sees no GPU", file=sys.stderr)
         return 2
     names = list(_libraries)
+    try:
+        for name in names:
+            _load(name)
+    except ValueError as error:
+        parser.error(str(error))
     if given.what == "driver":
         return driver()
     if given.what == "family":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backend_info
+from .backends.shared import library
 
 _HERE = Path(__file__).parent
 
@@ -87,19 +87,8 @@ def _compiler() -> list[str]:
 
 
 def _libraries() -> list[str]:
-    """What each compiled library says it was built for, and by which compiler."""
-    lines = []
-    for path in sorted((_HERE / "lib").glob("libflatlora_*")):
-        name = path.stem.removeprefix("lib")
-        try:
-            info = getattr(ctypes.CDLL(str(path)), f"{name}_build_info")
-        except OSError as error:
-            lines.append(f"{path.name}: cannot be loaded: {error}")
-        except AttributeError:
-            lines.append(f"{path.name}: not built by this project's CMakeLists.txt")
-        else:
-            info.restype = ctypes.c_char_p
-            lines.append(f"{path.name}: {info().decode()}")
+    """What each compiled library was built for, and by which compiler, or what is wrong with it."""
+    lines = [library.report(path) for path in sorted((_HERE / "lib").glob("libflatlora_*"))]
     return lines or ["none; install with a C++17 compiler at hand and FLATLORA_BUILD=cpu to have one"]
 
 

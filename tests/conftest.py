@@ -7,6 +7,8 @@ lists it. A kind of noise that a backend does not implement is skipped with that
 from __future__ import annotations
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import targets
@@ -23,6 +25,48 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("FLATLORA_EMULATE") == "90":
         # Hopper's own kernel also for the few rows that tests have; it leaves to the other what it does not take.
         backends.get("cuda").configuration = (1001, 0)
+
+
+WORKER_MEMORY = 2 << 30  # bytes for a process that runs tests, and those that its tests start
+MOST_WORKERS = 8  # more would wait for the file that takes longest
+
+
+def free_memory(machine: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes, of the machine or of its container, whichever has less left; None where nobody says."""
+    found = []
+    if machine.exists():
+        found += [
+            int(line.split()[1]) << 10 for line in machine.read_text().splitlines() if "MemAvailable" in line
+        ]
+    limit, used = (group / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
+
+
+def workers(cores: int, memory: int | None) -> int:
+    fit = MOST_WORKERS if memory is None else memory // WORKER_MEMORY
+    return max(1, min(cores, fit, MOST_WORKERS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`, which `make test` gives."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers(cores, free_memory())
+
+
+def skips(reports: list[pytest.TestReport]) -> list[str]:
+    """A line to each reason, the most frequent first."""
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    return [f"{count:6} {' '.join(reason.split())}" for reason, count in reasons.most_common()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if reports := terminalreporter.stats.get("skipped"):
+        terminalreporter.section(f"{len(reports)} skipped, by reason", "=")
+        for line in skips(reports):
+            terminalreporter.line(line)
 
 
 def _parameter(target: Target, *more: object, tag: str = "") -> object:
@@ -88,7 +132,10 @@ NOT_EMULATED = NOT_SIMULATED | {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of several processes none is to begin the longest files last
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
     for item in items:
         emulator_alone = item.path.name.startswith(("test_emulator", "test_wrappers"))
         if emulator_alone and not targets.EMULATED and not item.get_closest_marker("gpu"):

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_kernels.backends import cuda
 from flatlora_kernels.backends.shared import arguments
 from flatlora_kernels.core.records import Draw, Product
 
@@ -122,7 +121,7 @@ class Kernels(Emulator):
 
         def gpu(workspace: Tensor | None) -> bytes:
             where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.nbytes)
-            return cuda._GPU.pack(0, 0, *where, tf32, config, splits, 0, 0, 0)
+            return arguments.GPU.pack(0, 0, *where, tf32, config, splits, 0, 0, 0)
 
         needed = self.library.flatlora_cuda_linear_workspace(packed, gpu(None))
         parts = torch.full((needed // 4,), torch.nan) if needed else None
@@ -132,7 +131,7 @@ class Kernels(Emulator):
     def perturb(self, weight: Tensor, draw: Draw) -> Tensor:
         out = torch.full(weight.shape, torch.nan, dtype=weight.dtype)
         packed = arguments.perturb(weight, draw, out)
-        self._check(self.library.flatlora_cuda_perturb(packed, cuda._GPU.pack(*(0,) * 10)))
+        self._check(self.library.flatlora_cuda_perturb(packed, arguments.GPU.pack(*(0,) * 10)))
         return out
 
     def row_sq_norms(
@@ -140,7 +139,7 @@ class Kernels(Emulator):
     ) -> Tensor:
         out = torch.full(weight.shape[:1], torch.nan)
         packed = arguments.row_norms(weight, lora_A, lora_B, scaling, out)
-        self._check(self.library.flatlora_cuda_row_sq_norms(packed, cuda._GPU.pack(*(0,) * 10)))
+        self._check(self.library.flatlora_cuda_row_sq_norms(packed, arguments.GPU.pack(*(0,) * 10)))
         return out
 
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/abi.h"
 #include "args.h"
 
 namespace flatlora {
@@ -101,6 +102,10 @@ int32_t for_each_task(int64_t tasks, int64_t threads, int64_t workspace, const B
 }  // namespace flatlora
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT const char* flatlora_cpu_abi() {
+  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs>();
+}
 
 // Names of the levels that this processor runs, best first, separated by spaces.
 EXPORT const char* flatlora_cpu_levels() {

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstdio>
 
+#include "../common/abi.h"
 #include "kernels.h"
 
 #if defined(FLATLORA_EMULATED)
@@ -133,6 +134,10 @@ bool use_sm90(const LinearArgs& args, Gpu* gpu) {
 
 }  // namespace
 }  // namespace flatlora
+
+EXPORT const char* flatlora_cuda_abi() {
+  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::Gpu>();
+}
 
 // compute capability (80, 90, ...), multiprocessors, bytes of shared memory that a block can have
 EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {

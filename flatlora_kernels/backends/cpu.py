@@ -2,7 +2,8 @@
 
 The library knows no torch headers, so one build serves every torch and every Python. What it needs of torch is its
 thread pool, and it gets that at load time: the address of `torch_parallel_for` from torch's stable C interface
-(torch >= 2.10). Arguments travel as one packed struct, see shared/arguments.py.
+(torch >= 2.10). Arguments travel as one packed struct, see shared/arguments.py; shared/library.py asks the library
+whether it takes these.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.records import Draw, Product
-from .shared import arguments
+from .shared import arguments, library
 
 PRIORITY = 10
 DEVICE_TYPES = ("cpu",)
@@ -43,25 +44,24 @@ def _load() -> _Loaded | str:
             "its library was not built; install with a C++17 compiler and cmake at hand:"
             " FLATLORA_BUILD=cpu pip install ."
         )
-    torch_lib = Path(torch.__file__).parent / "lib"
+    loaded = library.load(paths[0], "flatlora_cpu")
+    if isinstance(loaded, str):
+        return f"its library {loaded}"
     try:
-        library = ctypes.CDLL(str(paths[0]))
-        torch_cpu = ctypes.CDLL(str(next(torch_lib.glob("libtorch_cpu.*"))))
+        torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
         pool = [
             ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p)
             for name in ("torch_parallel_for", "torch_get_num_threads")
         ]
     except (OSError, AttributeError, StopIteration) as error:
-        return (
-            f"its library could not be loaded: {error} (torch {torch.__version__}, 2.10 or later is needed)"
-        )
-    library.flatlora_cpu_levels.restype = ctypes.c_char_p
-    levels = tuple(library.flatlora_cpu_levels().decode().split())
+        return f"torch {torch.__version__} does not lend it its threads, 2.10 or later is needed: {error}"
+    loaded.flatlora_cpu_levels.restype = ctypes.c_char_p
+    levels = tuple(loaded.flatlora_cpu_levels().decode().split())
     level = os.environ.get("FLATLORA_CPU_ISA") or levels[0]
-    library.flatlora_cpu_init.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    if library.flatlora_cpu_init(level.encode(), *pool):
+    loaded.flatlora_cpu_init.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
+    if loaded.flatlora_cpu_init(level.encode(), *pool):
         return f"FLATLORA_CPU_ISA={level!r} does not run here, expected one of {', '.join(levels)}"
-    calls = (library.flatlora_cpu_linear, library.flatlora_cpu_row_sq_norms, library.flatlora_cpu_perturb)
+    calls = (loaded.flatlora_cpu_linear, loaded.flatlora_cpu_row_sq_norms, loaded.flatlora_cpu_perturb)
     for call in calls:
         call.argtypes = [ctypes.c_char_p]
     return _Loaded(*calls, levels, level)

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import os
 import re
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.records import Draw, Product
-from .shared import arguments, products
+from .shared import arguments, library, products
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
 _EMULATED = _ARCHITECTURE is not None
@@ -31,8 +30,6 @@ NOISE_ACCUMS = ("folded", "split")
 # For tests and tuning: row of the kernel's configuration table (-1 = choose; from 1000 on the sm_90a kernel's), parts
 # of the sum (0 = choose).
 configuration = (-1, 0)
-
-_GPU = struct.Struct("=qQQ7q")  # Gpu of csrc/cuda/kernels.h
 
 
 class _Loaded(NamedTuple):
@@ -56,25 +53,21 @@ def _load() -> _Loaded | str:
         if _EMULATED:
             return f"there is no emulator at {path}; `make emulator` in a checkout builds it"
         return "its library was not built; install where nvcc is on PATH: FLATLORA_BUILD=cuda pip install ."
-    try:
-        library = ctypes.CDLL(str(path))
-        build_info = getattr(library, f"{path.stem.removeprefix('lib')}_build_info")
-        calls = [library.flatlora_cuda_linear, library.flatlora_cuda_linear_workspace]
-        calls += [library.flatlora_cuda_row_sq_norms, library.flatlora_cuda_perturb]
-        library.flatlora_cuda_error.argtypes = [ctypes.c_int32]
-        library.flatlora_cuda_error.restype = ctypes.c_char_p
-        library.flatlora_cuda_device.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
-        if _EMULATED:
-            library.flatlora_emulator_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-            library.flatlora_emulator_set(b"architecture", _ARCHITECTURE)
-    except (OSError, AttributeError) as error:
-        return f"its library could not be loaded: {error}"
-    for call in calls:
-        call.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    library.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
-    build_info.restype = ctypes.c_char_p
-    architectures, _, compiler = build_info().decode().partition("; ")
-    return _Loaded(library, architectures, compiler)
+    name = "flatlora_cuda_emulated" if _EMULATED else "flatlora_cuda"
+    loaded = library.load(path, name)
+    if isinstance(loaded, str):
+        return f"its library {loaded}"
+    for function in ("linear", "linear_workspace", "row_sq_norms", "perturb"):
+        getattr(loaded, f"flatlora_cuda_{function}").argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    loaded.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
+    loaded.flatlora_cuda_error.argtypes = [ctypes.c_int32]
+    loaded.flatlora_cuda_error.restype = ctypes.c_char_p
+    loaded.flatlora_cuda_device.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    if _EMULATED:
+        loaded.flatlora_emulator_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        loaded.flatlora_emulator_set(b"architecture", _ARCHITECTURE)
+    architectures, _, compiler = library.build_info(loaded, name).partition("; ")
+    return _Loaded(loaded, architectures, compiler)
 
 
 def _has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
@@ -130,7 +123,7 @@ def _gpu(device: torch.device, workspace: Tensor | None = None) -> bytes:
     index = device.index or 0
     stream = 0 if _EMULATED else torch._C._cuda_getCurrentRawStream(index)
     where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-    return _GPU.pack(index, stream, *where, products.allows_tf32(), *configuration, 0, 0, 0)
+    return arguments.GPU.pack(index, stream, *where, products.allows_tf32(), *configuration, 0, 0, 0)
 
 
 def _fail(function: str, error: int) -> None:

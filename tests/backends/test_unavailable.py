@@ -96,7 +96,7 @@ def test_cuda_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp
         == "its library was not built; install where nvcc is on PATH: FLATLORA_BUILD=cuda pip install ."
     )
     (tmp_path / "libflatlora_cuda.so").write_text("not a library")
-    assert load().startswith("its library could not be loaded: ")
+    assert load().startswith("its library cannot be loaded: ")
     monkeypatch.setattr(module, "_EMULATED", True)
     monkeypatch.setattr(module, "_path", lambda: tmp_path / "other.so")
     assert (

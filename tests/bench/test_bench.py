@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import (  # noqa: E402
     cli,
+    environment,
     fidelity,
     gate,
     memory,
@@ -268,6 +269,40 @@ def test_graphs_have_rows_of_their_own_and_pass_the_gate(
     with pytest.raises(SystemExit):
         cli.main([*FAST, "--graph", "all"])
     assert "--graph all: CUDA graphs need" in capsys.readouterr().err
+
+
+def test_cases_that_a_limit_leaves_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modes = ["--modes", "forward", "--m", "3", "4", "--rank", "0"]
+    assert cli.main([*FAST, *modes, "--no-parts", "--time-limit", "0", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for M in (3, 4):
+        case = TINY._replace(M=M, mode="forward", rank=0)
+        assert f"Skipped: {case}: no time left (--time-limit 0: more seconds have it)" in said
+
+
+def test_a_goal_takes_rounds_and_no_cases() -> None:
+    settings = Settings("cpu", providers=("lora",), budget=0.0, min_rounds=8, goal=1e-9)
+    bench = Bench(settings, Progress(1))
+    cases = [TINY._replace(M=M) for M in (5, 6, 7)]
+    bench.linear_cases(cases)
+    rounds = {case.M: {r["rounds"] for r in bench.rows if r["M"] == case.M} for case in cases}
+    assert rounds[5] == {8}
+    assert rounds[6] == rounds[7] == {2}
+    assert list(bench.skipped)[-1] == "rounds, in 2 of 3 cases, for time (--budget 0 has them)"
+
+
+def test_a_busy_machine_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = [*FAST, "--modes", "forward", "--m", "5", "--rank", "0", "--no-parts", "--out", str(tmp_path)]
+    for share, busy in ((0.4, True), (0.95, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(environment, "cpu_share", lambda share=share: share)
+            assert cli.main(one) == 0
+        said = capsys.readouterr()
+        assert ("This machine is busy: 40% of" in said.err.splitlines()[0]) == busy
+        assert ("This machine is busy: 40% of" in said.out) == busy
+    assert 0 < environment.cpu_share(0.05) < 1.2
 
 
 def test_gate_catches_noise_of_the_wrong_sign_and_missing_noise() -> None:
@@ -1187,6 +1222,18 @@ def small_truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(truth, "DEVICE", "cpu")
     return truth
+
+
+def test_truth_refuses_a_library_of_another_build(
+    small_truth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.so").write_text("not a library")
+    monkeypatch.setattr(small_truth, "_libraries", {})
+    monkeypatch.setenv("FLATLORA_EMULATE", "1")
+    monkeypatch.setattr(sys, "argv", ["truth", "time", f"--library=old={tmp_path / 'old.so'}"])
+    with pytest.raises(SystemExit, match="2"):
+        small_truth.main()
+    assert f"--library old={tmp_path / 'old.so'}: its library cannot be loaded: " in capsys.readouterr().err
 
 
 def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_doctor_says_why_a_backend_does_not_run(bare: Path) -> None:
     done = python("-m", "flatlora_kernels", folder=bare)
     assert done.returncode == 0, done.stderr
     assert "libflatlora_cpu.so: cannot be loaded" in done.stdout
-    assert "because its library could not be loaded" in done.stdout
+    assert "because its library cannot be loaded" in done.stdout
 
 
 def listed_sources() -> set[str]:
@@ -379,6 +379,23 @@ print(setup.jobs(cuda=True), setup.jobs(cuda=False))
     done = python("-c", code, folder=sdist, PYTHONPATH=str(sdist))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(jobs), str(cores)]
+
+
+@needs_setuptools
+def test_compiling_is_announced(sdist: Path, tmp_path: Path, fakes: Path) -> None:
+    shutil.copytree(sdist, tmp_path / "source")
+    for build, said in (
+        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about a minute of a core"),
+        (
+            "cuda",
+            "compiling flatlora_cpu and flatlora_cuda, 3 processes at a time, about five minutes of a core",
+        ),
+    ):
+        with_nvcc(fakes)
+        variables = {"PATH": str(fakes), "MAX_JOBS": "3", "FLATLORA_BUILD": build}
+        done = setup("build_ext", folder=tmp_path / "source", **variables)
+        assert done.returncode == 0, done.stderr
+        assert f"flatlora_kernels: {said}; FLATLORA_BUILD=none leaves it out" in done.stderr
 
 
 @needs_setuptools

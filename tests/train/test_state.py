@@ -50,7 +50,7 @@ def change(state: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("2._extra_state", torch.tensor([7, 0, 1]), r"one seed and step in all layers .* got \(1, 0\) in '0' and \(7, 0\)"),
+        ("2._extra_state", torch.tensor([7, 0, 1]), r"in all layers .* got \(1, 0\) in '0' and \(7, 0\)"),
         ("2._extra_state", torch.tensor([1, 4, 1]), "one seed and step in all layers"),
         ("2._extra_state", torch.tensor([1, 0, 0]), "a stream of its own for each layer.* got 0 for '0' and for '2'"),
         ("0._extra_state", torch.tensor([1, 0, 1]), "a stream of its own for each layer"),

@@ -1,4 +1,5 @@
-"""Arguments of the compiled libraries: structs of 8-byte fields, in the order of csrc/common/args.h.
+"""Arguments of the compiled libraries: structs of 8-byte fields, in the order of csrc/common/args.h and, for `GPU`, of
+csrc/cuda/kernels.h.
 
 They hold addresses: the tensors must outlive the call.
 """
@@ -18,9 +19,10 @@ _NOISE = {"gaussian": 1, "rademacher": 2}
 
 _NOISE_FIELDS = "qPqPqqqqqq"
 _WEIGHT_FIELDS = "Pqq"
-_LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdqq{_NOISE_FIELDS}".replace("P", "Q"))
-_ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
-_PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
+LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdqq{_NOISE_FIELDS}".replace("P", "Q"))
+ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
+PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
+GPU = struct.Struct("=qQQ7q")
 _NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
 
 
@@ -41,7 +43,7 @@ def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:
         (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
     )
     bias_fields = (0, 0, 0) if bias is None else (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
-    return _LINEAR.pack(
+    return LINEAR.pack(
         input_grad, _DTYPE[a.dtype], a.shape[0], *weight.shape, 0 if u is None else u.shape[1], a.data_ptr(),
         *a.stride(), weight.data_ptr(), *weight.stride(), *lora_fields, *bias_fields, y.data_ptr(), scaling,
         noise_accum == "split", workspace_limit(weight), *_noise(draw),
@@ -59,7 +61,7 @@ def row_norms(
         rank = lora_A.shape[0]
         A_fields = (lora_A.data_ptr(), _DTYPE[lora_A.dtype], *lora_A.stride())
         B_fields = (lora_B.data_ptr(), _DTYPE[lora_B.dtype], *lora_B.stride())
-    return _ROW_NORMS.pack(
+    return ROW_NORMS.pack(
         _DTYPE[weight.dtype], *weight.shape, rank, weight.data_ptr(), *weight.stride(), *A_fields, *B_fields,
         scaling, out.data_ptr(),
     )  # fmt: skip
@@ -68,6 +70,6 @@ def row_norms(
 def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> bytes:
     """PerturbArgs."""
     weight_fields = (0, 0, 0) if weight is None else (weight.data_ptr(), *weight.stride())
-    return _PERTURB.pack(
+    return PERTURB.pack(
         _DTYPE[out.dtype], *out.shape, *weight_fields, out.data_ptr(), *out.stride(), *_noise(draw)
     )

@@ -1,0 +1,25 @@
+// What a library says of how it is called; flatlora_kernels/backends/shared/library.py compares it before it calls.
+#pragma once
+
+#include <cstdio>
+
+namespace flatlora {
+
+// To be raised here and in library.py with any change of what the structs or the exported functions mean that leaves
+// the sizes of the structs as they are.
+constexpr int kAbiVersion = 1;
+
+// The version, and the size of each struct: "1 272 136 152".
+template <class... Structs>
+const char* abi() {
+  static const struct Text {
+    char text[128];
+    Text() {
+      int end = std::snprintf(text, sizeof text, "%d", kAbiVersion);
+      ((end += std::snprintf(text + end, sizeof text - size_t(end), " %d", int(sizeof(Structs)))), ...);
+    }
+  } made;
+  return made.text;
+}
+
+}  // namespace flatlora
