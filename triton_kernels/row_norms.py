@@ -79,6 +79,8 @@ def _row_sq_norms_kernel(
                 A = _load_A(lora_A, 0, k + offs_k, rank, K, stride_ar, stride_ak, EVEN, BLOCK_R)
                 product = dot(B, A, product, "ieee")
             w = tl.fma(product, scaling, to_float(w, ARITHMETIC))
+            if not EVEN:  # an infinite B times the zeros beyond the last column is NaN
+                w = tl.where(offs_k[None, :] < K - k, w, 0)
         else:
             w = to_float(w, ARITHMETIC)
         squares = tl.fma(w, w, squares)

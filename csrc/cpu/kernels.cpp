@@ -50,9 +50,18 @@ int64_t row_norms_workspace(const RowNormsArgs& args) {
   return (args.rank * (kNormCols + kNormRows) + kRows * kNormCols) * int64_t(sizeof(double));
 }
 
+// The first n lanes; the others are zero.
+SIMD F first_lanes(F x, int64_t n) {
+  float lanes[W];
+  store(lanes, x);
+  return load(lanes, int(max64(0, min64(W, n))));
+}
+
 // total[m] += squares of w + B A over kRows rows and kNormCols columns. A: [strip][rank][kNormStrip], B: [row][rank].
-template <class T>
-void add_squares(const T* w, int64_t stride, const float* A, const float* B, int64_t rank, double* total) {
+// kCut: the weight ends after `cols` columns, and what is beyond does not count: an infinite B makes it NaN.
+template <bool kCut, class T>
+void add_squares(const T* w, int64_t stride, const float* A, const float* B, int64_t rank, int64_t cols,
+                 double* total) {
   F squares[kRows];
   for (F& square : squares) square = splat(F(), 0.0f);
   for (int64_t k = 0; k < kNormCols; k += kNormStrip) {
@@ -71,14 +80,18 @@ void add_squares(const T* w, int64_t stride, const float* A, const float* B, int
       }
     }
     for (int m = 0; m < kRows; ++m)
-      for (int v = 0; v < kMaxVectors; ++v) squares[m] = fma(x[m][v], x[m][v], squares[m]);
+      for (int v = 0; v < kMaxVectors; ++v) {
+        if (kCut) x[m][v] = first_lanes(x[m][v], cols - k - v * W);
+        squares[m] = fma(x[m][v], x[m][v], squares[m]);
+      }
   }
   for (int m = 0; m < kRows; ++m) total[m] += sum(squares[m]);
 }
-inline void add_squares(const double* w, int64_t stride, const double* A, const double* B, int64_t rank,
-                        double* total) {
+template <bool kCut>
+void add_squares(const double* w, int64_t stride, const double* A, const double* B, int64_t rank, int64_t cols,
+                 double* total) {
   for (int m = 0; m < kRows; ++m)
-    for (int64_t k = 0; k < kNormCols; ++k) {
+    for (int64_t k = 0; k < cols; ++k) {
       double x = w[m * stride + k];
       for (int64_t j = 0; j < rank; ++j)
         x += B[m * rank + j] * A[(k / kNormStrip * rank + j) * kNormStrip + k % kNormStrip];
@@ -135,11 +148,15 @@ void row_norms_task(const RowNormsArgs& args, int64_t task, void* workspace) {
     for (int64_t n = 0; n < rows; n += kRows) {
       const T* tile = w.data + (n0 + n) * w.row_stride + k0 * w.col_stride;
       if (w.col_stride == 1 && n + kRows <= rows && cols == kNormCols) {
-        add_squares(tile, w.row_stride, A, B + n * rank, rank, total + n);
+        add_squares<false>(tile, w.row_stride, A, B + n * rank, rank, cols, total + n);
       } else {
         memset(packed, 0, size_t(kRows * kNormCols) * sizeof(Acc));
         pack(tile, w.row_stride, w.col_stride, min64(kRows, rows - n), cols, kNormCols, packed);
-        add_squares(packed, kNormCols, A, B + n * rank, rank, total + n);
+        if (cols == kNormCols) {
+          add_squares<false>(packed, kNormCols, A, B + n * rank, rank, cols, total + n);
+        } else {
+          add_squares<true>(packed, kNormCols, A, B + n * rank, rank, cols, total + n);
+        }
       }
     }
   }

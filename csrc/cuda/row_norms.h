@@ -145,7 +145,8 @@ row_norms_tile_kernel(RowNormsArgs args) {
     for (int i = 0; i < 2; ++i) {
       FLATLORA_UNROLL
       for (int c = 0; c < 4; ++c) {
-        const float x = fmaf(scaling, product[i][c], w[i][c]);
+        // Beyond the last column, an infinite B times zero is NaN.
+        const float x = column + c < args.K - k ? fmaf(scaling, product[i][c], w[i][c]) : 0.0f;
         sums[i] = fmaf(x, x, sums[i]);
       }
     }

@@ -190,7 +190,7 @@ def out(value: Any, W: Tensor) -> None:
     if value.dtype != W.dtype:
         raise _type_error("out", value.dtype, f"{W.dtype}, the type of weight")
     _device("out", value, "weight", W)
-    if value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
+    if value.numel() and value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
         raise _value_error(
             "out", "a tensor that shares memory with weight", "memory of its own: weight is not written"
         )

@@ -85,6 +85,16 @@ def test_non_finite_rows_stay_their_own(target: Target) -> None:
     assert squares[[0, 1, 3, 4, 6, 7, 8]].isfinite().all()
 
 
+@pytest.mark.parametrize("K", [1, 40, 128, 131, 333])
+def test_infinite_adapter(target: Target, dtype: torch.dtype, K: int) -> None:
+    """A row of the update that is infinite makes that norm infinite, whatever the kernel's tiles are filled up with."""
+    W, A, B = layer((9, K, 4), dtype, target.device)
+    B[3, 1] = float("inf")
+    squares = fk.row_sq_norms(W, A, B, scaling=0.75, backend=target.backend)
+    assert squares[3] == float("inf")
+    assert squares[[0, 1, 2, 4, 5, 6, 7, 8]].isfinite().all()
+
+
 @pytest.mark.parametrize("scaling", [0.0, -0.5, 2])
 def test_scaling(target: Target, scaling: float) -> None:
     check(target, *layer((33, 72, 8), torch.float32, target.device), scaling=scaling)
