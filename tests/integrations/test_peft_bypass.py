@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
+from accelerate import cpu_offload, dispatch_model  # noqa: E402
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from peft_models import agree, flat_layers, lora, run, scramble, with_noise  # noqa: E402
@@ -25,13 +26,12 @@ from flatlora_kernels import apply_flat_lora as flat_lora  # noqa: E402
 from flatlora_kernels.integrations.peft import apply_flat_lora  # noqa: E402
 
 
-class Block(nn.Module):
+class Block(nn.Sequential):
+    """Its class's forward names no layer."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.gate_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.tanh(self.gate_proj(x)))
+        self.gate_proj, self.act, self.down_proj = nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)
 
 
 class Model(nn.Module):
@@ -65,7 +65,7 @@ def apply_lora_mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def reads_weights(self: Any, x: Tensor) -> Tensor:
-    products = [(layer.weight, layer.bias) for layer in self.children()]
+    products = [(layer.weight, layer.bias) for layer in self.children() if hasattr(layer, "weight")]
     return F.linear(torch.tanh(F.linear(x, *products[0])), *products[1])
 
 
@@ -90,6 +90,7 @@ BYPASSES: dict[str, Callable[[Any], None]] = {
     "partial": bind("forward", functools.partial(apply_lora_mlp)),  # type: ignore[arg-type]
     "apply_qkv": bind("apply_qkv", apply_lora_mlp),
     "apply_o, not bound": lambda block: setattr(block, "apply_o", apply_lora_mlp),
+    "apply_o, a partial": lambda block: setattr(block, "apply_o", functools.partial(apply_lora_mlp, block)),
     "apply_in_proj, a closure": bind("apply_in_proj", make_apply("gate_proj")),
     "reads weights": bind("forward", reads_weights),
     "compiled": bind("forward", torch.compile(apply_lora_mlp, backend="eager")),
@@ -157,7 +158,13 @@ def each_block(change: Callable[[Any], None]) -> Callable[[Any], None]:
     return lambda peft: [change(block) for block in peft.base_model.model.layers][0]
 
 
+def wrap_by_hand(block: Any) -> None:
+    forward = block.forward
+    block.forward = lambda x: forward(x)
+
+
 HARMLESS: dict[str, Callable[[Any], None]] = {
+    "wrapped by hand": each_block(wrap_by_hand),
     "hooks": hook_every_parent,
     "hooks that were removed": unhook,
     "Accelerator.prepare": cast,
@@ -187,17 +194,18 @@ def test_parents_that_call_their_layers(kind: str) -> None:
 
 def test_accelerates_hooks_on_the_layers_themselves() -> None:
     """These move weights in and out, which the op would not see."""
-    from accelerate import cpu_offload, dispatch_model
-
     whole = dispatch_model(get_peft_model(Model(), lora(target_modules=TARGETS)), {"": "cpu"})
     apply_flat_lora(whole)  # on one device: no hooks
-    for plain in (True, False):
-        model = Model() if plain else get_peft_model(Model(), lora(target_modules=TARGETS))
+    plain, outer, inner = Model(), get_peft_model(Model(), lora(target_modules=TARGETS)), Model()
+    cpu_offload(inner, execution_device="cpu")
+    inner = get_peft_model(inner, lora(target_modules=TARGETS))
+    for model in (plain, outer):
         cpu_offload(model, execution_device="cpu")
-        with pytest.raises(
-            ValueError, match=r"'layers\.0\.gate_proj': .*(accelerate's hook|forward of its own)"
-        ):
-            flat_lora(model, TARGETS) if plain else apply_flat_lora(model)
+    with pytest.raises(ValueError, match=r"got 'layers\.0\.gate_proj': accelerate's hook moves its weight"):
+        flat_lora(plain, TARGETS)
+    for model in (inner, outer):
+        with pytest.raises(ValueError, match=r"'layers\.0\.gate_proj': accelerate's hook moves its weight"):
+            apply_flat_lora(model)
 
 
 def test_a_layer_with_a_forward_of_its_own() -> None:
