@@ -206,11 +206,12 @@ def trackers(
             validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=250, MAX_PARAMS_TAGS_PER_BATCH=100)
         ),
     )  # fmt: skip
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
 
     def of_tensorboard() -> list[dict[str, Any]]:
         accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        (file,) = tmp_path.rglob("events.out.tfevents.*")
+        found = accumulator.EventAccumulator(str(file)).Reload()
         events = zip(*(found.Scalars(f"train/{name}") for name in names), strict=True)
         return [dict(zip(("step", *names), (a.step, a.value, b.value), strict=True)) for a, b in events]
 
