@@ -101,14 +101,14 @@ class FlatLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
         controller.load_state_dict(saved or {"base": controller.base, "step": state.global_step})
         # The Trainer fails to save the state of a callback that the checkpoint did not know.
         state.stateful_callbacks[name] = self.state()
-        if args.report_to and not hasattr(state, "flat_lora"):
-            logger.warning(
-                f"{name}: {', '.join(args.report_to)} will miss flat_lora/sigma, because this Trainer was made before"
-                f" {__name__} was imported"
-            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         controller = self._running()
+        if args.report_to and not hasattr(state, "flat_lora"):
+            logger.warning(
+                f"{type(self).__name__}: {', '.join(args.report_to)} will miss flat_lora/sigma, because this Trainer"
+                f" was made before {__name__} was imported"
+            )
         # No field of TrainerState, so that it is not saved.
         state.flat_lora = {
             "flat_lora/sigma": controller.sigma if controller.active else 0.0,
