@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Flatness]:
         base.config.pad_token_id = tokenizer.pad_token_id
         with _naming("--adapter", adapter):
             model = peft.PeftModel.from_pretrained(base, adapter).to(args.device)
-        apply_flat_lora(model, sigma=0.0)
+        apply_flat_lora(model, sigma=0.0, verbose=False)
         layers = layers_of(model)
         weights = list({id(p): p for p in (layer._base_parameter() for layer in layers)}.values())
         model.requires_grad_(False)

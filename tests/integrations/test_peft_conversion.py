@@ -410,8 +410,14 @@ def test_what_to_install(modules: Any, message: str, monkeypatch: pytest.MonkeyP
         importlib.import_module(name)
 
 
-def test_old_peft_has_no_names_for_custom_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_custom_modules() -> None:
+    with pytest.raises(TypeError, match="^options: expected noise, .*, got 'stream'"):
+        custom_modules(NoiseController(), stream=3)
     (build,) = custom_modules(NoiseController()).values()
+    with pytest.raises(
+        ValueError, match="^target_modules: .* got 'a.b': it is neither .* class is Embedding; custom_"
+    ):
+        build(nn.Embedding(4, 4), "default", target_name="a.b")
     with pytest.raises(RuntimeError, match=r"expected PEFT 0\.19 or later, got \d.*apply_flat_lora"):
         build(nn.Linear(4, 4), "default")
 
