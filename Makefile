@@ -132,7 +132,7 @@ timed = start=$$(date +%s); $(1) || exit; echo "  took $$(($$(date +%s) - start)
 	@$(PYTHON) -m venv $(if $(STATE),--system-site-packages) .venv \
 	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: install its venv package"; exit 1; }
 
-# pip shows nothing of what is compiled, except with PIP_VERBOSE=1.
+# pip shows nothing of what is compiled, except with PIP_VERBOSE=2.
 $(MARK): $(SOURCES) $(if $(filter True,$(HERE)),$(AGAIN:%=force),force) | $(if $(filter own,$(STATE)),,.venv/bin/python)
 ifeq ($(STATE),)
 	@echo "Installing $(TORCH) into .venv"
