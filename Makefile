@@ -120,6 +120,8 @@ doctor: install
 
 install: $(MARK)
 
+# Most modules of what is installed are never imported: to compile them all to bytecode would take half of the time.
+PIP := $(PY) -m pip install --quiet --no-compile
 # $(call timed,COMMAND) says how long it took.
 timed = start=$$(date +%s); $(1) || exit; echo "  took $$(($$(date +%s) - start)) s"
 
@@ -130,16 +132,16 @@ timed = start=$$(date +%s); $(1) || exit; echo "  took $$(($$(date +%s) - start)
 	@$(PYTHON) -m venv $(if $(STATE),--system-site-packages) .venv \
 	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: install its venv package"; exit 1; }
 
-# pip shows nothing of what is compiled, except with PIP_VERBOSE=1.
+# pip shows nothing of what is compiled, except with PIP_VERBOSE=2.
 $(MARK): $(SOURCES) $(if $(filter True,$(HERE)),$(AGAIN:%=force),force) | $(if $(filter own,$(STATE)),,.venv/bin/python)
 ifeq ($(STATE),)
 	@echo "Installing $(TORCH) into .venv"
-	@$(call timed,$(PY) -m pip install --quiet $(TORCH))
+	@$(call timed,$(PIP) $(TORCH))
 endif
 	@echo "Installing what tests and benchmark need"
-	@$(call timed,FLATLORA_BUILD=none $(PY) -m pip install --quiet --editable '.[test]')
+	@$(call timed,FLATLORA_BUILD=none $(PIP) --editable '.[test]')
 	@build=$$($(PY) -I -c "$$PLAN") || exit; \
-	  $(call timed,FLATLORA_BUILD=$$build $(PY) -m pip install --quiet --no-deps --editable .); \
+	  $(call timed,FLATLORA_BUILD=$$build $(PIP) --no-deps --editable .); \
 	  mkdir -p $(@D) && echo $$build > '$@'
 	@$(PY) -m flatlora_kernels
 
