@@ -178,9 +178,11 @@ def main() -> None:
         options.first, options.cases = options.case, 1
     print(f"seed {options.seed}", flush=True)
     run, found = Run(options), levels(options)
-    for i, level in enumerate(found):
-        shift = (i - options.first) % len(found)  # case n runs on level n modulo their number
-        run.run(level, options.first + shift, options.first + options.cases, len(found))
+    end = options.first + options.cases
+    for block in range(options.first, end, 1000):  # so that a long run that is stopped has seen all levels
+        for i, level in enumerate(found):
+            shift = (i - block) % len(found)  # case n runs on level n modulo their number
+            run.run(level, block + shift, min(block + 1000, end), len(found))
     for level in dict.fromkeys(level for level, _ in run.done):
         counts = {dtype: count for (at, dtype), count in sorted(run.done.items()) if at == level}
         print(f"{level:12} {sum(counts.values()):6} cases:", ", ".join(f"{c} {d}" for d, c in counts.items()))
