@@ -202,7 +202,8 @@ def _free(p: Problem, eps: list[Tensor], exact: dict[str, Any]) -> dict[str, np.
         return None if t is None else np.nan_to_num(np.abs(_wide(t)), nan=0, posinf=0)
 
     inputs = {k: size(t) for k, t in p.inputs.items()}
-    dy, scaling = size(p.grad_y), abs(p.options["scaling"])
+    # Scaled last, a sum may have left the type before.
+    dy, scaling = size(p.grad_y), max(abs(p.options["scaling"]), 1)
     sizes = compare.formula(inputs, [inputs["weight"] + size(e) for e in eps], dy, scaling)
     free = {}
     for name, large in sizes.items():
@@ -210,7 +211,7 @@ def _free(p: Problem, eps: list[Tensor], exact: dict[str, Any]) -> dict[str, np.
         near = (value > most) & (value < 8 * most)
         free[name] = np.isfinite(value) & ((large > terms) | near)
     if p.lora_A is not None:
-        if scaling == 0:  # BLAS does not look at what it multiplies by zero
+        if p.options["scaling"] == 0:  # BLAS does not look at what it multiplies by zero
             for name, value in exact.items():
                 free[name] |= np.isnan(np.asarray(value, dtype=np.float64))
         branch = inputs["x" if p.lora_x is None else "lora_x"]
