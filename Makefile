@@ -96,7 +96,7 @@ emulator:
 	$(call EMULATOR_CMAKE,build/emulator)
 emulator-sanitized:
 	@mkdir -p build
-	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=ON)
+	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=address)
 
 EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
 MACHINE_TESTS := $(wildcard tests/csrc/test_emulator*.py tests/csrc/test_wrappers.py)
@@ -111,6 +111,24 @@ emulate-matrix:
 	  -k 'small_shapes or test_product and (config3 or odd)'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
+
+# Random calls of the op beside its formula: make fuzz N=10000, or BACKEND=triton, reference. FUZZ_ARGS="--seed S" repeats.
+N ?= 1000
+BACKEND ?= cpu
+.PHONY: fuzz test-sanitized
+fuzz: install
+	OMP_NUM_THREADS=1 $(if $(filter triton,$(BACKEND)),TRITON_INTERPRET=1) $(if $(filter cuda,$(BACKEND)),FLATLORA_EMULATE=1) \
+	  $(PY) -m tests.fuzz --cases $(N) --backend $(BACKEND) $(FUZZ_ARGS)
+
+# The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, under the fuzzer's calls.
+SANITIZE_CMAKE = cmake -S . -B build/cpu-$(1)/cmake -DFLATLORA_BUILD=cpu -DFLATLORA_SANITIZE=$(1) \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) \
+  > build/cpu-$(1).log && cmake --build build/cpu-$(1)/cmake --parallel 2
+test-sanitized: install
+	@mkdir -p build
+	$(call SANITIZE_CMAKE,address)
+	$(call SANITIZE_CMAKE,thread)
+	FLATLORA_SANITIZED=build OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_ARGS) tests/fuzz/test_sanitized.py
 
 bench: install
 	$(PY) -m bench $(BENCH_ARGS)

@@ -51,11 +51,12 @@ def child(options: argparse.Namespace) -> None:
 
     if reason := backends.unavailable(options.backend):
         sys.exit(f"backend {options.backend!r}: {reason}")
-    if options.trace:
-        _write_calls(options.trace)
+    write = _Write(options.trace) if options.trace else None
     for number in range(*options.child):
         case = cases.make(options.seed, number, options.backend)
         _say(case=number, dtype=case.dtype)
+        if write:
+            write.left = 12
         begin = time.perf_counter()
         try:
             judge.examine(case, Target(options.backend, "cpu"))
@@ -80,18 +81,22 @@ def _load_instead(path: str) -> None:
     )
 
 
-def _write_calls(path: str) -> None:
-    """Appends every call of the CPU library to `path`: a line with level, function and length, then its struct."""
-    from flatlora_kernels.backends import cpu
+class _Write:
+    """Appends the next `left` calls of the CPU library to a file: level, function and length in a line, then the struct."""
 
-    call, file = cpu._call, open(path, "ab")
+    def __init__(self, path: str) -> None:
+        from flatlora_kernels.backends import cpu
 
-    def traced(function: str, packed: bytes) -> None:
-        file.write(f"{cpu.level()} {function} {len(packed)}\n".encode() + packed)
-        file.flush()
-        call(function, packed)
+        self.call, self.level, self.left = cpu._call, cpu.level(), 0
+        self.file = open(path, "ab")
+        cpu._call = self
 
-    cpu._call = traced
+    def __call__(self, function: str, packed: bytes) -> None:
+        if self.left > 0:  # strategy "panel" makes thousands
+            self.left -= 1
+            self.file.write(f"{self.level} {function} {len(packed)}\n".encode() + packed)
+            self.file.flush()
+        self.call(function, packed)
 
 
 # --- The process that starts it ---
@@ -178,9 +183,11 @@ def main() -> None:
         options.first, options.cases = options.case, 1
     print(f"seed {options.seed}", flush=True)
     run, found = Run(options), levels(options)
-    for i, level in enumerate(found):
-        shift = (i - options.first) % len(found)  # case n runs on level n modulo their number
-        run.run(level, options.first + shift, options.first + options.cases, len(found))
+    end = options.first + options.cases
+    for block in range(options.first, end, 1000):  # so that a long run that is stopped has seen all levels
+        for i, level in enumerate(found):
+            shift = (i - block) % len(found)  # case n runs on level n modulo their number
+            run.run(level, block + shift, min(block + 1000, end), len(found))
     for level in dict.fromkeys(level for level, _ in run.done):
         counts = {dtype: count for (at, dtype), count in sorted(run.done.items()) if at == level}
         print(f"{level:12} {sum(counts.values()):6} cases:", ", ".join(f"{c} {d}" for d, c in counts.items()))

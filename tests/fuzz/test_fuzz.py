@@ -1,0 +1,144 @@
+"""300 random cases, and whether the fuzzer finds what it is for. FLATLORA_FUZZ_SEED repeats a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatlora_kernels import backends
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.fuzz import cases, judge, memory  # noqa: E402
+
+WRONG = {
+    # A mistake, planted into the process that runs cases, and what the fuzzer must say.
+    "a weight too few": (
+        "import flatlora_kernels.backends.cpu as cpu\n"
+        "product = cpu.product\n"
+        "def wrong(p, draw, how):\n"
+        "    y = product(p, draw, how)\n"
+        "    return y.index_fill_(1, __import__('torch').tensor([y.shape[1] - 1]), 0) if y.numel() else y\n"
+        "cpu.product = wrong\n",
+        ("max error", "other bits"),
+    ),
+    "an input that is written to": (
+        "import flatlora_kernels.backends.cpu as cpu\n"
+        "product = cpu.product\n"
+        "def wrong(p, draw, how):\n"
+        "    y = product(p, draw, how)\n"
+        "    p.weight[-1:, -1:] += 1\n"
+        "    return y\n"
+        "cpu.product = wrong\n",
+        ("an input was written to", "max error", "other bits"),
+    ),
+    "a byte beyond the weight": (
+        "import ctypes\n"
+        "import flatlora_kernels.backends.cpu as cpu\n"
+        "norms = cpu.row_sq_norms\n"
+        "def wrong(weight, *rest):\n"
+        "    last = sum((n - 1) * s for n, s in zip(weight.shape, weight.stride()))\n"
+        "    ctypes.string_at(weight.data_ptr() + (last + 1) * weight.element_size(), 1)\n"
+        "    return norms(weight, *rest)\n"
+        "cpu.row_sq_norms = wrong\n",
+        ("the process ended: SIGSEGV",),
+    ),
+}
+
+
+def fuzz(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def check(run: subprocess.CompletedProcess[str]) -> None:
+    print(run.stdout, run.stderr)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+
+
+@pytest.mark.slow
+def test_cpu() -> None:
+    if reason := backends.unavailable("cpu"):
+        pytest.skip(f"backend 'cpu': {reason}")
+    check(fuzz("--cases", "300"))
+
+
+def test_reference() -> None:
+    check(fuzz("--cases", "20", "--backend", "reference"))
+
+
+@pytest.mark.interpreter
+def test_triton() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1: make test-interpreter")
+    check(fuzz("--cases", "20", "--backend", "triton"))
+
+
+@pytest.mark.emulator
+def test_cuda() -> None:
+    if not os.environ.get("FLATLORA_EMULATE"):
+        pytest.skip("the emulator's: make test-emulator")
+    check(fuzz("--cases", "20", "--backend", "cuda"))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
+    """And the line that repeats the case is printed; after a crash, the next case is tried."""
+    if reason := backends.unavailable("cpu"):
+        pytest.skip(f"backend 'cpu': {reason}")
+    mistake, messages = WRONG[name]
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nif '--child' in sys.argv:\n    sys.path.insert(0, {str(ROOT)!r})\n"
+        + "".join(f"    {line}\n" for line in mistake.splitlines())
+    )
+    # argv is not there yet when sitecustomize runs: it is read from orig_argv.
+    (tmp_path / "sitecustomize.py").write_text(
+        (tmp_path / "sitecustomize.py").read_text().replace("sys.argv", "sys.orig_argv")
+    )
+    level = backends.get("cpu").level()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = fuzz("--cases", "8", "--seed", "4", "--level", level, PYTHONPATH=path)
+    print(run.stdout, run.stderr)
+    assert run.returncode == 1
+    assert "FAILED: python -m tests.fuzz --seed 4 --case " in run.stdout
+    assert any(message in run.stdout for message in messages)
+    assert "8 cases" in run.stdout or "SIGSEGV" in messages[0]
+
+
+def test_cases_are_the_same_again() -> None:
+    for number in range(20):
+        one, other = (cases.build(cases.make(3, number, "cpu")) for _ in range(2))
+        assert str(cases.make(3, number, "cpu")) == str(cases.make(3, number, "cpu"))
+        for name, t in one.memory.items():
+            assert memory.same_bits(t, other.memory[name]), name
+
+
+@pytest.mark.parametrize("where", memory.PLACES)
+@pytest.mark.parametrize("layout", memory.LAYOUTS)
+def test_layouts(layout: str, where: str) -> None:
+    values = torch.randn(3, 7, 5)
+    if layout == "expanded":
+        values = values[:, :1].expand(3, 7, 5)
+    placed, around = memory.place(values.contiguous(), layout, 1, 3 if where == "heap" else 0, where)
+    assert torch.equal(placed, values)
+    page, begin = 4096, placed.data_ptr()
+    end = begin + 4 * (1 + sum((n - 1) * s for n, s in zip(placed.shape, placed.stride(), strict=True)))
+    assert {"heap": begin - around.data_ptr() == 12, PLACES[1]: end % page == 0, PLACES[2]: begin % page == 0}[where]
+
+
+PLACES = memory.PLACES
+
+
+def test_classes_are_judged() -> None:
+    """A NaN where the formula has infinity is no free choice."""
+    case = cases.make(1, 0, "cpu")
+    built = cases.build(case)
+    assert judge.ROOT_MAX < 1.9e19
+    assert built.problem.x.shape[-1] == case.dims[2]
