@@ -14,8 +14,9 @@ from .op.functional import (
     row_sq_norms,
 )
 from .train.controller import NoiseController
+from .train.convert import apply_flat_lora, print_trainable_parameters
 from .train.layer import NoisyLayer
-from .train.linear import FlatLoraLinear, apply_flat_lora, print_trainable_parameters
+from .train.linear import FlatLoraLinear
 from .train.warm_up import warm_up
 
 __version__ = "0.1.0"

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train.controller import NoiseController
+from ..train.convert import check_options, print_noise
 from ..train.layer import NoisyLayer, controller_of
-from ..train.linear import HOOKS, bypass_of, check_options, listed, matches, obstacle_to, print_noise
+from ..train.names import Pattern, listed, pattern, within
+from ..train.obstacles import HOOKS, bypass_of, obstacle_to
 
 _INSTALL = 'pip install "flatlora_kernels[peft]"'
 try:
@@ -58,6 +60,7 @@ class FlatLinear(NoisyLayer, Linear):
             (`adapter_names`), or DoRA is active beside another adapter.
     """
 
+    noisy_adapters: tuple[str, ...] | None = None  # None = all
     # PEFT's
     base_layer: Any
     lora_A: Any
@@ -78,6 +81,10 @@ class FlatLinear(NoisyLayer, Linear):
                 raise RuntimeError(f"{self.flat_lora_name}: expected no noise, because {obstacle}")
             return Linear.forward(self, x, *args, **kwargs)
         return self._fused(x, names, noise)
+
+    def _draws(self) -> bool:
+        only = self.noisy_adapters
+        return self.training and (only is None or any(name in only for name in self._active()))
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -107,9 +114,10 @@ class FlatLinear(NoisyLayer, Linear):
     def extra_repr(self) -> str:
         if "noise_controller" not in vars(self):
             return "no noise"
-        target, sigma = self.noise_controller.target_sigma, self.noise_controller._known_sigma()
-        grows = "" if sigma in (None, target) else f" of {target}"
-        return f"sigma={target if sigma is None else sigma}{grows}, noise={self.noise}, stream={self.stream}"
+        only = (
+            "" if self.noisy_adapters is None else f", with adapters {', '.join(self.noisy_adapters)} alone"
+        )
+        return self.describe_noise() + only
 
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
         base = self.base_layer
@@ -199,9 +207,11 @@ class _ConvertLater:
         self,
         model: nn.Module,
         noise_controller: NoiseController,
-        exclude: str | tuple[str, ...],
+        exclude: Pattern,
+        adapters: tuple[str, ...] | None,
         options: dict[str, Any],
     ) -> None:
+        self.adapters = adapters
         self.noise_controller = noise_controller
         self.exclude = exclude
         self.options = options
@@ -221,7 +231,7 @@ class _ConvertLater:
         self.known = adapters
         layers, obstacles = _to_convert(model, self.exclude)
         for name, layer in layers.items():
-            _make_flat(layer, name, self.noise_controller, self.options)
+            _make_flat(layer, name, self.noise_controller, self.adapters, self.options)
         new = {name: obstacle for name, obstacle in obstacles.items() if name not in self.left}
         self.left |= new.keys()
         if new:
@@ -237,6 +247,7 @@ def apply_flat_lora(
     seed: int | None = None,
     noise_controller: NoiseController | None = None,
     exclude_modules: str | Iterable[str] = (),
+    adapters: Iterable[str] | None = None,
     verbose: bool = True,
     **options: Any,
 ) -> NoiseController:
@@ -254,6 +265,8 @@ def apply_flat_lora(
         noise_controller: instead of these four; default that of layers already converted.
         exclude_modules: LoRA layers that stay PEFT's, without noise: a regular expression for the whole name, or names
             or their dotted ends, as in PEFT, of layers or of modules around them.
+        adapters: names of those with which noise is drawn, where they are active; default all. Others, such as a frozen
+            reference beside the one that trains, then run without.
         verbose: print which layers are under noise, in the first process.
         options: `noise`, `samples`, `antithetic`, `strategy`, `noise_accum`, `backend` of every layer.
 
@@ -262,16 +275,18 @@ def apply_flat_lora(
 
     Raises:
         ValueError: LoRA layers that cannot be converted, which are named with the reason, and none is; or there is
-            none to convert; or `exclude_modules` or one of its names matches no LoRA layer, or one converted already;
-            or settings or options other than those of the layers converted already.
+            none to convert; or one of `adapters` does not exist; or `exclude_modules` or one of its names matches no
+            LoRA layer, or one converted already; or settings or options other than those of the layers converted
+            already.
         TypeError: an option that there is not.
     """
     _check_names(options)
-    exclude = _pattern(exclude_modules)
+    exclude = pattern(exclude_modules)
     _check_excluded(peft_model, exclude)
     existing = [module for module in peft_model.modules() if isinstance(module, FlatLinear)]
     settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
     controller = controller_of(existing, noise_controller, **settings)
+    noisy_adapters = _checked_adapters(peft_model, adapters)
     layers, obstacles = _to_convert(peft_model, exclude)
     if obstacles:
         raise ValueError(
@@ -282,11 +297,14 @@ def apply_flat_lora(
         got = "none but those in exclude_modules" if _lora_layers(peft_model) else "none"
         raise ValueError(f"peft_model: expected LoRA layers to convert, got {got}")
     if not layers:
-        check_options(existing, controller, options)
+        given = {} if adapters is None else {"noisy_adapters": noisy_adapters}
+        check_options(existing, controller, {**options, **given})
     for name, layer in layers.items():
-        _make_flat(layer, name, controller, options)
+        _make_flat(layer, name, controller, noisy_adapters, options)
     _remove_hook(peft_model)
-    peft_model.register_forward_pre_hook(_ConvertLater(peft_model, controller, exclude, options))
+    peft_model.register_forward_pre_hook(
+        _ConvertLater(peft_model, controller, exclude, noisy_adapters, options)
+    )
     if verbose:
         found = _lora_layers(peft_model).values()
         noisy = [layer for layer in found if isinstance(layer, FlatLinear)]
@@ -305,7 +323,8 @@ def remove_flat_lora(peft_model: nn.Module) -> None:
         raise ValueError("peft_model: expected layers made by apply_flat_lora, got none")
     for layer in layers:
         layer._remove_noise()
-        del layer.flat_lora_name
+        for name in ("flat_lora_name", "noisy_adapters"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = Linear
     _remove_hook(peft_model)
 
@@ -330,7 +349,7 @@ def custom_modules(
     """
 
     _check_names(options)
-    exclude = _pattern(exclude_modules)
+    exclude = pattern(exclude_modules)
 
     def refuse(name: str, obstacle: str) -> None:
         raise ValueError(
@@ -345,7 +364,7 @@ def custom_modules(
                 " on what get_peft_model returns"
             )
         name = kwargs["target_name"]
-        if _excluded(name, exclude):
+        if within(name, exclude):
             return None  # PEFT goes on to its own layers
         obstacle = _base_obstacle(target)
         if kwargs.get("parameter_name"):
@@ -358,7 +377,7 @@ def custom_modules(
         obstacle = _unknown_variants(layer, layer.lora_variant)
         if obstacle:
             refuse(name, obstacle)
-        _make_flat(layer, name, noise_controller, options)
+        _make_flat(layer, name, noise_controller, None, options)
         return layer
 
     return {nn.Module: build}
@@ -370,14 +389,12 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {n.removeprefix("base_model.model."): m for n, m in named if isinstance(m, LoraLayer)}
 
 
-def _to_convert(
-    model: nn.Module, exclude: str | tuple[str, ...]
-) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+def _to_convert(model: nn.Module, exclude: Pattern) -> tuple[dict[str, LoraLayer], dict[str, str]]:
     """The layers that are not yet converted, and why some of the others cannot be."""
     layers, obstacles = {}, {}
     modules = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
     for name, module in _lora_layers(model).items():
-        if isinstance(module, FlatLinear) or _excluded(name, exclude):
+        if isinstance(module, FlatLinear) or within(name, exclude):
             continue
         obstacle = _layer_obstacle(module) or _parent_obstacle(modules, name)
         if obstacle:
@@ -387,14 +404,20 @@ def _to_convert(
     return layers, obstacles
 
 
-def _make_flat(layer: Any, name: str, noise_controller: NoiseController, options: dict[str, Any]) -> None:
+def _make_flat(
+    layer: Any,
+    name: str,
+    noise_controller: NoiseController,
+    adapters: tuple[str, ...] | None,
+    options: dict[str, Any],
+) -> None:
     layer.__class__ = FlatLinear
     try:
         layer._set_up_noise(noise_controller, **options)
     except Exception:
         layer.__class__ = Linear
         raise
-    layer.flat_lora_name = name
+    layer.flat_lora_name, layer.noisy_adapters = name, adapters
 
 
 def _remove_hook(model: nn.Module) -> None:
@@ -403,27 +426,30 @@ def _remove_hook(model: nn.Module) -> None:
             del model._forward_pre_hooks[key]
 
 
-def _pattern(names: str | Iterable[str]) -> str | tuple[str, ...]:
-    return names if isinstance(names, str) else tuple(names)
-
-
-def _excluded(name: str, exclude: str | tuple[str, ...]) -> bool:
-    """Whether `name` or a module around it is excluded."""
-    parts = name.split(".")
-    return any(matches(".".join(parts[:end]), exclude) for end in range(1, len(parts) + 1))
-
-
 def _check_names(options: dict[str, Any]) -> None:
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"options: expected {', '.join(OPTIONS)}, got {name!r}")
 
 
-def _check_excluded(model: nn.Module, exclude: str | tuple[str, ...]) -> None:
+def _checked_adapters(model: nn.Module, adapters: Iterable[str] | None) -> tuple[str, ...] | None:
+    if adapters is None:
+        return None
+    found = {name for layer in _lora_layers(model).values() for name in layer.lora_A}
+    names = (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    for name in names:
+        if name not in found:
+            raise ValueError(f"adapters: expected names of {', '.join(sorted(found))}, got {name!r}")
+    if not names:
+        raise ValueError(f"adapters: expected at least one of {', '.join(sorted(found))}, got none")
+    return names
+
+
+def _check_excluded(model: nn.Module, exclude: Pattern) -> None:
     layers = _lora_layers(model)
     entries: list[Any] = [exclude] if isinstance(exclude, str) else [(name,) for name in exclude]
     for entry in entries:
-        found = [name for name in layers if _excluded(name, entry)]
+        found = [name for name in layers if within(name, entry)]
         got = repr(entry) if isinstance(entry, str) else repr(entry[0])
         if not found:
             raise ValueError(

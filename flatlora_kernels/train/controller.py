@@ -311,6 +311,12 @@ class NoiseController:
         for layer in self._layers:
             layer._rescale()
 
+    def strength(self) -> str:
+        """The present sigma and the target, "0.01 of 0.05", for people; "?" before total_steps is known."""
+        sigma = self._known_sigma()
+        present = "?" if sigma is None else f"{sigma:.6g}"
+        return present if sigma == self._target_sigma else f"{present} of {self._target_sigma:.6g}"
+
     def _known_sigma(self) -> float | None:
         """`sigma`, None where total_steps is still to come."""
         unknown = (
@@ -338,8 +344,6 @@ class NoiseController:
         self.__dict__.update(state, _off=set(), _tensors={}, _layers=weakref.WeakSet(), _attachment=None)
 
     def __repr__(self) -> str:
-        sigma = self._known_sigma()
-        present = "?" if sigma is None else f"{sigma:.6g}"
         total = "" if self._total_steps is None else f" of {self._total_steps}"
         settings = "".join(
             f", {name}={value!r}"
@@ -352,7 +356,7 @@ class NoiseController:
         )
         off = ", disabled" if self._off else ""
         return (
-            f"NoiseController(sigma={present} of {self._target_sigma:.6g}, schedule={self._schedule!r},"
+            f"NoiseController(sigma={self.strength()}, schedule={self._schedule!r},"
             f" step={self.step}{total}, seed={self.base}{settings}, layers={len(self._layers)}{off})"
         )
 

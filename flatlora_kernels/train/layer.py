@@ -116,7 +116,7 @@ class NoisyLayer(nn.Module):
         }
         controller = self.noise_controller
         self._note_call(x)
-        if not self.training or controller._off:
+        if not self._draws() or controller._off:
             return arguments
         if not torch.compiler.is_compiling():
             if not controller._driven and torch.is_grad_enabled():
@@ -143,10 +143,8 @@ class NoisyLayer(nn.Module):
         return arguments
 
     def describe_noise(self) -> str:
-        """``sigma=0.05, noise='gaussian', stream=3``, for `extra_repr`; the present sigma, ? before it is known."""
-        sigma = self.noise_controller._known_sigma()
-        present = "?" if sigma is None else f"{sigma:.6g}"
-        return f"sigma={present}, noise={self.noise!r}, stream={self.stream}"
+        """``sigma=0.01 of 0.05, noise=gaussian, stream=3``, for `extra_repr`: the present strength and the target."""
+        return f"sigma={self.noise_controller.strength()}, noise={self.noise}, stream={self.stream}"
 
     def _with_auxiliary(
         self, lora_A: Tensor | None, lora_B: Tensor | None
@@ -158,6 +156,10 @@ class NoisyLayer(nn.Module):
         if lora_A is None or lora_B is None:
             return A, B
         return torch.cat((lora_A, A.to(lora_A.dtype))), torch.cat((lora_B, B.to(lora_B.dtype)), 1)
+
+    def _draws(self) -> bool:
+        """Whether this forward has noise where the controller wants any."""
+        return self.training
 
     def _note_call(self, x: Tensor) -> None:
         """That the forward runs; and it waits for the norms, also where it does not use them: what follows it may

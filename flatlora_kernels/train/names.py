@@ -23,3 +23,9 @@ def within(name: str, pattern: Pattern) -> bool:
     """Whether `name` or a module around it matches."""
     parts = name.split(".")
     return any(matches(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first eight, for messages."""
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -32,7 +32,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--level", help="this instruction set alone: see FLATLORA_CPU_ISA")
     parser.add_argument("--library", help="libflatlora_cpu.so to load instead of the installed one")
     parser.add_argument("--trace", help="a file to which the calls of the C library are written")
-    parser.add_argument("--child", type=int, nargs=3, metavar=("FIRST", "END", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", type=int, nargs=3, metavar=("FIRST", "END", "STEP"), help=argparse.SUPPRESS
+    )
     return parser
 
 

@@ -135,7 +135,9 @@ def _worst(p: Problem, eps: list[Tensor], name: str, exact: np.ndarray) -> np.nd
         if name == "grad of weight":
             return products.matmul(q.grad_y.t(), q.x)
         parts = [e[n][:, k] for e in eps]
-        return _added(q, parts, name) if added and name in ("y", "grad of x") else compare.plain(q, parts)[name]
+        return (
+            _added(q, parts, name) if added and name in ("y", "grad of x") else compare.plain(q, parts)[name]
+        )
 
     def note(found: Tensor, *order: Tensor | None) -> None:
         for dim, index in enumerate(order):
@@ -180,7 +182,9 @@ def _added(p: Problem, eps: list[Tensor], name: str) -> Tensor:
         return total
     A, B = p.lora_A.to(dtype), p.lora_B.to(dtype)
     if forward:
-        return total.addmm_((p.x if p.lora_x is None else p.lora_x) @ A.t(), B.t(), alpha=p.options["scaling"])
+        return total.addmm_(
+            (p.x if p.lora_x is None else p.lora_x) @ A.t(), B.t(), alpha=p.options["scaling"]
+        )
     return total.addmm_(p.options["scaling"] * (p.grad_y @ B), A)
 
 
@@ -315,7 +319,9 @@ def _again(target: Target, case: Case, built: Built, first: dict[str, Tensor]) -
     options = p.options
     if built.sigma is not None and case.sigma:
         options = {k: v for k, v in options.items() if k != "noise_scale"} | {"sigma": built.sigma}
-    wanted = [n for i, n in enumerate(sorted(n for n in inputs if inputs[n] is not None)) if case.number >> i & 1]
+    wanted = [
+        n for i, n in enumerate(sorted(n for n in inputs if inputs[n] is not None)) if case.number >> i & 1
+    ]
     for name in wanted:
         inputs[name].requires_grad_()  # type: ignore[union-attr]
     y = target.linear(**inputs, **options)
@@ -334,4 +340,6 @@ def _again(target: Target, case: Case, built: Built, first: dict[str, Tensor]) -
         y = target.linear(**bare, **p.options)
         seen.append((y.detach(), torch.autograd.grad(y, bare["x"], p.grad_y)[0]))  # type: ignore[arg-type]
     for name, one, other in zip(("y", "grad of x"), *seen, strict=True):
-        assert same_bits(one, other), f"{name}: other bits with {case.threads[1]} threads than {case.threads[0]}"
+        assert same_bits(one, other), (
+            f"{name}: other bits with {case.threads[1]} threads than {case.threads[0]}"
+        )

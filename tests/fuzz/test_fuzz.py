@@ -130,7 +130,11 @@ def test_layouts(layout: str, where: str) -> None:
     assert torch.equal(placed, values)
     page, begin = 4096, placed.data_ptr()
     end = begin + 4 * (1 + sum((n - 1) * s for n, s in zip(placed.shape, placed.stride(), strict=True)))
-    assert {"heap": begin - around.data_ptr() == 12, PLACES[1]: end % page == 0, PLACES[2]: begin % page == 0}[where]
+    assert {
+        "heap": begin - around.data_ptr() == 12,
+        PLACES[1]: end % page == 0,
+        PLACES[2]: begin % page == 0,
+    }[where]
 
 
 PLACES = memory.PLACES

@@ -333,13 +333,13 @@ def test_what_print_shows() -> None:
     controller = apply_flat_lora(model, sigma=0.05, schedule="cosine")
     plain = "up): lora.Linear(\n"
     noisy = (
-        plain.replace("Linear(", "FlatLinear(") + " " * 8 + "sigma=0.0 of 0.05, noise=gaussian, stream=0\n"
+        plain.replace("Linear(", "FlatLinear(") + " " * 8 + "sigma=0 of 0.05, noise=gaussian, stream=0\n"
     )
     assert noisy in repr(model)
     rest = [line for line in repr(model).splitlines() if "sigma=" not in line]
     assert "\n".join(rest).replace("FlatLinear", "Linear") == before
     controller.move_to(controller.base, 1)  # total_steps is still unknown: so is sigma
-    assert "sigma=0.05, noise=gaussian, stream=1" in repr(model)
+    assert "sigma=? of 0.05, noise=gaussian, stream=1" in repr(model)
     controller.total_steps = 1
     assert "sigma=0.05, noise" in repr(model)
     assert "no noise" in repr(FlatLinear(nn.Linear(4, 4), "default", r=2, lora_alpha=2, config=lora()))
@@ -456,3 +456,31 @@ def test_transformer_encoder_layer() -> None:
         agree(run(flat.train()), run(with_noise(peft.train(), flat)))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_noise_with_named_adapters_alone() -> None:
+    """A reference adapter beside the trained one: its passes are without noise, in training mode too."""
+    model = get_peft_model(Net(), lora()).train()
+    model.add_adapter("reference", lora())
+    scramble(model)
+    options = {"adapters": ["default"], "verbose": False}
+    controller = apply_flat_lora(model, sigma=0.5, seed=1, backend="reference", **options)
+    assert "with adapters default alone" in repr(model)
+    x = torch.randn(4, 16)
+    for name, noisy in (("default", True), ("reference", False)):
+        model.set_adapter(name)
+        with controller.disabled():
+            quiet = model(x)
+        assert torch.equal(model(x), quiet) is not noisy, name
+    assert apply_flat_lora(model, **options) is controller
+    with pytest.raises(
+        ValueError, match="noisy_adapters: expected .'default',., as the layers converted already"
+    ):
+        apply_flat_lora(model, adapters=["reference"])
+    remove_flat_lora(model)
+    with pytest.raises(ValueError, match="adapters: expected names of default, reference, got 'defualt'"):
+        apply_flat_lora(model, adapters=["defualt"])
+    with pytest.raises(ValueError, match="adapters: expected at least one of default, reference, got none"):
+        apply_flat_lora(model, adapters=[])
+    apply_flat_lora(model, sigma=0.5, verbose=False)
+    assert "alone" not in repr(model)

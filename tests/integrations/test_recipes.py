@@ -97,8 +97,9 @@ def test_trl_sft(trl: Any, tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_trl_sft_with_packed_sequences(trl: Any, tokenizer: Any, tmp_path: Path) -> None:
-    callback = FlatLoraCallback(sigma=0.3, seed=1, backend="reference")
-    sft(trl, tokenizer, tmp_path, [callback], packing=True, max_length=32)
+    callback = FlatLoraCallback(sigma=0.3, seed=1, backend="reference", samples="batch")
+    with pytest.warns(UserWarning, match=r'samples="batch" is one sample for an input of shape \(1, '):
+        sft(trl, tokenizer, tmp_path, [callback], packing=True, max_length=32)
     assert callback.controller.step == 4
 
 
@@ -128,7 +129,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[bool, bool]]]:
     yield seen
 
 
-@pytest.mark.parametrize("begins", ["with a new adapter", "with a trained one"])
+@pytest.mark.parametrize(
+    "begins", ["with a new adapter", "with a trained one", "with a trained one, beside its copy"]
+)
 def test_trl_dpo(
     trl: Any, tokenizer: Any, tmp_path: Path, begins: str, passes: set[tuple[bool, bool]]
 ) -> None:
@@ -140,14 +143,15 @@ def test_trl_dpo(
         "chosen": [t[6:] for t in TEXTS],
         "rejected": [t[::-1] for t in TEXTS],
     }
-    callback = FlatLoraCallback(sigma=0.3, seed=1, backend="reference")
+    only = {"adapters": ["default"]} if begins == "with a trained one, beside its copy" else {}
+    callback = FlatLoraCallback(sigma=0.3, seed=1, backend="reference", **only)
     model, options, config = llama(), {}, lora()
-    if begins == "with a trained one":
+    if begins != "with a new adapter":
         model, config = get_peft_model(model, config), None
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
-        options = {"precompute_ref_log_probs": True}
+        options = {} if only else {"precompute_ref_log_probs": True}
     found = trl.DPOTrainer(
         model, None, args=trl.DPOConfig(str(tmp_path), gradient_checkpointing=False, **ARGUMENTS, **options),
         train_dataset=Dataset.from_dict(preferences), processing_class=tokenizer, peft_config=config,

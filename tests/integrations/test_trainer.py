@@ -469,7 +469,7 @@ def test_errors_of_settings(tmp_path: Path) -> None:
         (
             {"sigmaa": 1},
             TypeError,
-            "sigmaa: expected one of antithetic, backend, .*sigma, .* got an unknown name",
+            "sigmaa: expected one of adapters, antithetic, backend, .*sigma, .* got an unknown name",
         ),
         ({"stream": 1}, TypeError, "stream: expected one of"),
         ({"noise_controller": 0.1}, TypeError, "noise_controller: expected a NoiseController, got float"),

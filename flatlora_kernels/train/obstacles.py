@@ -1,0 +1,99 @@
+"""Why a layer or what is around it cannot have weight noise."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..op import checks
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """By names, because PEFT need not be installed."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] == "peft" and kind.__name__ in ("PeftModel", "LoraLayer"):
+                raise ValueError(
+                    f"model: expected one without LoRA layers of PEFT, got {type(module).__name__}; for these,"
+                    " from flatlora_kernels.integrations.peft import apply_flat_lora"
+                )
+
+
+def bypass_of(modules: dict[str, nn.Module], name: str) -> str | None:
+    """What around the layer computes it without calling it, so that neither noise nor adapter would be seen.
+
+    Looked at are functions in instance attributes `forward` and `apply_*`, which is where Unsloth's and axolotl's LoRA
+    kernels are. Of these, it bypasses the layer if it has "lora" in its name or its code's; so does a forward of the
+    direct parent that neither leads to that of the parent's class, as accelerate's hooks do, nor names the layer.
+
+    Args:
+        modules: the model's, by name.
+    """
+    path = name.split(".")
+    for depth in range(len(path)):
+        parent = modules[".".join(path[:depth])]
+        for attribute, found in vars(parent).items():
+            if not callable(found) or not (attribute == "forward" or attribute.startswith("apply_")):
+                continue
+            functions = list(_functions(found))
+            if attribute == "forward" and type(parent).forward in functions:
+                continue
+            names = {
+                n for f in functions for n in (f.__name__, *f.__code__.co_names, *f.__code__.co_freevars)
+            }
+            reads = any("lora" in n.lower() for n in names)
+            direct = attribute == "forward" and depth == len(path) - 1
+            if reads or (direct and path[-1] not in names):
+                kind = functions[0] if functions else type(found)
+                where = repr(path[depth - 1]) if depth else "the model"
+                return (
+                    f"{where} around it ({type(parent).__name__}) has an attribute {attribute} of its own,"
+                    f" {kind.__module__}.{kind.__name__}, which does not call it; {_SWITCHES}"
+                )
+    return None
+
+
+_SWITCHES = (
+    "kernels of LoRA are switched off in axolotl by lora_mlp_kernel: false, lora_qkv_kernel: false and"
+    " lora_o_kernel: false, in Unsloth by UNSLOTH_FUSED_LORA_DROPOUT=0 and a lora_dropout above 0"
+)
+
+
+def _functions(found: Any) -> Iterator[types.FunctionType]:
+    """The Python functions that a callable consists of: those it binds, wraps or closes over."""
+    seen, rest = set(), [found]
+    while rest:
+        item = rest.pop(0)
+        if id(item) in seen or isinstance(item, (type, nn.Module)) or not callable(item):
+            continue
+        seen.add(id(item))
+        if isinstance(item, types.FunctionType):
+            yield item
+            for cell in item.__closure__ or ():
+                with contextlib.suppress(ValueError):  # empty
+                    rest.append(cell.cell_contents)
+        inner = ("__func__", "func", "__wrapped__", "_torchdynamo_orig_callable")
+        rest += [getattr(item, attribute, None) for attribute in inner]
+
+
+def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
+    """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards."""
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if hasattr(base, "_hf_hook"):
+        return "accelerate's hook moves its weight (a device_map over several devices, or offload)"
+    if type(base).forward not in forwards or "forward" in vars(base):
+        return f"{type(base).__name__} has a forward of its own"
+    if any(getattr(base, hooks) for hooks in HOOKS):
+        return "it has hooks, which the fused op would not call"
+    weight: Any = base.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+    return None
