@@ -72,6 +72,11 @@ def _product(target: Target, case: Case, p: Problem) -> dict[str, Tensor]:
     ordinary["grad of weight"] = products.matmul(p.grad_y.t(), p.x)
     exact, scale = compare.exact_and_scale(p, eps)
     free = _free(p, eps, exact)
+    scale_of_noise = p.options.get("noise_scale")
+    if target.backend in ("triton", "cuda") and (
+        p.options["noise_accum"] == "split" or (scale_of_noise is not None and scale_of_noise.isinf().any())
+    ):  # NaN in place of infinities: docs/faq.md, "Limits of the kernels"
+        free = {k: f | np.isinf(np.asarray(exact[k], dtype=np.float64)) for k, f in free.items()}
     dtype = p.x.dtype
     info = torch.finfo(dtype)
     # Rounding below the smallest normal number is absolute; products of bfloat16 in hardware round such terms to zero.
@@ -290,7 +295,13 @@ def _noise(target: Target, built: Built) -> None:
     given = built.memory["out"].clone()
     made = fk.perturb_weight(p.weight, scale, out=built.out, **more)
     assert made is built.out
-    _equal("perturb_weight", made, wide.to(p.x.dtype))
+    if target.backend in ("cpu", "reference"):
+        _equal("perturb_weight", made, wide.to(p.x.dtype))
+    else:  # a fused multiply-add rounds once where these sums round twice
+        limit = torch.finfo(p.x.dtype).eps * wide.abs() + 2**-22 * (p.weight.abs() + eps.abs())
+        beside = (made.double() - wide.double()).abs() <= limit
+        wrong = ~(beside | (made == wide.to(p.x.dtype)) | (made.isnan() & wide.isnan()))
+        assert not wrong.any(), f"perturb_weight: {made[wrong][0]}, expected {wide[wrong][0]}"
     _equal("perturb_weight without out", fk.perturb_weight(p.weight, scale, **more), made)
     made.fill_(7)
     if given.numel():
@@ -321,7 +332,7 @@ def _again(target: Target, case: Case, built: Built, first: dict[str, Tensor]) -
     y = target.linear(**inputs, **options)
     assert same_bits(y.detach(), first["y"]), "y: other bits from sigma, or with fewer gradients"
     if wanted:
-        grads = torch.autograd.grad(y, [inputs[n] for n in wanted], p.grad_y)
+        grads = torch.autograd.grad(y, [inputs[n] for n in wanted], p.grad_y.reshape(y.shape))
         for name, grad in zip(wanted, grads, strict=True):
             assert same_bits(grad, first[f"grad of {name}"]), f"grad of {name}: other bits, asked for alone"
     if target.backend != "cpu" or case.strategy != "fused" or "noise_scale" not in p.options:
