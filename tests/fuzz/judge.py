@@ -76,7 +76,8 @@ def _product(target: Target, case: Case, p: Problem) -> dict[str, Tensor]:
     if target.backend in ("triton", "cuda") and (
         p.options["noise_accum"] == "split" or (scale_of_noise is not None and scale_of_noise.isinf().any())
     ):  # NaN in place of infinities: docs/faq.md, "Limits of the kernels"
-        free = {k: f | np.isinf(np.asarray(exact[k], dtype=np.float64)) for k, f in free.items()}
+        for k, f in free.items():
+            f |= np.isinf(np.asarray(exact[k], dtype=np.float64)) | np.isinf(_wide(ordinary[k]).reshape(f.shape))
     dtype = p.x.dtype
     info = torch.finfo(dtype)
     # Rounding below the smallest normal number is absolute; products of bfloat16 in hardware round such terms to zero.
@@ -146,7 +147,7 @@ def _worst(p: Problem, eps: list[Tensor], name: str, exact: np.ndarray, in_parts
             return products.matmul(q.grad_y.t(), q.x)
         parts = [e[n][:, k] for e in eps]
         if added and name in ("y", "grad of x"):
-            return _added(q, parts, name, in_parts)
+            return _added(q, parts, name, turned, in_parts and not turned)
         return compare.plain(q, parts)[name]
 
     def note(found: Tensor, *order: Tensor | None) -> None:
@@ -184,13 +185,14 @@ def _in_parts(a: Tensor, b: Tensor) -> Tensor:
     return a_low @ b_high + a_high @ b_low + a_high @ b_high
 
 
-def _added(p: Problem, eps: list[Tensor], name: str, in_parts: bool) -> Tensor:
+def _added(p: Problem, eps: list[Tensor], name: str, turned: bool, in_parts: bool) -> Tensor:
     """The plain output, or gradient of x, with `addmm` wherever something is added."""
     dtype, forward = p.x.dtype, name == "y"
     found = []
     a = p.x if forward else p.grad_y
     for group, eps_g in zip(a.chunk(len(eps)) if a.numel() else [a], eps, strict=False):
         perturbed = (p.weight.to(torch.promote_types(dtype, torch.float32)) + eps_g).to(dtype)
+        perturbed = perturbed.t().contiguous().t() if turned else perturbed.contiguous()
         factor = perturbed.t() if forward else perturbed
         if in_parts:
             product = _in_parts(group, factor)
