@@ -85,6 +85,14 @@ def test_non_finite_rows_stay_their_own(target: Target) -> None:
     assert squares[[0, 1, 3, 4, 6, 7, 8]].isfinite().all()
 
 
+def test_norms_that_float32_squares_do_not_hold(target: Target) -> None:
+    """As the documentation says: an infinite norm, never another finite one, and zero."""
+    W, _, _ = layer((3, 40, 4), torch.float32, target.device)
+    for size, expected in ((1e20, float("inf")), (1e-25, 0.0)):
+        scale = fk.flat_noise_scale(W * size, sigma=0.1, backend=target.backend)
+        assert (scale == expected).all()
+
+
 @pytest.mark.parametrize("K", [1, 40, 128, 131, 333])
 def test_infinite_adapter(target: Target, dtype: torch.dtype, K: int) -> None:
     """A row of the update that is infinite makes that norm infinite, whatever the kernel's tiles are filled up with."""
@@ -120,6 +128,15 @@ def test_zero_sizes(target: Target) -> None:
         0,
         0,
     ]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
+def test_perturbed_weight_of_zero_size(target: Target, shape: tuple[int, int]) -> None:
+    """Two empty tensors have one address, and share no memory."""
+    out = torch.empty(shape, device=target.device)
+    scale = torch.ones(shape[0], device=target.device)
+    weight = torch.ones(shape, device=target.device)
+    assert fk.perturb_weight(weight, scale, seed=1, out=out, backend=target.backend) is out
 
 
 def test_weight_and_adapter_are_constants(target: Target) -> None:
