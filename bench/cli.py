@@ -93,7 +93,7 @@ def _run(args: Arguments) -> int:
         budget=default(args.budget, 0.15, 0.5),
         min_rounds=args.min_rounds,
         time_limit=math.inf if args.time_limit is None else args.time_limit,
-        goal=40.0 if quick and args.budget is None and args.time_limit is None else math.inf,
+        goal=60.0 if quick and args.budget is None and args.time_limit is None else math.inf,
         graph=args.graph or ("small" if args.device == "cuda" else "none"),
     )
     cases = shapes.cases(args.set, args.device)
@@ -191,7 +191,7 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
             ),
             option(
                 "--budget", type=float,
-                help="seconds for each provider of a case; 0.15 in quick, less where it would take over 40 s, else 0.5",
+                help="seconds for each provider of a case; 0.15 in quick, less where a minute is too short, else 0.5",
             ),
             option("--min-rounds", rounds, type=int, default=5),
             option("--time-limit", "seconds, no case is begun after, those left are named; default none", type=float),

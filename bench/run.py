@@ -34,7 +34,9 @@ class Settings(NamedTuple):
     min_rounds: int = 5
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
-    goal: float = math.inf  # seconds for all cases; where they take longer, later ones have fewer rounds
+    goal: float = (
+        math.inf
+    )  # seconds for all cases but for their memory; where they take longer, rounds become fewer
     graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
 
 
@@ -150,6 +152,7 @@ class Bench(Findings):
         super().__init__(settings.noises, progress)
         self.settings, self.after_case = settings, after_case
         self.share = 1.0  # of budget and rounds that a case gets
+        self.aside = 0.0  # seconds that no later case will take: memory was measured
         self.timer = timing.timer(settings.device)
         for name, reason in providers.available_backends(settings.device).items():
             if reason is not None:
@@ -164,9 +167,11 @@ class Bench(Findings):
         if not entries:
             return
         rows = self._rows(case, entries, {label: entry.run.step for label, entry in entries.items()})
+        start = time.perf_counter()
         for row in rows if measure_memory else ():
             which = (row["provider"], row["noise"])
             row["peak_extra_bytes"] = memory.peak_extra_bytes(case, device, *which)
+        self.aside += time.perf_counter() - start
         self.rows += rows
         if graph == "all" or (graph == "small" and case.M <= GRAPH_ROWS):
             self._graphs(case, {label: entry for label, entry in entries.items() if entry.run.capturable})
@@ -186,8 +191,9 @@ class Bench(Findings):
                     self.skip(f"{left}: no time left (--time-limit {s.time_limit:g}: more seconds have it)")
                 break
             if number and s.goal < math.inf:
-                whole = (now - begun) / shares * (len(cases) - number)  # seconds, at the pace so far
-                self.share = min(1.0, max(0.1, (s.goal - (now - started)) / whole))
+                taken = now - begun - self.aside
+                whole = taken / shares * (len(cases) - number)  # seconds, at the pace so far
+                self.share = min(1.0, max(0.1, (s.goal - taken) / whole))
             shares += self.share
             hurried += self.share < 1
             self.progress.step(str(case))
