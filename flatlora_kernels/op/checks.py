@@ -56,7 +56,7 @@ def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
         tensor(name, value)
         if value.dim() != 2:
             raise _value_error(name, f"shape {tuple(value.shape)}", "2 dimensions")
-        _parameter_dtype(name, value, W)
+        parameter_dtype(name, value.dtype, W)
         _device(name, value, "weight", W)
     N, K = W.shape
     rank = lora_A.shape[0]
@@ -64,11 +64,10 @@ def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
     _shape("lora_B", lora_B, (N, rank), "(out_features, r)")
 
 
-def _parameter_dtype(name: str, value: Tensor, W: Tensor) -> None:
-    if value.dtype != W.dtype and not (value.dtype == torch.float32 and W.dtype.itemsize == 2):
-        raise _type_error(
-            name, value.dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight"
-        )
+def parameter_dtype(name: str, dtype: torch.dtype, W: Tensor) -> None:
+    """That adapters and biases of this type may stand beside the weight."""
+    if dtype != W.dtype and not (dtype == torch.float32 and W.dtype.itemsize == 2):
+        raise _type_error(name, dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight")
 
 
 def scaling(value: Any) -> None:
@@ -93,7 +92,7 @@ def linear(x: Any, W: Any, lora_A: Any, lora_B: Any, bias: Any, lora_x: Any, sca
     if bias is not None:
         tensor("bias", bias)
         _shape("bias", bias, (N,), "(out_features,)")
-        _parameter_dtype("bias", bias, W)
+        parameter_dtype("bias", bias.dtype, W)
         _device("bias", bias, "x", x)
     if lora_x is not None:
         tensor("lora_x", lora_x)

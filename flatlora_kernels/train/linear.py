@@ -104,6 +104,7 @@ class FlatLoraLinear(NoisyLayer):
         self.bias = None if bias is None else _parameter(bias, train_weight)
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+        checks.parameter_dtype("dtype", dtype, weight)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         if r:

@@ -332,9 +332,7 @@ def test_what_print_shows() -> None:
     before = repr(model)
     controller = apply_flat_lora(model, sigma=0.05, schedule="cosine")
     plain = "up): lora.Linear(\n"
-    noisy = (
-        plain.replace("Linear(", "FlatLinear(") + " " * 8 + "sigma=0 of 0.05, noise=gaussian, stream=0\n"
-    )
+    noisy = plain.replace("Linear(", "FlatLinear(") + " " * 8 + "sigma=0 of 0.05, noise=gaussian, stream=0\n"
     assert noisy in repr(model)
     rest = [line for line in repr(model).splitlines() if "sigma=" not in line]
     assert "\n".join(rest).replace("FlatLinear", "Linear") == before

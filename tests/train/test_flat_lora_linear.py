@@ -232,6 +232,7 @@ def test_noise_can_be_taken_off_and_put_on() -> None:
         ("samples", 0, ValueError),
         ("samples", "rows", ValueError),
         ("backend", "nonesuch", ValueError),
+        ("dtype", torch.float64, TypeError),
     ],
 )
 def test_bad_options(option: str, value: object, error: type[Exception]) -> None:
@@ -276,6 +277,7 @@ def test_without_noise_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model(randn(2, 16)).shape == (2, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*is being trained, and its NoiseController")
 def test_changed_parameters_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written in place, replaced, exchanged through .data, scaled: the next forward measures anew, once."""
     model, _ = model_and_controller()
