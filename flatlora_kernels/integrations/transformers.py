@@ -22,6 +22,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..train.controller import NoiseController
 from ..train.layer import NoisyLayer, check_noise_options
+from ..train.state import noise_state
 
 try:
     from transformers.trainer import DEFAULT_CALLBACKS
@@ -97,8 +98,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
         self.controller = controller = self._controller_of(_unwrapped(model))
         if controller.total_steps in (None, self._assigned):
             controller.total_steps = self._assigned = state.max_steps
-        saved = exported["attributes"]["saved"] if exported and state.global_step else None
-        controller.load_state_dict(saved or {"base": controller.base, "step": state.global_step})
+        moment = _saved(exported, name) if exported and state.global_step else None
+        controller.move_to(*(moment or (controller.base, state.global_step)))
         # The Trainer fails to save the state of a callback that the checkpoint did not know.
         state.stateful_callbacks[name] = self.state()
 
@@ -164,6 +165,15 @@ class _LogFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 DEFAULT_CALLBACKS.append(_LogFirst)  # a Trainer's order: these, the trackers, the user's own
+
+
+def _saved(exported: Any, name: str) -> tuple[int, int] | None:
+    """(base, step) of what `state` wrote into a checkpoint; None where training had not begun."""
+    where = f"trainer_state.json: stateful_callbacks[{name!r}]"
+    attributes = exported.get("attributes") if isinstance(exported, dict) else None
+    if not isinstance(attributes, dict) or "saved" not in attributes:
+        raise ValueError(f"{where}: expected attributes with 'saved', got {str(exported)[:80]}")
+    return attributes["saved"] and noise_state(attributes["saved"], where)
 
 
 def _log_noise(state: Any, logs: dict[str, Any] | None) -> None:

@@ -17,6 +17,7 @@ from .attach import Attachment, attached, unwrapped
 from .names import pattern
 from .roles import Drawing
 from .state import noise_state
+from .steps import watch_over
 from .undo import undone
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -111,10 +112,12 @@ class NoiseController:
         self._driven = False  # whether it was ever attached or advanced
         self._several = False  # whether samples="batch" ever was more than one
         self._said: set[str] = set()  # what was warned of
+        self._undriven: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._off: set[object] = set()  # the disabled() that are open
         self._tensors: dict[torch.device, Tensor] = {}
         self._layers: weakref.WeakSet[Drawing] = weakref.WeakSet()
         self._attachment: weakref.ref[Attachment] | None = None
+        watch_over(self)
 
     @property
     def layers(self) -> tuple[Drawing, ...]:
@@ -225,7 +228,7 @@ class NoiseController:
         measured = [(layer, layer._measure(sigma, overlap=overlap)) for layer in layers]
         self._change(measured, step=self.step + 1)
         for layer in layers:
-            layer._called = False
+            layer._called = layer._bypassed = False
 
     def attach(self, optimizer: torch.optim.Optimizer, *, overlap: bool = False) -> Attachment:
         """Let `optimizer` drive this controller: `advance()` after each step that it takes.
@@ -337,11 +340,13 @@ class NoiseController:
         return 1 + max((other.stream for other in others), default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_off", "_tensors", "_layers", "_attachment")  # of this object and this process
+        own = ("_off", "_tensors", "_layers", "_attachment", "_undriven")  # of this object and this process
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _off=set(), _tensors={}, _layers=weakref.WeakSet(), _attachment=None)
+        self._undriven = weakref.WeakKeyDictionary()
+        watch_over(self)
 
     def __repr__(self) -> str:
         total = "" if self._total_steps is None else f" of {self._total_steps}"

@@ -15,7 +15,8 @@ from ..op import checks
 from ..op.functional import flat_noise_scale
 from . import watch
 from .controller import NoiseController
-from .streams import beside, wait_before_steps
+from .steps import wait_for
+from .streams import beside
 from .undo import undone
 
 Self = TypeVar("Self", bound="NoisyLayer")
@@ -37,7 +38,8 @@ class NoisyLayer(nn.Module):
 
     `noise_scale`, the std of eps per row, is computed from the weights by `NoiseController.advance`, and anew by
     the next forward in training mode that finds other parameters or other values in them (replaced, loaded,
-    moved, written in place; not while `torch.compile` traces, and not what is written through `.data`).
+    moved, written in place; not while `torch.compile` traces, and not what is written through `.data` or by a fused
+    optimiser).
     """
 
     noise_controller: NoiseController
@@ -56,12 +58,9 @@ class NoisyLayer(nn.Module):
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
     _scaled: tuple[Any, ...] | None = None  # what _unit_scale was computed from
     _seed: Tensor
-    _called: bool = False  # whether the forward ran since the last step
-    _steps_idle: int = 0  # steps in a row in which it did not, and parameters changed
-    _seen: tuple[tuple[Any, ...] | None, int] = (
-        None,
-        0,
-    )  # trained parameters at the last forward, how often changed
+    _called: bool = False  # see roles.py
+    _bypassed: bool = False
+    _captured: bool = False
 
     def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
         """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from."""
@@ -94,7 +93,7 @@ class NoisyLayer(nn.Module):
         self.noise, self.samples, self.antithetic = noise, samples, antithetic
         self.strategy, self.noise_accum, self.backend = strategy, noise_accum, backend
         self.stream = noise_controller._stream_for(self) if stream is None else stream
-        self.__dict__.update(_called=False, _steps_idle=0, _seen=(None, 0))
+        self.__dict__.update(_called=False, _bypassed=False)
         self.refresh_noise_scale()
 
     def _remove_noise(self) -> None:
@@ -119,8 +118,6 @@ class NoisyLayer(nn.Module):
         if not self._draws() or controller._off:
             return arguments
         if not torch.compiler.is_compiling():
-            if not controller._driven and torch.is_grad_enabled():
-                watch.undriven(self, self._changes())
             self._refresh_if_stale()
         if self.noise_scale is None:
             return arguments
@@ -226,7 +223,7 @@ class NoisyLayer(nn.Module):
         # Past nn.Module.__setattr__, which takes 4 us for each.
         self.__dict__.update(_unit_scale=measured.unit, _scaled=measured.stamps, _ready=measured.ready)
         if measured.ready is not None:
-            wait_before_steps(self)
+            wait_for(self)
 
     def _rescale(self) -> None:
         sigma = self.noise_controller._known_sigma()
@@ -262,24 +259,8 @@ class NoisyLayer(nn.Module):
         if seen is None or len(seen) != len(sources) or not all(map(_unchanged, sources, seen)):
             self.refresh_noise_scale()
 
-    def _trained(self) -> bool:
-        """Whether a parameter that is trained is another one than measured, and no CUDA graph runs the forward."""
-        sources, seen = self._norm_sources(), self._scaled
-        if seen is None or len(seen) != len(sources) or self.__dict__.get("_captured"):
-            return False
-        return any(
-            isinstance(source, Tensor) and source.requires_grad and not _unchanged(source, its)
-            for source, its in zip(sources, seen, strict=True)
-        )
-
-    def _changes(self) -> int:
-        """How many forwards found trained parameters other than the one before it."""
-        sources = [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
-        now = tuple((id(s), _version(s), s.data_ptr()) for s in sources)
-        before, changes = self._seen
-        changes += before is not None and before != now
-        self.__dict__["_seen"] = now, changes
-        return changes
+    def _trained_parameters(self) -> list[Tensor]:
+        return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
 
     def _wait_until_ready(self) -> None:
         if self._ready is not None and self._unit_scale is not None:
@@ -297,7 +278,7 @@ class NoisyLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._wait_until_ready()
-        return {**self.__dict__, "_ready": None, "_scaled": None, "_seen": (None, 0)}
+        return {**self.__dict__, "_ready": None, "_scaled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -313,8 +294,8 @@ _SETTINGS = (
     "noise_controller", "noise", "stream", "samples", "antithetic", "strategy", "noise_accum", "backend",
 )  # fmt: skip
 _OWN = (
-    "noise_scale", "_unit_scale", "_ready", "_scaled", "_seed", "auxiliary", "_called", "_captured",
-    "_steps_idle", "_seen",
+    "noise_scale", "_unit_scale", "_ready", "_scaled", "_seed", "auxiliary", "_called", "_bypassed",
+    "_captured",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .names import Pattern
@@ -17,22 +18,26 @@ class Drawing(Protocol):
     stream: int
     flat_lora_name: str
     training: bool
-    _called: bool
-    _steps_idle: int
+    _called: bool  # whether its forward ran since the last step
+    _bypassed: bool  # whether an optimiser trains it in this one although it did not
+    _captured: bool  # whether a CUDA graph runs its forward
 
     @property
-    def noise_controller(self) -> Driven: ...
+    def noise_controller(self) -> Any: ...
+
     def _measure(self, sigma: float | None, *, overlap: bool = False) -> Any: ...
     def _adopt(self, measured: Any) -> None: ...
     def _rescale(self) -> None: ...
     def _base_parameter(self) -> Tensor: ...
-    def _trained(self) -> bool: ...
+    def _trained_parameters(self) -> list[Tensor]: ...
 
 
 class Driven(Protocol):
     """A controller as its layers and its optimiser see it, see `controller.NoiseController`."""
 
     step: int
+    _driven: bool
+    _undriven: weakref.WeakKeyDictionary[torch.optim.Optimizer, int]
     expect_unused: Pattern
     _layers: weakref.WeakSet[Drawing]
     _said: set[str]

@@ -5,53 +5,66 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 from .names import within
 from .roles import Drawing, Driven
 
 _SHOWN = 5  # names in a message
 
 
-def idle(controller: Driven) -> None:
-    """Layers whose parameters changed in this step and in the last one, and whose forward ran in neither.
+def before_step(controller: Driven, optimizer: torch.optim.Optimizer) -> None:
+    """Notes which layers this step trains although their forward has not run, and whether anyone moves on the noise.
 
-    Once may be a checkpoint that was loaded.
+    Neither versions nor values of parameters would tell: fused optimisers write as `.data` does.
     """
-    for layer in controller._layers:
-        alone = not layer._called and layer.training and layer._trained()
-        if alone or layer._steps_idle:
-            layer._steps_idle = layer._steps_idle + 1 if alone else 0
+    if not controller.target_sigma:
+        return
+    layers = [layer for layer in controller._layers if layer.training]
+    if controller._driven:
+        layers = [layer for layer in layers if not layer._called]
+    if not layers:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    trained = [layer for layer in layers if any(id(p) in held for p in layer._trained_parameters())]
+    for layer in trained:
+        layer._bypassed = not layer._called
+    if trained and not controller._driven:
+        before = controller._undriven.get(optimizer, 0)
+        controller._undriven[optimizer] = before + 1
+        if before:
+            _undriven(controller, trained)
+
+
+def idle(controller: Driven) -> None:
+    """Layers that an optimiser has trained in this step, and whose forward has not run in it."""
     found = [
-        layer for layer in controller._layers if layer._steps_idle > 1 and not _excused(controller, layer)
+        layer
+        for layer in controller._layers
+        if layer._bypassed and not layer._called and not layer._captured and not _excused(controller, layer)
     ]
     if found:
         found.sort(key=lambda layer: layer.stream)
         _once(
             controller,
             "idle",
-            f"{len(found)} of {len(controller._layers)} layers were trained for two steps without weight noise, because"
-            f" their forward did not run: {_names(found)}. Something else reads their parameters, as"
-            " the fused LoRA kernels of Unsloth and axolotl do; switch that off. NoiseController(expect_unused=...)"
-            " names layers, such as experts, that a step may leave out",
+            f"{len(found)} of {len(controller._layers)} layers were trained without weight noise, because their forward"
+            f" did not run: {_names(found)}. Something else reads their parameters, as the fused LoRA kernels of"
+            " Unsloth and axolotl do; switch that off. NoiseController(expect_unused=...) names layers, such as"
+            " experts, that a step may leave out",
         )
 
 
-def undriven(layer: Drawing, changes: int) -> None:
-    """A layer whose trained parameters have changed so often, and whose controller nobody has ever moved on."""
-    controller = layer.noise_controller
-    # One change may be a checkpoint that is loaded, or the ascent of a sharpness-aware optimiser.
-    if changes > 1 and controller.target_sigma:
-        _once(
-            controller,
-            "undriven",
-            f"{_names([layer])} is being trained, and its NoiseController is still at step {controller.step}: "
-            + (
-                f"with schedule={controller.schedule!r} no noise is drawn"
-                if not controller._known_sigma()
-                else "every step sees the same noise"
-            )
-            + ". Call controller.attach(optimizer) once, or controller.advance() after each optimizer.step(); with"
-            " transformers.Trainer pass callbacks=[FlatLoraCallback(controller)]",
-        )
+def _undriven(controller: Driven, layers: list[Drawing]) -> None:
+    drawn = "every step sees the same noise" if controller._known_sigma() else "no noise is drawn"
+    _once(
+        controller,
+        "undriven",
+        f"{len(layers)} layers are being trained, and their NoiseController is still at step {controller.step}: with"
+        f" schedule={controller.schedule!r} {drawn}. Call controller.attach(optimizer) once, or controller.advance()"
+        " after each optimizer.step(); with transformers.Trainer pass callbacks=[FlatLoraCallback(controller)]",
+        stacklevel=6,  # the caller of optimizer.step
+    )
 
 
 def one_sample(controller: Driven, shape: Sequence[int]) -> None:
@@ -79,7 +92,7 @@ def _names(layers: Sequence[Drawing]) -> str:
     return ", ".join(names) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")
 
 
-def _once(controller: Driven, what: str, message: str) -> None:
+def _once(controller: Driven, what: str, message: str, stacklevel: int = 4) -> None:
     if what not in controller._said:
         controller._said.add(what)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=stacklevel)

@@ -224,3 +224,20 @@ def test_later_adapters() -> None:
     with pytest.warns(UserWarning, match=r"without weight noise: 'layers\.1\.gate_proj': '1' around it"):
         peft(torch.randn(2, 16))
     assert list(flat_layers(peft)) == ["layers.0.gate_proj"]
+
+
+def test_a_patch_after_the_conversion_is_said() -> None:
+    """By the controller, after two steps: conversion could not see it."""
+    model = get_peft_model(Model(), lora(target_modules=TARGETS)).train()
+    controller = apply_flat_lora(model, sigma=0.1, seed=1, backend="reference", verbose=False)
+    block = model.base_model.model.layers[0]
+    block.forward = types.MethodType(apply_lora_mlp, block)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller.attach(optimizer)
+    with pytest.warns(
+        UserWarning, match="2 of 4 layers were trained .* 'layers.0.gate_proj', 'layers.0.down_proj'"
+    ):
+        for _ in range(3):
+            model(torch.randn(4, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()

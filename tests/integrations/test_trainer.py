@@ -99,6 +99,40 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert not same(weights(other_noise), weights(whole)), "the noise matters"
 
 
+@pytest.mark.parametrize(
+    "exported, message",
+    [
+        ({"attributes": {"saved": {"base": 3, "step": -1}}}, "expected 0 <= step"),
+        ({"attributes": {"saved": {"base": 3}}}, "expected the keys 'base' and 'step'"),
+        ({"attributes": {"saved": {"base": "3", "step": 1}}}, "expected an int as 'base', got str"),
+        ({"attributes": {}}, "expected attributes with 'saved'"),
+        ({"args": {}}, "expected attributes with 'saved'"),
+        ("abc", "expected attributes with 'saved', got abc"),
+    ],
+)
+def test_a_malformed_checkpoint_is_a_sentence(exported: Any, message: str, tmp_path: Path) -> None:
+    found, controller = trainer(tmp_path, max_steps=2, save_strategy="no")
+    callback = next(c for c in found.callback_handler.callbacks if isinstance(c, FlatLoraCallback))
+    state = found.state
+    state.global_step, state.max_steps = 2, 4
+    state.stateful_callbacks["FlatLoraCallback"] = exported
+    before = controller.state_dict()
+    where = r"trainer_state.json: stateful_callbacks\['FlatLoraCallback'\]: "
+    with pytest.raises((KeyError, TypeError, ValueError), match=where + message):
+        callback.on_train_begin(found.args, state, found.control, model=found.model)
+    assert controller.state_dict() == before
+
+
+def test_a_trainer_without_the_callback_says_so(tmp_path: Path) -> None:
+    found, controller = trainer(tmp_path, max_steps=4, save_strategy="no")
+    found.callback_handler.callbacks = [
+        c for c in found.callback_handler.callbacks if not isinstance(c, FlatLoraCallback)
+    ]
+    controller.total_steps = 4
+    with pytest.warns(UserWarning, match="still at step 0: with schedule='cosine' no noise is drawn"):
+        found.train()
+
+
 def test_steps_are_the_optimisers(tmp_path: Path) -> None:
     """Four micro-batches a step, evaluation in the midst; the controller is found in the model."""
     seen: list[tuple[int, float, int]] = []

@@ -209,7 +209,7 @@ class Event:
 
 def test_a_step_waits_for_norms_that_no_forward_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """`overlap` reads A and B while other work goes on; no optimiser writes to them meanwhile."""
-    from flatlora_kernels.train import streams
+    from flatlora_kernels.train import steps
 
     model, controller = model_and_controller()
     optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
@@ -234,7 +234,7 @@ def test_a_step_waits_for_norms_that_no_forward_waited_for(monkeypatch: pytest.M
     for p in trainable(model):
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert not streams._reading
+    assert not steps._reading
     seen.clear()
     idle(torch.ones(2, 8))  # an evaluation waits as well: what follows it may write
     assert seen == [idle._ready]

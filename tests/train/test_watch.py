@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatlora_kernels import NoiseController, apply_flat_lora
 
-BYPASSED = "trained for two steps without weight noise, because their forward did not run"
+BYPASSED = "trained without weight noise, because their forward did not run"
 
 
 class Expert(nn.Module):
@@ -71,8 +71,11 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, advanc
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_layers_whose_forward_never_runs_are_named_once(schedule: str) -> None:
-    model, controller, optimizer = converted(schedule=schedule, total_steps=8)
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_whose_forward_never_runs_are_named_once(schedule: str, fused: bool) -> None:
+    """Fused optimisers write to parameters without a trace."""
+    model, controller, _ = converted(schedule=schedule, total_steps=8)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
     model.experts[0].forward = types.MethodType(reads_adapters_itself, model.experts[0])
     controller.attach(optimizer)
     (said,) = steps(model, optimizer, 6)
@@ -106,17 +109,18 @@ def test_no_word_where_every_forward_runs_or_nothing_trains() -> None:
 @pytest.mark.parametrize("expected", [["experts"], ["experts.1"], r"experts\.\d", r".*\.1\.(up|down)"])
 def test_layers_that_a_step_may_leave_out(expected: Any) -> None:
     """Experts whose gradients are zero, as DistributedDataParallel gives them: AdamW moves them nevertheless."""
-
-    class Zeros(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> None:
-            for p in trainable(model):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            super().step(closure)
-
     for excused in (False, True):
-        model, controller, _ = converted(**({"expect_unused": expected} if excused else {}))
-        optimizer = Zeros(trainable(model), lr=1e-2)
-        said = steps(model, optimizer, 4, controller.advance)
+        model, controller, optimizer = converted(**({"expect_unused": expected} if excused else {}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for t in range(3):
+                model(randn(4, 6, seed=t)).square().mean().backward()
+                for p in trainable(model):
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                optimizer.step()
+                optimizer.zero_grad()
+                controller.advance()
+        said = [str(w.message) for w in caught]
         assert said == [] if excused else BYPASSED in said[0] and "'experts.1.up'" in said[0]
 
 
@@ -131,14 +135,24 @@ def test_a_loaded_adapter_is_no_training() -> None:
             controller.advance()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "schedule, what", [("constant", "every step sees the same noise"), ("cosine", "no noise is drawn")]
 )
-def test_a_controller_that_nobody_moves_on(schedule: str, what: str) -> None:
-    model, controller, optimizer = converted(schedule=schedule, total_steps=8)
-    (said,) = steps(model, optimizer, 6)
-    assert said.startswith("'experts.0.up' is being trained, and its NoiseController is still at step 0")
+def test_a_controller_that_nobody_moves_on(schedule: str, what: str, fused: bool) -> None:
+    model, _, _ = converted(schedule=schedule, total_steps=8)
+    (said,) = steps(model, torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused), 6)
+    assert said.startswith(
+        "2 layers are being trained, and their NoiseController is still at step 0: with schedule="
+    )
     assert what in said and "controller.attach(optimizer)" in said and "FlatLoraCallback" in said
+
+
+def test_a_compiled_model_whose_controller_nobody_moves_on() -> None:
+    model, _, optimizer = converted()
+    torch._dynamo.reset()
+    (said,) = steps(torch.compile(model, backend="eager"), optimizer, 3)
+    assert "still at step 0" in said
 
 
 def test_no_word_where_somebody_moves_it_on_or_nothing_is_trained() -> None:
@@ -148,19 +162,34 @@ def test_no_word_where_somebody_moves_it_on_or_nothing_is_trained() -> None:
     ):
         model, controller, optimizer = converted()
         assert steps(model, optimizer, 4, drive(controller, optimizer)) == []
+        other = nn.Linear(6, 6)
+        assert steps(other, torch.optim.SGD(other.parameters(), lr=0.1), 4) == []
     model, controller, optimizer = converted(sigma=0.0)
     assert steps(model, optimizer, 4) == []
+    model, controller, _ = converted()
+    halves = [torch.optim.SGD(part, lr=0.1) for part in (trainable(model)[:4], trainable(model)[4:])]
+
+    class Both:
+        def step(self) -> None:
+            for optimizer in halves:
+                optimizer.step()
+
+        def zero_grad(self, set_to_none: bool) -> None:
+            for optimizer in halves:
+                optimizer.zero_grad()
+
+    assert steps(model, Both(), 4, controller.advance) == [], "two optimisers take one step"
+
+
+def test_advancing_before_the_step_is_no_bypass() -> None:
     model, controller, optimizer = converted()
-    x = randn(4, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(x)
-        model.load_state_dict(model.state_dict())
-        model(x)  # one change alone is a checkpoint
-        for _ in range(3):
+        for t in range(3):
+            model(randn(4, 6, seed=t)).square().mean().backward()
+            controller.advance()
             optimizer.step()
-            with torch.no_grad():
-                model(x)
+            optimizer.zero_grad()
 
 
 def test_a_batch_of_one() -> None:
