@@ -32,7 +32,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--level", help="this instruction set alone: see FLATLORA_CPU_ISA")
     parser.add_argument("--library", help="libflatlora_cpu.so to load instead of the installed one")
     parser.add_argument("--trace", help="a file to which the calls of the C library are written")
-    parser.add_argument("--child", type=int, nargs=3, metavar=("FIRST", "END", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", type=int, nargs=3, metavar=("FIRST", "END", "STEP"), help=argparse.SUPPRESS
+    )
     return parser
 
 
@@ -82,7 +84,7 @@ def _load_instead(path: str) -> None:
 
 
 class _Write:
-    """Appends the next `left` calls of the CPU library to a file: level, function and length in a line, then the struct."""
+    """Appends the next `left` calls of the CPU library to a file: a line of level, function, length; the struct."""
 
     def __init__(self, path: str) -> None:
         from flatlora_kernels.backends import cpu

@@ -15,7 +15,9 @@ from flatlora_kernels.core.noise import KINDS
 
 from . import memory
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
 EDGES = sorted({max(0, e + d) for e in (1, 8, 16, 32, 64, 128, 256) for d in (-1, 0, 1)})
 RANKS = (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 256, 300)
 LARGEST = 2**17
@@ -88,8 +90,12 @@ def make(seed: int, number: int, backend: str) -> Case:
     """Case `number` of `seed`, of a size that `backend` can do."""
     r = random.Random(f"{seed}/{number}")
     limits = LIMITS.get(backend, Limits())
-    dtype = r.choice([name for name in DTYPES if backend == "cpu" or backend == "reference" or name != "float64"])
-    most = limits.products // 4 if dtype in ("float16", "float64") else limits.products  # slow in torch, in NumPy
+    dtype = r.choice(
+        [name for name in DTYPES if backend == "cpu" or backend == "reference" or name != "float64"]
+    )
+    most = (
+        limits.products // 4 if dtype in ("float16", "float64") else limits.products
+    )  # slow in torch, in NumPy
     while True:
         M, N, K = (_size(r) for _ in range(3))
         if M * N * K <= most and max(M * N, N * K, M * K) <= limits.elements:
@@ -105,7 +111,13 @@ def make(seed: int, number: int, backend: str) -> Case:
     names += ["lora_A", "lora_B"] if rank is not None else []
     names += ["lora_x"] if rank is not None and r.random() < 0.25 else []
     names += ["bias"] if r.random() < 0.5 else []
-    deep = {"x": len(leading) + 1, "lora_x": len(leading) + 1, "grad_y": len(leading) + 1, "bias": 1, "noise_scale": 1}
+    deep = {
+        "x": len(leading) + 1,
+        "lora_x": len(leading) + 1,
+        "grad_y": len(leading) + 1,
+        "bias": 1,
+        "noise_scale": 1,
+    }
     layouts = {name: _layout(r, deep.get(name, 2)) for name in names}
     if layouts["out"][0] == "expanded":
         layouts["out"] = ("contiguous", *layouts["out"][1:])
@@ -131,7 +143,10 @@ def make(seed: int, number: int, backend: str) -> Case:
         "row_offset": _uint32(r, N),
         "col_offset": _uint32(r, K, 8),
     }
-    strategy, noise_accum = r.choice((None, None, "fused", "fused", "panel")), r.choice((None, "folded", "split"))
+    strategy, noise_accum = (
+        r.choice((None, None, "fused", "fused", "panel")),
+        r.choice((None, "folded", "split")),
+    )
     if strategy == "panel" and noise_accum == "split":
         noise_accum = None
     return Case(
@@ -164,7 +179,9 @@ class Built:
 def build(case: Case) -> Built:
     M, N, K = case.dims
     dtype = DTYPES[case.dtype]
-    generator = torch.Generator().manual_seed(random.Random(f"values {case.seed}/{case.number}").getrandbits(60))
+    generator = torch.Generator().manual_seed(
+        random.Random(f"values {case.seed}/{case.number}").getrandbits(60)
+    )
     root = 1 / math.sqrt(max(K, 1))
     rank = case.rank or 0
     shapes = {
@@ -190,7 +207,11 @@ def build(case: Case) -> Built:
         values = torch.where(values.isfinite(), values.clamp(-limit, limit), values)
         made[name], around[name] = memory.place(values.to(kind), *layout)
     out, noise_scale = made.pop("out"), made.pop("noise_scale")
-    options: dict[str, Any] = {"scaling": case.scaling, "strategy": case.strategy, "noise_accum": case.noise_accum}
+    options: dict[str, Any] = {
+        "scaling": case.scaling,
+        "strategy": case.strategy,
+        "noise_accum": case.noise_accum,
+    }
     sigma: float | Tensor | None = None
     if case.strength != "none":
         options |= {**case.draw, "noise": case.noise, "noise_scale": noise_scale}

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(not BUILD, reason="needs libraries with sanitize
 
 def _compiler_file(name: str) -> str:
     compiler = os.environ.get("CXX", "c++")
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="module")
