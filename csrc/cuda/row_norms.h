@@ -141,12 +141,13 @@ row_norms_tile_kernel(RowNormsArgs args) {
         for (int c = 0; c < 4; ++c) product[i][c] = fmaf(as_float(b2.v[i]), as_float(a.v[c]), product[i][c]);
       }
     }
+    if (kVector && k + column >= args.K) break;  // an infinite B times the zeros beyond the last column is NaN
     FLATLORA_UNROLL
     for (int i = 0; i < 2; ++i) {
       FLATLORA_UNROLL
       for (int c = 0; c < 4; ++c) {
-        // Beyond the last column, an infinite B times zero is NaN.
-        const float x = column + c < args.K - k ? fmaf(scaling, product[i][c], w[i][c]) : 0.0f;
+        if (!kVector && k + column + c >= args.K) continue;
+        const float x = fmaf(scaling, product[i][c], w[i][c]);
         sums[i] = fmaf(x, x, sums[i]);
       }
     }

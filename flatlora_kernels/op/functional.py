@@ -62,8 +62,8 @@ def fused_flat_lora_linear(
         antithetic: sample s sees the noise of ``s >> 1``, negated where s is odd.
         lora_x: input of the adapter branch where it differs from `x` (dropout), in the shape of `x`.
         row_offset, col_offset: where this shard sits in the full weight; `col_offset` is a multiple of 8.
-        strategy: None = automatic, "fused" or "panel". Bits of "fused" are the same for any number of threads; "panel"
-            asks torch for its products, which promises no such thing.
+        strategy: None = automatic, "fused" or "panel". Bits of "fused" are the same for any number of threads;
+            "panel" leaves products to torch, which promises no such thing.
         noise_accum: None = automatic, "folded" (round W + eps) or "split" (x z^T on its own).
         backend: None = automatic, or one of `backend_info()`; a name that cannot run here is an error.
 
@@ -167,8 +167,8 @@ def row_sq_norms(
 ) -> Tensor:
     """Squared row norms ``||W[n] + scaling (B A)[n]||^2``, (N,) float32, as a constant.
 
-    Ranks that hold column shards add these up before `flat_noise_scale`'s square root. Nothing N x K is allocated. A sum
-    of squares in float32: infinite for a norm above 1.8e19, and values below 1e-19 count as zero.
+    Ranks that hold column shards add these up before `flat_noise_scale`'s square root. Nothing N x K is allocated. A
+    sum of squares in float32: infinite for a norm above 1.8e19, and values below 1e-19 count as zero.
 
     Args:
         weight: (N, K) of any supported type, row- or column-major.

@@ -4,8 +4,8 @@
 //
 //   cpu_replay FILE [plant]
 //
-// Each call runs on one thread and on four, and must write the same bytes. A plant is a mistake that the sanitizer has to
-// find: "read" and "write" make an input or the output an element too short, "race" gives two threads one workspace.
+// Each call runs on one thread and on four, and must write the same bytes. A plant is a mistake that the sanitizer has
+// to find: "read" and "write" make an input or the output an element too short, "race" gives two threads one workspace.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -44,9 +44,7 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, 
   return 0;
 }
 
-int64_t size_of(int64_t dtype) {
-  return DType(dtype) == DType::kFloat64 ? 8 : DType(dtype) == DType::kFloat32 ? 4 : 2;
-}
+int64_t size_of(int64_t dtype) { return DType(dtype) == DType::kFloat64 ? 8 : DType(dtype) == DType::kFloat32 ? 4 : 2; }
 
 // Elements from the first to the last of a matrix.
 int64_t extent(int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
@@ -72,8 +70,8 @@ struct Memory {
       uint32_t bits;
       memcpy(&bits, &f, 4);
       // The exponent is that of 0.5 or 1: sign, exponent and the upper bits of the mantissa.
-      const uint16_t half = uint16_t(bits >> 16 & 0x8000) | uint16_t(((bits >> 23 & 0xff) - 112) << 10) |
-                            uint16_t(bits >> 13 & 0x3ff);
+      const uint16_t half =
+          uint16_t(bits >> 16 & 0x8000) | uint16_t(((bits >> 23 & 0xff) - 112) << 10) | uint16_t(bits >> 13 & 0x3ff);
       const uint16_t brain = uint16_t(bits >> 16);
       const void* value = size == 8 ? static_cast<const void*>(&x) : &f;
       if (size == 2) value = DType(dtype) == DType::kBFloat16 ? &brain : &half;

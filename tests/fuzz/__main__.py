@@ -84,7 +84,7 @@ def _load_instead(path: str) -> None:
 
 
 class _Write:
-    """Appends the next `left` calls of the CPU library to a file: level, function and length in a line, then the struct."""
+    """Appends the next `left` calls of the CPU library to a file: a line of level, function, length; the struct."""
 
     def __init__(self, path: str) -> None:
         from flatlora_kernels.backends import cpu

@@ -1,9 +1,9 @@
 """What must hold of a case; an AssertionError says what does not.
 
-Values are judged by the rule of `compare.py`, where they are finite. Where they are not, a result has to be of the class
-(finite, NaN, one of the infinities) that the formula in float64 has there, or the plain computation in the same type,
-which is `F.linear` on the weight with its noise. Free are elements of which the formula is finite, and terms or
-intermediate results leave the type: what is left of those depends on the order of the sum.
+Values are judged by the rule of `compare.py`, where they are finite. Where they are not, a result has to be of the
+class (finite, NaN, one of the infinities) that the formula in float64 has there, or the plain computation in the same
+type, which is `F.linear` on the weight with its noise. Free are elements of which finite terms or intermediate
+results leave the type: what is left of those depends on the order of the sum.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def _product(target: Target, case: Case, p: Problem) -> dict[str, Tensor]:
         p.options["noise_accum"] == "split" or (scale_of_noise is not None and scale_of_noise.isinf().any())
     ):  # NaN in place of infinities: docs/faq.md, "Limits of the kernels"
         for k, f in free.items():
-            f |= np.isinf(np.asarray(exact[k], dtype=np.float64)) | np.isinf(_wide(ordinary[k]).reshape(f.shape))
+            f |= np.isinf(np.asarray(exact[k], dtype=np.float64)) | np.isinf(
+                _wide(ordinary[k]).reshape(f.shape)
+            )
     dtype = p.x.dtype
     info = torch.finfo(dtype)
     # Rounding below the smallest normal number is absolute; products of bfloat16 in hardware round such terms to zero.
@@ -206,7 +208,9 @@ def _added(p: Problem, eps: list[Tensor], name: str, turned: bool, in_parts: boo
         return total
     A, B = p.lora_A.to(dtype), p.lora_B.to(dtype)
     if forward:
-        return total.addmm_((p.x if p.lora_x is None else p.lora_x) @ A.t(), B.t(), alpha=p.options["scaling"])
+        return total.addmm_(
+            (p.x if p.lora_x is None else p.lora_x) @ A.t(), B.t(), alpha=p.options["scaling"]
+        )
     return total.addmm_(p.options["scaling"] * (p.grad_y @ B), A)
 
 
@@ -219,7 +223,7 @@ def _by_rows(p: Problem) -> Problem:
 
 
 def _free(p: Problem, eps: list[Tensor], exact: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Where a result is free: the formula is finite, and something on the way to it leaves the type."""
+    """Where a result is free: something that is finite leaves the type on the way to it."""
     info = torch.finfo(p.x.dtype)
     most = info.max / 2
     terms = 3e38 / 2 if p.x.dtype == torch.float16 else most
@@ -235,7 +239,7 @@ def _free(p: Problem, eps: list[Tensor], exact: dict[str, Any]) -> dict[str, np.
     for name, large in sizes.items():
         value = np.abs(np.asarray(exact[name], dtype=np.float64))
         near = (value > most) & (value < 8 * most)
-        free[name] = np.isfinite(value) & ((large > terms) | near)
+        free[name] = (large > terms) | near
     if p.lora_A is not None:
         if p.options["scaling"] == 0:  # BLAS does not look at what it multiplies by zero
             for name, value in exact.items():
@@ -347,7 +351,9 @@ def _again(target: Target, case: Case, built: Built, first: dict[str, Tensor]) -
     options = p.options
     if built.sigma is not None and case.sigma:
         options = {k: v for k, v in options.items() if k != "noise_scale"} | {"sigma": built.sigma}
-    wanted = [n for i, n in enumerate(sorted(n for n in inputs if inputs[n] is not None)) if case.number >> i & 1]
+    wanted = [
+        n for i, n in enumerate(sorted(n for n in inputs if inputs[n] is not None)) if case.number >> i & 1
+    ]
     for name in wanted:
         inputs[name].requires_grad_()  # type: ignore[union-attr]
     y = target.linear(**inputs, **options)
@@ -366,4 +372,6 @@ def _again(target: Target, case: Case, built: Built, first: dict[str, Tensor]) -
         y = target.linear(**bare, **p.options)
         seen.append((y.detach(), torch.autograd.grad(y, bare["x"], p.grad_y)[0]))  # type: ignore[arg-type]
     for name, one, other in zip(("y", "grad of x"), *seen, strict=True):
-        assert same_bits(one, other), f"{name}: other bits with {case.threads[1]} threads than {case.threads[0]}"
+        assert same_bits(one, other), (
+            f"{name}: other bits with {case.threads[1]} threads than {case.threads[0]}"
+        )
