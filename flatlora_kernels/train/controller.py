@@ -18,7 +18,7 @@ from .names import pattern
 from .roles import Drawing
 from .state import noise_state
 from .steps import watch_over
-from .undo import undone
+from .undo import constants, undone
 
 SCHEDULES = ("constant", "linear", "cosine")
 NORMS = ("flat", "row")
@@ -133,7 +133,7 @@ class NoiseController:
         """The seed of this step as a 0-d int64 tensor on `device`; the same tensor for every step."""
         device = torch.device(device)
         if device not in self._tensors:
-            with torch.inference_mode(False):  # it will be written to outside
+            with constants():
                 self._tensors[device] = torch.full((), signed(self.value), dtype=torch.int64, device=device)
         return self._tensors[device]
 
@@ -225,10 +225,13 @@ class NoiseController:
         layers = tuple(self._layers)
         if self.active:
             watch.idle(self)
-        measured = [(layer, layer._measure(sigma, overlap=overlap)) for layer in layers]
-        self._change(measured, step=self.step + 1)
+        with constants():
+            measured = [(layer, layer._measure(sigma, overlap=overlap)) for layer in layers]
+            self._change(measured, step=self.step + 1)
         for layer in layers:
-            layer._called = layer._bypassed = False
+            layer.__dict__.update(
+                _called=False, _bypassed=False
+            )  # past nn.Module.__setattr__, as in layer.py
 
     def attach(self, optimizer: torch.optim.Optimizer, *, overlap: bool = False) -> Attachment:
         """Let `optimizer` drive this controller: `advance()` after each step that it takes.
@@ -309,10 +312,12 @@ class NoiseController:
 
     def _follow(self) -> None:
         """Tensors and layers as the settings say."""
-        for tensor in self._tensors.values():
-            tensor.fill_(signed(self.value))
-        for layer in self._layers:
-            layer._rescale()
+        with constants():
+            for tensor in self._tensors.values():
+                tensor.fill_(signed(self.value))
+            sigma = self._known_sigma()
+            for layer in self._layers:
+                layer._rescale(sigma)
 
     def strength(self) -> str:
         """The present sigma and the target, "0.01 of 0.05", for people; "?" before total_steps is known."""

@@ -17,7 +17,7 @@ from . import watch
 from .controller import NoiseController
 from .steps import wait_for
 from .streams import beside
-from .undo import undone
+from .undo import constants, undone
 
 Self = TypeVar("Self", bound="NoisyLayer")
 
@@ -176,20 +176,18 @@ class NoisyLayer(nn.Module):
         Args:
             overlap: see `NoiseController.advance`.
         """
-        sigma = self.noise_controller._known_sigma()
-        measured = self._measure(sigma, overlap=overlap)
-        try:
-            self._adopt(measured)
-            self._scale_by(sigma)
-        except BaseException:
-            self.__dict__["_scaled"] = None  # the next forward does it again
-            raise
+        with constants():
+            sigma = self.noise_controller._known_sigma()
+            measured = self._measure(sigma, overlap=overlap)
+            try:
+                self._adopt(measured)
+                self._rescale(sigma)
+            except BaseException:
+                self.__dict__["_scaled"] = None  # the next forward does it again
+                raise
 
-    # Made inside torch.inference_mode(), the tensors could not be used in training later.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _measure(self, sigma: float | None, *, overlap: bool = False) -> Measured:
-        """The norms of the present weights, of which nothing is kept yet."""
+        """The norms of the present weights, of which nothing is kept yet. Called within `constants`."""
         weight, lora_A, lora_B, scaling = self._weight_in_use()
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -225,16 +223,10 @@ class NoisyLayer(nn.Module):
         if measured.ready is not None:
             wait_for(self)
 
-    def _rescale(self) -> None:
-        sigma = self.noise_controller._known_sigma()
+    def _rescale(self, sigma: float | None) -> None:
+        """`noise_scale` for this strength. Called within `constants`."""
         if sigma and self._unit_scale is None:
-            self.refresh_noise_scale()
-            return
-        self._scale_by(sigma)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _scale_by(self, sigma: float | None) -> None:
+            self._adopt(self._measure(sigma))
         scale, unit = self.noise_scale, self._unit_scale
         if not sigma or unit is None:
             self.noise_scale = None
@@ -282,7 +274,7 @@ class NoisyLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        with torch.inference_mode(False):
+        with constants():
             for name in ("noise_scale", "_unit_scale"):  # copied in inference mode
                 tensor = self.__dict__.get(name)
                 if tensor is not None and tensor.is_inference():

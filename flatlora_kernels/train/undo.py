@@ -1,9 +1,11 @@
-"""`undone`: a context manager for what must not stay behind."""
+"""Context managers: `undone` for what must not stay behind, `constants` for tensors that stay."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+
+import torch
 
 
 @contextlib.contextmanager
@@ -17,3 +19,10 @@ def undone(undo: Callable[[], object]) -> Iterator[None]:
         except BaseException:
             undo()
             raise
+
+
+@contextlib.contextmanager
+def constants() -> Iterator[None]:
+    """No gradients; and no inference mode, whose tensors could neither be written to nor trained with later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
