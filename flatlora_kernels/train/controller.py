@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 NORMS = ("flat", "row")
 
 _MASK64 = (1 << 64) - 1
+Each = Callable[[Drawing, float | None], None]
 
 
 def _mix(value: int) -> int:
@@ -220,14 +221,12 @@ class NoiseController:
                 layer waits for its own `noise_scale` only. Not for passes that are replayed as a CUDA graph, which
                 would not wait, and a break in the graph of `torch.compile`.
         """
-        sigma = self.sigma_at(self.step + 1)  # raises before anything has moved
+        self.sigma_at(self.step + 1)  # raises before anything has moved
         self._driven = True
         layers = tuple(self._layers)
         if self.active:
             watch.idle(self)
-        with constants():
-            measured = [(layer, layer._measure(sigma, overlap=overlap)) for layer in layers]
-            self._change(measured, step=self.step + 1)
+        self._change(lambda layer, sigma: layer._renew(sigma, overlap=overlap), step=self.step + 1)
         for layer in layers:
             layer.__dict__.update(
                 _called=False, _bypassed=False
@@ -297,27 +296,28 @@ class NoiseController:
             self._off.add(token)
             yield
 
-    def _change(self, measured: Sequence[tuple[Drawing, Any]] = (), **settings: Any) -> None:
-        """Take over settings, and what layers have measured; all of it, or where something raises nothing."""
+    def _change(self, each: Each | None = None, **settings: Any) -> None:
+        """Take over settings, and have tensors and layers follow; all of it, or where something raises nothing."""
         before = {name: self.__dict__[name] for name in settings}
         try:
-            for layer, found in measured:
-                layer._adopt(found)
             self.__dict__.update(settings)
-            self._follow()
+            self._follow(each)
         except BaseException:
             self.__dict__.update(before)
             self._follow()
             raise
 
-    def _follow(self) -> None:
-        """Tensors and layers as the settings say."""
+    def _follow(self, each: Each | None = None) -> None:
+        """Tensors and layers as the settings say; `each` is done with each layer and sigma, by default rescaling."""
         with constants():
             for tensor in self._tensors.values():
                 tensor.fill_(signed(self.value))
             sigma = self._known_sigma()
             for layer in self._layers:
-                layer._rescale(sigma)
+                if each is None:
+                    layer._rescale(sigma)
+                else:
+                    each(layer, sigma)
 
     def strength(self) -> str:
         """The present sigma and the target, "0.01 of 0.05", for people; "?" before total_steps is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,6 @@ from .streams import beside
 from .undo import constants, undone
 
 Self = TypeVar("Self", bound="NoisyLayer")
-
-
-class Measured(NamedTuple):
-    """What a layer found in its weights."""
-
-    unit: Tensor | None  # noise_scale at sigma = 1; None at sigma = 0
-    stamps: tuple[Any, ...]  # of what it was computed from
-    ready: torch.cuda.Event | None  # where another stream computes it
 
 
 class NoisyLayer(nn.Module):
@@ -177,17 +169,10 @@ class NoisyLayer(nn.Module):
             overlap: see `NoiseController.advance`.
         """
         with constants():
-            sigma = self.noise_controller._known_sigma()
-            measured = self._measure(sigma, overlap=overlap)
-            try:
-                self._adopt(measured)
-                self._rescale(sigma)
-            except BaseException:
-                self.__dict__["_scaled"] = None  # the next forward does it again
-                raise
+            self._renew(self.noise_controller._known_sigma(), overlap=overlap)
 
-    def _measure(self, sigma: float | None, *, overlap: bool = False) -> Measured:
-        """The norms of the present weights, of which nothing is kept yet. Called within `constants`."""
+    def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
+        """`noise_scale` from the present weights. Called within `constants`."""
         weight, lora_A, lora_B, scaling = self._weight_in_use()
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -196,8 +181,12 @@ class NoisyLayer(nn.Module):
             )
         if overlap and weight.is_cuda:
             with beside(weight.device, "noise_scale") as side:
-                measured = self._measure(sigma)
-                return measured._replace(ready=side.record_event())
+                try:
+                    self._renew(sigma)
+                finally:
+                    self.__dict__["_ready"] = side.record_event()
+            wait_for(self)
+            return
         self._wait_until_ready()
         self._attach(weight.device)
         if not sigma:
@@ -214,32 +203,27 @@ class NoisyLayer(nn.Module):
                 in_features=1 if self.noise_controller.norm == "row" else None,
                 backend=self.backend,
             )
-        return Measured(unit, tuple(map(_stamp, self._norm_sources())), None)
-
-    def _adopt(self, measured: Measured) -> None:
-        """Keep what was measured; `noise_scale` follows by `_rescale`."""
-        # Past nn.Module.__setattr__, which takes 4 us for each.
-        self.__dict__.update(_unit_scale=measured.unit, _scaled=measured.stamps, _ready=measured.ready)
-        if measured.ready is not None:
-            wait_for(self)
+        stamps = tuple(map(_stamp, self._norm_sources()))
+        # Past nn.Module.__setattr__, which takes 4 us for each. An interrupt before the end leaves the layer stale.
+        self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=None)
+        self._multiply(sigma)
+        self.__dict__["_scaled"] = stamps
 
     def _rescale(self, sigma: float | None) -> None:
-        """`noise_scale` for this strength. Called within `constants`."""
+        """`noise_scale` from the norms known, for this strength. Called within `constants`."""
         if sigma and self._unit_scale is None:
-            self._adopt(self._measure(sigma))
+            self._renew(sigma)
+        else:
+            self._wait_until_ready()
+            self._multiply(sigma)
+
+    def _multiply(self, sigma: float | None) -> None:
         scale, unit = self.noise_scale, self._unit_scale
         if not sigma or unit is None:
             self.noise_scale = None
-            return
-        if self._ready is not None:  # beside the current stream, as the norms
-            with beside(unit.device, "noise_scale") as side:
-                self._multiply(scale, unit, sigma)
-                self.__dict__["_ready"] = side.record_event()
-        else:
-            self._multiply(scale, unit, sigma)
-
-    def _multiply(self, scale: Tensor | None, unit: Tensor, sigma: float) -> None:
-        if scale is None or scale.device != unit.device or scale.shape != unit.shape or scale.is_inference():
+        elif (
+            scale is None or scale.device != unit.device or scale.shape != unit.shape or scale.is_inference()
+        ):
             self.noise_scale = unit * sigma
         else:  # in place: compiled graphs keep their input, and a backward that comes too late is noticed
             torch.mul(unit, sigma, out=scale)

@@ -222,7 +222,9 @@ def test_a_step_waits_for_norms_that_no_forward_waited_for(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     reading, idle = layers(model)
     for layer in (reading, idle):
-        layer._adopt(layer._measure(controller.sigma)._replace(ready=Event()))
+        layer.refresh_noise_scale()
+        layer._ready = Event()  # as after advance(overlap=True) on a GPU
+        steps.wait_for(layer)
     before = [p.detach().clone() for p in trainable(model)]
 
     def unwritten(*_: Any) -> None:
