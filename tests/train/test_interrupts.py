@@ -78,8 +78,8 @@ def outcome(run: Run) -> list[Any]:
     return [training, quiet, losses, layers(run.model)[0].noise_controller.state_dict(), *parameters]
 
 
-def events(call: Callable[[], Any], stop: int | None = None) -> int:
-    """How many lines of the package `call` runs; before number `stop` of them comes a KeyboardInterrupt.
+def events(call: Callable[[], Any], stop: int | None = None, *, within: str = PACKAGE) -> int:
+    """How many lines of this folder `call` runs; before number `stop` of them comes a KeyboardInterrupt.
 
     Not before the end of a `with` or the begin of a `try` or `finally`, where Python delivers no signal either; and
     not inside `undone`, which stands one interrupt.
@@ -100,7 +100,7 @@ def events(call: Callable[[], Any], stop: int | None = None) -> int:
 
     def enter(frame: FrameType, event: str, arg: Any) -> Any:
         file = frame.f_code.co_filename
-        return local if file.startswith(PACKAGE) and not file.endswith("undo.py") else None
+        return local if file.startswith(within) and not file.endswith("undo.py") else None
 
     before = sys.gettrace()
     sys.settrace(enter)
@@ -142,6 +142,36 @@ def test_interrupted_at_many_lines(name: str) -> None:
         if not same(outcome(run), outcome(twin)):
             wrong.append(where)
     assert not wrong
+
+
+@pytest.mark.parametrize("norms", ["known", "changed", "unknown"])
+def test_interrupted_at_each_line_of_advance(norms: str) -> None:
+    """Seed, step and strength belong together afterwards, of before or of after."""
+
+    def ready_to_advance() -> tuple[Run, NoiseController]:
+        run = begun("attached") if norms != "unknown" else Run("attached")  # at sigma = 0 no norm is known
+        controller = layers(run.model)[0].noise_controller
+        if norms == "changed":
+            with torch.no_grad():
+                for parameter in trainable(run.model):
+                    parameter.mul_(1.5)
+        return run, controller
+
+    train = str(Path(PACKAGE, "train"))
+    total = events(ready_to_advance()[1].advance, within=train)
+    for stop in range(total):
+        run, controller = ready_to_advance()
+        before = controller.step
+        with pytest.raises(KeyboardInterrupt) as caught:
+            events(controller.advance, stop, within=train)
+        where = str(caught.value)
+        assert controller.step in (before, before + 1), where
+        assert controller.tensor("cpu").item() % 2**64 == controller.value, where
+        assert (controller.sigma > 0) == any(layer.noise_scale is not None for layer in controller.layers), (
+            where
+        )
+        twin = run.fresh()
+        assert same(outcome(run), outcome(twin)), where
 
 
 class Broken(Exception):
