@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -172,6 +173,23 @@ def test_interrupted_at_each_line_of_advance(norms: str) -> None:
         )
         twin = run.fresh()
         assert same(outcome(run), outcome(twin)), where
+
+
+def test_interrupted_while_a_forward_reads_the_norms() -> None:
+    def changed() -> Run:
+        run = begun("attached")
+        with torch.no_grad():
+            for parameter in trainable(run.model):
+                parameter.mul_(1.5)
+        return run
+
+    x, train = randn(6, 16), str(Path(PACKAGE, "train"))
+    for stop in range(events(partial(changed().model, x), within=train)):
+        run = changed()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            events(partial(run.model, x), stop, within=train)
+        where = str(caught.value)
+        assert torch.equal(run.model(x), run.fresh().model(x)), where
 
 
 class Broken(Exception):
