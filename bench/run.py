@@ -34,9 +34,7 @@ class Settings(NamedTuple):
     min_rounds: int = 5
     max_rounds: int = 200
     time_limit: float = math.inf  # seconds; no case is begun after it
-    goal: float = (
-        math.inf
-    )  # seconds for all cases but for their memory; where they take longer, rounds become fewer
+    goal: float = math.inf  # seconds for all cases without their memory; rounds become fewer to keep to it
     graph: str = "none"  # cases to be timed as CUDA graphs, too: "none", "small", "all"
 
 

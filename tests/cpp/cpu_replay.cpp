@@ -106,8 +106,9 @@ using Bytes = std::vector<char>;
 // Room for the output, which is copied out and freed after the call.
 template <class Args, class T>
 Bytes call(int32_t (*function)(const Args*), Args& args, T*& out, int64_t bytes, int64_t element) {
-  void* room = malloc(size_t(bytes - (g_plant == "write" ? element : 0)));
-  memset(room, 0, size_t(bytes - (g_plant == "write" ? element : 0)));
+  const size_t has = size_t(g_plant == "write" && bytes > 0 ? bytes - element : bytes);
+  void* room = malloc(has);
+  memset(room, 0, has);
   out = static_cast<T*>(room);
   if (const int32_t error = function(&args)) {
     fprintf(stderr, "failed with code %d\n", error);

@@ -108,7 +108,7 @@ def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("\n".join([*begin, *lines]))
     level = backends.get("cpu").level()
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    count = "16" if "SIGSEGV" in messages[0] else "40"  # each crash starts a process anew
+    count = "8" if "SIGSEGV" in messages[0] else "40"  # each crash starts a process anew
     run = fuzz("--cases", count, "--seed", "4", "--level", level, PYTHONPATH=path)
     print(run.stdout, run.stderr)
     assert run.returncode == 1

@@ -93,6 +93,7 @@ def test_norms_that_float32_squares_do_not_hold(target: Target) -> None:
         assert (scale == expected).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("K", [1, 40, 128, 131, 333])
 def test_infinite_adapter(target: Target, dtype: torch.dtype, K: int) -> None:
     """A row of the update that is infinite makes that norm infinite, whatever the kernel's tiles are filled up with."""
