@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BUILD = os.environ.get("FLATLORA_SANITIZED")  # a folder that has cpu-address and cpu-thread
 
+SEED = os.environ.get("FLATLORA_FUZZ_SEED", "15")  # as in test_fuzz.py
+
 pytestmark = pytest.mark.skipif(not BUILD, reason="needs libraries with sanitizers: make test-sanitized")
 
 
@@ -26,7 +28,7 @@ def _compiler_file(name: str) -> str:
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzz") / "calls"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--cases", "120", "--trace", str(path)],
+        [sys.executable, "-m", "tests.fuzz", "--cases", "120", "--seed", SEED, "--trace", str(path)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     print(run.stdout, run.stderr)
@@ -66,7 +68,7 @@ def test_what_is_planted_is_found(sanitizer: str, plant: str, report: str, trace
 def test_whole_cases_with_address_sanitizer() -> None:
     """As torch calls the library, with torch's own memory for the outputs between red zones."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--cases", "60", "--library",
+        [sys.executable, "-m", "tests.fuzz", "--cases", "60", "--seed", SEED, "--library",
          str((ROOT / str(BUILD) / "cpu-address" / "libflatlora_cpu.so").resolve())],
         cwd=ROOT, capture_output=True, text=True, errors="replace",
         env={
