@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..train.controller import NoiseController
-from ..train.layer import NoisyLayer, check_noise_options
+from ..train.layer import NoisyLayer, check_noise_options, shared_controller
 from ..train.state import noise_state
 
 try:
@@ -246,15 +246,9 @@ def _convert(model: nn.Module, settings: dict[str, Any]) -> NoiseController:
 def _checked_controller(model: nn.Module, controller: NoiseController | None) -> NoiseController:
     """`controller`, or the one that the noisy layers of `model` share, if advancing it moves all noise of the model."""
     layers = _noisy_layers(model)
-    found = {id(layer.noise_controller): layer.noise_controller for layer in layers}
     if controller is None:
-        if len(found) != 1:
-            raise ValueError(
-                f"model: expected noisy layers that share one NoiseController, got {len(layers)} layers with"
-                f" {len(found)}; see apply_flat_lora"
-            )
-        (controller,) = found.values()
-        return controller
+        return shared_controller(layers)
+    found = {id(layer.noise_controller): layer.noise_controller for layer in layers}
     others = ", ".join(map(repr, (c for c in found.values() if c is not controller and not c.attached)))
     if id(controller) in found and not others:
         return controller

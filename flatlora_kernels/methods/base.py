@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..train.controller import NoiseController
-from ..train.layer import NoisyLayer
+from ..train.layer import NoisyLayer, shared_controller
 from ..train.state import keys
 from ..train.undo import undone
 
@@ -62,15 +62,9 @@ class Method:
     ) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
         self.layers = tuple(m for m in model.modules() if isinstance(m, NoisyLayer))
-        controllers = {id(layer.noise_controller): layer.noise_controller for layer in self.layers}
         if noise_controller is None:
-            if len(controllers) != 1:
-                raise ValueError(
-                    f"model: expected layers that share one NoiseController, got {len(self.layers)} layers with"
-                    f" {len(controllers)} controllers; see apply_flat_lora"
-                )
-            (noise_controller,) = controllers.values()
-        elif any(c is not noise_controller for c in controllers.values()):
+            noise_controller = shared_controller(self.layers)
+        elif any(layer.noise_controller is not noise_controller for layer in self.layers):
             raise ValueError("noise_controller: expected the one of the model's layers, got another")
         self.controller = noise_controller
         if self.noise:

@@ -227,10 +227,8 @@ class NoiseController:
         if self.active:
             watch.idle(self)
         self._change(lambda layer, sigma: layer._renew(sigma, overlap=overlap), step=self.step + 1)
-        for layer in layers:
-            layer.__dict__.update(
-                _called=False, _bypassed=False
-            )  # past nn.Module.__setattr__, as in layer.py
+        for layer in layers:  # past nn.Module.__setattr__, as in layer.py
+            layer.__dict__.update(_called=False, _bypassed=False)
 
     def attach(self, optimizer: torch.optim.Optimizer, *, overlap: bool = False) -> Attachment:
         """Let `optimizer` drive this controller: `advance()` after each step that it takes.

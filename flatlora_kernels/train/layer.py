@@ -327,6 +327,22 @@ def _identity(setting: Any) -> Any:
     return setting if code is None else (code, setting.__closure__, setting.__defaults__)
 
 
+def shared_controller(layers: Iterable[NoisyLayer]) -> NoiseController:
+    """The one that all of a model's layers draw with.
+
+    Raises:
+        ValueError: there are no layers, or several controllers.
+    """
+    found = [layer.noise_controller for layer in layers]
+    controllers = {id(controller): controller for controller in found}
+    if len(controllers) != 1:
+        raise ValueError(
+            f"model: expected noisy layers that share one NoiseController, got {len(found)} layers with"
+            f" {len(controllers)} controllers; see apply_flat_lora"
+        )
+    return found[0]
+
+
 @contextlib.contextmanager
 def instead_of_noise(
     layers: Iterable[NoisyLayer], arguments: Callable[[NoisyLayer], dict[str, Any]]

@@ -26,8 +26,6 @@ from .controller import NoiseController, signed
 from .layer import NoisyLayer, check_noise_options
 from .state import layer_state
 
-_MASK64 = (1 << 64) - 1
-
 
 class FlatLoraLinear(NoisyLayer):
     """A frozen linear layer with a low-rank adapter, trained under weight noise drawn inside the kernel.

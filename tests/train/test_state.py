@@ -180,7 +180,9 @@ def test_norms_first_read_in_inference_mode() -> None:
         controller.load_state_dict(GOOD)
     controller.target_sigma = 0.3
     model(torch.ones(2, 6)).square().sum().backward()
+    assert all(layer.lora_A.grad.isfinite().all() for layer in layers(model))
     controller.advance()
+    assert controller.step == GOOD["step"] + 1
 
 
 def test_a_copy_made_in_inference_mode_draws_noise() -> None:

@@ -133,6 +133,7 @@ def test_a_loaded_adapter_is_no_training() -> None:
                 model.experts[0].up.lora_B.fill_(1.0)
             controller.advance()
             controller.advance()
+    assert controller.step == 6 and not controller._said
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -190,6 +191,7 @@ def test_advancing_before_the_step_is_no_bypass() -> None:
             controller.advance()
             optimizer.step()
             optimizer.zero_grad()
+    assert controller.step == 3 and not controller._said
 
 
 def test_a_batch_of_one() -> None:
