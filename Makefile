@@ -4,7 +4,7 @@
 # torch. Otherwise .venv is made, and TORCH installed into it. Where that would bring CUDA libraries for which there
 # is no GPU: make test TORCH="torch --index-url URL" with the CPU index of PyTorch's installation page.
 #
-# FLATLORA_BUILD=none, cpu or cuda says what is compiled; see setup.py, and BUILD below for the default.
+# FLATLORA_BUILD=none, cpu or cuda says what is compiled; see setup.py, and PLAN below for the default.
 PYTHON ?= $(shell command -v python3 || command -v python)
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch
