@@ -10,6 +10,7 @@ from .op.functional import (
     flat_noise_scale,
     fused_flat_lora_linear,
     materialize_noise,
+    noise_product,
     perturb_weight,
     row_sq_norms,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "flat_noise_scale",
     "fused_flat_lora_linear",
     "materialize_noise",
+    "noise_product",
     "perturb_weight",
     "print_trainable_parameters",
     "row_sq_norms",

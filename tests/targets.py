@@ -12,7 +12,6 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.choice import resolve
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,15 +46,12 @@ class Target(NamedTuple):
         """Runs in the emulator of CUDA, csrc/emulator."""
         return self.backend == "cuda" and self.device == "cpu"
 
-    @property
-    def plans(self) -> list[dict[str, str]]:
-        """Keyword arguments of every strategy and noise_accum that the backend implements."""
-        return [
-            {"strategy": s, "noise_accum": a}
-            for s in resolve.STRATEGIES
-            for a in self.module.NOISE_ACCUMS
-            if (s, a) != ("panel", "split")
-        ]
+    def plans(self, noise: str) -> list[dict[str, str]]:
+        """Keyword arguments of every strategy and noise_accum that the backend implements for this kind of noise."""
+        strategies = [s for s in ("fused",) if noise in self.module.FUSES]
+        found = [{"strategy": s, "noise_accum": a} for s in strategies for a in self.module.NOISE_ACCUMS]
+        found += [{"strategy": "panel", "noise_accum": "folded"}]
+        return found + [{"strategy": "transform", "noise_accum": "folded"}] * (noise == "hadamard")
 
     @property
     def gaussian_atol(self) -> float:

@@ -14,6 +14,7 @@ struct NoiseArgs {
   int64_t scale_stride;
   const int64_t* seed;
   int64_t stream, samples, sample_offset, antithetic, row_offset, col_offset;
+  int64_t tile_bits;  // of kHadamard
 };
 
 struct WeightArgs {
@@ -57,6 +58,17 @@ struct PerturbArgs {
   WeightArgs weight;
   void* out;  // (N, K)
   int64_t out_row_stride, out_col_stride;
+  NoiseArgs noise;
+};
+
+// y = a eps^T, or a eps, of kHadamard noise.
+struct TransformArgs {
+  int64_t input_grad, dtype;
+  int64_t M, N, K;
+  const void* a;  // (M, K), or (M, N)
+  int64_t a_row_stride, a_col_stride;
+  void* y;      // (M, outputs), contiguous
+  int64_t add;  // to what y holds
   NoiseArgs noise;
 };
 

@@ -18,7 +18,7 @@
 
 namespace flatlora {
 
-enum class Noise : int64_t { kNone = 0, kGaussian = 1, kRademacher = 2 };
+enum class Noise : int64_t { kNone = 0, kGaussian = 1, kRademacher = 2, kNearGaussian = 3, kHadamard = 4 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;

@@ -9,6 +9,8 @@ Every module of this folder is a backend and has the same members:
     describe()               one line for the doctor
     product                  what core/records.py calls so, with noise or without
     row_sq_norms, perturb
+    FUSES                    the kinds of noise that its `product` takes; of the others it has `perturb` and `transform`
+    transform                the product of "hadamard" noise alone
     product_and_u            optional: the forward's product, and u of the adapter in the same kernel
     adapter_grads            optional: its own way to the gradients of the adapter
 
@@ -58,6 +60,11 @@ def lacks(name: str, noise_accum: str | None) -> str | None:
     if noise_accum is not None and noise_accum not in get(name).NOISE_ACCUMS:
         return f"noise_accum={noise_accum!r}"
     return None
+
+
+def fuses(name: str, noise: str) -> bool:
+    """Whether `name` has strategy "fused" for this kind of noise."""
+    return noise in get(name).FUSES
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:

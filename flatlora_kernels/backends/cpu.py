@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.noise import KINDS
 from ..core.records import Draw, Product
 from .shared import arguments, library
 
@@ -24,6 +25,7 @@ PRIORITY = 10
 DEVICE_TYPES = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOISE_ACCUMS = ("folded", "split")
+FUSES = KINDS
 
 
 class _Loaded(NamedTuple):

@@ -26,6 +26,7 @@ PRIORITY = 5 if _EMULATED else 25
 DEVICE_TYPES = ("cpu",) if _EMULATED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOISE_ACCUMS = ("folded", "split")
+FUSES = ("gaussian", "near_gaussian", "rademacher")
 
 # For tests and tuning: row of the kernel's configuration table (-1 = choose; from 1000 on the sm_90a kernel's), parts
 # of the sum (0 = choose).

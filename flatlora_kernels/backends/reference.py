@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.noise import epsilon
+from ..core.noise import KINDS, epsilon
 from ..core.records import Draw, Product
 from .shared.products import matmul
 
@@ -13,6 +13,7 @@ PRIORITY = 0
 DEVICE_TYPES = None
 DTYPES = None
 NOISE_ACCUMS = ("folded", "split")
+FUSES = KINDS
 
 
 def unavailable() -> str | None:
@@ -27,7 +28,7 @@ def perturbed_weight(weight: Tensor, draw: Draw | None, group: int, noise_accum:
     """``W + eps``, (N, K): rounded once to the type of `weight`, with "split" not rounded to 16 bits."""
     if draw is None:
         return weight
-    eps = epsilon(draw, weight.shape[1], group)
+    eps = epsilon(draw, weight.shape[1], weight.dtype, group)
     perturbed = weight.to(torch.promote_types(weight.dtype, torch.float32)) + eps
     return perturbed if noise_accum == "split" else perturbed.to(weight.dtype)
 
@@ -62,6 +63,20 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
 def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """``out = W + eps``, or ``out = eps`` where `weight` is None; (N, K)."""
     if weight is None:
-        out.copy_(epsilon(draw, out.shape[1]))
+        out.copy_(epsilon(draw, out.shape[1], out.dtype))
     else:
         out.copy_(perturbed_weight(weight, draw, 0))
+
+
+def transform(a: Tensor, draw: Draw, input_grad: bool, out: Tensor, add: bool) -> None:
+    """``out = a eps^T``, in the input gradient ``a eps``, of "hadamard" noise; with `add` that is added to `out`.
+
+    Args:
+        a: (M, contraction), M > 0. out: (M, outputs), contiguous, in the type of `a`.
+    """
+    compute = torch.promote_types(a.dtype, torch.float32)
+    K = out.shape[1] if input_grad else a.shape[1]
+    for group, (a_part, y) in enumerate(zip(a.chunk(draw.samples), out.chunk(draw.samples), strict=True)):
+        eps = epsilon(draw, K, a.dtype, group).to(compute)
+        noise = a_part.to(compute) @ (eps if input_grad else eps.t())
+        y.copy_(y + noise if add else noise)

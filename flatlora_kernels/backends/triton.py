@@ -25,6 +25,7 @@ PRIORITY = 5 if _INTERPRETED else 20
 DEVICE_TYPES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOISE_ACCUMS = ("folded", "split")
+FUSES = ("gaussian", "near_gaussian", "rademacher")
 
 _MINIMUM = (3, 6)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends as registry
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
@@ -169,6 +170,8 @@ def _predicted(p: Problem, backend: str, strategy: str) -> float | None:
     from . import cost
 
     chip = cost.chip_of(p.device)
+    if strategy == "transform" or p.noise not in cost.DRAWN:
+        return None
     if chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
         return None
     dtype = str(p.dtype).removeprefix("torch.")
@@ -181,11 +184,9 @@ def _predicted(p: Problem, backend: str, strategy: str) -> float | None:
 @functools.lru_cache(maxsize=4096)
 def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -> Decision:
     """The best of `backends`, which can all run here and come with the favourite first, and `strategies`."""
-    if p.noise_accum == "split":
-        strategies = ("fused",)
-    ways = [(b, s) for b in backends for s in strategies]
-    measured = _measured(p, ways) if len(ways) > 1 else {}
-    candidates = tuple(Candidate(b, s, measured.get((b, s)), _predicted(p, b, s)) for b, s in ways)
+    possible = ways(backends, strategies, p)
+    measured = _measured(p, possible) if len(possible) > 1 else {}
+    candidates = tuple(Candidate(b, s, measured.get((b, s)), _predicted(p, b, s)) for b, s in possible)
     first = candidates[0]
     reason, times, field = "nothing to choose from", candidates[:1], "predicted"
     if measured:
@@ -194,14 +195,30 @@ def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -
         # On a processor no model decides: the vendor's product is not known well enough.
         if p.device.type != "cpu" and first.predicted is not None:
             reason, times = "predicted", tuple(c for c in candidates if c.predicted is not None)
-        elif backends == ("triton",) and (device_key(p.device) or "").startswith("gfx"):
+        elif (
+            backends == ("triton",)
+            and p.noise != "hadamard"
+            and (device_key(p.device) or "").startswith("gfx")
+        ):
             reason = f"not measured on this device; panels from {_AMD_PANEL_ROWS} rows on"
-            times = (candidates[strategies.index("panel" if p.M >= _AMD_PANEL_ROWS else "fused")],)
+            wanted = "panel" if p.M >= _AMD_PANEL_ROWS else "fused"
+            times = tuple(c for c in candidates if c.strategy == wanted)
         else:
             reason = f"not measured on this device; {first.backend} {first.strategy} goes first"
     limit = min(getattr(c, field) or 0.0 for c in times)
     best = next(c for c in times if limit >= _MARGIN * (getattr(c, field) or 0.0))
     return Decision(best.backend, best.strategy, reason, candidates)
+
+
+def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list[tuple[str, str]]:
+    """The pairs of these that can do it; what goes first where nothing is known comes first."""
+    if p.noise == "hadamard":  # no work of the weight's size
+        strategies = sorted(strategies, key=lambda s: s != "transform")
+    else:
+        strategies = [s for s in strategies if s != "transform"]
+    if p.noise_accum == "split":
+        strategies = [s for s in strategies if s != "panel"]
+    return [(b, s) for b in backends for s in strategies if s != "fused" or registry.fuses(b, p.noise)]
 
 
 def way(choice: Choice, p: Problem) -> Decision:

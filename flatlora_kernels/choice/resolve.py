@@ -14,7 +14,7 @@ import torch
 from .. import backends
 from ..core.records import Choice
 
-STRATEGIES = ("fused", "panel")
+STRATEGIES = ("fused", "panel", "transform")
 # What stands for a strategy that nobody asked for, see `resolve`.
 STRATEGY, BACKEND_AND_STRATEGY = FREE = ("auto", "auto backend")
 
@@ -38,7 +38,10 @@ def _select(
     device_type: str,
     dtype: torch.dtype,
     large: bool,
+    noise: str | None,
 ) -> Choice:
+    if strategy == "transform" and noise not in (None, "hadamard"):
+        raise ValueError(f"strategy: 'transform' is of noise='hadamard' alone, got noise={noise!r}")
     if strategy == "panel" and noise_accum == "split":
         raise NotImplementedError(
             "noise_accum: expected 'folded' or None with strategy='panel', whose slices of W + eps are rounded"
@@ -56,6 +59,11 @@ def _select(
             raise TypeError(f"{source}={name!r} {reason}")
         if feature := backends.lacks(name, noise_accum):
             raise NotImplementedError(f"backend {name!r} does not implement {feature} yet")
+    if strategy == "fused" and noise is not None and not backends.fuses(name, noise):
+        raise NotImplementedError(
+            f"strategy: expected None, 'transform' or 'panel', got 'fused', which backend {name!r} does not implement"
+            f" for noise={noise!r}"
+        )
     return Choice(strategy or free, noise_accum or backends.get(name).NOISE_ACCUMS[0], name)
 
 
@@ -113,12 +121,16 @@ def resolve(
     device_type: str,
     dtype: torch.dtype,
     weight_numel: int,
+    noise: str | None = None,
 ) -> Choice:
     """How to compute a call with these arguments.
 
     Precedence: keyword, then `use_backend` / `use_strategy`, then FLATLORA_BACKEND / FLATLORA_STRATEGY, then
     automatic. What nobody asked for is left to `dispatch.choose`, which the op calls with the sizes of the moment:
     strategy is then STRATEGY, or BACKEND_AND_STRATEGY and `backend` the favourite.
+
+    Args:
+        noise: None = nothing is drawn.
     """
     source = "backend"
     if backend is None:
@@ -132,7 +144,7 @@ def resolve(
             _check_name("FLATLORA_STRATEGY", strategy, STRATEGIES)
     # A branch, because torch.compile turns it into a plain bool where sizes are symbols.
     large = True if weight_numel >= _LARGE else False
-    return _select_once(backend, source, strategy, noise_accum, device_type, dtype, large)
+    return _select_once(backend, source, strategy, noise_accum, device_type, dtype, large, noise)
 
 
 @contextlib.contextmanager
@@ -152,7 +164,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_strategy(name: str) -> Iterator[None]:
-    """Use strategy `name` ("fused" or "panel") for calls in this thread that name none themselves."""
+    """Use strategy `name` ("fused", "panel" or "transform") for calls in this thread that name none themselves."""
     with _setting("strategy", _check_name("strategy", name, STRATEGIES)):
         yield
 

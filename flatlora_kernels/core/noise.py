@@ -2,19 +2,25 @@
 
 A value ``z[n, k]`` is a function of ``(seed, stream, sample, n, k)`` and of nothing else. The bits are
 those of docs/internals/noise.md: Philox4x32-10 (Salmon et al., SC 2011) on global indices, then Box-Muller with 16-bit
-uniforms (``gaussian``) or one bit per value (``rademacher``).
+uniforms (``gaussian``), sums of four small integers (``near_gaussian``), one bit per value (``rademacher``) or Walsh
+tiles between random signs (``hadamard``).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .records import Draw
 
-KINDS = ("gaussian", "rademacher")
+KINDS = ("gaussian", "near_gaussian", "rademacher", "hadamard")
+
+NEAR_GAUSSIAN_VARIANCE = 665  # of its integers
+_LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28)
+MOST_TILE_BITS = 12
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -55,7 +61,71 @@ def _gaussian_pair(word: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(theta), radius * torch.sin(theta)
 
 
-def standard_noise(
+def tile_bits(out_features: int, in_features: int) -> int:
+    """t of ``hadamard``: its tiles are 2^t square, the largest that fit a layer of this shape, 4096 at most."""
+    smaller = min(out_features, in_features)
+    # Comparisons, because sizes may be symbols.
+    for bits in range(MOST_TILE_BITS, 0, -1):
+        if smaller >= 1 << bits:
+            return bits
+    return 0
+
+
+def _words(c0: Tensor, c1: Tensor, stream: int, sample: int, seed: Tensor) -> tuple[Tensor, ...]:
+    rest = (torch.full_like(c0, stream), torch.full_like(c0, sample))
+    return philox4x32_10((c0, c1, *rest), (seed & _MASK, (seed >> 32) & _MASK))
+
+
+def _pick(words: tuple[Tensor, ...], index: Tensor) -> Tensor:
+    """Of each four words that of its index."""
+    stacked = torch.stack(words, dim=-1)
+    return stacked.gather(-1, index.expand(stacked.shape[:-1])[..., None])[..., 0]
+
+
+def _gaussian(n: Tensor, block: Tensor, *draw: Any) -> Tensor:
+    pairs = [
+        z for word in _words(block, n, *draw) for z in _gaussian_pair(word)
+    ]  # columns 0..7 of each block
+    return torch.stack(pairs, dim=-1).flatten(1)
+
+
+def _rademacher(n: Tensor, block: Tensor, *draw: Any) -> Tensor:
+    i = n & 15
+    word = _pick(_words(block, n >> 4, *draw), i >> 2)
+    bit = 8 * (i & 3)[..., None] + torch.arange(8, device=n.device)  # (rows, 1, 8)
+    return (1 - 2 * ((word[..., None] >> bit) & 1)).flatten(1)
+
+
+def _levels(words: tuple[Tensor, ...]) -> Tensor:
+    """Values of the 8 columns of a block, (rows, blocks, 8)."""
+    word = torch.stack(words, dim=-1)[..., None]
+    shift = 16 * torch.arange(2, device=word.device)
+    magnitude = torch.tensor(_LEVELS, device=word.device)[(word >> (5 + shift)) & 15]
+    return (magnitude * (1 - 2 * ((word >> (15 + shift)) & 1))).flatten(-2)
+
+
+def _near_gaussian(n: Tensor, block: Tensor, *draw: Any) -> Tensor:
+    def values(block: Tensor) -> tuple[Tensor, Tensor]:
+        words = _words(block, 8 * (n >> 4) + (n & 7), *draw)
+        rotated = tuple((w >> 5) | (w << 27 & _MASK) for w in words)
+        return _levels(words), _levels(rotated)
+
+    (a, b), (c, d) = values(block & ~1), values(block | 1)
+    row_sign = (1 - 2 * (n >> 3 & 1))[..., None]
+    col_sign = (1 - 2 * (block & 1))[..., None]
+    return (a + row_sign * b + col_sign * (c + row_sign * d)).flatten(1)
+
+
+def _hadamard(n: Tensor, k: Tensor, bits: int, *draw: Any) -> Tensor:
+    tile = (1 << bits) - 1
+    odd = (_pick(_words(0x80000000 + (n >> 7), k >> bits, *draw), n >> 5 & 3) >> (n & 31)) & 1
+    odd = odd ^ (_pick(_words(0xC0000000 + (k >> 7), n >> bits, *draw), k >> 5 & 3) >> (k & 31)) & 1
+    for bit in range(bits):  # of the column, beside the one of the row that mirrors it
+        odd = odd ^ ((n & tile) >> (bits - 1 - bit)) & ((k & tile) >> bit) & 1
+    return 1 - 2 * odd
+
+
+def drawn_noise(
     num_rows: int,
     num_cols: int,
     *,
@@ -65,41 +135,52 @@ def standard_noise(
     noise: str = "gaussian",
     row_offset: int = 0,
     col_offset: int = 0,
+    tile_bits: int = 0,
 ) -> Tensor:
+    """`standard_noise`, except that ``near_gaussian`` has its integers `m`; what `factor` multiplies."""
+    device = seed.device
+    n = torch.arange(row_offset, row_offset + num_rows, device=device)[:, None]  # (num_rows, 1)
+    if noise == "hadamard":
+        k = torch.arange(col_offset, col_offset + num_cols, device=device)[None, :]
+        return _hadamard(*torch.broadcast_tensors(n, k), tile_bits, stream, sample, seed).double()
+    first_block = col_offset >> 3
+    block = torch.arange(first_block, (col_offset + num_cols + 7) >> 3, device=device)[None, :]
+    draw = {"gaussian": _gaussian, "near_gaussian": _near_gaussian, "rademacher": _rademacher}[noise]
+    z = draw(*torch.broadcast_tensors(n, block), stream, sample, seed)
+    skip = col_offset & 7
+    return z[:, skip : skip + num_cols].double()
+
+
+def standard_noise(num_rows: int, num_cols: int, *, noise: str = "gaussian", **which: Any) -> Tensor:
     """The tile ``z[row_offset : row_offset + num_rows, col_offset : col_offset + num_cols]``.
 
     Args:
+        noise: one of KINDS.
         seed: 0-d int64 tensor; the tile is drawn on its device. Its value is never read back.
-        stream, sample, row_offset, col_offset: uint32, any.
+        stream, sample, row_offset, col_offset: uint32, any; default 0.
+        tile_bits: of ``hadamard``, see the function of that name.
 
     Returns:
         (num_rows, num_cols) float64.
     """
-    device = seed.device
-    n = torch.arange(row_offset, row_offset + num_rows, device=device)[:, None]  # (num_rows, 1)
-    first_block = col_offset >> 3
-    num_blocks = ((col_offset + num_cols + 7) >> 3) - first_block
-    block = torch.arange(first_block, first_block + num_blocks, device=device)  # (num_blocks,)
-    key = (seed & _MASK, (seed >> 32) & _MASK)
-    row_counter = n if noise == "gaussian" else n >> 4
-    counter = (block, row_counter, torch.full_like(n, stream), torch.full_like(n, sample))
-    words = philox4x32_10(counter, key)  # 4 x (num_rows, num_blocks)
-    if noise == "gaussian":
-        pairs = [z for word in words for z in _gaussian_pair(word)]  # columns 0..7 of each block
-        z = torch.stack(pairs, dim=-1)
-    else:
-        i = n & 15
-        word = torch.stack(words, dim=-1).gather(-1, (i >> 2).expand(-1, num_blocks)[..., None])
-        bit = 8 * (i & 3)[..., None] + torch.arange(8, device=device)  # (num_rows, 1, 8)
-        z = 1.0 - 2.0 * ((word >> bit) & 1).double()
-    skip = col_offset & 7
-    return z.reshape(num_rows, num_blocks * 8)[:, skip : skip + num_cols]
+    z = drawn_noise(num_rows, num_cols, noise=noise, **which)
+    return z / math.sqrt(NEAR_GAUSSIAN_VARIANCE) if noise == "near_gaussian" else z
 
 
-def epsilon(draw: Draw, num_cols: int, group: int = 0) -> Tensor:
-    """``eps = noise_scale[:, None] * z`` of one row group, (N, num_cols) float32."""
+def factor(noise_scale: Tensor, noise: str, dtype: torch.dtype) -> Tensor:
+    """What multiplies the numbers drawn for a weight of type `dtype`, (N,) float32."""
+    if noise == "near_gaussian":
+        # By a tensor: a division by a Python number may become a product with its reciprocal.
+        noise_scale = noise_scale / torch.full_like(noise_scale, math.sqrt(NEAR_GAUSSIAN_VARIANCE))
+    if noise != "gaussian" and dtype == torch.bfloat16:
+        noise_scale = noise_scale.to(dtype).float()
+    return noise_scale
+
+
+def epsilon(draw: Draw, num_cols: int, dtype: torch.dtype, group: int = 0) -> Tensor:
+    """``eps`` of one row group as a weight of type `dtype` sees it, (N, num_cols) float32."""
     sample, sign = draw.sample_and_sign(group)
-    z = standard_noise(
+    drawn = drawn_noise(
         draw.noise_scale.shape[0],
         num_cols,
         seed=draw.seed,
@@ -108,5 +189,6 @@ def epsilon(draw: Draw, num_cols: int, group: int = 0) -> Tensor:
         noise=draw.noise,
         row_offset=draw.row_offset,
         col_offset=draw.col_offset,
+        tile_bits=draw.tile_bits,
     )
-    return draw.noise_scale[:, None] * (sign * z).float()
+    return factor(draw.noise_scale, draw.noise, dtype)[:, None] * (sign * drawn).float()

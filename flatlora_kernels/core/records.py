@@ -35,6 +35,7 @@ class Draw(NamedTuple):
     antithetic: bool = False
     row_offset: int = 0
     col_offset: int = 0
+    tile_bits: int = 0  # of "hadamard", of the whole layer: its tiles are 2^tile_bits square
 
     def sample_and_sign(self, group: int) -> tuple[int, int]:
         """The sample index and the sign of `z` that row group `group` uses."""

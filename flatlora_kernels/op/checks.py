@@ -153,7 +153,7 @@ def seed(value: Any, device: torch.device) -> None:
         raise _type_error("seed", type(value).__name__, "an int or a 0-d int64 tensor")
 
 
-def draw(noise: Any, stream: Any, row_offset: Any, col_offset: Any, N: int, K: int) -> None:
+def draw(noise: Any, stream: Any, row_offset: Any, col_offset: Any, layer_shape: Any, N: int, K: int) -> None:
     """Which noise: its kind, its stream and where the tile sits; all indices are uint32."""
     if noise not in KINDS:
         raise _value_error("noise", repr(noise), " or ".join(map(repr, KINDS)))
@@ -165,6 +165,16 @@ def draw(noise: Any, stream: Any, row_offset: Any, col_offset: Any, N: int, K: i
     for name, offset, size in (("row_offset", row_offset, N), ("col_offset", col_offset, K)):
         if offset + size > _UINT32:
             raise _value_error(name, f"{offset} with {size} after it", f"{name} + size <= 2**32")
+    if layer_shape is None:
+        return
+    if not isinstance(layer_shape, (tuple, list)) or len(layer_shape) != 2:
+        raise _type_error("layer_shape", repr(layer_shape), "None or (out_features, in_features)")
+    for size, offset, own in zip(layer_shape, (row_offset, col_offset), (N, K), strict=True):
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            raise _type_error("layer_shape", repr(layer_shape), "None or two ints")
+        if not offset + own <= size <= _UINT32:
+            expected = f"at least ({row_offset + N}, {col_offset + K}), where this shard ends, at most 2**32"
+            raise _value_error("layer_shape", tuple(layer_shape), expected)
 
 
 def sample_range(samples: Any, sample_offset: Any, num_rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.shared import products
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
-from ..core.noise import KINDS
+from ..core.noise import KINDS, tile_bits
 from ..core.records import NO_DRAW, Draw, Operands
 from . import checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
@@ -36,6 +38,7 @@ def fused_flat_lora_linear(
     lora_x: Tensor | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
+    layer_shape: tuple[int, int] | None = None,
     strategy: str | None = None,
     noise_accum: str | None = None,
     backend: str | None = None,
@@ -54,7 +57,7 @@ def fused_flat_lora_linear(
         sigma: strength of the noise relative to the row norms; a float, or a 0-d tensor. The float 0 draws nothing.
         seed: an int (modulo 2**64) or a 0-d int64 tensor on the device of `x`, which only the kernel reads.
         stream: which layer this is; different streams draw different noise.
-        noise: "gaussian" or "rademacher".
+        noise: "gaussian", "near_gaussian", "rademacher" or "hadamard", see docs/internals/noise.md.
         noise_scale: (N,) float32 >= 0, std of eps per row. Given, `sigma` is ignored; not given, it is
             `flat_noise_scale` of these arguments, which reads the weight once more.
         samples, sample_offset: the M rows fall into `samples` equal contiguous groups; group g sees the noise of
@@ -62,9 +65,12 @@ def fused_flat_lora_linear(
         antithetic: sample s sees the noise of ``s >> 1``, negated where s is odd.
         lora_x: input of the adapter branch where it differs from `x` (dropout), in the shape of `x`.
         row_offset, col_offset: where this shard sits in the full weight; `col_offset` is a multiple of 8.
-        strategy: None = automatic, "fused" or "panel". Bits of "fused" are the same for any number of threads;
-            "panel" leaves products to torch, which promises no such thing.
-        noise_accum: None = automatic, "folded" (round W + eps) or "split" (x z^T on its own).
+        layer_shape: (out_features, in_features) of the whole layer where `weight` is a shard of it, which "hadamard"
+            depends on; default (N, K).
+        strategy: None = automatic, "fused", "panel", or for "hadamard" alone "transform". Bits of "fused" are the same
+            for any number of threads; the others leave products to torch, which promises no such thing.
+        noise_accum: None = automatic, "folded" (round W + eps) or "split" (x z^T on its own). "transform" adds
+            x eps^T to x W^T, whichever it is.
         backend: None = automatic, or one of `backend_info()`; a name that cannot run here is an error.
 
     Returns:
@@ -89,15 +95,15 @@ def fused_flat_lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
     N, K = weight.shape
     checks.sigma(sigma, weight)
-    checks.draw(noise, stream, row_offset, col_offset, N, K)
-    checks.choice("strategy", strategy, ("fused", "panel"))
+    checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
+    checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("noise_accum", noise_accum, ("folded", "split"))
     device = x.device
-    choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K)
+    drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
+    choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K, noise if drawn else None)
     checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
     if noise_scale is not None:
         checks.noise_scale(noise_scale, N, device)
-    drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
     if drawn or seed is not None:
         checks.seed(seed, device)
     draw = NO_DRAW
@@ -106,7 +112,7 @@ def fused_flat_lora_linear(
             noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
         draw = Draw(
             noise_scale, _seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
-            row_offset, col_offset,
+            row_offset, col_offset, _tile_bits(noise, layer_shape, N, K),
         )  # fmt: skip
     vector = x.dim() == 1
     if vector:
@@ -150,10 +156,10 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     rows = math.prod(x.shape[:-1])
     checks.sample_range(given["samples"], given["sample_offset"], rows)
     drawn = given["noise_scale"] is not None or isinstance(sigma, Tensor) or sigma != 0
-    choice = resolve(
-        given["backend"], given["strategy"], given["noise_accum"], x.device.type, dtype, weight.numel()
-    )
     noise = given["noise"] if drawn else None
+    choice = resolve(
+        given["backend"], given["strategy"], given["noise_accum"], x.device.type, dtype, weight.numel(), noise
+    )
     return dispatch.explain(choice, noise, rows // given["samples"], x.device, weight)
 
 
@@ -222,6 +228,7 @@ def materialize_noise(
     antithetic: bool = False,
     row_offset: int = 0,
     col_offset: int = 0,
+    layer_shape: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
@@ -229,14 +236,18 @@ def materialize_noise(
 
     Args:
         noise_scale: (N,) float32; ones give the standard noise `z`.
-        dtype: type of the result; the values are drawn in float32 and rounded once.
+        layer_shape: as in `fused_flat_lora_linear`; default (N, num_cols).
+        dtype: of the result, and of the weight whose eps this is: see "the type of the factor" in
+            docs/internals/noise.md. The values are made in float32 and rounded once.
     """
     checks.noise_scale(noise_scale, None, None)
     checks.uint32("num_cols", num_cols)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
     out = noise_scale.new_empty((noise_scale.shape[0], num_cols), dtype=dtype)
-    draw = _one_draw(out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset)
+    draw = _one_draw(
+        out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
+    )
     torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
     return out
 
@@ -252,6 +263,7 @@ def perturb_weight(
     antithetic: bool = False,
     row_offset: int = 0,
     col_offset: int = 0,
+    layer_shape: tuple[int, int] | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -269,9 +281,62 @@ def perturb_weight(
         out = torch.empty_like(weight)
     else:
         checks.out(out, weight)
-    draw = _one_draw(out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset)
+    draw = _one_draw(
+        out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
+    )
     torch.ops.flatlora.perturb(weight, *draw, _backend_for(out, backend), out)
     return out
+
+
+def noise_product(
+    x: Tensor,
+    noise_scale: Tensor,
+    *,
+    seed: int | Tensor,
+    stream: int = 0,
+    noise: str = "gaussian",
+    samples: int = 1,
+    sample_offset: int = 0,
+    antithetic: bool = False,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    layer_shape: tuple[int, int] | None = None,
+    strategy: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x eps^T`` alone, (..., N): for layers whose own product is somebody else's. Differentiable in `x`.
+
+    The noise is that of `fused_flat_lora_linear` with a weight (N, K) in the type of `x`, and so are the arguments and
+    errors. Autocast does not cast `x`.
+
+    Args:
+        x: (..., K). noise_scale: (N,) float32.
+    """
+    checks.tensor("x", x)
+    checks.noise_scale(noise_scale, None, x.device)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., in_features), got shape ()")
+    with _without_autocast(x.device.type):
+        return fused_flat_lora_linear(
+            x,
+            products.zeros(x, noise_scale.shape[0], x.shape[-1]),
+            seed=seed,
+            stream=stream,
+            noise=noise,
+            noise_scale=noise_scale,
+            samples=samples,
+            sample_offset=sample_offset,
+            antithetic=antithetic,
+            row_offset=row_offset,
+            col_offset=col_offset,
+            layer_shape=layer_shape,
+            strategy=strategy,
+            backend=backend,
+        )
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
 
 
 def _autocasts(device_type: str) -> bool:
@@ -337,10 +402,16 @@ def _one_draw(
     antithetic: bool,
     row_offset: int,
     col_offset: int,
+    layer_shape: tuple[int, int] | None,
 ) -> Draw:
     """Of a single sample, checked; `out` (N, K) is what it fills."""
-    checks.draw(noise, stream, row_offset, col_offset, *out.shape)
+    checks.draw(noise, stream, row_offset, col_offset, layer_shape, *out.shape)
     checks.uint32("sample", sample)
     checks.seed(seed, noise_scale.device)
     seed = _seed_tensor(seed, noise_scale.device)
-    return Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset)
+    tile_bits = _tile_bits(noise, layer_shape, *out.shape)
+    return Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset, tile_bits)
+
+
+def _tile_bits(noise: str, layer_shape: tuple[int, int] | None, N: int, K: int) -> int:
+    return tile_bits(*((N, K) if layer_shape is None else layer_shape)) if noise == "hadamard" else 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.shared import panel, products
+from ..backends.shared import panel, products, transform
 from ..choice import dispatch
 from ..choice.resolve import FREE
 from ..core.records import Choice, Draw, Operands, Product
@@ -54,22 +54,27 @@ def _records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
     return draw, Choice._make(flat[_OF_DRAW:])
 
 
-def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[ModuleType, bool]:
-    """The backend that runs, and whether it is asked for panels; `a` (M, contraction)."""
+def _way(a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice) -> tuple[ModuleType, str]:
+    """The backend that runs, and the strategy; `a` (M, contraction)."""
     if draw is None or 0 in (*a.shape, *weight.shape):
-        return backends.get(choice.backend), False
+        return backends.get(choice.backend), "fused"
     if choice.strategy not in FREE:
-        return backends.get(choice.backend), choice.strategy == "panel"
+        return backends.get(choice.backend), choice.strategy
     problem = dispatch.Problem.of(
         draw.noise, choice.noise_accum, a.shape[0] // draw.samples, a.device, a.dtype, *weight.shape
     )
     found = dispatch.way(choice, problem)
-    return backends.get(found.backend), found.strategy == "panel"
+    return backends.get(found.backend), found.strategy
 
 
-def _product(module: ModuleType, by_panels: bool, p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
-    if by_panels and draw is not None:
-        return panel.product(module.perturb, p, draw)
+def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
+    if draw is not None and not p.empty:
+        if strategy == "panel":
+            return panel.product(module.perturb, p, draw)
+        if strategy == "transform":
+            return transform.product(
+                module.transform, lambda q: module.product(q, None, noise_accum), p, draw
+            )
     return module.product(p, draw, noise_accum)
 
 
@@ -86,17 +91,17 @@ def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, lora_A, lora_B, bias, lora_x, scaling = flat[:_OF_OPERANDS]
     draw, choice = _records(flat[_OF_OPERANDS:])
     a = _matrix(x)
-    module, by_panels = _way(a, weight, draw, choice)
+    module, strategy = _way(a, weight, draw, choice)
     u = None
     if lora_A is not None:
-        if lora_x is None and draw is not None and not by_panels and hasattr(module, "product_and_u"):
+        if lora_x is None and draw is not None and strategy == "fused" and hasattr(module, "product_and_u"):
             p = Product(a, weight, False, None, lora_B, bias, scaling)
             made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
             if made is not None:
                 return _like(x, made[0]), made[1]
         u = products.matmul(a if lora_x is None else _matrix(lora_x), lora_A.to(x.dtype).t())
     p = Product(a, weight, False, u, lora_B, bias, scaling)
-    y = _like(x, _product(module, by_panels, p, draw, choice.noise_accum))
+    y = _like(x, _product(module, strategy, p, draw, choice.noise_accum))
     return y, x.new_empty(0) if u is None else u
 
 
@@ -105,9 +110,9 @@ def _linear_input_grad(
 ) -> Tensor:
     draw, choice = _records(flat)
     a = _matrix(grad_y)
-    module, by_panels = _way(a, weight, draw, choice)
+    module, strategy = _way(a, weight, draw, choice)
     adapter = () if v is None else (v.contiguous(), lora_A.t())
-    grad_x = _product(module, by_panels, Product(a, weight, True, *adapter), draw, choice.noise_accum)
+    grad_x = _product(module, strategy, Product(a, weight, True, *adapter), draw, choice.noise_accum)
     return _like(grad_y, grad_x)
 
 

@@ -26,13 +26,21 @@ def signed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def oracle_tile(rows: tuple[int, int], cols: tuple[int, int], *, seed: int = 0, **draw: Any) -> Tensor:
+def oracle_tile(
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    *,
+    seed: int = 0,
+    layer_shape: tuple[int, int] | None = None,
+    **draw: Any,
+) -> Tensor:
     return oracle.standard_noise(
         rows[1] - rows[0],
         cols[1] - cols[0],
         seed=torch.tensor(signed(seed)),
         row_offset=rows[0],
         col_offset=cols[0],
+        tile_bits=oracle.tile_bits(*(layer_shape or (rows[1] - rows[0], cols[1] - cols[0]))),
         **draw,
     )
 
@@ -61,7 +69,8 @@ def vector_id(tile: dict[str, Any]) -> str:
 
 
 def vector_draw(tile: dict[str, Any]) -> dict[str, Any]:
-    return {"seed": tile["seed"], "stream": tile["stream"], "sample": tile["sample"], "noise": tile["kind"]}
+    draw = {name: tile[name] for name in ("seed", "stream", "sample")} | {"noise": tile["kind"]}
+    return draw | ({"layer_shape": tuple(tile["layer"])} if "layer" in tile else {})
 
 
 @pytest.mark.parametrize("tile", VECTORS["tiles"], ids=vector_id)
@@ -179,7 +188,7 @@ def test_forward_and_backward_see_the_materialised_noise(
     where = {"row_offset": origin[0], "col_offset": origin[1], "seed": 5, "stream": 2, "noise": noise}
     weight = zeros(N, K, dtype, target.device, column_major)
     slow = target.interpreted or target.emulated
-    plans = target.plans[: 1 if slow and any(origin) else None]
+    plans = target.plans(noise)[: 1 if slow and any(origin) else None]
     for plan in plans:
         noise_scale = 0.5 + torch.rand(N, generator=generator(4)).to(target.device)
         options = {"noise_scale": noise_scale, **where}

@@ -230,7 +230,7 @@ def check(kernels: Kernels, case: Case) -> None:
     unit = torch.finfo(case.dtype).eps if not case.tf32 else 2.0**-10
     unit = unit**2 if case.apart else unit
     for group, P in enumerate(weights):
-        eps = epsilon(draw, case.K, group)
+        eps = epsilon(draw, case.K, case.dtype, group)
         error = (P.double() - weight.double() - eps.double()).abs()
         largest = torch.maximum(weight.double().abs(), eps.double().abs())
         ulp = unit * 2.0 ** largest.clamp(torch.finfo(case.dtype).tiny).log2().floor()

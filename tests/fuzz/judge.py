@@ -299,7 +299,9 @@ def _noise(target: Target, built: Built) -> None:
     sample = o["sample_offset"] + o["samples"] - 1
     eps = target.noise(scale, K, seed=seed, sample=sample, **which)
     as_tensor = seed if isinstance(seed, Tensor) else torch.tensor((seed + 2**63) % 2**64 - 2**63)
-    expected = oracle.epsilon(Draw(scale, as_tensor, samples=1, sample_offset=sample, **which), K)
+    expected = oracle.epsilon(
+        Draw(scale, as_tensor, samples=1, sample_offset=sample, **which), K, torch.float32
+    )
     if o["noise"] == "gaussian":
         size = scale[:, None].double()
         # A z near zero, or a product near the largest number, may become either.

@@ -153,8 +153,8 @@ LINEAR: dict[str, Row] = {
     "noise_scale requires grad": (
         {"noise_scale": torch.ones(N, requires_grad=True)}, ValueError, "noise_scale", "requires grad", ".detach()",
     ),
-    "unknown noise": ({"noise": "uniform"}, ValueError, "noise", "'uniform'", "'gaussian' or 'rademacher'"),
-    "noise None": ({"noise": None}, ValueError, "noise", "None", "'gaussian' or 'rademacher'"),
+    "unknown noise": ({"noise": "uniform"}, ValueError, "noise", "'uniform'", "'rademacher' or 'hadamard'"),
+    "noise None": ({"noise": None}, ValueError, "noise", "None", "'rademacher' or 'hadamard'"),
     # choices
     "unknown backend": ({"backend": "tpu"}, ValueError, "backend", "'tpu'", "reference"),
     "unknown strategy": ({"strategy": "fast"}, ValueError, "strategy", "'fast'", "'fused' or 'panel'"),

@@ -94,10 +94,11 @@ def test_float32_adapter_beside_16_bit_input(target: Target, dtype16: torch.dtyp
     )
 
 
-def test_strategies(target: Target, dtype: torch.dtype) -> None:
-    for plan in target.plans:
+def test_strategies(target: Target, dtype: torch.dtype, noise: str) -> None:
+    for plan in target.plans(noise):
         for shape in ((1, 33, 40), (130, 72, 100)):
-            check_problem(target, problem(*shape, dtype, target.device, rank=4, bias=True), **plan)
+            p = problem(*shape, dtype, target.device, rank=4, bias=True, noise=noise)
+            check_problem(target, p, **plan)
 
 
 def every_other_row(t: torch.Tensor) -> torch.Tensor:

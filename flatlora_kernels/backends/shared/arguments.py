@@ -15,15 +15,16 @@ from ...core.records import Draw, Product
 from .workspace import workspace_limit
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NOISE = {"gaussian": 1, "rademacher": 2}
+_NOISE = {"gaussian": 1, "rademacher": 2, "near_gaussian": 3, "hadamard": 4}
 
-_NOISE_FIELDS = "qPqPqqqqqq"
+_NOISE_FIELDS = "qPqPqqqqqqq"
 _WEIGHT_FIELDS = "Pqq"
 LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdqq{_NOISE_FIELDS}".replace("P", "Q"))
 ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
 PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
+TRANSFORM = struct.Struct(f"=5qPqqPq{_NOISE_FIELDS}".replace("P", "Q"))
 GPU = struct.Struct("=qQQ7q")
-_NO_NOISE = (0,) * 5 + (1,) + (0,) * 4
+_NO_NOISE = (0,) * 5 + (1,) + (0,) * 5
 
 
 def _noise(draw: Draw | None) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def _noise(draw: Draw | None) -> tuple[int, ...]:
     scale = draw.noise_scale
     return (
         _NOISE[draw.noise], scale.data_ptr(), scale.stride(0), draw.seed.data_ptr(), draw.stream, draw.samples,
-        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset,
+        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset, draw.tile_bits,
     )  # fmt: skip
 
 
@@ -72,4 +73,22 @@ def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> bytes:
     weight_fields = (0, 0, 0) if weight is None else (weight.data_ptr(), *weight.stride())
     return PERTURB.pack(
         _DTYPE[out.dtype], *out.shape, *weight_fields, out.data_ptr(), *out.stride(), *_noise(draw)
+    )
+
+
+def transform(a: Tensor, draw: Draw, input_grad: bool, out: Tensor, add: bool) -> bytes:
+    """TransformArgs."""
+    N = draw.noise_scale.shape[0]
+    K = out.shape[1] if input_grad else a.shape[1]
+    return TRANSFORM.pack(
+        input_grad,
+        _DTYPE[a.dtype],
+        a.shape[0],
+        N,
+        K,
+        a.data_ptr(),
+        *a.stride(),
+        out.data_ptr(),
+        add,
+        *_noise(draw),
     )

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from . import arguments
 
-_VERSION = 1  # kAbiVersion of csrc/common/abi.h
-_STRUCTS = (arguments.LINEAR, arguments.ROW_NORMS, arguments.PERTURB)
+_VERSION = 2  # kAbiVersion of csrc/common/abi.h
+_STRUCTS = (arguments.LINEAR, arguments.ROW_NORMS, arguments.PERTURB, arguments.TRANSFORM)
 _GPU_STRUCTS = (*_STRUCTS, arguments.GPU)
-_CPU = [f"flatlora_cpu_{f}" for f in "abi levels init linear row_sq_norms perturb".split()]
+_CPU = [f"flatlora_cpu_{f}" for f in "abi levels init linear row_sq_norms perturb transform".split()]
 _CUDA = [
-    f"flatlora_cuda_{f}" for f in "abi device error linear_workspace linear row_sq_norms perturb".split()
+    f"flatlora_cuda_{f}"
+    for f in "abi device error linear_workspace linear row_sq_norms perturb transform".split()
 ]
 # By the library's name: what it exports, its ABI first; the structs that it takes; what builds it.
 _LIBRARIES = {
