@@ -116,13 +116,27 @@ def _near_gaussian(n: Tensor, block: Tensor, *draw: Any) -> Tensor:
     return (a + row_sign * b + col_sign * (c + row_sign * d)).flatten(1)
 
 
-def _hadamard(n: Tensor, k: Tensor, bits: int, *draw: Any) -> Tensor:
+def _reverse(value: Tensor, bits: int) -> Tensor:
+    """The low bits of a value, the last one first."""
+    return sum(((value >> bit) & 1) << (bits - 1 - bit) for bit in range(bits)) + torch.zeros_like(value)
+
+
+def _hadamard(rows: range, cols: range, bits: int, stream: int, sample: int, seed: Tensor) -> Tensor:
+    n, k = (torch.arange(r.start, r.stop, device=seed.device) for r in (rows, cols))
+
+    def signs(which: int, own: Tensor, other: range) -> Tensor:
+        """Bits of the indices `own` in each tile of the `other` index, (len(other), len(own))."""
+        tiles = torch.arange(other.start >> bits, (other.stop - 1 >> bits) + 1, device=own.device)
+        words = _words(*torch.broadcast_tensors(which + (own >> 7), tiles[:, None]), stream, sample, seed)
+        found = _pick(words, own >> 5 & 3) >> (own & 31) & 1
+        return found[(torch.arange(other.start, other.stop, device=own.device) >> bits) - tiles[:1]]
+
+    odd = signs(0x80000000, n, cols).t() ^ signs(0xC0000000, k, rows)
     tile = (1 << bits) - 1
-    odd = (_pick(_words(0x80000000 + (n >> 7), k >> bits, *draw), n >> 5 & 3) >> (n & 31)) & 1
-    odd = odd ^ (_pick(_words(0xC0000000 + (k >> 7), n >> bits, *draw), k >> 5 & 3) >> (k & 31)) & 1
-    for bit in range(bits):  # of the column, beside the one of the row that mirrors it
-        odd = odd ^ ((n & tile) >> (bits - 1 - bit)) & ((k & tile) >> bit) & 1
-    return 1 - 2 * odd
+    both = _reverse(n & tile, bits)[:, None] & k & tile
+    for shift in (8, 4, 2, 1):
+        both = both ^ (both >> shift)
+    return 1 - 2 * (odd ^ both & 1)
 
 
 def drawn_noise(
@@ -139,10 +153,10 @@ def drawn_noise(
 ) -> Tensor:
     """`standard_noise`, except that ``near_gaussian`` has its integers `m`; what `factor` multiplies."""
     device = seed.device
-    n = torch.arange(row_offset, row_offset + num_rows, device=device)[:, None]  # (num_rows, 1)
     if noise == "hadamard":
-        k = torch.arange(col_offset, col_offset + num_cols, device=device)[None, :]
-        return _hadamard(*torch.broadcast_tensors(n, k), tile_bits, stream, sample, seed).double()
+        rows, cols = (range(o, o + size) for o, size in ((row_offset, num_rows), (col_offset, num_cols)))
+        return _hadamard(rows, cols, tile_bits, stream, sample, seed).double()
+    n = torch.arange(row_offset, row_offset + num_rows, device=device)[:, None]  # (num_rows, 1)
     first_block = col_offset >> 3
     block = torch.arange(first_block, (col_offset + num_cols + 7) >> 3, device=device)[None, :]
     draw = {"gaussian": _gaussian, "near_gaussian": _near_gaussian, "rademacher": _rademacher}[noise]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels.core import noise as oracle
+from flatlora_kernels.core.records import Draw
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
 TOP = 2**32
@@ -34,15 +36,28 @@ def oracle_tile(
     layer_shape: tuple[int, int] | None = None,
     **draw: Any,
 ) -> Tensor:
+    shape = rows[1] - rows[0], cols[1] - cols[0]
     return oracle.standard_noise(
-        rows[1] - rows[0],
-        cols[1] - cols[0],
+        *shape,
         seed=torch.tensor(signed(seed)),
         row_offset=rows[0],
         col_offset=cols[0],
-        tile_bits=oracle.tile_bits(*(layer_shape or (rows[1] - rows[0], cols[1] - cols[0]))),
+        tile_bits=oracle.tile_bits(*(layer_shape or shape)),
         **draw,
     )
+
+
+def bits_of(z: Tensor, noise: str) -> Tensor:
+    """float32 eps of an oracle tile, not gaussian, for a noise_scale of ones: every backend draws these very bits."""
+    if noise != "near_gaussian":
+        return z.float()
+    m = (z * math.sqrt(oracle.NEAR_GAUSSIAN_VARIANCE)).round().float()
+    return oracle.factor(torch.ones(len(z)), noise, torch.float32)[:, None] * m
+
+
+def part_of_a_layer(noise: str) -> dict[str, Any]:
+    """The layer that any shard is a part of: with the largest tiles there are."""
+    return {"layer_shape": (TOP, TOP)} if noise == "hadamard" else {}
 
 
 def backend_tile(target: Target, rows: tuple[int, int], cols: tuple[int, int], **draw: Any) -> Tensor:
@@ -78,8 +93,11 @@ def test_oracle_matches_vectors(tile: dict[str, Any]) -> None:
     z = oracle_tile(tile["rows"], tile["cols"], **vector_draw(tile))
     expected = torch.tensor(tile["z"], dtype=torch.float64)
     # The vectors hold nine decimals.
-    atol = 0 if tile["kind"] == "rademacher" else 5.01e-10
+    atol = 0 if tile["kind"] in ("rademacher", "hadamard") else 5.01e-10
     torch.testing.assert_close(z, expected, rtol=0, atol=atol)
+    if "m" in tile:
+        m = (z * math.sqrt(oracle.NEAR_GAUSSIAN_VARIANCE)).round()
+        assert torch.equal(m, torch.tensor(tile["m"], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tile", VECTORS["tiles"], ids=vector_id)
@@ -88,8 +106,8 @@ def test_backend_matches_vectors(target: Target, tile: dict[str, Any]) -> None:
     block = first // 8 * 8  # a shard begins at a multiple of 8
     z = backend_tile(target, tile["rows"], (block, last), **vector_draw(tile))[:, first - block :]
     expected = torch.tensor(tile["z"], dtype=torch.float64)
-    if tile["kind"] == "rademacher":
-        assert torch.equal(z.double(), expected)
+    if tile["kind"] != "gaussian":
+        assert torch.equal(z, bits_of(expected, tile["kind"]))
     else:
         torch.testing.assert_close(z.double(), expected, rtol=0, atol=target.gaussian_atol)
 
@@ -112,9 +130,12 @@ def test_backend_matches_oracle_at_the_ends_of_every_range(target: Target, seed:
             continue  # nine of 81, in which any two of the four still meet at all their ends
         stream, sample = (0, 1, TOP - 1)[i], (0, 1, TOP - 1)[j]
         row, col = (0, 2**31 - 7, TOP - 19)[k], (0, 2**31 - 8, TOP - 24)[m]
-        draw = {"seed": seed, "stream": stream, "sample": sample, "noise": noise}
+        draw = {"seed": seed, "stream": stream, "sample": sample, "noise": noise, **part_of_a_layer(noise)}
         tile = (row, row + 19), (col, col + 21)
-        error = (backend_tile(target, *tile, **draw).double() - oracle_tile(*tile, **draw)).abs()
+        expected = oracle_tile(*tile, **draw)
+        if noise != "gaussian":
+            expected = bits_of(expected, noise)
+        error = (backend_tile(target, *tile, **draw).double() - expected).abs()
         worst = max(worst, error.max().item())
     assert worst <= (target.gaussian_atol if noise == "gaussian" else 0)
 
@@ -132,7 +153,7 @@ ORIGINS = [  # (row, column) of a whole; n, k and n * K pass 2**31 and reach the
 @pytest.mark.parametrize("origin", ORIGINS, ids=str)
 def test_any_tile_has_the_bits_of_the_whole(target: Target, origin: tuple[int, int], noise: str) -> None:
     rows, cols = 83, 141
-    draw = {"seed": 2**40 + 3, "stream": 7, "sample": 2, "noise": noise}
+    draw = {"seed": 2**40 + 3, "stream": 7, "sample": 2, "noise": noise, **part_of_a_layer(noise)}
     n, k = origin
     whole = backend_tile(target, (n, n + rows), (k, k + cols), **draw)
     g = generator(origin[0] + len(noise))
@@ -147,9 +168,10 @@ def test_any_tile_has_the_bits_of_the_whole(target: Target, origin: tuple[int, i
 
 def test_tile_of_a_large_matrix(target: Target, noise: str) -> None:
     """The whole spans many panels; single rows and short columns of it are drawn on their own."""
-    whole = backend_tile(target, (0, 700), (0, 3001), seed=11, noise=noise)
+    draw = {"seed": 11, "noise": noise, **({"layer_shape": (700, 3001)} if noise == "hadamard" else {})}
+    whole = backend_tile(target, (0, 700), (0, 3001), **draw)
     for rows, cols in (((0, 1), (0, 3001)), ((699, 700), (2000, 3001)), ((255, 257), (1016, 1025))):
-        tile = backend_tile(target, rows, cols, seed=11, noise=noise)
+        tile = backend_tile(target, rows, cols, **draw)
         assert torch.equal(tile, whole[rows[0] : rows[1], cols[0] : cols[1]])
 
 
@@ -186,6 +208,8 @@ def test_forward_and_backward_see_the_materialised_noise(
 ) -> None:
     N, K = 83, 141
     where = {"row_offset": origin[0], "col_offset": origin[1], "seed": 5, "stream": 2, "noise": noise}
+    if any(origin):
+        where |= part_of_a_layer(noise)
     weight = zeros(N, K, dtype, target.device, column_major)
     slow = target.interpreted or target.emulated
     plans = target.plans(noise)[: 1 if slow and any(origin) else None]
@@ -217,19 +241,40 @@ def test_eps_is_noise_scale_times_z(target: Target) -> None:
         assert torch.equal(rounded, eps.to(dtype))
 
 
+@pytest.mark.parametrize("noise", oracle.KINDS[1:])
+def test_eps_has_the_bits_of_the_specification(target: Target, dtype: torch.dtype, noise: str) -> None:
+    """The factor in its type times what is drawn, rounded once; whatever the scale."""
+    scales = torch.tensor([0, 1e-30, 1e-10, 0.02, 0.0213, 0.7, 1, 3, 25, 26, 1e10, 1e38, math.inf])
+    noise_scale = torch.cat((scales, torch.rand(20, generator=generator()))).to(target.device)
+    draw = Draw(noise_scale, torch.tensor(9, device=target.device), 3, noise, 1, 5, True, tile_bits=5)
+    eps = target.noise(noise_scale, 45, seed=9, stream=3, noise=noise, sample=5, antithetic=True, dtype=dtype)
+    expected = oracle.epsilon(draw, 45, dtype).to(dtype)
+    torch.testing.assert_close(eps, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_zero_scale_draws_zeros(target: Target) -> None:
     assert not target.noise(torch.zeros(5, device=target.device), 24, seed=9).any()
 
 
 @pytest.mark.parametrize("column_major", [False, True], ids=["row_major", "column_major"])
-def test_perturb_weight_adds_the_same_eps(target: Target, dtype: torch.dtype, column_major: bool) -> None:
+def test_perturb_weight_adds_the_same_eps(
+    target: Target, dtype: torch.dtype, noise: str, column_major: bool
+) -> None:
     noise_scale = torch.rand(37, generator=generator(1)).to(target.device)
     weight = torch.randn(37, 45, generator=generator(2)).to(dtype).to(target.device)
     if column_major:
         weight = weight.t().contiguous().t()
     before = weight.clone()
-    draw = {"seed": 9, "stream": 4, "sample": 3, "row_offset": 2, "col_offset": 16}
-    eps = target.noise(noise_scale, 45, dtype=dtype if dtype.itemsize == 8 else torch.float32, **draw)
+    draw = {"stream": 4, "sample": 3, "row_offset": 2, "col_offset": 24}
+    if noise == "gaussian":
+        eps = target.noise(
+            noise_scale, 45, seed=9, dtype=dtype if dtype.itemsize == 8 else torch.float32, **draw
+        )
+    else:
+        at = {n: draw[n] for n in ("row_offset", "col_offset")}
+        which = Draw(noise_scale, torch.tensor(9, device=target.device), 4, noise, 1, 3, **at, tile_bits=12)
+        eps = oracle.epsilon(which, 45, dtype).to(torch.promote_types(dtype, torch.float32))
+    draw |= {"seed": 9, "noise": noise, **part_of_a_layer(noise)}
     # In one rounding: float32 (or float64) sum of weight and eps, then the type of the weight.
     expected = (weight.to(eps.dtype) + eps).to(dtype)
     got = fk.perturb_weight(weight, noise_scale, backend=target.backend, **draw)
@@ -260,13 +305,15 @@ def test_samples_are_those_of_materialize_noise(
     draw = {"seed": 5, "noise": noise, "antithetic": antithetic}
     eps = [target.noise(ones, K, sample=offset + g, **draw) for g in range(samples)]
     weight = torch.zeros(N, K, device=target.device)
-    options = {"noise_scale": ones, "samples": samples, "sample_offset": offset, **draw}
-    y = target.linear(torch.eye(K, device=target.device).repeat(samples, 1), weight, **options)
-    x = torch.zeros(samples * N, K, device=target.device, requires_grad=True)
-    target.linear(x, weight, **options).backward(torch.eye(N, device=target.device).repeat(samples, 1))
-    for g in range(samples):
-        assert torch.equal(y[g * K : (g + 1) * K].t(), eps[g])
-        assert torch.equal(x.grad[g * N : (g + 1) * N], eps[g])
+    plans = target.plans(noise)
+    for plan in (plans[0], plans[-1]):
+        options = {"noise_scale": ones, "samples": samples, "sample_offset": offset, **draw, **plan}
+        y = target.linear(torch.eye(K, device=target.device).repeat(samples, 1), weight, **options)
+        x = torch.zeros(samples * N, K, device=target.device, requires_grad=True)
+        target.linear(x, weight, **options).backward(torch.eye(N, device=target.device).repeat(samples, 1))
+        for g in range(samples):
+            assert torch.equal(y[g * K : (g + 1) * K].t(), eps[g]), plan
+            assert torch.equal(x.grad[g * N : (g + 1) * N], eps[g]), plan
 
 
 def test_antithetic_samples(target: Target, noise: str) -> None:
@@ -292,15 +339,17 @@ def test_every_argument_changes_the_noise(target: Target) -> None:
         {"col_offset": 2**31},
     ]
     for noise in oracle.KINDS:
-        tiles = [target.noise(32, 64, noise=noise, **{**base, **change}) for change in [{}, *changes]]
+        layer = part_of_a_layer(noise)
+        # gaussian z agree by chance alone in 2**-17 of cases, near_gaussian in 0.017, signs in a half: here +- 6 sigma,
+        # of hadamard +- 22, because the product of two of its tiles has rank one.
+        most = {"gaussian": 0.01, "near_gaussian": 0.05, "rademacher": 0.57, "hadamard": 0.75}[noise]
+        tiles = [
+            target.noise(32, 64, noise=noise, **layer, **{**base, **change}) for change in [{}, *changes]
+        ]
         for i, first in enumerate(tiles):
             for j, second in enumerate(tiles[:i]):
                 agreeing = (first == second).float().mean().item()
-                # gaussian z agree by chance alone in 2**-17 of cases, signs in a half (here +- 6 sigma)
-                assert agreeing < (0.01 if noise == "gaussian" else 0.57), (
-                    [{}, *changes][i],
-                    [{}, *changes][j],
-                )
+                assert agreeing < most, ([{}, *changes][i], [{}, *changes][j])
 
 
 def test_stream_zero_and_default_arguments(target: Target) -> None:
