@@ -41,7 +41,7 @@ def _select(
     noise: str | None,
 ) -> Choice:
     if strategy == "transform" and noise not in (None, "hadamard"):
-        raise ValueError(f"strategy: 'transform' is of noise='hadamard' alone, got noise={noise!r}")
+        raise ValueError(f"strategy: expected None, 'fused' or 'panel' with noise={noise!r}, got 'transform'")
     if strategy == "panel" and noise_accum == "split":
         raise NotImplementedError(
             "noise_accum: expected 'folded' or None with strategy='panel', whose slices of W + eps are rounded"

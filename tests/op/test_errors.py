@@ -157,7 +157,11 @@ LINEAR: dict[str, Row] = {
     "noise None": ({"noise": None}, ValueError, "noise", "None", "'rademacher' or 'hadamard'"),
     # choices
     "unknown backend": ({"backend": "tpu"}, ValueError, "backend", "'tpu'", "reference"),
-    "unknown strategy": ({"strategy": "fast"}, ValueError, "strategy", "'fast'", "'fused' or 'panel'"),
+    "unknown strategy": ({"strategy": "fast"}, ValueError, "strategy", "'fast'", "'panel' or 'transform'"),
+    "transform of signs": (
+        {"strategy": "transform", "noise": "rademacher"}, ValueError, "strategy", "'transform'",
+        "None, 'fused' or 'panel' with noise='rademacher'",
+    ),
     "unknown noise_accum": ({"noise_accum": "both"}, ValueError, "noise_accum", "'both'", "'folded' or 'split'"),
     # samples
     "samples 0": ({"samples": 0}, ValueError, "samples", "0", "divides the 6 rows of x"),
@@ -192,6 +196,18 @@ LINEAR: dict[str, Row] = {
     "columns beyond uint32": (
         {"col_offset": 2**32 - 8}, ValueError, "col_offset", "4294967288 with 16", "col_offset + size <= 2**32",
     ),
+    "layer_shape int": ({"layer_shape": 16}, TypeError, "layer_shape", "16", "None or (out_features, in_features)"),
+    "layer_shape of three": (
+        {"layer_shape": (5, 16, 1)}, TypeError, "layer_shape", "(5, 16, 1)", "None or (out_features, in_features)",
+    ),
+    "layer_shape float": ({"layer_shape": (5.0, 16)}, TypeError, "layer_shape", "(5.0, 16)", "None or two ints"),
+    "layer_shape too small": ({"layer_shape": (5, 15)}, ValueError, "layer_shape", "(5, 15)", "at least (5, 16)"),
+    "layer_shape before the shard's end": (
+        {"layer_shape": (5, 16), "row_offset": 1}, ValueError, "layer_shape", "(5, 16)", "at least (6, 16)",
+    ),
+    "layer_shape large": (
+        {"layer_shape": (5, 2**32 + 1)}, ValueError, "layer_shape", "(5, 4294967297)", "at most 2**32",
+    ),
     "sizes beyond uint32": (
         {
             "x": grown(M, 2**32 + 8), "weight": grown(N, 2**32 + 8), "lora_A": grown(R, 2**32 + 8),
@@ -218,7 +234,7 @@ def test_messages_of_autocast_speak_of_what_was_given() -> None:
         refused(fk.fused_flat_lora_linear, linear_arguments(), row)
 
 
-SHARED = {"noise_scale", "seed", "stream", "noise", "row_offset", "col_offset"}
+SHARED = {"noise_scale", "seed", "stream", "noise", "row_offset", "col_offset", "layer_shape"}
 
 
 def shared(case: str) -> bool:
@@ -240,6 +256,38 @@ def test_materialize_noise(case: str) -> None:
     # Nothing says here how many rows there should be.
     row = (changes, error, name, got, "(out_features,)" if expected == "= (5,)" else expected)
     refused(fk.materialize_noise, {"noise_scale": torch.ones(N), "num_cols": K, "seed": 1}, row)
+
+
+PRODUCT = [
+    c for c in LINEAR if set(LINEAR[c][0]) <= SHARED | {"samples", "sample_offset", "backend", "strategy"}
+]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in PRODUCT if c not in ("noise_scale length", "noise_scale elsewhere")]
+)
+def test_noise_product(case: str) -> None:
+    changes, error, name, got, expected = LINEAR[case]
+    row = (changes, error, name, got, "(out_features,)" if expected == "= (5,)" else expected)
+    if changes.get("noise_scale", 0) is None:
+        row = (changes, TypeError, "noise_scale", "NoneType", "a tensor")
+    refused(fk.noise_product, {"x": randn(M, K), "noise_scale": torch.ones(N), "seed": 1}, row)
+
+
+def test_noise_product_alone() -> None:
+    arguments = {"x": randn(M, K), "noise_scale": torch.ones(N), "seed": 1}
+    for x, got, expected in (
+        ([1.0], "list", "a tensor"),
+        (torch.tensor(1.0), "shape ()", "(..., in_features)"),
+    ):
+        error = TypeError if isinstance(x, list) else ValueError
+        refused(fk.noise_product, arguments, ({"x": x}, error, "x", got, expected))
+    elsewhere = {"noise_scale": torch.ones(N, **META)}
+    refused(
+        fk.noise_product,
+        arguments,
+        (elsewhere, ValueError, "noise_scale", "meta", "the device of weight, cpu"),
+    )
 
 
 MATERIALIZE: dict[str, Row] = {
