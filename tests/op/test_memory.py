@@ -34,6 +34,10 @@ def resident(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
+def noise_for(strategy: str) -> str:
+    return "hadamard" if strategy == "transform" else "gaussian"
+
+
 def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider: str) -> dict[str, int]:
     """In the child: growth of the peak over one forward and backward pass, and what a pass must hold."""
     import flatlora_kernels as fk
@@ -48,7 +52,15 @@ def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider
     def step(x, weight, A, B, grad_y):  # type: ignore[no-untyped-def]
         if provider != "perturb":
             y = fk.fused_flat_lora_linear(
-                x, weight, A, B, sigma=0.1, seed=3, strategy=provider, backend=backend
+                x,
+                weight,
+                A,
+                B,
+                sigma=0.1,
+                seed=3,
+                noise=noise_for(provider),
+                strategy=provider,
+                backend=backend,
             )
         else:  # one pass, then a plain product
             scale = fk.flat_noise_scale(weight, A, B, sigma=0.1, backend=backend)
@@ -150,7 +162,7 @@ def test_workspace_on_a_gpu(target: Target, layout: str, strategy: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        y = target.linear(x, weight, A, B, sigma=0.1, seed=3, strategy=strategy)
+        y = target.linear(x, weight, A, B, sigma=0.1, seed=3, noise=noise_for(strategy), strategy=strategy)
         results = (y, *torch.autograd.grad(y, (x, A, B), grad_y))
         torch.cuda.synchronize()
         growth = torch.cuda.max_memory_allocated() - before
