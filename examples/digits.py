@@ -16,16 +16,18 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_kernels import NoiseController, apply_flat_lora, flatness
+from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import make
 
 OLD, NEW = range(0, 5), range(5, 10)
@@ -43,6 +45,12 @@ METHODS: dict[str, Any] = {
     "rwp": lambda args, sigma: (_by_rows(args, sigma), {"mix": 0.5}),
     "lpf-sgd": lambda args, sigma: (_by_rows(args, sigma), {}),
 }
+
+
+class Run(NamedTuple):
+    method: str
+    sigma: float = 0.0
+    noise: str = "gaussian"
 
 
 def _by_rows(args: argparse.Namespace, sigma: float) -> dict[str, Any]:
@@ -66,6 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[0.05],
         help="noise relative to the norms of the weight's rows",
     )
+    add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
     add("--r", type=int, default=4)
@@ -208,27 +217,29 @@ def fit_head(model: ViT, images: Tensor, labels: Tensor) -> None:
         optimizer.step()
 
 
-def with_adapters(model: ViT, args: argparse.Namespace, seed: int, **noise: Any) -> NoiseController:
+def with_adapters(
+    model: ViT, args: argparse.Namespace, seed: int, kind: str = "gaussian", **noise: Any
+) -> NoiseController:
     torch.manual_seed(seed)
     controller = NoiseController(
         schedule=args.sigma_schedule, total_steps=args.steps, seed=seed, **{"sigma": 0.0, **noise}
     )
     apply_flat_lora(
-        model, ADAPTED, r=args.r, lora_alpha=args.lora_alpha, noise_controller=controller, backend=args.backend,
-        verbose=False,
+        model, ADAPTED, r=args.r, lora_alpha=args.lora_alpha, noise_controller=controller, noise=kind,
+        backend=args.backend, verbose=False,
     )  # fmt: skip
     model.head.requires_grad_(True)
     return controller
 
 
 def finetune(
-    model: ViT, name: str, sigma: float, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
+    model: ViT, run: Run, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
 ) -> None:
-    noise, options = METHODS[name](args, sigma)
-    with_adapters(model, args, seed, **noise)
+    noise, options = METHODS[run.method](args, run.sigma)
+    with_adapters(model, args, seed, run.noise, **noise)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
-    method = make(name, model, optimizer, **options)
+    method = make(run.method, model, optimizer, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     order = torch.Generator().manual_seed(seed)
     model.train()
@@ -295,8 +306,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     tests = shifted(new_images)
     runs = {}
     for name in args.method:
-        for sigma in args.sigma if METHODS[name](args, 1.0)[0] else [0.0]:
-            runs[f"{name} {sigma:g}" if sigma else name] = (name, sigma)
+        if not METHODS[name](args, 1.0)[0]:
+            runs[name] = Run(name)
+            continue
+        for sigma, noise in itertools.product(args.sigma, args.noise):
+            label = f"{name} {sigma:g}" + (f" {noise}" if noise != "gaussian" else "")
+            runs[label] = Run(name, sigma, noise)
     rows: list[dict[str, Any]] = []
     lines = {}
     steps = [s / 20 for s in range(-10, 11)]
@@ -312,7 +327,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             if name == PROBE:
                 with_adapters(model, args, seed)
             else:
-                finetune(model, *runs[name], *train, args, seed)
+                finetune(model, runs[name], *train, args, seed)
             row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])
             rows.append(row | flatness_of(model, *train))
             if args.csv:

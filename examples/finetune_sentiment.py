@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
+from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import Method, make
 
 DISTRIBUTION = "vaderSentiment==3.3.2"
@@ -87,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--method", nargs="+", choices=METHODS, default=["flat-lora"], help="in-place: the authors' procedure"
     )
     add("--backend", help="of flatlora_kernels; None = the best one here")
-    add("--noise", choices=["gaussian", "rademacher"], default="gaussian")
+    add("--noise", choices=KINDS, default="gaussian")
     add("--sigma", type=float, nargs="+", default=[0.05], help="noise relative to the norms of the rows")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")

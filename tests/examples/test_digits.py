@@ -94,7 +94,7 @@ def test_fine_tuning_learns_and_leaves_the_weights(digits: ModuleType, one_threa
     before = {name: p.clone() for name, p in model.named_parameters()}
     images, labels = torch.rand(30, 8, 8), torch.arange(30) % 5
     start = torch.nn.functional.cross_entropy(model(images), labels).item()
-    digits.finetune(model, "flat-lora", 0.2, images, labels, args, 0)
+    digits.finetune(model, digits.Run("flat-lora", 0.2), images, labels, args, 0)
     assert digits.flatness_of(model, images, labels)["loss"] < 0.97 * start
     after = dict(model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
