@@ -195,6 +195,8 @@ def check(name: str, got: Tensor, exact: Any, ordinary: Tensor, scale: Any, ulp:
         f"{name}: max error {error.max():.3g} > {limit:.3g}, "
         f"plain {plain_error.max():.3g}, scale {scale.max():.3g}"
     )
+    if exact.size < 16:  # a mean over so few is no less a matter of luck
+        return
     rms, plain_rms, scale_rms = (np.sqrt(np.mean(t**2)) for t in (error, plain_error, scale))
     limit = factor * plain_rms + ulp * scale_rms / math.sqrt(exact.size)
     assert rms <= limit, (
