@@ -28,6 +28,8 @@ import torch
 from targets import Target, randn
 from torch import Tensor
 
+from flatlora_kernels.core import noise as oracle
+
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 INPUTS = ("x", "weight", "lora_A", "lora_B", "bias", "lora_x")
@@ -94,9 +96,18 @@ def group_eps(target: Target, p: Problem) -> list[Tensor]:
     o = p.options
     if "noise_scale" not in o:
         return [torch.zeros(N, K, device=p.weight.device)]
-    draw = {k: o[k] for k in ("seed", "stream", "noise", "antithetic", "row_offset", "col_offset") if k in o}
-    first = o.get("sample_offset", 0)
-    return [target.noise(o["noise_scale"], K, sample=first + g, **draw) for g in range(o.get("samples", 1))]
+    names = ("seed", "stream", "noise", "antithetic", "row_offset", "col_offset", "layer_shape")
+    draw = {k: o[k] for k in names if k in o}
+    scale, kind = o["noise_scale"], o.get("noise", "gaussian")
+    samples = range(first := o.get("sample_offset", 0), first + o.get("samples", 1))
+    if kind == "gaussian" or p.x.dtype != torch.bfloat16:
+        return [target.noise(scale, K, sample=sample, **draw) for sample in samples]
+    # The factor is rounded, what it multiplies is not: see "The type of the factor" in docs/internals/noise.md.
+    one = oracle.factor(torch.ones(1, device=scale.device), kind, torch.float32)
+    drawn = [
+        (target.noise(torch.ones_like(scale), K, sample=sample, **draw) / one).round() for sample in samples
+    ]
+    return [oracle.factor(scale, kind, torch.bfloat16)[:, None] * d for d in drawn]
 
 
 def leaves(p: Problem) -> dict[str, Tensor | None]:

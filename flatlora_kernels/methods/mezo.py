@@ -137,6 +137,7 @@ class MeZO(Method):
                 stream=trained.stream,
                 noise=trained.noise,
                 row_offset=begin,
+                layer_shape=(N, K),
                 dtype=dtype,
                 backend=trained.backend,
             )

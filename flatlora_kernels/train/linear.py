@@ -47,7 +47,7 @@ class FlatLoraLinear(NoisyLayer):
         sigma: strength of the noise, >= 0, for a controller of its own (default 0.05); 0 = plain fused LoRA.
         lora_dropout: probability of dropout on the adapter's input. Draws from torch's global generator, as
             `nn.Dropout` does.
-        noise: "gaussian" or "rademacher".
+        noise: "gaussian", "near_gaussian", "rademacher" or "hadamard", see docs/sigma.md.
         noise_controller: the `NoiseController` shared with the other layers, instead of `sigma`.
         stream: uint32, which layer this is; layers that share a controller need different ones. Default: that of
             a layer of the controller with the same weight, else the next one free.

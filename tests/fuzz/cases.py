@@ -143,15 +143,19 @@ def make(seed: int, number: int, backend: str) -> Case:
         "row_offset": _uint32(r, N),
         "col_offset": _uint32(r, K, 8),
     }
-    strategy, noise_accum = (
-        r.choice((None, None, "fused", "fused", "panel")),
-        r.choice((None, "folded", "split")),
-    )
+    noise = r.choice(KINDS)
+    strategies = (None, None, "fused", "fused", "panel", *["transform"] * 2 * (noise == "hadamard"))
+    strategy, noise_accum = r.choice(strategies), r.choice((None, "folded", "split"))
+    if noise == "hadamard" and r.random() < 0.7:
+        ends = (draw["row_offset"] + N, draw["col_offset"] + K)
+        draw["layer_shape"] = tuple(
+            max(1, end, min(UINT32, end + r.choice((0, 1, 50, UINT32)))) for end in ends
+        )
     if strategy == "panel" and noise_accum == "split":
         noise_accum = None
     return Case(
         seed, number, dtype, (M, N, K), leading, rank, layouts, tuple(float32), factors, tuple(special),
-        noise=r.choice(KINDS),
+        noise=noise,
         strength=r.choices(
             ("none", "noise_scale", "float", "float32", "float64", "bfloat16"), (1, 6, 2, 0.5, 0.5, 0.5)
         )[0],
