@@ -66,6 +66,13 @@ struct Region {
   uint32_t stride;                // bytes from row to row
 
   uint32_t row(uint32_t n) const { return (n - first_row) * stride; }
+  // Of columns of the shard from k on: bytes from a row's first.
+  uint32_t col(const Draw& d, int64_t k) const {
+    return (d.col_offset + uint32_t(k) - first_col) >> (d.kind == Noise::kNearGaussian ? 0 : 3);
+  }
+  const uint8_t* at(const Draw& d, int64_t n, int64_t k) const {
+    return bytes + row(d.row_offset + uint32_t(n)) + col(d, k);
+  }
 };
 
 // One call of Philox covers 16 rows of a block of 8 columns: lanes lie across blocks.
