@@ -72,6 +72,7 @@ SIMD F splat(F, float x) { return {_mm512_set1_ps(x)}; }
 SIMD I splat(I, uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
 SIMD Words splat(Words, uint32_t x) { return {_mm512_set1_epi32(int(x)), _mm512_set1_epi32(int(x))}; }
 SIMD F add(F x, F y) { return {_mm512_add_ps(x.v, y.v)}; }
+SIMD F sub(F x, F y) { return {_mm512_sub_ps(x.v, y.v)}; }
 SIMD F mul(F x, F y) { return {_mm512_mul_ps(x.v, y.v)}; }
 SIMD F fma(F x, F y, F z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 SIMD F sqrt(F x) { return {_mm512_sqrt_ps(x.v)}; }
@@ -239,6 +240,7 @@ SIMD F splat(F, float x) { return {_mm256_set1_ps(x)}; }
 SIMD I splat(I, uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
 SIMD Words splat(Words, uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
 SIMD F add(F x, F y) { return {_mm256_add_ps(x.v, y.v)}; }
+SIMD F sub(F x, F y) { return {_mm256_sub_ps(x.v, y.v)}; }
 SIMD F mul(F x, F y) { return {_mm256_mul_ps(x.v, y.v)}; }
 SIMD F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 SIMD F sqrt(F x) { return {_mm256_sqrt_ps(x.v)}; }
@@ -387,6 +389,7 @@ SIMD F splat(F, float x) { MAP(F, x); }
 SIMD I splat(I, uint32_t x) { MAP(I, x); }
 SIMD Words splat(Words, uint32_t x) { MAP(Words, x); }
 SIMD F add(F x, F y) { MAP(F, x.v[i] + y.v[i]); }
+SIMD F sub(F x, F y) { MAP(F, x.v[i] - y.v[i]); }
 SIMD F mul(F x, F y) { MAP(F, x.v[i] * y.v[i]); }
 SIMD F fma(F x, F y, F z) { MAP(F, x.v[i] * y.v[i] + z.v[i]); }  // two roundings: no such instruction here
 SIMD F sqrt(F x) { MAP(F, scalar::sqrt(x.v[i])); }
