@@ -74,8 +74,8 @@ SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
 SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
 #undef MAP
 
-// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian, e[j]
-// a column, with lanes along n.
+// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
+// e[j] a column, with lanes along n.
 SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
   const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
   Blocks c[4];
