@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     num_warps: int
     num_stages: int = 1
     steps: int = 1  # tiles of columns that one program goes through
+    together: int = 1  # of these in a round of its loop
 
 
 DESCRIPTOR_ROWS = 64  # a tile of so many is loaded without a descriptor, which takes the host 8 us
@@ -102,6 +103,7 @@ LINEAR: dict[tuple[str, str], dict[str, Tiles]] = {
     ),
 }
 PERTURB = Pass(64, 64, 4, 1, steps=8)
+PERTURB_UNITS = Pass(64, 64, 4, 1, steps=8, together=2)  # of near_gaussian, where the loop itself counts
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
 PERTURB_INTERPRETER = Pass(64, 256, 1)
 ROW_NORMS = Pass(16, 256, 4, 3)
