@@ -106,6 +106,9 @@ PERTURB = Pass(64, 64, 4, 1, steps=8)
 PERTURB_UNITS = Pass(64, 64, 4, 1, steps=8, together=2)  # of near_gaussian, where the loop itself counts
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
 PERTURB_INTERPRETER = Pass(64, 256, 1)
+TRANSFORM = 4096  # elements of x in a block of whole tiles
+TRANSFORM_ONE_PRODUCT = 7  # bits of a tile at most that is transformed by one product
+TRANSFORM_PROGRAMS = 4  # for a processor, where there are rows enough
 ROW_NORMS = Pass(16, 256, 4, 3)
 ROW_NORMS_ADAPTER = Pass(32, 128, 4, 2)
 ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank

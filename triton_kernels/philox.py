@@ -17,9 +17,9 @@ WALSH_ROWS, WALSH_COLUMNS = tl.constexpr(0x80000000), tl.constexpr(0xC0000000)
 # gives: no quotient is as near to the middle between two as the product is off.
 ROOT_RECIPROCAL = tl.constexpr(1 / 25.787593841552734)
 
-# Of two columns of a unit, whose words are $4 on the left and $5 on the right: rows n and n + 8 on the left, the same
-# on the right, pairs of bfloat16. What the masks leave of a word is a pair of subnormal numbers, 2^-128 times the value;
-# times 2^127 sums are m / 2, and 2 f is finite because f is noise_scale / sqrt(665). sm_80 adds by fma alone.
+# Of two columns of a unit, whose words are $4 on the left and $5 on the right: row n and row n + 8 on the left, then on
+# the right, pairs of bfloat16. What the masks leave of a word is a pair of subnormal numbers, 2^-128 times the value.
+# Times 2^127, sums are m / 2, and 2 f is finite because f is noise_scale / sqrt(665). sm_80 adds by fma alone.
 _UNIT_PTX = """{
     .reg .b32 a, b, c, d, p, q, r, s, big, nought, one, minus, two;
     mov.b32 big, 0x7f007f00;
@@ -190,7 +190,7 @@ def _pick(w0, w1, w2, w3, which):
 
 
 @triton.jit
-def _mirrored(n, BITS: tl.constexpr):
+def mirrored(n, BITS: tl.constexpr):
     """The low BITS bits of n in reverse."""
     n = ((n >> 1) & 0x55555555) | ((n & 0x55555555) << 1)
     n = ((n >> 2) & 0x33333333) | ((n & 0x33333333) << 2)
@@ -200,7 +200,7 @@ def _mirrored(n, BITS: tl.constexpr):
 
 
 @triton.jit
-def _odd(x):
+def odd(x):
     """1 where an odd number of the low 16 bits is set."""
     x = x ^ (x >> 8)
     x = x ^ (x >> 4)
@@ -226,8 +226,8 @@ def hadamard(
     columns, so that a word serves 32 of them.
     """
     columns = blocks * 8
-    mirrored = _mirrored(rows, BITS)
-    low = (mirrored & 1) * 0xAA ^ (mirrored >> 1 & 1) * 0xCC ^ (mirrored >> 2 & 1) * 0xF0
+    rev = mirrored(rows, BITS)
+    low = (rev & 1) * 0xAA ^ (rev >> 1 & 1) * 0xCC ^ (rev >> 2 & 1) * 0xF0
     if ONE_TILE:
         down = tl.min(columns, axis=1, keep_dims=True) >> BITS
         across = tl.min(rows, axis=0, keep_dims=True) >> BITS
@@ -237,7 +237,7 @@ def hadamard(
     by_column = walsh_words(columns, across, WALSH_COLUMNS, stream, sample, seed, ARITHMETIC) >> (
         columns & 31
     )
-    signs = low ^ by_column ^ _odd(mirrored & columns) * 0xFF
+    signs = low ^ by_column ^ odd(rev & columns) * 0xFF
     if BITS >= 3:
         by_row = walsh_words(rows, down, WALSH_ROWS, stream, sample, seed, ARITHMETIC) >> (rows & 31)
         return signs ^ (by_row & 1) * 0xFF
