@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     num_warps: int
     num_stages: int = 1
     steps: int = 1  # tiles of columns that one program goes through
+    together: int = 1  # of these in a round of its loop
 
 
 DESCRIPTOR_ROWS = 64  # a tile of so many is loaded without a descriptor, which takes the host 8 us
@@ -102,8 +103,12 @@ LINEAR: dict[tuple[str, str], dict[str, Tiles]] = {
     ),
 }
 PERTURB = Pass(64, 64, 4, 1, steps=8)
+PERTURB_UNITS = Pass(64, 64, 4, 1, steps=8, together=2)  # of near_gaussian, where the loop itself counts
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
 PERTURB_INTERPRETER = Pass(64, 256, 1)
+TRANSFORM = 4096  # elements of x in a block of whole tiles
+TRANSFORM_ONE_PRODUCT = 7  # bits of a tile at most that is transformed by one product
+TRANSFORM_PROGRAMS = 4  # for a processor, where there are rows enough
 ROW_NORMS = Pass(16, 256, 4, 3)
 ROW_NORMS_ADAPTER = Pass(32, 128, 4, 2)
 ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank

@@ -8,6 +8,7 @@ import triton.language as tl
 from .launch import CHANGING
 from .tile import (
     dot,
+    held,
     in_order,
     load_step,
     loads_ahead,
@@ -16,18 +17,19 @@ from .tile import (
     round_to,
     sample_of,
     step_at,
+    weight_cols,
     weight_rows,
 )
 
 
 @triton.jit
-def _load_weight(tile, k, cols, stride_wk, K, CUT: tl.constexpr):
-    """Columns k + `cols` of the weight; zeros beyond its edge."""
+def _load_weight(tile, k, cols, stride_wk, K, DRAW: tl.constexpr, CUT: tl.constexpr):
+    """Columns k + `cols` of the weight, `held`; zeros beyond its edge."""
     tile += tl.cast(k, tl.int64) * stride_wk
     if CUT.even:
-        return tl.load(tile)
+        return held(tl.load(tile), DRAW)
     else:
-        return tl.load(tile, mask=cols < K - k, other=0)
+        return held(tl.load(tile, mask=cols < K - k, other=0), DRAW)
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def _linear_forward_kernel(
         u_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
     w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, DRAW), N - 1)
-    w_cols = tl.arange(0, BLOCK_K)[None, :]
+    w_cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
     w_tile = weight + w_cols.to(tl.int64) * stride_wk + w_rows.to(tl.int64) * stride_wn
     scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
     rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
@@ -138,22 +140,22 @@ def _linear_forward_kernel(
     # loaded a step before that, or they would wait for it.
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
-        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, CUT)
+        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, DRAW, CUT)
         w, rest = perturb_tile(
-            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed, DRAW
+            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed, DTYPE, DRAW
         )
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
-        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, CUT)
+        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, DRAW, CUT)
     for k in tl.range(begin, end, BLOCK_K):
         if not AHEAD:
             this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CUT.carry else k
-            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, CUT)
+            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, DRAW, CUT)
         x_k = load_step(x, x_tile, k, first_m, x_cols, K, stride_xk, CUT)
         if AHEAD:
             # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
             next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
-            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, CUT)
+            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, DRAW, CUT)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank
             if not CUT.even:
@@ -165,7 +167,7 @@ def _linear_forward_kernel(
             if DRAW.apart:
                 acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
-            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed, DRAW
+            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed, DTYPE, DRAW
         )
         if AHEAD:
             this_k, this_w = next_k, next_w

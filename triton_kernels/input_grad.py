@@ -8,6 +8,7 @@ import triton.language as tl
 from .launch import CHANGING
 from .tile import (
     dot,
+    held,
     in_order,
     load_step,
     loads_ahead,
@@ -16,20 +17,24 @@ from .tile import (
     round_to,
     sample_of,
     step_at,
+    weight_cols,
     weight_rows,
 )
 
 
 @triton.jit
-def _load_tile(weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, CUT: tl.constexpr):
-    """Rows n + `rows` of the weight, and their noise_scale; zeros beyond its edges."""
+def _load_tile(
+    weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, DRAW: tl.constexpr, CUT: tl.constexpr
+):
+    """Rows n + `rows` of the weight, `held`, and their noise_scale; zeros beyond its edges."""
     weight += tl.cast(n, tl.int64) * stride_wn
     noise_scale += tl.cast(n, tl.int64) * stride_scale
     if CUT.even:
-        return tl.load(weight), tl.load(noise_scale)
+        return held(tl.load(weight), DRAW), tl.load(noise_scale)
     else:
         inside = rows < N - n
-        return tl.load(weight, mask=inside & (cols < K), other=0), tl.load(noise_scale, mask=inside, other=0)
+        w = tl.load(weight, mask=inside & (cols < K), other=0)
+        return held(w, DRAW), tl.load(noise_scale, mask=inside, other=0)
 
 
 @triton.jit(
@@ -106,7 +111,7 @@ def _linear_input_grad_kernel(
         y_tile = grad_y + m[:, None] * stride_ym + y_cols.to(tl.int64) * stride_yn
 
     w_rows = weight_rows(BLOCK_N, DRAW)
-    w_cols = first_k + tl.arange(0, BLOCK_K)[None, :]
+    w_cols = first_k + weight_cols(BLOCK_N, BLOCK_K, DRAW)
     first_col = tl.cast(first_k, tl.int64) + col_offset
     w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
     scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
@@ -117,26 +122,28 @@ def _linear_input_grad_kernel(
     # As in the forward kernel; but behind the wait for dY the compiler would put off the loads until after the product.
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
-        w, scale = _load_tile(w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT)
+        w, scale = _load_tile(
+            w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
+        )
         w, rest = perturb_tile(
             w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
-            DRAW,
+            DTYPE, DRAW,
         )  # fmt: skip
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
         this_w, scale = _load_tile(
-            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
+            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
         )
     for n in tl.range(begin, end, BLOCK_N):
         if AHEAD:
             next_n = step_at(n + 2 * BLOCK_N, end, BLOCK_N)
             next_w, next_scale = _load_tile(
-                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
+                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
             )
         else:
             this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CUT.carry else n
             this_w, scale = _load_tile(
-                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, CUT
+                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
             )
         y_n = load_step(grad_y, y_tile, n, first_m, y_cols, N, stride_yn, CUT)
         if CUT.carry:
@@ -145,7 +152,7 @@ def _linear_input_grad_kernel(
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
             this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
-            seed, DRAW,
+            seed, DTYPE, DRAW,
         )  # fmt: skip
         if AHEAD:
             this_n, this_w, scale = next_n, next_w, next_scale

@@ -166,12 +166,24 @@ def addressable(tensor: Tensor) -> bool:
 
 
 def draw_facts(draw: Any) -> tuple[Any, ...]:
-    """All of a draw, beside the tensors, that machine code depends on."""
-    return draw.noise, draw.antithetic, draw.row_offset % 4 == 0
+    """All of a draw, beside the tensors, that machine code depends on.
+
+    The third: whether tiles begin at whole words (quads of rows), units (16 rows, 16 columns), or parts of a Walsh tile
+    (64 rows, 64 columns) of the noise.
+    """
+    row, col = draw.row_offset, draw.col_offset
+    aligned = {
+        "gaussian": True,
+        "near_gaussian": row % 16 == col % 16 == 0,
+        "rademacher": row % 4 == 0,
+        "hadamard": row % 64 == col % 64 == 0 and draw.tile_bits >= 6,
+    }
+    return draw.noise, draw.antithetic, aligned[draw.noise], draw.tile_bits
 
 
-def drawn(draw: Any, machine: Machine, noise_accum: str = "folded") -> Drawn:
-    return Drawn(*draw_facts(draw), machine.arithmetic, noise_accum == "split")
+def drawn(draw: Any, machine: Machine, weight: Tensor, noise_accum: str = "folded") -> Drawn:
+    paired = machine.arithmetic == "ptx" and weight.dtype == torch.bfloat16 and by_eight(weight)
+    return Drawn(*draw_facts(draw), machine.arithmetic, paired, noise_accum == "split")
 
 
 def by_eight(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
-from .tile import perturb_tile, sample_of, weight_rows
+from .tile import held, perturb_tile, sample_of, weight_cols, weight_rows
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=["seed"])
@@ -32,9 +32,10 @@ def _perturb_kernel(
     stride_ok,
     HAS_WEIGHT: tl.constexpr,
     DRAW: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_K divides K
+    EVEN: tl.constexpr,  # TOGETHER * BLOCK_K divides K
     MULTIPLE: tl.constexpr,  # as in the forward kernel
     STEPS: tl.constexpr,  # tiles of columns that a program goes through
+    TOGETHER: tl.constexpr,  # of which one round of its loop has so many
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,7 +48,7 @@ def _perturb_kernel(
     begin = tl.program_id(0) % num_k * STEPS * BLOCK_K
     DTYPE: tl.constexpr = out.dtype.element_ty
     rows = first_n + weight_rows(BLOCK_N, DRAW)
-    cols = tl.arange(0, BLOCK_K)[None, :]
+    cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
     n = tl.minimum(rows, N - 1).to(tl.int64)
     scale = tl.load(noise_scale + n * stride_scale)
     seed = tl.load(seed)
@@ -58,22 +59,24 @@ def _perturb_kernel(
     if HAS_WEIGHT:
         w_tile = weight + cols.to(tl.int64) * stride_wk + n * stride_wn
     out_tile = out + cols.to(tl.int64) * stride_ok + rows.to(tl.int64) * stride_on
-    for k in tl.range(begin, tl.minimum(begin + STEPS * BLOCK_K, K), BLOCK_K, num_stages=STAGES):
-        k_long = tl.cast(k, tl.int64)
-        if not HAS_WEIGHT:
-            w = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
-        elif EVEN:
-            w = tl.load(w_tile + k_long * stride_wk)
-        else:
-            w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
-        w, _ = perturb_tile(
-            w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample, negate, seed,
-            DRAW,
-        )  # fmt: skip
-        inside = rows < N
-        if not EVEN:
-            inside = inside & (cols < K - k)
-        tl.store(out_tile + k_long * stride_ok, w, mask=inside)
+    inside = rows < N
+    for first_k in tl.range(
+        begin, tl.minimum(begin + STEPS * BLOCK_K, K), TOGETHER * BLOCK_K, num_stages=STAGES
+    ):
+        for part in tl.static_range(TOGETHER):
+            k = first_k + part * BLOCK_K
+            k_long = tl.cast(k, tl.int64)
+            if not HAS_WEIGHT:
+                w = tl.zeros([rows.shape[0], cols.shape[1]], DTYPE)
+            elif EVEN:
+                w = tl.load(w_tile + k_long * stride_wk)
+            else:
+                w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
+            w, _ = perturb_tile(
+                held(w, DRAW), scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample,
+                negate, seed, DTYPE, DRAW,
+            )  # fmt: skip
+            tl.store(out_tile + k_long * stride_ok, w, mask=inside if EVEN else inside & (cols < K - k))
 
 
 def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
@@ -81,6 +84,8 @@ def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
     machine = machine_of(out)
     regular = by_eight(out) and (weight is None or by_eight(weight))
     config = configs.PERTURB if regular else configs.PERTURB_RAGGED
+    if regular and draw.noise == "near_gaussian":
+        config = configs.PERTURB_UNITS
     if machine.architecture == "interpreter":
         config = configs.PERTURB_INTERPRETER
     rest = {
@@ -92,10 +97,11 @@ def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
         "stride_on": out.stride(0),
         "stride_ok": out.stride(1),
         "HAS_WEIGHT": weight is not None,
-        "DRAW": drawn(draw, machine),
-        "EVEN": K % config.block_k == 0,
+        "DRAW": drawn(draw, machine, out if weight is None else weight),
+        "EVEN": K % (config.together * config.block_k) == 0,
         "MULTIPLE": 8 if regular else 1,
         "STEPS": config.steps,
+        "TOGETHER": config.together,
         "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

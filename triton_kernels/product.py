@@ -61,7 +61,7 @@ def _prepare(
         "steps_per_split": cut.steps_per_split,
         **_strides(p.weight, "stride_wn", "stride_wk"),
         **_strides(draw.noise_scale, "stride_scale"),
-        "DRAW": drawn(draw, cut.machine, noise_accum),
+        "DRAW": drawn(draw, cut.machine, p.weight, noise_accum),
         "CUT": Cut(
             block_m=config.block_m,
             block_n=block_n,

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from .philox import RADIUS_FACTOR, gaussian, rademacher
+from .philox import (
+    ADD_PTX,
+    PERTURBED_PTX,
+    RADIUS_FACTOR,
+    ROOT_RECIPROCAL,
+    floats,
+    gaussian,
+    hadamard,
+    near_gaussian,
+    near_gaussian_anywhere,
+    near_gaussian_words,
+    rademacher,
+)
 
 
 @dataclass(frozen=True)
@@ -16,8 +28,10 @@ class Drawn:
 
     noise: str
     antithetic: bool
-    aligned: bool  # the tile's first row is a multiple of 4 in all the weight
+    aligned: bool  # tiles begin where a word or unit of the noise does, see `launch.draw_facts`
+    tile_bits: int  # of hadamard
     arithmetic: str  # see philox.py
+    paired: bool = False  # W is held in registers as pairs of bfloat16, see `held`
     apart: bool = False  # noise_accum = "split"
 
 
@@ -52,6 +66,21 @@ def to_float(x, ARITHMETIC: tl.constexpr):
         return tl.inline_asm_elementwise(_UNPACK_PTX, "=&r,=r,r", [x], tl.float32, is_pure=True, pack=2)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def held(w, DRAW: tl.constexpr):
+    """A tile of the weight as it goes from its load to `perturb_tile`.
+
+    Where `DRAW.paired`, (R, C / 2) uint32 of w (R, C), two columns each: 16 bits by themselves, carried by a loop, the
+    compiler takes apart and puts together again.
+    """
+    if DRAW.paired:
+        low, high = tl.split(tl.reshape(w, [w.shape[0], w.shape[1] // 2, 2]))
+        low, high = low.to(tl.uint16, bitcast=True), high.to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    else:
+        return w
 
 
 @triton.jit
@@ -136,16 +165,32 @@ def sample_of(group, sample_offset, DRAW: tl.constexpr):
 
 @triton.jit
 def weight_rows(BLOCK_N: tl.constexpr, DRAW: tl.constexpr):
-    """The order in which the rows of a tile of the weight are loaded, (BLOCK_N, 1).
+    """The rows of a tile of the weight in the order in which they are loaded, a column of them.
 
-    A word of Rademacher signs covers four rows. They are loaded BLOCK_N / 4 places apart, which puts them into one
-    thread; `in_order` puts them back.
+    What one word or unit of noise covers goes into one thread, and `in_order` puts it back. A word of Rademacher signs
+    covers four rows, loaded BLOCK_N / 4 places apart. A unit of near_gaussian covers rows n and n + 8, loaded
+    BLOCK_N / 2 places apart, and 16 columns: the right eight stand in rows of their own, BLOCK_N further down, see
+    `weight_cols`.
     """
     if DRAW.noise == "rademacher":
         row = 4 * tl.arange(0, BLOCK_N // 4)[None, :] + tl.arange(0, 4)[:, None]
         return tl.reshape(row, [BLOCK_N])[:, None]
+    elif DRAW.noise == "near_gaussian" and DRAW.aligned:
+        place = tl.arange(0, 2 * BLOCK_N)[:, None]
+        pair = place % (BLOCK_N // 2)
+        return pair // 8 * 16 + pair % 8 + place // (BLOCK_N // 2) % 2 * 8
     else:
         return tl.arange(0, BLOCK_N)[:, None]
+
+
+@triton.jit
+def weight_cols(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DRAW: tl.constexpr):
+    """The columns likewise, a row of them; of units (2 BLOCK_N, BLOCK_K / 2)."""
+    if DRAW.noise == "near_gaussian" and DRAW.aligned:
+        place = tl.arange(0, BLOCK_K // 2)[None, :]
+        return place // 8 * 16 + place % 8 + tl.arange(0, 2 * BLOCK_N)[:, None] // BLOCK_N * 8
+    else:
+        return tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
@@ -159,8 +204,107 @@ def _rounded(x, DTYPE: tl.constexpr, DRAW: tl.constexpr):
 
 
 @triton.jit
+def _quarters(x):
+    """The rows of units: n and n + 8 on the left, the same on the right."""
+    x = tl.permute(tl.reshape(x, [2, 2, x.shape[0] // 4, x.shape[1]]), (2, 3, 1, 0))
+    left, right = tl.split(x)
+    l0, l1 = tl.split(left)
+    r0, r1 = tl.split(right)
+    return l0, l1, r0, r1
+
+
+@triton.jit
+def _of_quarters(l0, l1, r0, r1):
+    x = tl.permute(tl.join(tl.join(l0, l1), tl.join(r0, r1)), (3, 2, 0, 1))
+    return tl.reshape(x, [4 * l0.shape[0], l0.shape[1]])
+
+
+@triton.jit
+def _from_pairs(x):
+    """bfloat16 (R, 2 C) of x (R, C), see `held`."""
+    low = x.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    high = (x >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(low, high), [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def _twice(x):
+    """A pair of the same bfloat16, which the float32 x is."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return bits | (bits >> 16)
+
+
+@triton.jit
+def factor(scale, negate, DTYPE: tl.constexpr, DRAW: tl.constexpr):
+    """What multiplies the numbers drawn for a weight of type `DTYPE`, float32. Not of gaussian."""
+    if DRAW.noise == "near_gaussian":
+        scale = (scale.to(tl.float64) * ROOT_RECIPROCAL).to(tl.float32)
+    if DTYPE == tl.bfloat16:
+        scale = round_to(scale, DTYPE).to(tl.float32)
+    if DRAW.antithetic:
+        scale = scale * (1 - 2 * negate.to(tl.float32))
+    return scale
+
+
+@triton.jit
+def _to_float(w, DRAW: tl.constexpr):
+    return floats(w) if DRAW.paired else to_float(w, DRAW.arithmetic)
+
+
+@triton.jit
+def _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE: tl.constexpr, DRAW: tl.constexpr):
+    """`perturb_tile` of whole units of near_gaussian, w in their order."""
+    PAIRS: tl.constexpr = w.shape[0] // 4
+    UNITS: tl.constexpr = w.shape[1] // (4 if DRAW.paired else 8)
+    # Rows of a whole multiple of 16, so that half of it counts the pairs before.
+    pairs = (tl.cast(first_row, tl.uint32) >> 1) + tl.arange(0, PAIRS).to(tl.uint32)
+    units = (tl.cast(first_col, tl.uint32) >> 3) + 2 * tl.arange(0, UNITS).to(tl.uint32)
+    left, right = near_gaussian_words(pairs[:, None], units[None, :], stream, sample, seed, DRAW.arithmetic)
+    f0, f1, _, _ = _quarters(2 * f)
+    w0, w1, w2, w3 = _quarters(w)
+    if DRAW.paired and not DRAW.apart:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            PERTURBED_PTX,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [left, right, w0, w1, w2, w3, _twice(f0), _twice(f1)],
+            (tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+        w = _from_pairs(_of_quarters(w0, w1, w2, w3))
+        return w, w
+    else:
+        m0, m1, m2, m3 = near_gaussian(left, right, DRAW.arithmetic)
+        w0 = tl.fma(f0, m0, _to_float(w0, DRAW))
+        w1 = tl.fma(f1, m1, _to_float(w1, DRAW))
+        w2 = tl.fma(f0, m2, _to_float(w2, DRAW))
+        w3 = tl.fma(f1, m3, _to_float(w3, DRAW))
+        return _rounded(_of_quarters(w0, w1, w2, w3), DTYPE, DRAW)
+
+
+@triton.jit
+def _add_signs(w, f, signs, DTYPE: tl.constexpr, DRAW: tl.constexpr):
+    """w +- f, by `signs` as `rademacher` has them."""
+    if DRAW.paired and not DRAW.apart:
+        # The bits of columns 2 q and 2 q + 1 go to the sign bits of a pair.
+        shift = 15 - 2 * tl.arange(0, 4).to(tl.uint32)
+        sign = (((signs & 0xFF) * 0x8001)[:, :, None] << shift[None, None, :]) & 0x80008000
+        eps = tl.reshape(sign, w.shape) ^ _twice(f)
+        w = _from_pairs(
+            tl.inline_asm_elementwise(ADD_PTX, "=r,r,r", [w, eps], tl.uint32, is_pure=True, pack=1)
+        )
+        return w, w
+    else:
+        shift = 31 - tl.arange(0, 8).to(tl.uint32)
+        sign = (signs[:, :, None] << shift[None, None, :]) & 0x80000000
+        sign = tl.reshape(sign, [signs.shape[0], 8 * signs.shape[1]])
+        eps = (f.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        return _rounded(_to_float(w, DRAW) + eps, DTYPE, DRAW)
+
+
+@triton.jit
 def perturb_tile(
-    w,  # (BLOCK_N, BLOCK_K), rows in the order of `weight_rows`
+    w,  # (BLOCK_N, BLOCK_K), in the order of `weight_rows` and `weight_cols`, and `held`
     scale,  # (BLOCK_N, 1) float32, of its rows
     rows,  # (BLOCK_N, 1), of all the weight
     first_row,  # of the tile in all the weight; scalar
@@ -169,43 +313,56 @@ def perturb_tile(
     sample,
     negate,
     seed,
+    DTYPE: tl.constexpr,  # of W
     DRAW: tl.constexpr,
 ):
-    """W + eps, rounded once to the type of W; (BLOCK_N, BLOCK_K), rows still in the order of `weight_rows`.
+    """W + eps, rounded once to the type of W; in the order in which it came, not `held`.
 
     And beside it, where noise stays apart, a tile of what the rounding took away: the noise, where W is large.
     """
     ALIGNED: tl.constexpr = DRAW.aligned
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
     BLOCK_N: tl.constexpr = w.shape[0]
-    BLOCK_K: tl.constexpr = w.shape[1]
+    BLOCK_K: tl.constexpr = w.shape[1] * (2 if DRAW.paired else 1)
     blocks = (tl.cast(first_col, tl.uint32) >> 3) + tl.arange(0, BLOCK_K // 8).to(tl.uint32)
     stream = tl.cast(stream, tl.uint32)
     rows = rows.to(tl.uint32)
-    w_float = to_float(w, ARITHMETIC)
     if DRAW.noise == "gaussian":
         c = scale * scale * RADIUS_FACTOR
         radius, direction = gaussian(rows, blocks[None, :], stream, sample, seed, c, ARITHMETIC)
         if DRAW.antithetic:
             radius = radius * (1 - 2 * negate.to(tl.float32))
-        return _rounded(tl.fma(radius, direction, w_float), w.dtype, DRAW)
-    else:
+        return _rounded(tl.fma(radius, direction, _to_float(w, DRAW)), DTYPE, DRAW)
+    f = factor(scale, negate, DTYPE, DRAW)
+    if DRAW.noise == "near_gaussian":
+        if ALIGNED:
+            return _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE, DRAW)
+        else:
+            halves = near_gaussian_anywhere(rows, blocks[None, :], stream, sample, seed, ARITHMETIC)
+            return _rounded(tl.fma(2 * f, halves, _to_float(w, DRAW)), DTYPE, DRAW)
+    elif DRAW.noise == "rademacher":
         if ALIGNED:
             rows = tl.cast(first_row, tl.uint32) + 4 * tl.arange(0, BLOCK_N // 4).to(tl.uint32)[None, :, None]
         else:
             rows = tl.reshape(rows, [4, BLOCK_N // 4, 1])
-        if DRAW.antithetic:
-            scale = scale * (1 - 2 * negate.to(tl.float32))
-        sign = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED)
-        eps = (scale.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        return _rounded(w_float + eps, w.dtype, DRAW)
+        signs = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED, ARITHMETIC)
+        return _add_signs(w, f, signs, DTYPE, DRAW)
+    else:
+        ONE_TILE: tl.constexpr = ALIGNED and BLOCK_N <= 64 and BLOCK_K <= 64
+        signs = hadamard(rows, blocks[None, :], stream, sample, seed, DRAW.tile_bits, ONE_TILE, ARITHMETIC)
+        return _add_signs(w, f, signs, DTYPE, DRAW)
 
 
 @triton.jit
 def in_order(w, DRAW: tl.constexpr):
-    """The rows of a tile that were loaded in the order of `weight_rows`."""
+    """A tile that was loaded in the order of `weight_rows` and `weight_cols`."""
     if DRAW.noise == "rademacher":
         quads = tl.reshape(w, [4, w.shape[0] // 4, w.shape[1]])
         return tl.reshape(tl.permute(quads, (1, 0, 2)), [w.shape[0], w.shape[1]])
+    elif DRAW.noise == "near_gaussian" and DRAW.aligned:
+        units = tl.reshape(
+            w, [2, 2, w.shape[0] // 32, 8, w.shape[1] // 8, 8]
+        )  # side, row / 8, of 16, row, unit, column
+        return tl.reshape(tl.permute(units, (2, 1, 3, 4, 0, 5)), [w.shape[0] // 2, 2 * w.shape[1]])
     else:
         return w

@@ -239,6 +239,7 @@ def call(case: Case) -> None:
     from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
 
     from flatlora_kernels.backends.shared.workspace import workspace_limit
+    from flatlora_kernels.core.noise import tile_bits
     from flatlora_kernels.core.records import Draw, Product
 
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
@@ -263,6 +264,7 @@ def call(case: Case) -> None:
         antithetic=samples,
         row_offset=int(odd),
         col_offset=8 * odd,
+        tile_bits=tile_bits(N, K) if case.noise == "hadamard" else 0,
     )
     A, B = (matrix(r, K), matrix(N, r)) if r else (None, None)
     if case.kernel in _PRODUCTS:
@@ -333,7 +335,11 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     except ValueError as error:
         return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
     rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
-    elements = rows_of_w * next(arguments[block] for block in rest if arguments.get(block))
+    elements = (
+        rows_of_w
+        * next(arguments[block] for block in rest if arguments.get(block))
+        * arguments.get("TOGETHER", 1)
+    )
     per_thread = elements / (CHIPS[row.target].lanes * arguments["num_warps"])
     tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads") else "-"
     row = row._replace(

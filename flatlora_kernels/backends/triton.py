@@ -106,3 +106,8 @@ def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _kernel("perturb").perturb(weight, draw, out)
+
+
+def transform(a: Tensor, draw: Draw, input_grad: bool, out: Tensor, add: bool) -> None:
+    """See `reference.transform`."""
+    _kernel("transform").transform(a, draw, input_grad, out, add)
