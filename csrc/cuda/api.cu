@@ -120,6 +120,10 @@ gpu::Error call(const Args& args, const Gpu& given, Kernel kernel) {
   return kernel(args, gpu);
 }
 
+// hadamard's product is `transform`.
+constexpr int kNotFused = 200000;
+bool fuses(const NoiseArgs& noise) { return static_cast<Noise>(noise.kind) != Noise::kHadamard; }
+
 constexpr int64_t kSm90Configs = 1000;  // `config` of linear_sm90 begins here
 
 // Tells whether linear_sm90 takes the call, and leaves in gpu->config the row of the chosen kernel's table.
@@ -151,10 +155,13 @@ EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {
 }
 
 // Of an error that one of the functions here returned.
-EXPORT const char* flatlora_cuda_error(int32_t error) { return flatlora::error_text(error); }
+EXPORT const char* flatlora_cuda_error(int32_t error) {
+  return error == flatlora::kNotFused ? "the fused product has no noise of kind 'hadamard'" : flatlora::error_text(error);
+}
 
 // Bytes, or minus an error.
 EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
+  if (!flatlora::fuses(args->noise)) return -int64_t(flatlora::kNotFused);
   flatlora::Gpu gpu;
   if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
   if (const int error = flatlora::enter(gpu)) return -int64_t(error);
@@ -163,6 +170,7 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
 }
 
 EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {
+  if (!flatlora::fuses(args->noise)) return flatlora::kNotFused;
   return flatlora::call(*args, *gpu, [](const flatlora::LinearArgs& args, flatlora::Gpu& gpu) {
     return flatlora::use_sm90(args, &gpu) ? flatlora::linear_sm90(args, gpu) : flatlora::linear_sm80(args, gpu);
   });
@@ -174,4 +182,8 @@ EXPORT int32_t flatlora_cuda_row_sq_norms(const flatlora::RowNormsArgs* args, co
 
 EXPORT int32_t flatlora_cuda_perturb(const flatlora::PerturbArgs* args, const flatlora::Gpu* gpu) {
   return flatlora::call(*args, *gpu, flatlora::perturb);
+}
+
+EXPORT int32_t flatlora_cuda_transform(const flatlora::TransformArgs* args, const flatlora::Gpu* gpu) {
+  return flatlora::call(*args, *gpu, flatlora::transform);
 }

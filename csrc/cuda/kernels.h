@@ -27,6 +27,7 @@ int64_t linear_sm90_workspace(const LinearArgs&, const Gpu&);
 gpu::Error linear_sm90(const LinearArgs&, const Gpu&);
 
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&);  // row_norms.h
+gpu::Error transform(const TransformArgs&, const Gpu&);  // transform.h
 gpu::Error perturb(const PerturbArgs&, const Gpu&);  // perturb.h
 
 }  // namespace flatlora

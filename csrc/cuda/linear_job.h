@@ -14,7 +14,7 @@ struct LinearJob {
   float* partial;  // (parts, M, outputs) where parts > 1
   int64_t tf32;
   int64_t copies;  // rows of `a` and W can be copied in 16 bytes at 32-bit offsets
-  int64_t any_row;  // rademacher: rows of W begin within a word
+  int64_t any;  // W does not begin where patches of the noise may
 };
 
 FLATLORA_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -38,10 +38,10 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   job.rows_per_sample = args.M / args.noise.samples;
   const bool apart = args.split_noise && element == 2, small = apart || element == 4;
   job.tf32 = gpu.tf32 && !args.split_noise;  // W + eps in full float32 keeps the noise
-  job.any_row = static_cast<Noise>(args.noise.kind) == Noise::kRademacher && args.noise.row_offset % 4 != 0;
+  job.any = !begins_whole(args.noise);
   job.copies = can_copy(args.a, args.M, args.a_row_stride, args.a_col_stride, element) &&
                can_copy(args.weight.data, args.N, args.weight.row_stride, args.weight.col_stride, element) &&
-               args.noise.scale_stride == 1 && !job.any_row;
+               args.noise.scale_stride == 1 && !job.any;
   const int64_t part_bytes = args.M * job.outputs * 4;
   const Extent extent = {args.noise.samples, job.rows_per_sample, job.outputs, job.length, workspace / part_bytes};
   Choice choice = choose(element, extent, job.copies, small, gpu.processors, gpu.shared_limit);

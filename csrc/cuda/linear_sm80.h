@@ -1,8 +1,7 @@
 // y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_80 and later.
 //
 // A block owns a tile of y. Tiles of `a` and of W come by asynchronous copies through a ring of stages. While the
-// tensor cores multiply stage i, each thread adds noise to the 4 x 8 elements of W that it copied to stage i + 1:
-// nobody else touches them before the barrier that ends the step, so the pass needs none of its own.
+// tensor cores multiply stage i, each thread adds noise to the patch of W that it copied to stage i + 1: nobody else touches them before the barrier that ends the step, so the pass needs none of its own.
 #pragma once
 
 #include "configs.h"
@@ -27,27 +26,28 @@ struct LinearTile {
   static constexpr uint32_t kRowBytes = kTile.k * kElement;                     // of `a` and of the adapter
   static constexpr int kWRows = kInputGrad ? kTile.k : kTile.n, kWCols = kInputGrad ? kTile.n : kTile.k;
   static constexpr uint32_t kWRowBytes = kWCols * kElement;
-  static constexpr int kWChunks = kWCols / 8;
+  using Own = Patch<kNoise>;
+  static constexpr int kWPatches = kWCols / (8 * Own::kCols);  // side by side
   static constexpr uint32_t kABytes = kTile.m * kRowBytes, kWBytes = kWRows * kWRowBytes;
   static constexpr uint32_t kStageBytes = kABytes + kWBytes * (kApart ? 2 : 1);
   static constexpr uint32_t kLastSlot = (kStages - 1) * kStageBytes;  // a slot is where a stage begins
   static constexpr int kWarpM = kTile.m / kTile.warps_m, kWarpN = kTile.n / kTile.warps_n;
   static constexpr int kMI = kWarpM / 16, kNI = kWarpN / 8;
   static constexpr int kAPieces = kRowBytes / 16, kARowStep = kThreads / kAPieces, kACopies = kTile.m / kARowStep;
-  static_assert(kWRows / 4 * kWChunks == kThreads, "each thread perturbs four rows of a chunk");
+  static_assert(kWRows / Own::kRows * kWPatches == kThreads, "each thread perturbs a patch");
 
   const LinearJob& job;
   gpu::Shared stages;
   int64_t first_m, last_m, first_out;
   int64_t begin, end;  // of the contraction, in this part
-  // What this thread copies: pieces of rows of `a`, and four rows of a chunk of W. Where from: for the next step, what
+  // What this thread copies: pieces of rows of `a`, and a patch of W, by chunks. Where from: for the next step, what
   // all threads share and the thread's offsets; where to: in a stage.
   uint32_t a_piece, a_row, w_chunk, w_row;
   const char *a_from, *w_from;
   uint32_t a_offset[kACopies], w_offset[4];
   uint32_t a_place, w_place;
   Draw draw;
-  Quad quad;
+  PatchRows<kNoise, T> rows;
   const float* scale_from;  // input gradient: of the next step, of which `next_scale` is
   float next_scale[4];
   float acc[kMI][kNI][4];
@@ -57,8 +57,19 @@ struct LinearTile {
 
   FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot; }
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
-  FLATLORA_DEVICE gpu::Shared w_at(gpu::Shared stage, int row, int piece) const {
-    return stage + (w_place ^ uint32_t(row << 5 | piece << 4)) + uint32_t(row) * kWRowBytes;
+  // A piece of chunk i.
+  FLATLORA_DEVICE gpu::Shared w_at(gpu::Shared stage, int i, int piece) const {
+    const int row = Own::row(i);
+    piece += Own::col(i) * kChunkPieces;
+    return stage + (w_place ^ (swizzle(uint32_t(row)) << 4 ^ uint32_t(piece << 4))) + uint32_t(row) * kWRowBytes;
+  }
+
+  // Of the tile of W, for the `index`-th of those that have the same columns. Where a unit's pieces are two apart, eight
+  // lanes have rows r and r + 4.
+  FLATLORA_DEVICE static uint32_t first_row(uint32_t index) {
+    if constexpr (!Own::kUnit) return index * 4;
+    const uint32_t within = kElement == 2 ? (index & 1) << 2 | (index >> 1 & 3) : index & 7;
+    return index / 8 * 16 + within;
   }
 
   // The tile of this block.
@@ -82,8 +93,8 @@ struct LinearTile {
     const uint32_t thread = uint32_t(gpu::thread());
     a_piece = thread % kAPieces;
     a_row = thread / kAPieces;
-    w_chunk = thread % kWChunks;
-    w_row = thread / kWChunks * 4;
+    w_chunk = thread % kWPatches * Own::kCols;
+    w_row = first_row(thread / kWPatches);
     a_place = place(kRowBytes, a_row, a_piece);
     w_place = place(kWRowBytes, w_row, w_chunk * kChunkPieces);
     const LinearArgs& args = job.args;
@@ -99,15 +110,15 @@ struct LinearTile {
       a_offset[i] = uint32_t(smaller(a_row + i * kARowStep, last_m - first_m - 1)) * a_stride + a_piece * 16;
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int64_t row = kInputGrad ? w_row + i : smaller(w_row + i, job.outputs - first_out - 1);
-      w_offset[i] = uint32_t(row) * w_stride + w_chunk * 8 * kElement;
+      const int64_t row = kInputGrad ? w_row + Own::row(i) : smaller(w_row + Own::row(i), job.outputs - first_out - 1);
+      w_offset[i] = uint32_t(row) * w_stride + (w_chunk + Own::col(i)) * 8 * kElement;
     }
     if constexpr (!kInputGrad) {
-      set_rows<kNoise>(quad, draw, uint32_t(first_out) + w_row);
+      set_rows(rows, draw, uint32_t(first_out) + w_row);
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int64_t n = first_out + w_row + i;
-        quad.factor[i] = n < job.outputs ? factor_of<kNoise>(draw, scale_at(n)) : 0.0f;
+        const int64_t n = first_out + w_row + Own::row(i);
+        rows.factor[i] = n < job.outputs ? factor_of<kNoise, T>(draw, scale_at(n)) : Factor<kNoise, T>(0);
       }
     }
     FLATLORA_UNROLL
@@ -134,9 +145,10 @@ struct LinearTile {
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
         if constexpr (kEdge) {
-          next_scale[i] = at + w_row + i < end ? scale_at(at + w_row + i) : 0.0f;
+          const int64_t n = at + w_row + Own::row(i);
+          next_scale[i] = n < end ? scale_at(n) : 0.0f;
         } else {
-          next_scale[i] = gpu::load_global<float>(scale_from + i);
+          next_scale[i] = gpu::load_global<float>(scale_from + Own::row(i));
         }
       }
       scale_from += kTile.k * job.args.noise.scale_stride;
@@ -144,13 +156,13 @@ struct LinearTile {
   }
   FLATLORA_DEVICE void set_step(int64_t at) {
     if constexpr (kInputGrad) {
-      set_rows<kNoise>(quad, draw, uint32_t(at) + w_row);
+      set_rows(rows, draw, uint32_t(at) + w_row);
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) quad.factor[i] = factor_of<kNoise>(draw, next_scale[i]);
+      for (int i = 0; i < 4; ++i) rows.factor[i] = factor_of<kNoise, T>(draw, next_scale[i]);
     }
   }
-  FLATLORA_DEVICE BlockKey block_at(int64_t at) const {
-    return block_key(draw, (uint32_t(kInputGrad ? first_out : at) >> 3) + w_chunk);
+  FLATLORA_DEVICE PatchBlocks<kNoise> blocks_at(int64_t at) const {
+    return set_blocks<kNoise>(draw, (uint32_t(kInputGrad ? first_out : at) >> 3) + w_chunk);
   }
 
   // --- Copies ---
@@ -189,9 +201,9 @@ struct LinearTile {
     for (int i = 0; i < 4; ++i) {
       FLATLORA_UNROLL
       for (int p = 0; p < kChunkPieces; ++p) {
-        const int64_t col = w_chunk * 8 + p * kPerPiece;
+        const int64_t col = (w_chunk + Own::col(i)) * 8 + p * kPerPiece;
         int valid = kInputGrad ? bytes_before(job.outputs, first_out + col) : bytes_before(end, at + col);
-        if (kInputGrad && at + w_row + i >= end) valid = 0;
+        if (kInputGrad && at + w_row + Own::row(i) >= end) valid = 0;
         gpu::cp_async<16>(w_at(w_stage(slot), i, p), valid ? w_from + w_offset[i] + 16 * p : nothing, valid);
       }
     }
@@ -216,8 +228,8 @@ struct LinearTile {
       FLATLORA_NO_UNROLL
       for (int p = 0; p < kChunkPieces; ++p)
         gather_piece(w_at(w_stage(slot), i, p), args.weight.data, args.weight.row_stride, args.weight.col_stride,
-                     first_row + w_row + i, kInputGrad ? end : job.outputs, first_col + w_chunk * 8 + p * kPerPiece,
-                     kInputGrad ? job.outputs : end);
+                     first_row + w_row + Own::row(i), kInputGrad ? end : job.outputs,
+                     first_col + (w_chunk + Own::col(i)) * 8 + p * kPerPiece, kInputGrad ? job.outputs : end);
     }
   }
   FLATLORA_DEVICE void gather_piece(gpu::Shared to, const void* data, int64_t row_stride, int64_t col_stride,
@@ -243,20 +255,20 @@ struct LinearTile {
 
   // --- Noise ---
 
-  FLATLORA_DEVICE Chunk<T> load_chunk(gpu::Shared stage, int row) const {
+  FLATLORA_DEVICE Chunk<T> load_chunk(gpu::Shared stage, int i) const {
     Chunk<T> w;
     FLATLORA_UNROLL
     for (int p = 0; p < kChunkPieces; ++p) {
-      const gpu::Words<4> words = gpu::load_shared<gpu::Words<4>>(w_at(stage, row, p));
+      const gpu::Words<4> words = gpu::load_shared<gpu::Words<4>>(w_at(stage, i, p));
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) w.v[4 * p + i] = words.v[i];
+      for (int j = 0; j < 4; ++j) w.v[4 * p + j] = words.v[j];
     }
     return w;
   }
-  FLATLORA_DEVICE void store_chunk(gpu::Shared stage, int row, const Chunk<T>& w) const {
+  FLATLORA_DEVICE void store_chunk(gpu::Shared stage, int i, const Chunk<T>& w) const {
     FLATLORA_UNROLL
     for (int p = 0; p < kChunkPieces; ++p)
-      gpu::store_shared(w_at(stage, row, p),
+      gpu::store_shared(w_at(stage, i, p),
                         gpu::Words<4>{{w.v[4 * p], w.v[4 * p + 1], w.v[4 * p + 2], w.v[4 * p + 3]}});
   }
 
@@ -264,14 +276,14 @@ struct LinearTile {
   // Stores wait for a turn, so that no load of operands stands behind them.
   struct Pass {
     gpu::Shared stage;
-    BlockKey block;
+    PatchBlocks<kNoise> blocks;
     Chunk<T> w[4], rest[kApart ? 4 : 1];
   };
-  static constexpr int kStride = kSteps / 4;  // turns for a row
+  static constexpr int kStride = kSteps / 4;  // turns for a chunk
 
-  FLATLORA_DEVICE void store_row(const Pass& pass, int row) const {
-    store_chunk(pass.stage, row, pass.w[row]);
-    if constexpr (kApart) store_chunk(pass.stage + kWBytes, row, pass.rest[row]);
+  FLATLORA_DEVICE void store_row(const Pass& pass, int i) const {
+    store_chunk(pass.stage, i, pass.w[i]);
+    if constexpr (kApart) store_chunk(pass.stage + kWBytes, i, pass.rest[i]);
   }
   FLATLORA_DEVICE void noise_loads(Pass& pass, int turn) {
     if (turn % kStride != 0) return;
@@ -292,15 +304,15 @@ struct LinearTile {
     if (turn % kStride != 0) return;
     const int row = turn / kStride;
     if constexpr (kNoise == Noise::kGaussian) {
-      const RowKey key[1] = {quad.key[row]};
+      const RowKey key[1] = {rows.key[row]};
       uint32_t words[1][4];
-      philox(draw, key, pass.block, words);
-      add_gaussian<T, kApart>(pass.w[row], words[0], quad.factor[row], pass.rest + (kApart ? row : 0));
+      philox(draw, key, pass.blocks.key[0], words);
+      add_gaussian<T, kApart>(pass.w[row], words[0], rows.factor[row], pass.rest + (kApart ? row : 0));
     } else if (row == 1) {
-      if (kEdge && kConfig == kAny && job.any_row) {
-        perturb_quad<kNoise, T, true, kApart>(pass.w, draw, quad, pass.block, pass.rest);
+      if (kEdge && kConfig == kAny && job.any) {
+        perturb_patch<kNoise, T, true, kApart>(pass.w, draw, rows, pass.blocks, pass.rest);
       } else {
-        perturb_quad<kNoise, T, false, kApart>(pass.w, draw, quad, pass.block, pass.rest);
+        perturb_patch<kNoise, T, false, kApart>(pass.w, draw, rows, pass.blocks, pass.rest);
       }
     }
   }
@@ -316,9 +328,9 @@ struct LinearTile {
   FLATLORA_DEVICE void clear_tail(gpu::Shared stage, int64_t at) {
     FLATLORA_NO_UNROLL
     for (int i = 0; i < 32 && !kInputGrad && at + kTile.k > job.length; ++i) {
-      const int row = i / 8, j = i % 8;
-      if (at + w_chunk * 8 + j < job.length) continue;
-      const gpu::Shared p = w_at(stage, row, j / kPerPiece) + uint32_t(j % kPerPiece * kElement);
+      const int chunk = i / 8, j = i % 8;
+      if (at + (w_chunk + Own::col(chunk)) * 8 + j < job.length) continue;
+      const gpu::Shared p = w_at(stage, chunk, j / kPerPiece) + uint32_t(j % kPerPiece * kElement);
       if constexpr (kElement == 4) {
         gpu::store_shared(p, 0u);
       } else {
@@ -584,7 +596,7 @@ struct LinearTile {
     Pass pass;
     const bool more = !kEdge || at + kTile.k < end;  // a step whose noise is to be drawn
     pass.stage = w_stage(next);
-    pass.block = block_at(at + kTile.k);
+    pass.blocks = blocks_at(at + kTile.k);
     set_step(at + kTile.k);
     load_scales<kEdge>(at + 2 * kTile.k);
     FLATLORA_UNROLL
@@ -616,7 +628,7 @@ struct LinearTile {
     Pass pass;
     gpu::cp_async_wait<kStages - 2>();
     pass.stage = w_stage(0);
-    pass.block = block_at(begin);
+    pass.blocks = blocks_at(begin);
     set_step(begin);
     load_scales<true>(begin + kTile.k);
     all_noise(pass);
@@ -660,9 +672,11 @@ gpu::Error launch_config(Config config, const gpu::Launch& how, const LinearJob&
 
 template <class T, bool kInputGrad>
 gpu::Error launch_noise(Config config, const gpu::Launch& how, const LinearJob& job) {
-  if (static_cast<Noise>(job.args.noise.kind) == Noise::kGaussian)
-    return launch_config<T, kInputGrad, Noise::kGaussian>(config, how, job);
-  return launch_config<T, kInputGrad, Noise::kRademacher>(config, how, job);
+  switch (static_cast<Noise>(job.args.noise.kind)) {
+    case Noise::kGaussian: return launch_config<T, kInputGrad, Noise::kGaussian>(config, how, job);
+    case Noise::kNearGaussian: return launch_config<T, kInputGrad, Noise::kNearGaussian>(config, how, job);
+    default: return launch_config<T, kInputGrad, Noise::kRademacher>(config, how, job);
+  }
 }
 
 #define FLATLORA_LINEAR_SM80(T)                                                                                      \

@@ -84,12 +84,14 @@ bool linear_sm90_takes(const LinearArgs& args, const Gpu& gpu) {
   constexpr int64_t kMost = int64_t(1) << 31;  // coordinates of the copy engine
   const int64_t length = args.input_grad ? args.N : args.K, rows = args.M / args.noise.samples;
   const int64_t a_stride = args.M > 1 ? args.a_row_stride : length;
+  // A thread has all 16 rows of a call.
   const bool rademacher = static_cast<Noise>(args.noise.kind) == Noise::kRademacher;
+  const bool whole = rademacher ? args.noise.row_offset % 16 == 0 : begins_whole(args.noise);
   return args.dtype != int64_t(DType::kFloat32) && !args.split_noise && (rows > 64 || gpu.config >= 0) &&
          args.M < kMost && length < kMost && args.a_col_stride == 1 && aligned(args.a) && a_stride % 8 == 0 &&
          a_stride >= length && args.weight.col_stride == 1 && aligned(args.weight.data) &&
          args.weight.row_stride % 8 == 0 && args.K % 8 == 0 &&
-         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && !(rademacher && args.noise.row_offset % 4 != 0);
+         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && whole;
 }
 
 int64_t linear_sm90_workspace(const LinearArgs& args, const Gpu& gpu) {

@@ -1,8 +1,8 @@
 // y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_90a.
 //
-// A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Producer warpgroups take turns on
-// the steps of the contraction: they load W a turn ahead, add the noise in registers, wait for a stage and write the
-// tile as wgmma reads it, while the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along
+// A block owns a tile of y and keeps it in the registers of two consumer warpgroups. Groups of producers take turns on
+// the steps of the contraction: they load W ahead, add the noise in registers, wait for a stage and write the tile as
+// wgmma reads it, while the copy engine brings the tile of `a`. The blocks of a cluster are neighbours along
 // the rows of `a`, so they need the same tile of W + eps: each draws its share of it and copies the share to the
 // others.
 #pragma once
@@ -49,15 +49,19 @@ struct Sm90Job {
 template <class T, bool kInputGrad, Noise kNoise, int kConfig>
 struct Sm90Linear {
   static constexpr Sm90Tile kTile = kSm90Tiles[kConfig];
-  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster, kTurns = kTile.producers;
+  static constexpr int kStages = kTile.stages, kCluster = kTile.cluster;
   static constexpr int kABytes = kTile.a_bytes(), kStageBytes = kTile.stage_bytes();
   static constexpr int kBlocksM = kTile.m / 128;  // of 64 rows, for a consumer
   // A line of the tile of W is 64 columns of a row, 128 bytes.
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
-  static constexpr int kRows = 4;  // lines of a thread
+  // A group of producers draws the share of a step: a warpgroup, a patch for each thread; of rademacher a warp, so that
+  // the 16 rows that one call serves are one thread's, in four patches.
+  using Own = Patch<kNoise>;
+  static constexpr int kPatches = kNoise == Noise::kRademacher ? 4 : 1, kGroup = 128 / kPatches;
+  static constexpr int kTurns = kTile.producers * kPatches;
   static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
-  static_assert(kShare == 16 * kRows && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
+  static_assert(kShare * 64 == 32 * 128 && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
   const LinearJob& job;
   gpu::Shared stages;
@@ -124,92 +128,72 @@ struct Sm90Linear {
     if constexpr (kCount > kFirstRegisters) gpu::registers_increase<kCount>();
   }
 
-  // --- Producers: a thread has 8 columns of kRows lines ---
+  // --- Producers ---
 
-  FLATLORA_DEVICE static int group() { return gpu::uniform(gpu::warp() / 4); }
-  FLATLORA_DEVICE static uint32_t chunk() { return uint32_t(gpu::thread()) % 8; }
+  FLATLORA_DEVICE static int turn() { return gpu::uniform(gpu::warp() / (kGroup / 32)); }
+  FLATLORA_DEVICE static uint32_t member() { return uint32_t(gpu::thread()) % kGroup; }
+  // Of the thread's first patch: the first line and chunk.
+  FLATLORA_DEVICE static uint32_t chunk() { return member() % (8 / Own::kCols) * Own::kCols; }
   FLATLORA_DEVICE uint32_t first_line() const {
-    return uint32_t(rank) * kShare + uint32_t(gpu::thread()) % 128 / 8 * kRows;
+    const uint32_t index = member() / (8 / Own::kCols);
+    return uint32_t(rank) * kShare + (Own::kUnit ? index / 8 * 16 + index % 8 : index * (4 * kPatches));
   }
   // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
   FLATLORA_DEVICE int64_t first_row() const { return kInputGrad ? first_line() % 64 : first_out + first_line(); }
   FLATLORA_DEVICE int64_t first_column() const {
     return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
-
-  // What a thread has of W in a step, loaded a turn ahead.
-  struct Lines {
-    Chunk<T> w[kRows];
-    int left;  // rows, or else columns, of W from here on
-  };
+  // Of chunk i of patch p, from the first one's: rows, and columns.
+  FLATLORA_DEVICE static constexpr int row(int p, int i) { return 4 * p + Own::row(i); }
+  FLATLORA_DEVICE static constexpr int column(int i) { return 8 * Own::col(i); }
 
   FLATLORA_DEVICE const T* weight_at(int64_t at) const {
     const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
     return static_cast<const T*>(job.args.weight.data) + n * job.args.weight.row_stride + k;
   }
-  // Zeros where W ends. `limit`: rows that exist of the thread's, where they stay the same, else columns.
-  FLATLORA_DEVICE void load(Lines& lines, const T* from, int limit) const {
+  // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`: the
+  // other of the two, which stays the same.
+  FLATLORA_DEVICE static bool inside(int p, int i, int left, int limit) {
+    return kInputGrad ? row(p, i) < left && limit > column(i) : left > column(i) && row(p, i) < limit;
+  }
+  // Patch p of a step, ahead of its turn; zeros where W ends.
+  FLATLORA_DEVICE void load(Chunk<T> (&w)[4], int p, const T* from, int left, int limit) const {
     FLATLORA_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const bool inside = kInputGrad ? i < lines.left && limit > 0 : lines.left > 0 && i < limit;
-      lines.w[i] = inside ? gpu::load_global_once(from + i * job.args.weight.row_stride) : Chunk<T>{};
-    }
+    for (int i = 0; i < 4; ++i)
+      w[i] = inside(p, i, left, limit)
+                 ? gpu::load_global_once(from + row(p, i) * job.args.weight.row_stride + column(i))
+                 : Chunk<T>{};
   }
-  FLATLORA_DEVICE void store(uint32_t slot, int i, const Chunk<T>& w) const {
-    const uint32_t line = first_line() + uint32_t(i);
-    gpu::store_shared(w_stage(slot) + line * 128 + ((chunk() ^ line % 8) << 4), w);
-  }
-
-  struct Rows {
-    RowKey key[kRows];
-    float factor[kRows];
-    uint32_t row;
-  };
-  FLATLORA_DEVICE void set_rows(Rows& rows, const Draw& draw, int64_t n) const {
-    rows.row = draw.first_row + uint32_t(n);
-    FLATLORA_UNROLL
-    for (int i = 0; i < (kNoise == Noise::kGaussian ? kRows : 1); ++i)
-      rows.key[i] = row_key(draw, kNoise == Noise::kGaussian ? rows.row + i : rows.row >> 4);
-  }
-  FLATLORA_DEVICE void perturb(Chunk<T> (&w)[kRows], const Draw& draw, const Rows& rows, const BlockKey& block) const {
-    if constexpr (kNoise == Noise::kGaussian) {
-      uint32_t words[kRows][4];
-      philox(draw, rows.key, block, words);
-      FLATLORA_UNROLL
-      for (int i = 0; i < kRows; ++i) add_gaussian<T>(w[i], words[i], rows.factor[i]);
-    } else {
-      const RowKey key[1] = {rows.key[0]};
-      uint32_t words[1][4];
-      philox(draw, key, block, words);
-      add_rademacher<T>(w, rademacher_word(words[0], rows.row), rows.factor);
-    }
+  FLATLORA_DEVICE void store(uint32_t slot, uint32_t line, uint32_t at, const Chunk<T>& w) const {
+    gpu::store_shared(w_stage(slot) + line * 128 + ((at ^ line % 8) << 4), w);
   }
 
   // The adapter's factor: a line has 64 steps of the rank for one output, in both directions.
   FLATLORA_DEVICE void store_adapter(uint32_t slot, int64_t at) const {
     const LinearArgs& args = job.args;
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t out = first_out + first_line() + i;
+    for (int i = 0; i < 4 * kPatches; ++i) {
+      const uint32_t line = first_line() + uint32_t(row(i / 4, i % 4)), piece = chunk() + uint32_t(Own::col(i % 4));
+      const int64_t out = first_out + line;
       Chunk<T> w;
       FLATLORA_UNROLL
       for (int j = 0; j < 4; ++j) {
         float x[2];
         FLATLORA_UNROLL
         for (int h = 0; h < 2; ++h) {
-          const int64_t r = at + chunk() * 8 + 2 * j + h;
+          const int64_t r = at + piece * 8 + 2 * j + h;
           const bool inside = out < job.outputs && r < args.rank;
           x[h] = inside ? float_at(args.lora, args.lora_dtype, out * args.lora_out_stride + r * args.lora_rank_stride)
                         : 0.0f;
         }
         w.v[j] = pack(T{}, x[0], x[1]);
       }
-      store(slot, i, w);
+      store(slot, line, piece, w);
     }
   }
 
   // The thread that sends for tiles of `a` and u.
-  FLATLORA_DEVICE static bool fetches() { return gpu::thread() % 128 == 0; }
+  FLATLORA_DEVICE static bool fetches() { return member() == 0; }
   // Sends for the tile of `a` or u, where the stage is free already; true where there is nothing left to send for.
   FLATLORA_DEVICE bool open_early(const Ring& ring, const gpu::TensorMap* map, int at) const {
     if (!fetches()) return true;
@@ -226,11 +210,17 @@ struct Sm90Linear {
     gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
     gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
   }
+  FLATLORA_DEVICE static void meet() {
+    if constexpr (kGroup == 32)
+      gpu::sync_warp();
+    else
+      gpu::sync_named(1 + turn(), kGroup);
+  }
   // Gives the other blocks this one's share, and the stage to the consumers.
   FLATLORA_DEVICE void close(const Ring& ring) const {
     gpu::fence_proxy_async();
-    gpu::sync_named(1 + group(), 128);
-    if (gpu::thread() % 128 == 0) {
+    meet();
+    if (fetches()) {
       const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank) * kShareBytes;
       FLATLORA_UNROLL
       for (int i = 1; i < kCluster; ++i) gpu::copy_to_block((rank + i) % kCluster, share, kShareBytes, full(ring.slot));
@@ -245,7 +235,7 @@ struct Sm90Linear {
       FLATLORA_UNROLL
       for (int i = 0; i < kTurns; ++i) ring.advance();
     };
-    int first = group();  // of this group's steps in the tile
+    int first = turn();  // of this group's steps in the tile
     for (int i = 0; i < first; ++i) ring.advance();
     FLATLORA_NO_UNROLL
     for (int tile = int(gpu::block()) / kCluster; tile < int(cluster_tiles); tile += int(gpu::blocks()) / kCluster) {
@@ -265,46 +255,64 @@ struct Sm90Linear {
       const int64_t from_step = kInputGrad ? kColumns * args.weight.row_stride : kColumns;
       const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
       const int64_t scale_step = kColumns * args.noise.scale_stride;
-      const int limit = int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 8));
-      Lines next;
-      next.left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
-      Rows rows;
-      BlockKey block;
+      const int limit = int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 16));
+      int left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
+      PatchRows<kNoise, T> rows;
+      PatchBlocks<kNoise> blocks;
+      Factor<kNoise, T> factor[kPatches][4];
+      const auto factor_at = [&](int p, int i) {
+        const float* const from = scale + row(p, i) * args.noise.scale_stride;
+        return inside(p, i, left, limit) ? factor_of<kNoise, T>(draw, gpu::load_global<float>(from))
+                                         : Factor<kNoise, T>(0);
+      };
       if constexpr (kInputGrad) {
-        block = block_key(draw, uint32_t(first_column() >> 3));
+        blocks = set_blocks<kNoise>(draw, uint32_t(first_column() >> 3));
       } else {
-        set_rows(rows, draw, first_row());
+        set_rows(rows, draw, uint32_t(first_row()));
         FLATLORA_UNROLL
-        for (int i = 0; i < kRows; ++i)
-          rows.factor[i] =
-              i < limit ? factor_of<kNoise>(draw, gpu::load_global<float>(scale + i * args.noise.scale_stride)) : 0.0f;
+        for (int i = 0; i < 4 * kPatches; ++i) factor[i / 4][i % 4] = factor_at(i / 4, i % 4);
       }
-      if (step < steps) load(next, from, limit);
+      Chunk<T> next[4];
+      if (step < steps) load(next, 0, from, left, limit);
       FLATLORA_NO_UNROLL
       for (; step < steps; step += kTurns, at += kColumns, advance()) {
         const bool fetched = open_early(ring, a_map, at);
-        Lines lines = next;
-        from += from_step;
-        next.left -= kColumns;
-        if (step + kTurns < steps) load(next, from, limit);
         if constexpr (kInputGrad) {
-          set_rows(rows, draw, first_row() + at);
-          FLATLORA_UNROLL
-          for (int i = 0; i < kRows; ++i)
-            rows.factor[i] = i < lines.left && limit > 0
-                                 ? factor_of<kNoise>(draw, gpu::load_global<float>(scale + i * args.noise.scale_stride))
-                                 : 0.0f;
-          scale += scale_step;
+          set_rows(rows, draw, uint32_t(first_row() + at));
         } else {
-          block = block_key(draw, uint32_t(at + int(chunk()) * 8) >> 3);
-          // Zeros beyond W, because noise may overflow float16, and infinity times zero is NaN.
-          FLATLORA_UNROLL
-          for (int i = 0; i < kRows; ++i) rows.factor[i] = lines.left > 0 ? rows.factor[i] : 0.0f;
+          blocks = set_blocks<kNoise>(draw, uint32_t(at + int(chunk()) * 8) >> 3);
         }
-        perturb(lines.w, draw, rows, block);
-        open(ring, a_map, at, fetched);
+        uint32_t signs[1][4];
+        if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
         FLATLORA_UNROLL
-        for (int i = 0; i < kRows; ++i) store(ring.slot, i, lines.w[i]);
+        for (int p = 0; p < kPatches; ++p) {
+          Chunk<T> w[4];
+          FLATLORA_UNROLL
+          for (int i = 0; i < 4; ++i) w[i] = next[i];
+          FLATLORA_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            // Zeros beyond W, because noise may overflow float16, and infinity times zero is NaN.
+            if constexpr (kInputGrad)
+              rows.factor[i] = factor_at(p, i);
+            else
+              rows.factor[i] = left > column(i) ? factor[p][i] : Factor<kNoise, T>(0);
+          }
+          if (p + 1 < kPatches)
+            load(next, p + 1, from, left, limit);
+          else if (step + kTurns < steps)
+            load(next, 0, from + from_step, left - kColumns, limit);
+          if constexpr (kPatches > 1)
+            add_signs<kNoise, T>(w, signs[0][p], rows.factor);
+          else
+            perturb_patch<kNoise, T>(w, draw, rows, blocks);
+          if (p == 0) open(ring, a_map, at, fetched);
+          FLATLORA_UNROLL
+          for (int i = 0; i < 4; ++i)
+            store(ring.slot, first_line() + uint32_t(row(p, i)), chunk() + uint32_t(Own::col(i)), w[i]);
+        }
+        from += from_step;
+        left -= kColumns;
+        scale += kInputGrad ? scale_step : 0;
         close(ring);
       }
       first = step - steps;  // of the next tile
@@ -312,6 +320,8 @@ struct Sm90Linear {
   }
 
   // --- Consumers ---
+
+  FLATLORA_DEVICE static int consumer() { return gpu::uniform(gpu::warp() / 4) - kTile.producers; }
 
   using Accumulators = float[kBlocksM][kTile.n / 2];
 
@@ -325,7 +335,7 @@ struct Sm90Linear {
   // kTransposed: a line of W is a step of the contraction, else an output.
   template <bool kTransposed>
   FLATLORA_DEVICE void multiply(Accumulators& acc, uint32_t slot) const {
-    const uint32_t row = uint32_t(group() - kTile.producers) * (kTile.m / 2);
+    const uint32_t row = uint32_t(consumer()) * (kTile.m / 2);
     const uint64_t a = describe(a_stage(slot) + row * 128, 16);
     const uint64_t w = describe(w_stage(slot), kTransposed ? 64 * 128 : 16);
     FLATLORA_UNROLL
@@ -512,9 +522,14 @@ gpu::Error clusters_sm90_config(int config, const gpu::Launch& how, int64_t proc
 template <class T, bool kInputGrad>
 gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
                              const gpu::TensorMap& u_map, const Sm90Job& job) {
-  if (static_cast<Noise>(job.linear.args.noise.kind) == Noise::kGaussian)
-    return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
-  return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
+  switch (static_cast<Noise>(job.linear.args.noise.kind)) {
+    case Noise::kGaussian:
+      return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
+    case Noise::kNearGaussian:
+      return launch_sm90_config<T, kInputGrad, Noise::kNearGaussian>(config, how, a_map, u_map, job);
+    default:
+      return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
+  }
 }
 
 gpu::Error clusters_sm90(int config, const gpu::Launch& how, int64_t processors, int64_t* count);

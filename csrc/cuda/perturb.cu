@@ -10,26 +10,43 @@ bool whole_chunks(const PerturbArgs& args, const void* data, int64_t row_stride,
   return col_stride == 1 && args.K % 8 == 0 && row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-template <class T, Noise kind>
-gpu::Error run(const PerturbArgs& args, const Gpu& gpu) {
-  const int64_t chunks = (args.K + 7) / 8;
-  const int64_t warps = (args.N + 3) / 4 * ((chunks + 32 * kPerturbSteps - 1) / (32 * kPerturbSteps));
+// Whether W begins where the patches of the kernel with vectors may.
+bool patches_fit(const NoiseArgs& noise) {
+  switch (static_cast<Noise>(noise.kind)) {
+    case Noise::kRademacher: return noise.row_offset % 16 == 0;  // all rows of a call
+    case Noise::kHadamard: return noise.row_offset % 4 == 0 && noise.tile_bits >= 3;
+    default: return begins_whole(noise);
+  }
+}
+
+template <class T, Noise kind, bool kVector>
+gpu::Error launch(const PerturbArgs& args, const Gpu& gpu) {
+  constexpr int kWarps = kPerturbThreads / 32;
   gpu::Launch how = {};
-  how.blocks = (warps + kPerturbThreads / 32 - 1) / (kPerturbThreads / 32);
+  how.blocks = (PerturbShape<kind, kVector>::items(args.N, args.K) + kWarps - 1) / kWarps;
   how.threads = kPerturbThreads;
   how.stream = gpu.stream;
   how.cluster = 1;
+  return gpu::launch(perturb_kernel<T, kind, kVector>, how, args);
+}
+
+template <class T, Noise kind>
+gpu::Error run(const PerturbArgs& args, const Gpu& gpu) {
   const WeightArgs& w = args.weight;
-  const bool vector = args.noise.row_offset % 4 == 0 &&
+  const bool vector = patches_fit(args.noise) &&
                       whole_chunks<T>(args, args.out, args.out_row_stride, args.out_col_stride) &&
                       (w.data == nullptr || whole_chunks<T>(args, w.data, w.row_stride, w.col_stride));
-  return gpu::launch(vector ? perturb_kernel<T, kind, true> : perturb_kernel<T, kind, false>, how, args);
+  return vector ? launch<T, kind, true>(args, gpu) : launch<T, kind, false>(args, gpu);
 }
 
 template <class T>
 gpu::Error run(const PerturbArgs& args, const Gpu& gpu) {
-  return args.noise.kind == int64_t(Noise::kGaussian) ? run<T, Noise::kGaussian>(args, gpu)
-                                                      : run<T, Noise::kRademacher>(args, gpu);
+  switch (static_cast<Noise>(args.noise.kind)) {
+    case Noise::kGaussian: return run<T, Noise::kGaussian>(args, gpu);
+    case Noise::kNearGaussian: return run<T, Noise::kNearGaussian>(args, gpu);
+    case Noise::kHadamard: return run<T, Noise::kHadamard>(args, gpu);
+    default: return run<T, Noise::kRademacher>(args, gpu);
+  }
 }
 
 }  // namespace

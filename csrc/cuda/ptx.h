@@ -122,6 +122,9 @@ FLATLORA_DEVICE uint32_t xor_masked(uint32_t a, uint32_t b, uint32_t mask) {
   asm("lop3.b32 %0, %1, %2, %3, 0x78;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
   return d;
 }
+FLATLORA_DEVICE uint32_t rotate_right(uint32_t x, int bits) { return __funnelshift_r(x, x, bits); }
+FLATLORA_DEVICE uint32_t reverse_bits(uint32_t x) { return __brev(x); }
+FLATLORA_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 FLATLORA_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -153,6 +156,21 @@ FLATLORA_DEVICE uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
   return w;
 }
+// Pairs of bfloat16, each result rounded once to nearest even; subnormal numbers count. a b + c and a b - c.
+FLATLORA_DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+FLATLORA_DEVICE uint32_t fms_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("{\n.reg .b32 n;\nneg.bf16x2 n, %3;\nfma.rn.bf16x2 %0, %1, %2, n;\n}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// Before sm_90 only the multiply-add exists.
+FLATLORA_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, 0x3f803f80u, b); }
+FLATLORA_DEVICE uint32_t sub_bf16(uint32_t a, uint32_t b) { return fms_bf16(a, 0x3f803f80u, b); }
+FLATLORA_DEVICE uint32_t mul_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, b, 0x80008000u); }
 FLATLORA_DEVICE float f16_to_float(uint16_t bits) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));

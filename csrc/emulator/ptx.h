@@ -154,6 +154,14 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+inline uint32_t rotate_right(uint32_t x, int bits) { return x >> (bits & 31) | x << (-bits & 31); }
+inline uint32_t reverse_bits(uint32_t x) {
+  uint32_t y = 0;
+  for (int i = 0; i < 32; ++i) y |= (x >> i & 1) << (31 - i);
+  return y;
+}
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+
 namespace emulated {
 
 inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
@@ -161,6 +169,17 @@ inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copys
 inline uint16_t to_bf16(float x) {
   uint32_t bits = scalar::as_int(x);
   return std::isnan(x) ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// Of the exact x + rest, with |rest| below what x holds: what a conversion cuts off is kept in the last bit, so that the
+// next one rounds as if it had seen the whole.
+inline uint16_t to_bf16(double x, double rest) {
+  float cut = float(x);
+  const double left = std::isfinite(cut) ? (x - double(cut)) + rest : (std::isfinite(x) ? -x : 0.0);
+  if (left != 0.0) {
+    if (std::isinf(cut) || (left < 0) == (x > 0)) cut = std::nextafter(cut, 0.0f);
+    cut = scalar::as_float(scalar::as_int(cut) | 1);
+  }
+  return to_bf16(cut);
 }
 inline float from_bf16(uint16_t bits) { return scalar::as_float(uint32_t(bits) << 16); }
 
@@ -204,6 +223,25 @@ inline uint32_t pack_bf16(float low, float high) {
 inline uint32_t pack_f16(float low, float high) {
   return emulated::to_f16(low) | uint32_t(emulated::to_f16(high)) << 16;
 }
+namespace emulated {
+
+inline uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
+  const double product = double(from_bf16(a)) * from_bf16(b), addend = from_bf16(c), sum = product + addend;
+  if (!std::isfinite(sum)) return to_bf16(float(sum));
+  const double part = sum - product;
+  return to_bf16(sum, (product - (sum - part)) + (addend - part));
+}
+
+}  // namespace emulated
+
+inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  const uint32_t low = emulated::fma_bf16(uint16_t(a), uint16_t(b), uint16_t(c));
+  return low | uint32_t(emulated::fma_bf16(uint16_t(a >> 16), uint16_t(b >> 16), uint16_t(c >> 16))) << 16;
+}
+inline uint32_t fms_bf16(uint32_t a, uint32_t b, uint32_t c) { return fma_bf16(a, b, c ^ 0x80008000u); }
+inline uint32_t add_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, 0x3f803f80u, b); }
+inline uint32_t sub_bf16(uint32_t a, uint32_t b) { return fms_bf16(a, 0x3f803f80u, b); }
+inline uint32_t mul_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, b, 0x80008000u); }
 inline float f16_to_float(uint16_t bits) { return emulated::f16_table()[bits]; }
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = scalar::as_int(x);

@@ -40,6 +40,12 @@ class Tensors {
     matrix(args.out, args.dtype, args.N, args.out_row_stride, args.K, args.out_col_stride, true);
     noise(args.noise, args.N);
   }
+  void allow(const TransformArgs& args, const Gpu&) {
+    const int64_t inner = args.input_grad ? args.N : args.K, outputs = args.input_grad ? args.K : args.N;
+    matrix(args.a, args.dtype, args.M, args.a_row_stride, inner, args.a_col_stride);
+    matrix(args.y, args.dtype, args.M, outputs, outputs, 1, true);
+    noise(args.noise, args.N);
+  }
 
  private:
   static std::mutex& machine() {

@@ -58,7 +58,7 @@ def _load() -> _Loaded | str:
     loaded = library.load(path, name)
     if isinstance(loaded, str):
         return f"its library {loaded}"
-    for function in ("linear", "linear_workspace", "row_sq_norms", "perturb"):
+    for function in ("linear", "linear_workspace", "row_sq_norms", "perturb", "transform"):
         getattr(loaded, f"flatlora_cuda_{function}").argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     loaded.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
     loaded.flatlora_cuda_error.argtypes = [ctypes.c_int32]
@@ -177,3 +177,11 @@ def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _call(out.device, "perturb", arguments.perturb(weight, draw, out))
+
+
+def transform(a: Tensor, draw: Draw, input_grad: bool, out: Tensor, add: bool) -> None:
+    """See `reference.transform`."""
+    if out.numel() and a.shape[1]:
+        _call(out.device, "transform", arguments.transform(a, draw, input_grad, out, add))
+    elif not add:
+        out.zero_()
