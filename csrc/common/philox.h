@@ -102,6 +102,16 @@ FLATLORA_INLINE void philox_rounds(U (&c)[4], const PhiloxKey& key, int first = 
   }
 }
 
+// The four words of one counter.
+FLATLORA_INLINE void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key,
+                            uint32_t (&c)[4]) {
+  c[0] = c0;
+  c[1] = c1;
+  c[2] = c2;
+  c[3] = c3;
+  philox_rounds(c, key);
+}
+
 // Rounds [0, 3) for counters that differ in c1 alone (many rows, one block of columns): what is uniform in them is
 // computed once, as scalars.
 template <class U>
@@ -155,6 +165,45 @@ FLATLORA_INLINE void gaussian_pair(I word, F scale, F& even, F& odd) {
   const F t2 = mul(t, t);
   even = mul(radius, mul(t, poly(t2, kSin, 4)));
   odd = mul(radius, poly(t2, kCos, 4));
+}
+
+// The standard deviation of the integers of near_gaussian.
+constexpr float kNearGaussianDeviation = 25.787593841552734f;  // sqrt(665)
+
+// One of the 16 levels with its sign, from the low or high half (h = 0, 1) of a word: two bits of mantissa, two of
+// exponent.
+FLATLORA_INLINE int near_gaussian_level(uint32_t word, uint32_t h) {
+  const uint32_t half = word >> (16 * h), mantissa = half >> 5 & 3, exponent = half >> 7 & 3;
+  const int magnitude = int(exponent == 0 ? mantissa : (mantissa | 4) << (exponent - 1));
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// The integers of a unit that one word of its left and of its right call make: rows n and n + 8, each of its left and
+// right column.
+FLATLORA_INLINE void near_gaussian_unit(uint32_t left, uint32_t right, uint32_t h, int (&m)[4]) {
+  const int a = near_gaussian_level(left, h), b = near_gaussian_level(left >> 5 | left << 27, h);
+  const int c = near_gaussian_level(right, h), d = near_gaussian_level(right >> 5 | right << 27, h);
+  m[0] = a + b + c + d;
+  m[1] = a + b - c - d;
+  m[2] = a - b + c - d;
+  m[3] = a - b - c + d;
+}
+
+// Of hadamard: the first counter's offset for the signs of rows and of columns.
+constexpr uint32_t kHadamardRows = 0x80000000u, kHadamardCols = 0xC0000000u;
+
+FLATLORA_INLINE uint32_t parity(uint32_t x) {
+  x ^= x >> 16;
+  x ^= x >> 8;
+  x ^= x >> 4;
+  return 0x6996u >> (x & 15) & 1;
+}
+
+// The low `bits` bits of x, which has no others, in reverse order.
+FLATLORA_INLINE uint32_t reverse_bits(uint32_t x, int bits) {
+  uint32_t result = 0;
+  for (int i = 0; i < bits; ++i) result |= (x >> i & 1) << (bits - 1 - i);
+  return result;
 }
 
 }  // namespace flatlora

@@ -150,3 +150,11 @@ EXPORT int32_t flatlora_cpu_perturb(const flatlora::PerturbArgs* args) {
   return flatlora::for_each_task(k.perturb_tasks(*args), flatlora::num_threads(), 0,
                                  [&](int64_t task, void*) { k.perturb(*args, task); });
 }
+
+EXPORT int32_t flatlora_cpu_transform(const flatlora::TransformArgs* args) {
+  const flatlora::Kernels& k = *flatlora::g_kernels;
+  const int64_t threads = flatlora::num_threads();
+  const flatlora::TransformPlan plan = k.plan_transform(*args, threads);
+  return flatlora::for_each_task(plan.tasks, threads, plan.workspace,
+                                 [&](int64_t task, void* workspace) { k.transform(*args, plan, task, workspace); });
+}

@@ -16,6 +16,13 @@ struct LinearPlan {
   int64_t workspace;  // bytes per thread
 };
 
+// How the work of one TransformArgs is cut; see plan_transform in transform.h.
+struct TransformPlan {
+  int64_t rows;  // of `a` per task
+  int64_t tasks;
+  int64_t workspace;  // bytes per thread
+};
+
 // One instruction-set level's kernels. A task may run on any thread and in any order; results do not depend on it.
 struct Kernels {
   const char* name;
@@ -26,6 +33,8 @@ struct Kernels {
   void (*row_norms)(const RowNormsArgs&, int64_t task, void* workspace);
   int64_t (*perturb_tasks)(const PerturbArgs&);
   void (*perturb)(const PerturbArgs&, int64_t task);
+  TransformPlan (*plan_transform)(const TransformArgs&, int64_t threads);
+  void (*transform)(const TransformArgs&, const TransformPlan&, int64_t task, void* workspace);
 };
 
 }  // namespace flatlora

@@ -1,5 +1,5 @@
 // The kernels of one instruction-set level; compiled once per level (see CMakeLists.txt).
-#include "matmul.h"
+#include "transform.h"
 
 namespace flatlora {
 namespace FLATLORA_ISA {
@@ -192,24 +192,24 @@ SIMD void store_lanes(T* p, int64_t stride, F x, int n) {
 template <class T, bool kLanesN>
 void perturb_rows(const PerturbArgs& args, int64_t task) {
   const Weight<T> w = make_weight<T>(args.weight, args.N, args.K);
-  const Draw draw = make_draw(args.noise, 0);
+  const Draw draw = make_draw(args.noise, 0, args.dtype);
   const int64_t tasks_k = ceil_div(args.K, kPerturbCols), begin = task % tasks_k * kPerturbCols;
   const int64_t n0 = task / tasks_k * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   T* out = static_cast<T*>(args.out);
   const int64_t rs = args.out_row_stride, cs = args.out_col_stride;
-  Signs signs;
+  Region region;
   RowLanes lanes;
   for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
-    if (draw.kind == Noise::kRademacher) draw_signs(draw, n0, rows, k0, cols, signs);
+    draw_region(draw, n0, rows, k0, cols, region);
     for (int64_t n = 0; n < rows; n += W) {
-      make_row_lanes(draw, n0 + n, rows - n, signs, lanes);
+      make_row_lanes(draw, n0 + n, rows - n, region, lanes);
       const int64_t tile_rows = min64(W, rows - n);
       for (int64_t k = 0; k < cols; k += W) {
         prefetch_tile(w, n0 + n, k0 + k + 8 * W);
         for (int i = 0; i < tile_rows; ++i) __builtin_prefetch(out + (n0 + n + i) * rs + (k0 + k + 4 * W) * cs, 1, 2);
         F r[W];
-        perturbed_tile<kLanesN>(w, draw, lanes, signs, n0 + n, k0 + k, k, r);
+        perturbed_tile<kLanesN>(w, draw, lanes, region, n0 + n, k0 + k, r);
         const int64_t tile_cols = min64(W, cols - k);
         T* p = out + (n0 + n) * rs + (k0 + k) * cs;
         for (int i = 0; i < (kLanesN ? tile_cols : tile_rows); ++i)
@@ -222,20 +222,20 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
 void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
   const Weight<float> zero = {nullptr, 0, 0, args.N, args.K};
   const auto* w = static_cast<const double*>(args.weight.data);
-  const Draw draw = make_draw(args.noise, 0);
+  const Draw draw = make_draw(args.noise, 0, args.dtype);
   const int64_t tasks_k = ceil_div(args.K, kPerturbCols), begin = task % tasks_k * kPerturbCols;
   const int64_t n0 = task / tasks_k * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   auto* out = static_cast<double*>(args.out);
-  Signs signs;
+  Region region;
   RowLanes lanes;
   for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
-    if (draw.kind == Noise::kRademacher) draw_signs(draw, n0, rows, k0, cols, signs);
+    draw_region(draw, n0, rows, k0, cols, region);
     for (int64_t n = 0; n < rows; n += W) {
-      make_row_lanes(draw, n0 + n, rows - n, signs, lanes);
+      make_row_lanes(draw, n0 + n, rows - n, region, lanes);
       for (int64_t k = 0; k < cols; k += W) {
         F r[W];
-        perturbed_tile<false>(zero, draw, lanes, signs, n0 + n, k0 + k, k, r);
+        perturbed_tile<false>(zero, draw, lanes, region, n0 + n, k0 + k, r);
         for (int64_t i = 0; i < min64(W, rows - n); ++i) {
           float eps[W];
           store(eps, r[i]);
@@ -265,11 +265,26 @@ void perturb(const PerturbArgs& args, int64_t task) {
   }
 }
 
+template <class T>
+void transform_type(const TransformArgs& args, const TransformPlan& plan, int64_t task, void* workspace) {
+  if (args.input_grad) return transform_task<T, true>(args, plan, task, workspace);
+  transform_task<T, false>(args, plan, task, workspace);
+}
+
+void transform(const TransformArgs& args, const TransformPlan& plan, int64_t task, void* workspace) {
+  switch (DType(args.dtype)) {
+    case DType::kFloat32: return transform_type<float>(args, plan, task, workspace);
+    case DType::kFloat64: return transform_type<double>(args, plan, task, workspace);
+    case DType::kBFloat16: return transform_type<bfloat16>(args, plan, task, workspace);
+    default: return transform_type<float16>(args, plan, task, workspace);
+  }
+}
+
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {NAME(FLATLORA_ISA),  plan_linear, linear,        row_norms_tasks,
-                          row_norms_workspace, row_norms,   perturb_tasks, perturb};
+const Kernels kKernels = {NAME(FLATLORA_ISA), plan_linear,   linear,  row_norms_tasks, row_norms_workspace,
+                          row_norms,          perturb_tasks, perturb, plan_transform,  transform};
 
 }  // namespace FLATLORA_ISA
 }  // namespace flatlora

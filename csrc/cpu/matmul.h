@@ -170,15 +170,15 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
                  int64_t stride, int pack, Panel* panel) {
   const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
   const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
-  Signs signs;
+  Region region;
   RowLanes lanes;
-  if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
+  draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
-    make_row_lanes(d, n0 + n, rows - n, signs, lanes);
+    make_row_lanes(d, n0 + n, rows - n, region, lanes);
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       F r[W];
-      perturbed_tile<!kInputGrad>(w, d, lanes, signs, n0 + n, k0 + k, k, r);
+      perturbed_tile<!kInputGrad>(w, d, lanes, region, n0 + n, k0 + k, r);
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
       Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
       store_steps(strip, step0 + c, s.strip(), steps - c, r);
@@ -193,21 +193,22 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
   const int64_t n0 = kInputGrad ? c0 : o0, k0 = kInputGrad ? o0 : c0;
   const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
   const Weight<float> zero = {nullptr, 0, 0, w.N, w.K};
-  Signs signs;
+  Region region;
   RowLanes lanes;
-  if (d.kind == Noise::kRademacher) draw_signs(d, n0, rows, k0, cols, signs);
+  draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
-    make_row_lanes(d, n0 + n, rows - n, signs, lanes);
+    make_row_lanes(d, n0 + n, rows - n, region, lanes);
     for (int64_t k = 0; k < cols; k += W) {
       F r[W];
-      perturbed_tile<false>(zero, d, lanes, signs, n0 + n, k0 + k, k, r);
+      perturbed_tile<false>(zero, d, lanes, region, n0 + n, k0 + k, r);
       for (int64_t i = 0; i < min64(W, rows - n); ++i) {
         float eps[W];
         store(eps, r[i]);
         for (int64_t j = 0; j < min64(W, cols - k); ++j) {
           const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
+          const double base = w.data ? w.data[(n0 + n + i) * w.row_stride + (k0 + k + j) * w.col_stride] : 0.0;
           panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] =
-              w.data[(n0 + n + i) * w.row_stride + (k0 + k + j) * w.col_stride] + double(eps[j]);
+              base + double(eps[j]);
         }
       }
     }
@@ -369,7 +370,7 @@ void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, v
   const int64_t part_rows = ceil_div(ceil_div(group_rows, plan.parts), kRows) * kRows;
   const Strips s = make_strips(min64(plan.block, outputs - o0));
   const int64_t strip = s.strip(), tile = kRows * strip;
-  const Draw draw = make_draw(args.noise, group);
+  const Draw draw = make_draw(args.noise, group, args.dtype);
   const Weight<T> weight = make_weight<T>(args.weight, args.N, args.K);
   const bool carried = !kCarryInY<T> && plan.chunk < C;
 

@@ -28,6 +28,7 @@ struct float16 {
 };
 
 SIMD float to_float(float x) { return x; }
+SIMD float to_float(int8_t x) { return x; }
 SIMD float to_float(bfloat16 x) { return scalar::as_float(uint32_t(x.bits) << 16); }
 SIMD float to_float(float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
@@ -127,6 +128,9 @@ SIMD F load(const bfloat16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
 SIMD F load(const float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+SIMD F load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 SIMD F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
 SIMD F load(const bfloat16* p, int n) {
   const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
@@ -252,6 +256,10 @@ SIMD F load(const bfloat16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
 SIMD F load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+
+SIMD F load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 
 SIMD void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
 SIMD void store(bfloat16* p, F x) {

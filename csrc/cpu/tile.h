@@ -2,88 +2,31 @@
 // backend draws: forward, input gradient and perturb take their values from here, so that all see the same bits.
 #pragma once
 
-#include "args.h"
-#include "simd.h"
+#include "region.h"
 
 namespace flatlora {
 namespace FLATLORA_ISA {
-
-constexpr int W = kWidth;
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The noise of one row group.
-struct Draw {
-  Noise kind;
-  PhiloxKey key;
-  uint32_t stream, sample;
-  float sign;
-  uint32_t row_offset, col_offset;
-  const float* scale;
-  int64_t scale_stride;
-};
-
-inline Draw make_draw(const NoiseArgs& noise, int64_t group) {
-  const int64_t sample = noise.sample_offset + group;
-  const bool drawn = Noise(noise.kind) != Noise::kNone;
-  return {Noise(noise.kind),
-          PhiloxKey(drawn ? uint64_t(*noise.seed) : 0),
-          uint32_t(noise.stream),
-          uint32_t(noise.antithetic ? sample >> 1 : sample),
-          noise.antithetic && (sample & 1) ? -1.0f : 1.0f,
-          uint32_t(noise.row_offset),
-          uint32_t(noise.col_offset),
-          noise.scale,
-          noise.scale_stride};
-}
-
-// The Rademacher signs of a region of at most kRegionLong rows x kRegionShort columns, or the other way round: a byte
-// per row and block of 8 columns, as the words hold them. One call of Philox covers 16 rows of a block, so they are
-// drawn with lanes across blocks.
-constexpr int64_t kRegionLong = 256, kRegionShort = 64;
-struct Signs {
-  // Rows of whole groups times blocks of whole vectors, and what a 32-bit gather reads past the last byte.
-  uint8_t bytes[(kRegionLong + 32) * 16 + 4];
-  uint32_t first_row, stride;
-};
-
-inline void draw_signs(const Draw& d, int64_t n0, int64_t rows, int64_t k0, int64_t cols, Signs& out) {
-  const uint32_t first = d.row_offset + uint32_t(n0), first_block = (d.col_offset + uint32_t(k0)) >> 3;
-  const uint32_t blocks = uint32_t(ceil_div(cols, 8)), first_group = first >> 4;
-  const uint32_t groups = ((first + uint32_t(rows) - 1) >> 4) - first_group + 1;
-  out.first_row = first_group << 4;
-  out.stride = uint32_t(ceil_div(blocks, W)) * W;
-  for (uint32_t g = 0; g < groups; ++g)
-    for (uint32_t b = 0; b < blocks; b += W) {
-      const I block = add(iota(), splat(I(), first_block + b));
-      Words c[4] = {split(block), splat(Words(), first_group + g), splat(Words(), d.stream), splat(Words(), d.sample)};
-      philox_rounds(c, d.key);
-      for (int q = 0; q < 4; ++q) store_bytes(out.bytes + (g * 16 + 4 * q) * out.stride + b, out.stride, join(c[q]));
-    }
-}
 
 // What kWidth consecutive rows have in common along k.
 struct RowLanes {
   F scale;            // zero past the last row
   float scales[W];    // the same
   Words rows;         // gaussian: global row indices
-  I offsets;          // rademacher: where a row's signs lie
-  uint32_t signs[W];  // the same
+  I offsets;          // other kinds: where a row lies in the region
+  uint32_t begins[W];  // the same
 };
 
-inline void make_row_lanes(const Draw& d, int64_t n0, int64_t rows, const Signs& signs, RowLanes& lanes) {
+inline void make_row_lanes(const Draw& d, int64_t n0, int64_t rows, const Region& region, RowLanes& lanes) {
   if (d.kind == Noise::kNone) return;
-  for (int i = 0; i < W; ++i) lanes.scales[i] = i < rows ? d.sign * d.scale[(n0 + i) * d.scale_stride] : 0.0f;
+  for (int i = 0; i < W; ++i) lanes.scales[i] = i < rows ? d.factor(n0 + i) : 0.0f;
   lanes.scale = load(lanes.scales);
   const uint32_t first = d.row_offset + uint32_t(n0);
   if (d.kind == Noise::kGaussian) {
     lanes.rows = split(add(iota(), splat(I(), first)));
   } else {
-    // Rows past the end may not have been drawn: any signs will do, their scale is zero.
-    for (int i = 0; i < W; ++i) lanes.signs[i] = (first - signs.first_row + (i < rows ? i : 0)) * signs.stride;
-    lanes.offsets = load_words(lanes.signs);
+    // Rows past the end may not have been drawn: any values will do, their scale is zero.
+    for (int i = 0; i < W; ++i) lanes.begins[i] = region.row(first + uint32_t(i < rows ? i : 0));
+    lanes.offsets = load_words(lanes.begins);
   }
 }
 
@@ -131,43 +74,60 @@ SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
 SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
 #undef MAP
 
-// eps of kWidth rows and kWidth columns from `k` of the weight, `region_col` of the signs: e[j] is a column, with lanes
-// along n.
-SIMD void eps_columns(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col,
-                      F (&e)[W]) {
-  if (d.kind == Noise::kGaussian) {
-    const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
-    Blocks c[4];
-    for (int b = 0; b < W / 8; ++b) {
-      Words begun[4];
-      philox_rows_begin(block + b, lanes.rows, d.stream, d.sample, d.key, begun);
-      for (int i = 0; i < 4; ++i) c[i].block[b] = begun[i];
-    }
-    philox_rounds(c, d.key, 3);
-    for (int b = 0; b < W / 8; ++b)
-      for (int q = 0; q < 4; q += kAtOnce) {
-        Ints word;
-        Floats scale, even, odd;
-        EACH word.v[i] = join(c[q + i].block[b]);
-        EACH scale.v[i] = lanes.scale;
-        gaussian_pair(word, scale, even, odd);
-        EACH e[8 * b + 2 * (q + i)] = even.v[i];
-        EACH e[8 * b + 2 * (q + i) + 1] = odd.v[i];
-      }
-  } else {
-    const I bits = gather(signs.bytes + (region_col >> 3), lanes.offsets);
-    for (uint32_t j = 0; j < W; ++j) e[j] = flip_sign(lanes.scale, shift_left(bits, splat(I(), 31 - j)));
+// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian, e[j]
+// a column, with lanes along n.
+SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
+  const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
+  Blocks c[4];
+  for (int b = 0; b < W / 8; ++b) {
+    Words begun[4];
+    philox_rows_begin(block + b, lanes.rows, d.stream, d.sample, d.key, begun);
+    for (int i = 0; i < 4; ++i) c[i].block[b] = begun[i];
   }
+  philox_rounds(c, d.key, 3);
+  for (int b = 0; b < W / 8; ++b)
+    for (int q = 0; q < 4; q += kAtOnce) {
+      Ints word;
+      Floats scale, even, odd;
+      EACH word.v[i] = join(c[q + i].block[b]);
+      EACH scale.v[i] = lanes.scale;
+      gaussian_pair(word, scale, even, odd);
+      EACH e[8 * b + 2 * (q + i)] = even.v[i];
+      EACH e[8 * b + 2 * (q + i) + 1] = odd.v[i];
+    }
 }
 
-// The same tile with lanes along k: e[i] is a row.
-SIMD void eps_rows(const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t k, int64_t region_col, F (&e)[W]) {
+SIMD void near_gaussian_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
+  const uint8_t* values = region.bytes + (d.col_offset + uint32_t(k) - region.first_col);
+  for (int i = 0; i < W; ++i)
+    e[i] = mul(splat(F(), lanes.scales[i]), load(reinterpret_cast<const int8_t*>(values + lanes.begins[i])));
+}
+
+// Of signs, either.
+SIMD const uint8_t* signs_at(const Draw& d, const Region& region, int64_t k) {
+  return region.bytes + ((d.col_offset + uint32_t(k) - region.first_col) >> 3);
+}
+SIMD void sign_columns(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
+  const I bits = gather(signs_at(d, region, k), lanes.offsets);
+  for (uint32_t j = 0; j < W; ++j) e[j] = flip_sign(lanes.scale, shift_left(bits, splat(I(), 31 - j)));
+}
+SIMD void sign_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
+  const uint8_t* bytes = signs_at(d, region, k);
+  for (int i = 0; i < W; ++i) e[i] = flip_signs(lanes.scales[i], bytes + lanes.begins[i]);
+}
+
+template <bool kLanesN>
+SIMD void eps_tile(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
   if (d.kind == Noise::kGaussian) {
-    eps_columns(d, lanes, signs, k, region_col, e);
-    transpose(e);
+    gaussian_columns(d, lanes, k, e);
+    if (!kLanesN) transpose(e);
+  } else if (d.kind == Noise::kNearGaussian) {
+    near_gaussian_rows(d, lanes, region, k, e);
+    if (kLanesN) transpose(e);
+  } else if (kLanesN) {
+    sign_columns(d, lanes, region, k, e);
   } else {
-    const uint8_t* bytes = signs.bytes + (region_col >> 3);
-    for (int i = 0; i < W; ++i) e[i] = flip_signs(lanes.scales[i], bytes + lanes.signs[i]);
+    sign_rows(d, lanes, region, k, e);
   }
 }
 
@@ -224,13 +184,13 @@ SIMD void prefetch_tile(const Weight<T>& w, int64_t n0, int64_t k0) {
 }
 
 // The tile of W + eps at (n0, k0). kLanesN: r[j] is column k0 + j with lanes along n, else r[i] is row n0 + i with
-// lanes along k. `region_col`: k0 less the first column of the region of `signs`.
+// lanes along k.
 template <bool kLanesN, class T>
-SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lanes, const Signs& signs, int64_t n0,
-                         int64_t k0, int64_t region_col, F (&r)[W]) {
+SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lanes, const Region& region, int64_t n0,
+                         int64_t k0, F (&r)[W]) {
   const bool column_major = w.row_stride == 1 && w.col_stride != 1;
-  // Signs are cheapest along k, where they are masks; gaussian lanes come along n.
-  const bool lanes_n = column_major || (kLanesN && d.kind != Noise::kRademacher);
+  // Gaussian lanes come along n; of the other kinds those along k are cheaper.
+  const bool lanes_n = column_major || (kLanesN && d.kind <= Noise::kGaussian);
   if (w.data == nullptr) {
     for (int i = 0; i < W; ++i) r[i] = splat(F(), 0.0f);
   } else if (lanes_n) {
@@ -241,9 +201,9 @@ SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lane
   if (d.kind != Noise::kNone) {
     F e[W];
     if (lanes_n) {
-      eps_columns(d, lanes, signs, k0, region_col, e);
+      eps_tile<true>(d, lanes, region, k0, e);
     } else {
-      eps_rows(d, lanes, signs, k0, region_col, e);
+      eps_tile<false>(d, lanes, region, k0, e);
     }
     for (int i = 0; i < W; ++i) r[i] = add(r[i], e[i]);
   }

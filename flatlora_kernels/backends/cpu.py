@@ -32,6 +32,7 @@ class _Loaded(NamedTuple):
     linear: Any
     row_sq_norms: Any
     perturb: Any
+    transform: Any
     levels: tuple[str, ...]  # instruction sets that run here, best first
     level: str  # the one in use
 
@@ -63,7 +64,9 @@ def _load() -> _Loaded | str:
     loaded.flatlora_cpu_init.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
     if loaded.flatlora_cpu_init(level.encode(), *pool):
         return f"FLATLORA_CPU_ISA={level!r} does not run here, expected one of {', '.join(levels)}"
-    calls = (loaded.flatlora_cpu_linear, loaded.flatlora_cpu_row_sq_norms, loaded.flatlora_cpu_perturb)
+    calls = [
+        getattr(loaded, f"flatlora_cpu_{name}") for name in ("linear", "row_sq_norms", "perturb", "transform")
+    ]
     for call in calls:
         call.argtypes = [ctypes.c_char_p]
     return _Loaded(*calls, levels, level)
@@ -113,3 +116,9 @@ def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _call("perturb", arguments.perturb(weight, draw, out))
+
+
+def transform(a: Tensor, draw: Draw, input_grad: bool, out: Tensor, add: bool) -> None:
+    """See `reference.transform`."""
+    if out.numel():
+        _call("transform", arguments.transform(a, draw, input_grad, out, add))

@@ -1,0 +1,175 @@
+// What is drawn of a region of the noise before its tiles are made: of every kind but gaussian, whose calls of Philox
+// cover a row, one call serves many rows.
+#pragma once
+
+#include "args.h"
+#include "simd.h"
+
+namespace flatlora {
+namespace FLATLORA_ISA {
+
+constexpr int W = kWidth;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The noise of one row group, as a weight of one type sees it.
+struct Draw {
+  Noise kind;
+  PhiloxKey key;
+  uint32_t stream, sample;
+  float sign;
+  uint32_t row_offset, col_offset;
+  const float* scale;
+  int64_t scale_stride;
+  int tile_bits;
+  bool round_factor;  // to bfloat16
+
+  // What multiplies the numbers drawn for row n, which counts from the shard's first.
+  float factor(int64_t n) const {
+    float f = scale[n * scale_stride];
+    if (kind == Noise::kNearGaussian) f /= kNearGaussianDeviation;
+    if (round_factor) {
+      bfloat16 rounded;
+      from_float(f, rounded);
+      f = to_float(rounded);
+    }
+    return sign * f;
+  }
+};
+
+inline Draw make_draw(const NoiseArgs& noise, int64_t group, int64_t dtype) {
+  const Noise kind = Noise(noise.kind);
+  const int64_t sample = noise.sample_offset + group;
+  return {kind,
+          PhiloxKey(kind != Noise::kNone ? uint64_t(*noise.seed) : 0),
+          uint32_t(noise.stream),
+          uint32_t(noise.antithetic ? sample >> 1 : sample),
+          noise.antithetic && (sample & 1) ? -1.0f : 1.0f,
+          uint32_t(noise.row_offset),
+          uint32_t(noise.col_offset),
+          noise.scale,
+          noise.scale_stride,
+          int(noise.tile_bits),
+          kind != Noise::kGaussian && DType(dtype) == DType::kBFloat16};
+}
+
+// A region has at most kRegionLong rows x kRegionShort columns, or the other way round. Of signs it holds a bit per
+// value, 8 columns to a byte, 1 = negative; of near_gaussian an integer per value.
+constexpr int64_t kRegionLong = 256, kRegionShort = 64;
+struct Region {
+  // Units of near_gaussian, of 16 columns and 2 W rows, that a region cuts are drawn whole. A load of a tile's columns,
+  // or of 32 bits of signs, may begin at the last byte.
+  uint8_t bytes[(kRegionShort + 32) * (kRegionLong + 16) + 16];
+  uint32_t first_row, first_col;  // global
+  uint32_t stride;                // bytes from row to row
+
+  uint32_t row(uint32_t n) const { return (n - first_row) * stride; }
+};
+
+// One call of Philox covers 16 rows of a block of 8 columns: lanes lie across blocks.
+inline void draw_rademacher(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
+  const uint32_t first_block = k0 >> 3, blocks = uint32_t(ceil_div(cols, 8)), first_group = n0 >> 4;
+  const uint32_t groups = ((n0 + rows - 1) >> 4) - first_group + 1;
+  out.first_row = first_group << 4;
+  out.first_col = k0;
+  out.stride = uint32_t(ceil_div(blocks, W)) * W;
+  for (uint32_t g = 0; g < groups; ++g)
+    for (uint32_t b = 0; b < blocks; b += W) {
+      const I block = add(iota(), splat(I(), first_block + b));
+      Words c[4] = {split(block), splat(Words(), first_group + g), splat(Words(), d.stream), splat(Words(), d.sample)};
+      philox_rounds(c, d.key);
+      for (int q = 0; q < 4; ++q) store_bytes(out.bytes + (g * 16 + 4 * q) * out.stride + b, out.stride, join(c[q]));
+    }
+}
+
+inline void draw_near_gaussian(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
+  out.first_row = n0 & ~15u;
+  out.first_col = k0 & ~15u;
+  out.stride = uint32_t(ceil_div(cols + (k0 & 15), 16)) * 16;
+  for (uint32_t r = 0; r < rows + (n0 & 15); r += 16)
+    for (uint32_t k = 0; k < out.stride; k += 16)
+      for (uint32_t i = 0; i < 8; ++i) {
+        uint32_t left[4], right[4];
+        const uint32_t c1 = 8 * ((out.first_row + r) >> 4) + i;
+        philox(((out.first_col + k) >> 3), c1, d.stream, d.sample, d.key, left);
+        philox(((out.first_col + k) >> 3) + 1, c1, d.stream, d.sample, d.key, right);
+        for (uint32_t j = 0; j < 8; ++j) {
+          int m[4];
+          near_gaussian_unit(left[j >> 1], right[j >> 1], j & 1, m);
+          uint8_t* p = out.bytes + (r + i) * out.stride + k + j;
+          p[0] = uint8_t(m[0]);
+          p[8] = uint8_t(m[1]);
+          p[8 * out.stride] = uint8_t(m[2]);
+          p[8 * out.stride + 8] = uint8_t(m[3]);
+        }
+      }
+}
+
+// Signs of hadamard's rows or columns (`which` is the first counter's offset) from `begin`, in the tile `tile` of the
+// other index: bit i of `out` is that of (begin & ~127) + i. Spans of 128, W at a time.
+inline void draw_tile_signs(const Draw& d, uint32_t which, uint32_t begin, int64_t count, uint32_t tile,
+                            uint32_t* out) {
+  const uint32_t first = begin >> 7;
+  const int64_t spans = ((begin & 127) + count + 127) >> 7;
+  for (int64_t s = 0; s < spans; s += W) {
+    Words c[4] = {split(add(iota(), splat(I(), which + first + uint32_t(s)))), splat(Words(), tile),
+                  splat(Words(), d.stream), splat(Words(), d.sample)};
+    philox_rounds(c, d.key);
+    uint32_t words[4][W];
+    for (int q = 0; q < 4; ++q) store_words(words[q], join(c[q]));
+    for (int64_t i = 0; i < min64(W, spans - s); ++i)
+      for (int q = 0; q < 4; ++q) out[4 * (s + i) + q] = words[q][i];
+  }
+}
+
+SIMD uint32_t bit_of(const uint32_t* bits, uint32_t i) { return bits[i >> 5] >> (i & 31) & 1; }
+
+// The part of a tile that lies in the region: rows and columns are global, [n0, n1) and [k0, k1).
+inline void draw_hadamard_tile(const Draw& d, uint64_t n0, uint64_t n1, uint64_t k0, uint64_t k1, Region& out) {
+  constexpr int kMostWords = 4 * (kRegionLong / 128 + 1);
+  uint32_t row_signs[kMostWords], col_signs[kMostWords];
+  const int t = d.tile_bits;
+  draw_tile_signs(d, kHadamardRows, uint32_t(n0), int64_t(n1 - n0), uint32_t(k0 >> t), row_signs);
+  draw_tile_signs(d, kHadamardCols, uint32_t(k0), int64_t(k1 - k0), uint32_t(n0 >> t), col_signs);
+  const uint32_t first_n = uint32_t(n0) & ~127u, first_k = uint32_t(k0) & ~127u, tile = (1u << t) - 1;
+  for (uint64_t n = n0; n < n1; ++n) {
+    const uint32_t reversed = reverse_bits(uint32_t(n) & tile, t), row_sign = bit_of(row_signs, uint32_t(n) - first_n);
+    uint8_t* bytes = out.bytes + out.row(uint32_t(n));
+    for (uint64_t k = k0; k < k1; ++k) {
+      const uint32_t odd =
+          (parity(reversed & uint32_t(k) & tile) ^ row_sign ^ bit_of(col_signs, uint32_t(k) - first_k)) & 1;
+      const uint32_t at = uint32_t(k) - out.first_col;
+      bytes[at >> 3] = uint8_t(bytes[at >> 3] | odd << (at & 7));
+    }
+  }
+}
+
+inline void draw_hadamard(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
+  const uint64_t n1 = uint64_t(n0) + rows, k1 = uint64_t(k0) + cols, side = uint64_t(1) << d.tile_bits;
+  const auto next = [&](uint64_t i, uint64_t end) {
+    const uint64_t tile_end = (i / side + 1) * side;
+    return tile_end < end ? tile_end : end;
+  };
+  out.first_row = n0;
+  out.first_col = k0;
+  out.stride = uint32_t(ceil_div(cols, 64)) * 8;
+  memset(out.bytes, 0, rows * out.stride);
+  for (uint64_t n = n0; n < n1; n = next(n, n1))
+    for (uint64_t k = k0; k < k1; k = next(k, k1)) draw_hadamard_tile(d, n, next(n, n1), k, next(k, k1), out);
+}
+
+// Rows and columns from (n0, k0) of the shard.
+inline void draw_region(const Draw& d, int64_t n0, int64_t rows, int64_t k0, int64_t cols, Region& out) {
+  const uint32_t n = d.row_offset + uint32_t(n0), k = d.col_offset + uint32_t(k0);
+  switch (d.kind) {
+    case Noise::kRademacher: return draw_rademacher(d, n, uint32_t(rows), k, uint32_t(cols), out);
+    case Noise::kNearGaussian: return draw_near_gaussian(d, n, uint32_t(rows), k, uint32_t(cols), out);
+    case Noise::kHadamard: return draw_hadamard(d, n, uint32_t(rows), k, uint32_t(cols), out);
+    default: return;
+  }
+}
+
+}  // namespace FLATLORA_ISA
+}  // namespace flatlora
