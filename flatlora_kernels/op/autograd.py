@@ -115,6 +115,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_W, need_A, need_B, need_bias, need_lora_x, *_ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None
+    if grad_y.is_neg() or grad_y._is_zerotensor():  # what torch's dispatcher would do, too
+        grad_y = grad_y.clone()
 
     need_v = lora_B is not None and (need_A or need_lora_x or (need_x and not separate_branch))
     if need_v or need_B:

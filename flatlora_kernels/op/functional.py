@@ -93,40 +93,44 @@ def fused_flat_lora_linear(
         disabled = torch.autocast(device_type, enabled=False)
     else:
         disabled = None
-    # What was checked once need not be checked again: `facts` are all that the checks look at, but for the numbers that
-    # `fits` goes through here. A mark says that the call may go past torch's dispatcher.
-    facts, mark = None, None
-    if not torch.compiler.is_compiling():
+    # What was checked once need not be checked again: `facts` are all that the checks look at, but for numbers that are
+    # compared here. A mark says whether the call may go past torch's dispatcher.
+    facts = mark = None
+    if (
+        type(stream) is type(samples) is type(sample_offset) is int
+        and 0 <= stream < _UINT32
+        and 0 <= sample_offset <= _UINT32 - samples
+        and type(sigma) is float
+        and 0.0 <= sigma < math.inf
+        and not torch.compiler.is_compiling()
+    ):
         try:
             facts = (
-                type(x), x.shape, x.dtype, x.device, type(weight), weight.shape, weight.dtype, weight.device,
-                lora_A if lora_A is None else (type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device),
-                lora_B if lora_B is None else (type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device),
-                bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
-                lora_x if lora_x is None else (type(lora_x), lora_x.shape, lora_x.dtype, lora_x.device),
+                type(x), x.shape, x.dtype, x.device, x.is_neg(), x._is_zerotensor(),
+                type(weight), weight.shape, weight.dtype, weight.device, weight.is_neg(),
+                lora_A if lora_A is None else (
+                    type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.is_neg(),
+                    type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.is_neg(),
+                ),
+                bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.is_neg()),
+                lora_x if lora_x is None else (type(lora_x), lora_x.shape, lora_x.dtype, lora_x.device, lora_x.is_neg()),
                 noise_scale if noise_scale is None else (
-                    type(noise_scale), noise_scale.shape, noise_scale.dtype, noise_scale.device,
+                    type(noise_scale), noise_scale.shape, noise_scale.dtype, noise_scale.device, noise_scale.is_neg(),
                     noise_scale.requires_grad,
                 ),
                 (type(seed), seed.shape, seed.dtype, seed.device) if isinstance(seed, Tensor) else type(seed),
-                type(scaling), sigma == 0, noise, samples, type(antithetic), row_offset, type(row_offset),
-                col_offset, type(col_offset), layer_shape if layer_shape is None else repr(layer_shape),
-                strategy, noise_accum, backend,
+                lora_B is None, sigma == 0.0, type(scaling), noise, samples, type(antithetic),
+                row_offset, type(row_offset), col_offset, type(col_offset),
+                layer_shape if layer_shape is None else repr(layer_shape),
+                strategy, noise_accum,
             )  # fmt: skip
-            fits = (
-                type(stream) is type(samples) is type(sample_offset) is int
-                and 0 <= stream < _UINT32
-                and 0 <= sample_offset <= _UINT32 - samples
-                and type(sigma) is float
-                and 0.0 <= sigma < math.inf
-            )
-            mark = _passed.get(facts) if fits else None
+            mark = _passed.get(facts)
         except Exception:  # an argument that is none of those expected: the checks say so
-            fits = False
-    N, K = (0, 0) if mark is None else weight.shape
+            facts = None
     if mark is None:
         checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
-        N, K = weight.shape
+    N, K = weight.shape
+    if mark is None:
         checks.sigma(sigma, weight)
         checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
         checks.choice("strategy", strategy, STRATEGIES)
@@ -140,7 +144,7 @@ def fused_flat_lora_linear(
             checks.noise_scale(noise_scale, N, device)
         if drawn or seed is not None:
             checks.seed(seed, device)
-        if facts is not None and fits:
+        if facts is not None:
             mark = _remember(facts, (x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
     draw = None
     if drawn:
@@ -153,7 +157,7 @@ def fused_flat_lora_linear(
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
-    with disabled or _NOTHING:
+    with _NOTHING if disabled is None else disabled:
         if mark and not _watched():
             y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         else:
@@ -171,8 +175,13 @@ _passed: dict[tuple[Any, ...], bool] = {}
 def _remember(facts: tuple[Any, ...], given: tuple[Any, ...], antithetic: Any) -> bool:
     """That arguments with these facts have passed; whether their call may go past torch's dispatcher."""
     tensors = [t for t in given if isinstance(t, Tensor)]
-    mark = type(antithetic) is bool and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors
+    # The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want.
+    mark = type(antithetic) is bool and not any(
+        type(t) not in (Tensor, torch.nn.Parameter)
+        or t.device.type not in ("cpu", "cuda")
+        or t.is_neg()
+        or t._is_zerotensor()
+        for t in tensors
     )
     if len(_passed) >= _MOST:
         _passed.clear()
