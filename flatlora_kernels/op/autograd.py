@@ -20,12 +20,18 @@ from ..backends.shared.products import cast, matmul
 from ..core.records import NO_DRAW, Choice, Draw, Operands
 from . import compute
 
-_OF_OPERANDS = len(Operands._fields)
+_OF_OPERANDS, _OF_DRAW = len(Operands._fields), len(Draw._fields)
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
     " Drop create_graph=True, or use gradients that do not need a graph"
 )
+
+
+def records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
+    """The last arguments of an op: those of a draw and a choice."""
+    draw = None if flat[0] is None else Draw._make(flat[:_OF_DRAW])
+    return draw, Choice._make(flat[_OF_DRAW:])
 
 
 class _Dispatched:
@@ -52,7 +58,9 @@ class _Dispatched:
 
 
 class LinearFunction(torch.autograd.Function):
-    """`compute.linear`, differentiable; `run` has the functions that compute: compute.py itself, or `_Dispatched`.
+    """`compute.linear`, differentiable.
+
+    The last argument ends with what has the functions that compute: compute.py itself, or `_Dispatched`.
 
     `torch.library.register_autograd` would make the same from two functions, at 90 us a call more.
     """
@@ -66,13 +74,11 @@ class LinearFunction(torch.autograd.Function):
         lora_B: Tensor | None,
         bias: Tensor | None,
         lora_x: Tensor | None,
-        scaling: float,
-        draw: Draw | None,
-        choice: Choice,
-        run: Any,
+        more: tuple[float, Draw | None, Choice, Any],
     ) -> tuple[Tensor, Tensor | None]:
+        scaling, draw, choice, run = more
         y, u = run.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
-        need_x, need_W, need_A, need_B, _, need_lora_x, *_ = ctx.needs_input_grad
+        need_x, need_W, need_A, need_B, _, need_lora_x, _ = ctx.needs_input_grad
         noise_scale = seed = rest = None
         if draw is not None and need_x:
             noise_scale, seed, *rest = draw
@@ -88,7 +94,12 @@ class LinearFunction(torch.autograd.Function):
             seed,
         )
         # Parameters may be float32 beside a 16-bit x.
-        dtypes = [None if t is None else t.dtype for t in (weight, lora_A, lora_B, bias)]
+        dtypes = (
+            weight.dtype,
+            lora_A if lora_A is None else lora_A.dtype,
+            lora_B if lora_B is None else lora_B.dtype,
+            bias if bias is None else bias.dtype,
+        )
         ctx.more = scaling, rest, choice, run, lora_x is not None, dtypes
         if run is not _Dispatched:
             return y, None
@@ -98,21 +109,21 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * 7
         if not torch.is_grad_enabled():
-            return *_gradients(ctx, grad_y), None, None, None, None
+            return *_gradients(ctx, grad_y), None
         # create_graph=True: fine until somebody differentiates the result
         with torch.no_grad():
             grads = _gradients(ctx, grad_y)
         given = [g for g in grads if g is not None]
         marked = iter(_NoSecondDerivative.apply("linear", *(g.requires_grad_() for g in given)))
-        return *(None if g is None else next(marked) for g in grads), None, None, None, None
+        return *(None if g is None else next(marked) for g in grads), None
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed = ctx.saved_tensors
     scaling, rest, choice, run, separate_branch, dtypes = ctx.more
-    need_x, need_W, need_A, need_B, need_bias, need_lora_x, *_ = ctx.needs_input_grad
+    need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None
     if grad_y.is_neg() or grad_y._is_zerotensor():  # what torch's dispatcher would do, too
@@ -120,9 +131,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
     need_v = lora_B is not None and (need_A or need_lora_x or (need_x and not separate_branch))
     if need_v or need_B:
-        v, dB = run.adapter_grads(
-            grad_y, u if need_B else None, lora_B if need_v else None, scaling, choice.backend
-        )
+        given = u if need_B else None, lora_B if need_v else None
+        v, dB = run.adapter_grads(grad_y, *given, scaling, choice.backend)
         v, dB = v if need_v else None, cast(dB, dtype_B) if need_B else None
     if need_x:
         A, v_x = (None, None) if separate_branch or v is None else (lora_A, v)
@@ -154,22 +164,25 @@ def _differentiates(inputs: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
+# Without the wrapper that `torch.autograd.Function` puts around it for the sake of torch.func.
+_apply = super(torch.autograd.Function, LinearFunction).apply
+
+
 def linear(*arguments: Any) -> Tensor:
-    """`compute.linear` without its u, differentiable; the arguments are its own."""
-    # A loop costs a small call less than `any` of a generator.
+    """`compute.linear` without its u, differentiable; outside the transforms of torch.func."""
     if torch.is_grad_enabled():
         for t in arguments[:6]:
             if t is not None and t.requires_grad:
-                return LinearFunction.apply(*arguments, compute)[0]
+                return _apply(*arguments[:6], (*arguments[6:], compute))[0]  # type: ignore[no-any-return]
     return compute.linear(*arguments)[0]
 
 
 def of_the_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
     if _differentiates(inputs[:6]):
-        operands, draw = inputs[:_OF_OPERANDS], inputs[_OF_OPERANDS : -len(Choice._fields)]
-        records = None if draw[0] is None else Draw(*draw), Choice(*inputs[-len(Choice._fields) :])
-        return LinearFunction.apply(*operands, *records, _Dispatched)
+        draw, choice = records(inputs[_OF_OPERANDS:])
+        more = inputs[_OF_OPERANDS - 1], draw, choice, _Dispatched
+        return LinearFunction.apply(*inputs[: _OF_OPERANDS - 1], more)
     with below_autograd():
         return torch.ops.flatlora.linear(*inputs)
 

@@ -1,7 +1,7 @@
 """What the ops compute: which way a call goes, and its products by a backend.
 
 schema.py registers these functions as kernels; where nothing has to see the ops, autograd.py calls them as they are, which
-spares a small call the dispatcher. They keep no record for autograd, not even of views.
+spares a small call the dispatcher. What `linear` returns is no view, so that it may be written to.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def linear(
                 made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
                 if made is not None:
                     return _like(x, made[0]), made[1]
-            branch = a if lora_x is None else lora_x.flatten(0, -2)
-            u = products.matmul(branch, products.cast(lora_A, x.dtype).t())
+            u = products.linear(a if lora_x is None else lora_x.flatten(0, -2), lora_A)
         y = _product(module, strategy, Product(a, weight, False, u, lora_B, bias, scaling), draw, choice)
         return _like(x, y), u
 
@@ -55,21 +54,19 @@ def linear_input_grad(
     choice: Choice,
 ) -> Tensor:
     """``dY (W + eps) + v A`` in the leading dimensions of dY."""
-    with unrecorded():
-        a = grad_y if grad_y.dim() == 2 else grad_y.flatten(0, -2)
-        module, strategy = _way(a, weight, draw, choice, True)
-        adapter = () if v is None else (v.contiguous(), lora_A.t())  # type: ignore[union-attr]
-        grad_x = _product(module, strategy, Product(a, weight, True, *adapter), draw, choice)
-        return _like(grad_y, grad_x)
+    a = grad_y if grad_y.dim() == 2 else grad_y.flatten(0, -2)
+    module, strategy = _way(a, weight, draw, choice, True)
+    adapter = () if v is None else (v.contiguous(), lora_A.t())  # type: ignore[union-attr]
+    grad_x = _product(module, strategy, Product(a, weight, True, *adapter), draw, choice)
+    return _like(grad_y, grad_x)
 
 
 def adapter_grads(
     grad_y: Tensor, u: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """See `products.adapter_grads`."""
-    with unrecorded():
-        kernel = getattr(backends.get(backend), "adapter_grads", products.adapter_grads)
-        return kernel(grad_y.flatten(0, -2), u, lora_B, scaling)
+    kernel = getattr(backends.get(backend), "adapter_grads", products.adapter_grads)
+    return kernel(grad_y if grad_y.dim() == 2 else grad_y.flatten(0, -2), u, lora_B, scaling)
 
 
 def _way(

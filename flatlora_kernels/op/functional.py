@@ -189,15 +189,21 @@ def _remember(facts: tuple[Any, ...], given: tuple[Any, ...], antithetic: Any) -
     return mark
 
 
+_watchers = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+
+
 def _watched() -> bool:
     """Whether somebody has to see the ops: a mode, a transform, a trace, a profile."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    )
+    for watcher in _watchers:
+        if watcher():
+            return True
+    return False
 
 
 _SIGNATURE = inspect.signature(fused_flat_lora_linear)

@@ -38,27 +38,21 @@ _SCHEMAS = (
     "row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor",
     f"perturb(Tensor? weight, {_arguments(Draw)}, str backend, Tensor(a!) out) -> ()",
 )
-_OF_OPERANDS, _OF_DRAW = len(Operands._fields), len(Draw._fields)
+_OF_OPERANDS = len(Operands._fields)
 _lib = torch.library.Library("flatlora", "DEF")
 for _schema in _SCHEMAS:
     _lib.define(_schema)
 
 
-def _records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
-    """The arguments of a draw and a choice, which come last."""
-    draw = None if flat[0] is None else Draw._make(flat[:_OF_DRAW])
-    return draw, Choice._make(flat[_OF_DRAW:])
-
-
 def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
-    y, u = compute.linear(*flat[:_OF_OPERANDS], *_records(flat[_OF_OPERANDS:]))
+    y, u = compute.linear(*flat[:_OF_OPERANDS], *autograd.records(flat[_OF_OPERANDS:]))
     return y, y.new_empty(0) if u is None else u
 
 
 def _linear_input_grad(
     grad_y: Tensor, weight: Tensor, lora_A: Tensor | None, v: Tensor | None, *flat: Any
 ) -> Tensor:
-    return compute.linear_input_grad(grad_y, weight, lora_A, v, *_records(flat))
+    return compute.linear_input_grad(grad_y, weight, lora_A, v, *autograd.records(flat))
 
 
 def _row_sq_norms(

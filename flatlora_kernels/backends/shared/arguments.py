@@ -30,11 +30,8 @@ _NO_NOISE = (0,) * 5 + (1,) + (0,) * 5
 def _noise(draw: Draw | None) -> tuple[int, ...]:
     if draw is None:
         return _NO_NOISE
-    scale = draw.noise_scale
-    return (
-        _NOISE[draw.noise], scale.data_ptr(), scale.stride(0), draw.seed.data_ptr(), draw.stream, draw.samples,
-        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset, draw.tile_bits,
-    )  # fmt: skip
+    scale, seed, stream, noise, *rest = draw
+    return _NOISE[noise], scale.data_ptr(), scale.stride(0), seed.data_ptr(), stream, *rest
 
 
 def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:

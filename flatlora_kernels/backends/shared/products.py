@@ -16,6 +16,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def linear(a: Tensor, weight: Tensor) -> Tensor:
+    """``a @ weight^T`` in the type of `a`."""
+    if a.dtype == torch.float16 and a.device.type == "cpu":
+        return matmul(a, weight.t())
+    return F.linear(a, cast(weight, a.dtype))
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t.to(dtype)`, which takes a microsecond where there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)
@@ -59,7 +66,7 @@ def adapter_grads(
 
 
 def _scaled_matmul(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    if a.device.type == "cpu" and a.dtype == torch.float16:
+    if a.dtype == torch.float16 and a.device.type == "cpu":
         return (alpha * (a.float() @ b.float())).to(a.dtype)
     out = a.new_empty(a.shape[0], b.shape[1])
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
