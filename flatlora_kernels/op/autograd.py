@@ -79,9 +79,7 @@ class LinearFunction(torch.autograd.Function):
         scaling, draw, choice, run = more
         y, u = run.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         need_x, need_W, need_A, need_B, _, need_lora_x, _ = ctx.needs_input_grad
-        noise_scale = seed = rest = None
-        if draw is not None and need_x:
-            noise_scale, seed, *rest = draw
+        noise_scale, seed = (None, None) if draw is None or not need_x else draw[:2]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if need_W or (need_A and lora_x is None) else None,
@@ -100,7 +98,7 @@ class LinearFunction(torch.autograd.Function):
             lora_B if lora_B is None else lora_B.dtype,
             bias if bias is None else bias.dtype,
         )
-        ctx.more = scaling, rest, choice, run, lora_x is not None, dtypes
+        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes
         if run is not _Dispatched:
             return y, None
         ctx.mark_non_differentiable(u)
@@ -122,7 +120,7 @@ class LinearFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed = ctx.saved_tensors
-    scaling, rest, choice, run, separate_branch, dtypes = ctx.more
+    scaling, draw, choice, run, separate_branch, dtypes = ctx.more
     need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None
@@ -136,7 +134,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         v, dB = v if need_v else None, cast(dB, dtype_B) if need_B else None
     if need_x:
         A, v_x = (None, None) if separate_branch or v is None else (lora_A, v)
-        draw = None if seed is None else Draw(noise_scale, seed, *rest)
+        if draw is not None and (seed is not draw.seed or noise_scale is not draw.noise_scale):
+            draw = Draw(noise_scale, seed, *draw[2:])  # as somebody's hooks bring them back
         dx = run.linear_input_grad(grad_y, weight, A, v_x, draw, choice)
     if need_lora_x:
         dlora_x = matmul(v, cast(lora_A, v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])

@@ -30,19 +30,23 @@ def linear(
     choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
     """``x (W + eps)^T + scaling (lora_x A^T) B^T + bias`` in the shape of x, and u = lora_x A^T, (M, r)."""
-    with unrecorded():
-        a = x if x.dim() == 2 else x.flatten(0, -2)
-        module, strategy = _way(a, weight, draw, choice, False)
-        u = None
-        if lora_A is not None:
-            if lora_x is None and draw is not None and strategy == "fused" and hasattr(module, "product_and_u"):
-                p = Product(a, weight, False, None, lora_B, bias, scaling)
-                made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
-                if made is not None:
-                    return _like(x, made[0]), made[1]
-            u = products.linear(a if lora_x is None else lora_x.flatten(0, -2), lora_A)
-        y = _product(module, strategy, Product(a, weight, False, u, lora_B, bias, scaling), draw, choice)
-        return _like(x, y), u
+    if x.dim() != 2:
+        with unrecorded():
+            lora_x = None if lora_x is None else lora_x.flatten(0, -2)
+            y, u = linear(
+                x.flatten(0, -2), weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice
+            )
+            return y.view(*x.shape[:-1], y.shape[1]), u
+    module, strategy = _way(x, weight, draw, choice, False)
+    u = None
+    if lora_A is not None:
+        if lora_x is None and draw is not None and strategy == "fused" and hasattr(module, "product_and_u"):
+            p = Product(x, weight, False, None, lora_B, bias, scaling)
+            made = module.product_and_u(p, lora_A, draw, choice.noise_accum)
+            if made is not None:
+                return made
+        u = products.linear(x if lora_x is None else lora_x, lora_A)
+    return _product(module, strategy, Product(x, weight, False, u, lora_B, bias, scaling), draw, choice), u
 
 
 def linear_input_grad(
@@ -54,11 +58,15 @@ def linear_input_grad(
     choice: Choice,
 ) -> Tensor:
     """``dY (W + eps) + v A`` in the leading dimensions of dY."""
-    a = grad_y if grad_y.dim() == 2 else grad_y.flatten(0, -2)
-    module, strategy = _way(a, weight, draw, choice, True)
-    adapter = () if v is None else (v.contiguous(), lora_A.t())  # type: ignore[union-attr]
-    grad_x = _product(module, strategy, Product(a, weight, True, *adapter), draw, choice)
-    return _like(grad_y, grad_x)
+    if grad_y.dim() != 2:
+        grad_x = linear_input_grad(grad_y.flatten(0, -2), weight, lora_A, v, draw, choice)
+        return grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
+    module, strategy = _way(grad_y, weight, draw, choice, True)
+    if v is None:
+        p = Product(grad_y, weight, True)
+    else:
+        p = Product(grad_y, weight, True, v.contiguous(), lora_A.t())  # type: ignore[union-attr]
+    return _product(module, strategy, p, draw, choice)
 
 
 def adapter_grads(
@@ -92,19 +100,14 @@ def _without_noise(a: Tensor, weight: Tensor, choice: Choice, input_grad: bool) 
 
 
 def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, choice: Choice) -> Tensor:
-    if strategy == "panel":
-        return panel.product(module.perturb, p, draw)  # type: ignore[arg-type]
-    if strategy == "transform":
-
-        def plain(p: Product) -> Tensor:
-            return _product(*_without_noise(p.a, p.weight, choice, p.input_grad), p, None, choice)
-
-        return transform.product(module.transform, plain, p, draw)  # type: ignore[arg-type]
+    if strategy == "fused":
+        return module.product(p, draw, choice.noise_accum)
     if strategy == "plain":
         return products.plain(p)
-    return module.product(p, draw, choice.noise_accum)
+    if strategy == "panel":
+        return panel.product(module.perturb, p, draw)  # type: ignore[arg-type]
 
+    def plain(p: Product) -> Tensor:
+        return _product(*_without_noise(p.a, p.weight, choice, p.input_grad), p, None, choice)
 
-def _like(x: Tensor, y: Tensor) -> Tensor:
-    """y (M, outputs) with the leading dimensions of x."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return transform.product(module.transform, plain, p, draw)  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def fused_flat_lora_linear(
     # compared here. A mark says whether the call may go past torch's dispatcher.
     facts = mark = None
     if (
-        type(stream) is type(samples) is type(sample_offset) is int
+        type(stream) is type(samples) is type(sample_offset) is type(row_offset) is type(col_offset) is int
         and 0 <= stream < _UINT32
         and 0 <= sample_offset <= _UINT32 - samples
         and type(sigma) is float
@@ -119,10 +119,8 @@ def fused_flat_lora_linear(
                     noise_scale.requires_grad,
                 ),
                 (type(seed), seed.shape, seed.dtype, seed.device) if isinstance(seed, Tensor) else type(seed),
-                lora_B is None, sigma == 0.0, type(scaling), noise, samples, type(antithetic),
-                row_offset, type(row_offset), col_offset, type(col_offset),
-                layer_shape if layer_shape is None else repr(layer_shape),
-                strategy, noise_accum,
+                lora_B is None, sigma == 0.0, type(scaling), noise, samples, type(antithetic), row_offset, col_offset,
+                layer_shape if layer_shape is None else repr(layer_shape), strategy, noise_accum,
             )  # fmt: skip
             mark = _passed.get(facts)
         except Exception:  # an argument that is none of those expected: the checks say so
