@@ -176,9 +176,7 @@ def _predicted(p: Problem, backend: str, strategy: str) -> float | None:
     from . import cost
 
     chip = cost.chip_of(p.device)
-    if strategy == "transform" or p.noise not in cost.DRAWN:
-        return None
-    if chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
+    if p.noise == NOISELESS or chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
         return None
     dtype = str(p.dtype).removeprefix("torch.")
     calls = [
