@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from flatlora_kernels.core.records import Choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")
+TWO = ("fused", "panel")  # of gaussian noise
 COLUMNS = "device,dtype,noise,direction,M,N,K,rank,backend,strategy,ratio,p20,p80,date,commit".split(",")
 
 
@@ -47,13 +49,11 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        dispatch._table.cache_clear()
-        dispatch.choose.cache_clear()
+        dispatch.forget()
 
     write()
     yield write
-    dispatch._table.cache_clear()
-    dispatch.choose.cache_clear()
+    dispatch.forget()
 
 
 def both(M: int, fused: float, panels: float, **more: Any) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_measurements_choose_between_backends(table: Any) -> None:
     rows = [
         row(256, strategy, ratio, direction, backend=backend)
         for (backend, strategy), ratio in zip(
-            [(b, s) for b in ways[0] for s in ways[1]], (1.3, 1.2, 1.1, 1.4), strict=True
+            itertools.product(ways[0], TWO), (1.3, 1.2, 1.1, 1.4), strict=True
         )
         for direction in dispatch.DIRECTIONS
     ]
@@ -142,7 +142,7 @@ def test_the_model_decides_on_a_gpu_without_measurements(
     for names in (OURS, ("triton",)):
         decision = dispatch.choose(names, resolve.STRATEGIES, p)
         times = {c[:2]: c.predicted for c in decision.candidates}
-        assert list(times) == [(b, s) for b in names for s in resolve.STRATEGIES]
+        assert list(times) == list(itertools.product(names, TWO))
         assert all(0 < t < 1 for t in times.values())  # type: ignore[operator]
         best = min(times.values())  # type: ignore[type-var]
         assert decision[:2] == next(way for way, t in times.items() if best >= 0.97 * t)  # type: ignore[operator]
@@ -155,11 +155,11 @@ def model(table: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cost, "chip_of", lambda device: cost.CHIPS[0])
 
     def says(*times: float) -> dispatch.Decision:
-        told = dict(zip([(b, s) for b in OURS for s in resolve.STRATEGIES], times, strict=True))
+        told = dict(zip(itertools.product(OURS, TWO), times, strict=True))
         monkeypatch.setattr(
             cost, "cost", lambda c, b, strategy, call: cost.Cost(told[b, strategy], 0, "", {})
         )
-        dispatch.choose.cache_clear()
+        dispatch.forget()
         return dispatch.choose(OURS, resolve.STRATEGIES, problem(256, device=GPU))
 
     return says
@@ -328,7 +328,7 @@ def test_committed_tables(path: Path) -> None:
 def test_the_model_does_as_well_as_docs_design_md_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "chip_of", lambda device: next(c for c in cost.CHIPS if "H100" in c.name))
     monkeypatch.setattr(dispatch, "device_key", lambda device: None)
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     loss = {}
     for (dtype, noise), cases in dispatch._table("sm90").items():
         for (M, N, K), ratios in cases.items():
@@ -336,7 +336,7 @@ def test_the_model_does_as_well_as_docs_design_md_says(monkeypatch: pytest.Monke
             decision = dispatch.choose(OURS, resolve.STRATEGIES, p)
             assert decision.reason == "predicted"
             loss[noise, M, N] = ratios[decision[:2]] / min(ratios.values())
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     assert len(loss) >= 20
     assert max(loss.values()) < 1.065, loss
 

@@ -47,8 +47,9 @@ def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider
 
     def step(x, weight, A, B, grad_y):  # type: ignore[no-untyped-def]
         if provider != "perturb":
+            noise = {"noise": "hadamard"} if provider == "transform" else {}
             y = fk.fused_flat_lora_linear(
-                x, weight, A, B, sigma=0.1, seed=3, strategy=provider, backend=backend
+                x, weight, A, B, sigma=0.1, seed=3, strategy=provider, backend=backend, **noise
             )
         else:  # one pass, then a plain product
             scale = fk.flat_noise_scale(weight, A, B, sigma=0.1, backend=backend)
@@ -150,7 +151,8 @@ def test_workspace_on_a_gpu(target: Target, layout: str, strategy: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        y = target.linear(x, weight, A, B, sigma=0.1, seed=3, strategy=strategy)
+        noise = "hadamard" if strategy == "transform" else "gaussian"
+        y = target.linear(x, weight, A, B, sigma=0.1, seed=3, noise=noise, strategy=strategy)
         results = (y, *torch.autograd.grad(y, (x, A, B), grad_y))
         torch.cuda.synchronize()
         growth = torch.cuda.max_memory_allocated() - before
