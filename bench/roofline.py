@@ -50,7 +50,7 @@ _PREDICTED = "**PREDICTED, not measured**"
 _TRUTH = {"plain": ("forward", "plain"), "plain dX": ("input_grad", "plain"), "lora": ("forward", "lora")} | {
     f"{name}{backend} {suffix}": (mode, f"{way}:{backend}")
     for backend in ("triton", "cuda")
-    for name, way in (("", "fused"), ("panel ", "panel"), ("perturb ", "perturb"))
+    for name, way in (("", "fused"), *((f"{way} ", way) for way in ("panel", "transform", "perturb")))
     for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
 }
 _OURS = {"triton fused": "fused:triton", "cuda fused": "fused:cuda", "panel": "panel:cuda"}
@@ -363,15 +363,15 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
     """The model with the rates of this machine against calls measured on it; `budget`: seconds for each."""
     if reason := fk.backend_info()["cpu"]["unavailable"]:
         return f"Backend 'cpu' is not here: {reason}"
-    ours = ("fused:cpu", "panel:cpu", "perturb:cpu")
-    bench = run.Bench(run.Settings("cpu", providers=ours, budget=budget), run.Progress(0))
+    ours = ("fused:cpu", "panel:cpu", "transform:cpu", "perturb:cpu")
+    bench = run.Bench(run.Settings("cpu", KINDS, providers=ours, budget=budget), run.Progress(0))
     before = measured_chip(budget)
     for dtype, M in itertools.product(("float32", "bfloat16"), rows):
         bench.linear(Case("", "", M, size, size, dtype, "forward", 0), measure_memory=False)
     after = measured_chip(budget)
     # Rates are what the machine can do: the better of before and after.
     best = {f: max(getattr(before, f), getattr(after, f)) for f in ("bandwidth", "tensor", "single")}
-    chip, order = before._replace(**best), ("none", *NOISES)
+    chip, order = before._replace(**best), ("none", *KINDS)
     body = []
     for row in sorted(bench.rows, key=lambda r: (r["dtype"] != "float32", r["M"], order.index(r["noise"]))):
         way, dtype, M, noise = row["provider"].partition(":")[0], row["dtype"], row["M"], row["noise"]

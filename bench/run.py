@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flatlora_kernels import backends
+
 from . import gate, memory, providers, timing
 from .machine_code import precompile
 from .problem import COPIES, Problem
@@ -250,6 +252,14 @@ def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:
     return [p for p in every if wanted(p)]
 
 
+def jobs(cases: Sequence[Case], noises: Sequence[str]) -> list[precompile.Job]:
+    """What is compiled for these cases."""
+    fused = tuple(noise for noise in noises if backends.fuses("triton", noise))
+    ways = [(noise, way) for noise in noises if noise not in fused for way in ("transform", "panel")]
+    more = [precompile.Job(case, noise, way) for case in cases for noise, way in ways]
+    return [*precompile.table_jobs(list(cases), fused), *more]
+
+
 def compile_first(
     device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
 ) -> None:
@@ -260,5 +270,5 @@ def compile_first(
     if processes is None and "BENCH_PROCESSES" in os.environ:
         processes = int(os.environ["BENCH_PROCESSES"])
     if device == "cuda" and processes != 0 and "triton" in providers.usable_backends(device):
-        for line in precompile.run(precompile.table_jobs(cases, noises), processes):
+        for line in precompile.run(jobs(cases, noises), processes):
             print(f"compiling: {line}", file=sys.stderr)
