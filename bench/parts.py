@@ -44,9 +44,9 @@ def measure(bench: Bench, cases: Sequence[Case]) -> None:
 def overhead(backends: list[str], device: str) -> list[Row]:
     """A layer of 8 x 8 and one row, where all of the time is a call's own.
 
-    F.linear; each backend without an adapter, with a tensor seed, an int seed and no noise; and with an adapter of rank 4
-    the op, `FlatLoraLinear`, and PEFT's LoRA layer, whose times these two should not exceed. A backward pass makes the
-    gradients of x and of the adapter.
+    F.linear; each backend without an adapter, with a tensor seed, an int seed and no noise; and with an adapter of
+    rank 4 the op, `FlatLoraLinear`, and PEFT's LoRA layer, whose time these two should not exceed. A backward makes
+    the gradients of x and of the adapter.
     """
     case = Case("", "", 1, 8, 8, "float32", "forward+backward", 4)
     problem = Problem(case, device, copies=1)

@@ -5,11 +5,11 @@
     python -m bench tune --strategies --backends cuda; the same with triton; ... --rows FILE.json FILE.json
 
 One row to a way, direction, noise, type and problem: its time over that of a plain product in the same round. The raw
-rows go beside the other results. What fails the gate is not written, so that it is never chosen. On a CPU there are rows
-without noise as well: "fused" is the backend's own product, "plain" torch's, both with an adapter.
+rows go beside the other results. What fails the gate is not written, so that it is never chosen. On a CPU there are
+rows without noise as well: "fused" is the backend's own product, "plain" torch's, both with an adapter.
 
-A CPU's table is of an instruction set. Torch's libraries must be held to it as our kernels are, from their start: --isa
-runs the command again in an environment (HELD) that does so.
+A CPU's table is of an instruction set. Torch's libraries must be held to it as our kernels are, from their start:
+--isa runs the command again in an environment (HELD) that does so.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ QUICK = {
     "cuda": (((4096, 4096), (14336, 4096), (2048, 2048)), (16, 64, 256, 1024, 2048, 8192)),
 }
 _MOST = {"cpu": 1 << 36, "cuda": 1 << 42}  # multiply-adds of one product
-STRATEGIES = {"fused": "fused", "panel": "panel", "transform": "transform", "vendor": "plain"}  # of providers.WAYS
-# What holds torch's libraries to an instruction set that is not the processor's best, where it is set before torch starts.
+STRATEGIES = {
+    "fused": "fused",
+    "panel": "panel",
+    "transform": "transform",
+    "vendor": "plain",
+}  # of providers.WAYS
+# What holds torch's libraries to an instruction set below the processor's best, if it is set before torch starts.
 HELD = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -83,7 +88,9 @@ def environment_of(isa: str) -> dict[str, str]:
     levels = () if isinstance(loaded, str) else loaded.levels
     known = [level for level in levels if level in HELD or level == levels[0]]
     if isa not in known:
-        raise ValueError(f"--isa: expected one of {', '.join(known) or 'none, without the library'}, got {isa!r}")
+        raise ValueError(
+            f"--isa: expected one of {', '.join(known) or 'none, without the library'}, got {isa!r}"
+        )
     return {"FLATLORA_CPU_ISA": isa, **(HELD[isa] if isa != levels[0] else {})}
 
 

@@ -293,7 +293,9 @@ def transform_pass(chip: Chip, call: Call) -> Work:
     T = 1 << tile_bits(call.N, call.K)
     stages, rows_of_tiles = T.bit_length() - 1, _ceil(call.outputs, T)
     values = call.M * rows_of_tiles * _ceil(call.length, T) * T
-    adds = TRANSFORM_STAGE * stages * 128 / chip.single  # half of the warps wait where an add takes two cycles
+    adds = (
+        TRANSFORM_STAGE * stages * 128 / chip.single
+    )  # half of the warps wait where an add takes two cycles
     blocks = call.M * rows_of_tiles
     x, y = call.size * call.M * call.length, call.size * call.M * call.outputs
     y_held = resident(chip, y)

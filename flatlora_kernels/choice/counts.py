@@ -43,14 +43,14 @@ PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
     "cuda": {"sm80": (15.22, 8.84), "sm90": (15.12, 8.69), "sm100": (14.22, 7.81)},
 }
 
-# Estimates, to be replaced by counts: instructions of a thread per value in the product loops and in `perturb`, whatever
-# the backend and the target. Studies of near_gaussian had 5.0 and 9; hadamard, by index, has no product loop.
+# Estimates, to be replaced by counts: instructions of a thread per value in the product loops and in `perturb`,
+# whatever the backend and the target. hadamard, drawn by its index, has no product loop.
 NEAR_GAUSSIAN_PRODUCT = 9.0
 NEAR_GAUSSIAN_PERTURB = 5.7
 HADAMARD_PERTURB = 6.0
-# Of the transform: instructions of a thread for each value and stage of additions, and for each value beside them (signs,
-# three passes through registers with shared memory between, the scale, the sum); bytes of shared memory for each value;
-# seconds that a block takes from its first load to its last store, which nothing hides where there are few.
+# Of the transform: instructions of a thread for each value and stage of additions, and for each value beside them
+# (signs, three passes through registers with shared memory between, the scale, the sum); bytes of shared memory for
+# each value; seconds that a block takes from its first load to its last store, which nothing hides where there are few.
 TRANSFORM_STAGE = 1.0
 TRANSFORM_REST = 12.0
 TRANSFORM_SHARED = 16.0

@@ -8,9 +8,9 @@ these decides:
 2. On a GPU the model in cost.py, between all backends and strategies that it knows.
 3. PRIORITY, and `fused`; but `transform` for the noise that has it, and on AMD `panel` from _AMD_PANEL_ROWS rows on.
 
-Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own. Both
-directions are then chosen by themselves, as nothing has to be drawn twice. Without a table the vendor's is taken, but not
-for float16, which torch multiplies up to 100 times slower, nor for many rows of bfloat16 where the processor has no
+Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own.
+Each direction is then chosen by itself, as nothing has to be drawn twice. Without a table the vendor's is taken, but
+not for float16, which torch multiplies up to 100 times slower, nor for many rows of bfloat16 where the processor has no
 instructions for it (_SLOW_BFLOAT16).
 """
 
@@ -43,8 +43,8 @@ _CLASSES = (1, 4, 16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MARGIN = 0.97
 # By the instructions in docs/internals/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
 _AMD_PANEL_ROWS = 256
-# Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on: five times slower than
-# our own at 64 rows with AVX2 (docs/internals/performance.md).
+# Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on: five times slower
+# than our own at 64 rows with AVX2.
 _SLOW_BFLOAT16 = ("cpu avx2", "cpu avx512")
 _SLOW_BFLOAT16_ROWS = 64
 
@@ -175,8 +175,10 @@ def _measured(p: Problem, ways: Sequence[tuple[str, str]]) -> dict[tuple[str, st
 def _predicted(p: Problem, backend: str, strategy: str) -> float | None:
     from . import cost
 
+    if p.noise == NOISELESS:
+        return None
     chip = cost.chip_of(p.device)
-    if p.noise == NOISELESS or chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
+    if chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
         return None
     dtype = str(p.dtype).removeprefix("torch.")
     calls = [
@@ -278,9 +280,7 @@ def explain(
     sizes = size_class(rows), size_class(N), size_class(K)
     if noise is None:
         found, back = (way(choice, None, rows, device, weight.dtype, N, K, d) for d in DIRECTIONS)
-        reason = (
-            f"nothing is drawn: forward {found.strategy}, input gradient {back.strategy}; {found.reason}"
-        )
+        reason = f"nothing is drawn: forward {found.strategy}, input gradient {back.strategy}; {found.reason}"
         problem = Problem(device, weight.dtype, NOISELESS, noise_accum, *sizes, DIRECTIONS[0])
         return Explanation(backend, found.strategy, noise_accum, reason, 0, found.candidates, problem)
     found = way(choice, noise, rows, device, weight.dtype, N, K)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# `os.environ.get` takes a microsecond, most of it for an exception where a variable is not set. CPython keeps the variables
-# in a dictionary, which every way to change os.environ changes.
+# `os.environ.get` takes a microsecond, most of it for an exception where a variable is not set. CPython keeps the
+# variables in a dictionary, which every way to change os.environ changes.
 _variables = getattr(os.environ, "_data", None)
 
 

@@ -138,7 +138,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             draw = Draw(noise_scale, seed, *draw[2:])  # as somebody's hooks bring them back
         dx = run.linear_input_grad(grad_y, weight, A, v_x, draw, choice)
     if need_lora_x:
-        dlora_x = matmul(v, cast(lora_A, v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])
+        dlora_x = matmul(v, cast(lora_A, v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
     if need_A:
         dA = cast(matmul(v.t(), (lora_x if separate_branch else x).flatten(0, -2)), dtype_A)
     if need_bias:
@@ -172,7 +172,7 @@ def linear(*arguments: Any) -> Tensor:
     if torch.is_grad_enabled():
         for t in arguments[:6]:
             if t is not None and t.requires_grad:
-                return _apply(*arguments[:6], (*arguments[6:], compute))[0]  # type: ignore[no-any-return]
+                return _apply(*arguments[:6], (*arguments[6:], compute))[0]
     return compute.linear(*arguments)[0]
 
 

@@ -1,7 +1,7 @@
 """What the ops compute: which way a call goes, and its products by a backend.
 
-schema.py registers these functions as kernels; where nothing has to see the ops, autograd.py calls them as they are, which
-spares a small call the dispatcher. What `linear` returns is no view, so that it may be written to.
+schema.py registers these functions as kernels; where nothing has to see the ops, autograd.py calls them as they are,
+which spares a small call the dispatcher. What `linear` returns is no view, so that it may be written to.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def linear(
     if x.dim() != 2:
         with unrecorded():
             lora_x = None if lora_x is None else lora_x.flatten(0, -2)
-            y, u = linear(
-                x.flatten(0, -2), weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice
-            )
+            y, u = linear(x.flatten(0, -2), weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
             return y.view(*x.shape[:-1], y.shape[1]), u
     module, strategy = _way(x, weight, draw, choice, False)
     u = None
@@ -65,7 +63,7 @@ def linear_input_grad(
     if v is None:
         p = Product(grad_y, weight, True)
     else:
-        p = Product(grad_y, weight, True, v.contiguous(), lora_A.t())  # type: ignore[union-attr]
+        p = Product(grad_y, weight, True, v.contiguous(), lora_A.t())
     return _product(module, strategy, p, draw, choice)
 
 

@@ -113,7 +113,9 @@ def fused_flat_lora_linear(
                     type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.is_neg(),
                 ),
                 bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.is_neg()),
-                lora_x if lora_x is None else (type(lora_x), lora_x.shape, lora_x.dtype, lora_x.device, lora_x.is_neg()),
+                lora_x if lora_x is None else (
+                    type(lora_x), lora_x.shape, lora_x.dtype, lora_x.device, lora_x.is_neg(),
+                ),
                 noise_scale if noise_scale is None else (
                     type(noise_scale), noise_scale.shape, noise_scale.dtype, noise_scale.device, noise_scale.is_neg(),
                     noise_scale.requires_grad,

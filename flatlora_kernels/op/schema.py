@@ -1,7 +1,8 @@
 """The one op: its torch.library schemas and fake kernels.
 
-`functional.py` is the public face, and compute.py does the work; what arrives here has been checked. The raw ops take every option as a
-positional argument, `backend` by name, so that the forward's choice travels with the call into the backward.
+`functional.py` is the public face, and compute.py does the work; what arrives here has been checked. The raw ops take
+every option as a positional argument, `backend` by name, so that the forward's choice travels with the call into the
+backward.
 
     flatlora::linear             y = x (W + eps)^T + scaling (lora_x A^T) B^T + bias;  also u = lora_x A^T
     flatlora::linear_input_grad  dX = dY (W + eps) + v A
@@ -45,7 +46,8 @@ for _schema in _SCHEMAS:
 
 
 def _linear(*flat: Any) -> tuple[Tensor, Tensor]:
-    y, u = compute.linear(*flat[:_OF_OPERANDS], *autograd.records(flat[_OF_OPERANDS:]))
+    draw, choice = autograd.records(flat[_OF_OPERANDS:])
+    y, u = compute.linear(*flat[:_OF_OPERANDS], draw, choice)  # type: ignore[call-arg]
     return y, y.new_empty(0) if u is None else u
 
 

@@ -1130,7 +1130,18 @@ def test_every_kind_of_noise_can_be_picked(tmp_path: Path, capsys: pytest.Captur
         assert all(kind in said for kind in KINDS), command
     name = next(p.name for p in providers.every("cpu") if p.name.startswith("fused:"))
     one = ["--set", "tiny", "--device", "cpu", "--modes", "forward", "--m", "5", "--rank", "0", "--no-parts"]
-    one += ["--dtypes", "bfloat16", "--budget", "0.001", "--memory", "none", "--out", str(tmp_path), "--name", "k"]
+    one += [
+        "--dtypes",
+        "bfloat16",
+        "--budget",
+        "0.001",
+        "--memory",
+        "none",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "k",
+    ]
     assert cli.main([*one, "--providers", name, "eager", "perturb", "--noise", *KINDS]) == 0
     rows = results.load(tmp_path / "k.json").rows
     for provider in (name, "eager"):

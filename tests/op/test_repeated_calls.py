@@ -50,7 +50,9 @@ def test_every_error_comes_after_a_good_call(case: str, passed: Any) -> None:
     for _ in range(2):
         with pytest.raises(error) as caught:
             fk.fused_flat_lora_linear(**{**test_errors.linear_arguments(), **changes})
-        assert str(caught.value).startswith(name) and got in str(caught.value) and expected in str(caught.value)
+        assert (
+            str(caught.value).startswith(name) and got in str(caught.value) and expected in str(caught.value)
+        )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,9 @@ def test_every_error_comes_after_a_good_call(case: str, passed: Any) -> None:
     ],
 )  # fmt: skip
 def test_what_is_equal_is_not_the_same(name: str, good: Any, wrong: Any, passed: Any) -> None:
-    fk.fused_flat_lora_linear(**small(noise="hadamard", **{name: good} if name not in small() else {}) | {name: good})
+    fk.fused_flat_lora_linear(
+        **small(noise="hadamard", **{name: good} if name not in small() else {}) | {name: good}
+    )
     with pytest.raises(TypeError, match=name):
         fk.fused_flat_lora_linear(**small(noise="hadamard") | {name: wrong})
 
@@ -126,7 +130,9 @@ def test_both_paths_give_the_same_bits(noisy: bool, passed: Any) -> None:
         assert torch.equal(value, dispatched[name]), name
 
 
-def test_nobody_pays_for_the_dispatcher_who_does_not_watch(passed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_pays_for_the_dispatcher_who_does_not_watch(
+    passed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = small()
     step(given)
     calls: list[int] = []
@@ -167,8 +173,8 @@ def test_lazy_negation_and_zeros(passed: Any) -> None:
     negative = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert negative.is_neg()
     expected = fk.fused_flat_lora_linear(**given)
-    for name, tensor in (("x", negative), ("weight", torch._neg_view(-given["weight"])),
-                         ("bias", torch._neg_view(-given["bias"])), ("lora_B", torch._neg_view(-given["lora_B"]))):  # fmt: skip
+    lazy = {name: torch._neg_view(-given[name]) for name in ("weight", "bias", "lora_B", "noise_scale")}
+    for name, tensor in {"x": negative, **lazy}.items():
         fk.fused_flat_lora_linear(**given)
         assert torch.equal(fk.fused_flat_lora_linear(**{**given, name: tensor}), expected), name
     zeros = fk.fused_flat_lora_linear(**{**given, "x": torch._efficientzerotensor(x.shape)})

@@ -41,7 +41,7 @@ def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:
     rank, lora_fields, bias_fields = 0, _NO_LORA, _NO_BIAS
     if u is not None:
         rank = u.shape[1]
-        lora_fields = (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())  # type: ignore[union-attr]
+        lora_fields = (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
     if bias is not None:
         bias_fields = (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
     return LINEAR.pack(

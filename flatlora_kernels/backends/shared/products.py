@@ -44,7 +44,7 @@ def plain(p: Product) -> Tensor:
     if a.dtype == torch.float16 and a.device.type == "cpu":
         y = matmul(a, weight if input_grad else weight.t())
         y = y if bias is None else bias.to(a.dtype) + y
-        return y if u is None else y + (scaling * matmul(u, lora.to(a.dtype).t())).to(a.dtype)  # type: ignore[union-attr]
+        return y if u is None else y + (scaling * matmul(u, lora.to(a.dtype).t())).to(a.dtype)
     if input_grad:
         y = a @ weight
     else:
