@@ -192,7 +192,7 @@ FLATLORA_INLINE void near_gaussian_unit(uint32_t left, uint32_t right, uint32_t 
 // Of hadamard: the first counter's offset for the signs of rows and of columns.
 constexpr uint32_t kHadamardRows = 0x80000000u, kHadamardCols = 0xC0000000u;
 
-FLATLORA_INLINE uint32_t parity(uint32_t x) {
+FLATLORA_INLINE constexpr uint32_t parity(uint32_t x) {
   x ^= x >> 16;
   x ^= x >> 8;
   x ^= x >> 4;
@@ -201,9 +201,11 @@ FLATLORA_INLINE uint32_t parity(uint32_t x) {
 
 // The low `bits` bits of x, which has no others, in reverse order.
 FLATLORA_INLINE uint32_t reverse_bits(uint32_t x, int bits) {
-  uint32_t result = 0;
-  for (int i = 0; i < bits; ++i) result |= (x >> i & 1) << (bits - 1 - i);
-  return result;
+  x = (x & 0x55555555) << 1 | (x >> 1 & 0x55555555);
+  x = (x & 0x33333333) << 2 | (x >> 2 & 0x33333333);
+  x = (x & 0x0f0f0f0f) << 4 | (x >> 4 & 0x0f0f0f0f);
+  x = (x & 0x00ff00ff) << 8 | (x >> 8 & 0x00ff00ff);
+  return bits == 0 ? 0 : (x << 16 | x >> 16) >> (32 - bits);
 }
 
 }  // namespace flatlora

@@ -189,6 +189,27 @@ SIMD void store_lanes(T* p, int64_t stride, F x, int n) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
+// A row of a region: out = w + eps, of every kind but gaussian, which comes in tiles. `w_ahead`, `out_ahead`: how far
+// it is to the rows that come next but one. A region's rows are too short for the hardware's prefetcher.
+template <bool kSigns, class T>
+SIMD void perturb_row(const T* w, int64_t w_ahead, float factor, const uint8_t* drawn, int64_t cols, T* out,
+                      int64_t out_ahead) {
+  for (int64_t k = 0; k < cols; k += W) {
+    const int n = int(min64(W, cols - k));
+    if (w) __builtin_prefetch(w + k + w_ahead, 0, 2);
+    __builtin_prefetch(out + k + out_ahead, 1, 2);
+    const F eps = kSigns ? flip_signs(factor, drawn + (k >> 3))
+                         : mul(splat(F(), factor), load(reinterpret_cast<const int8_t*>(drawn + k)));
+    F base = splat(F(), 0.0f);
+    if (w) base = n == W ? load(w + k) : load(w + k, n);
+    if (n == W) {
+      store(out + k, add(base, eps));
+    } else {
+      store(out + k, add(base, eps), n);
+    }
+  }
+}
+
 template <class T, bool kLanesN>
 void perturb_rows(const PerturbArgs& args, int64_t task) {
   const Weight<T> w = make_weight<T>(args.weight, args.N, args.K);
@@ -202,6 +223,18 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
   for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
     draw_region(draw, n0, rows, k0, cols, region);
+    if (draw.kind != Noise::kGaussian && cs == 1 && (w.data == nullptr || w.col_stride == 1)) {
+      for (int64_t n = n0; n < n0 + rows; ++n) {
+        const T* base = w.data ? w.data + n * w.row_stride + k0 : nullptr;
+        const uint8_t* drawn = region.at(draw, n, k0);
+        if (draw.kind == Noise::kNearGaussian) {
+          perturb_row<false>(base, 2 * w.row_stride, draw.factor(n), drawn, cols, out + n * rs + k0, 2 * rs);
+        } else {
+          perturb_row<true>(base, 2 * w.row_stride, draw.factor(n), drawn, cols, out + n * rs + k0, 2 * rs);
+        }
+      }
+      continue;
+    }
     for (int64_t n = 0; n < rows; n += W) {
       make_row_lanes(draw, n0 + n, rows - n, region, lanes);
       const int64_t tile_rows = min64(W, rows - n);
@@ -212,6 +245,10 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
         perturbed_tile<kLanesN>(w, draw, lanes, region, n0 + n, k0 + k, r);
         const int64_t tile_cols = min64(W, cols - k);
         T* p = out + (n0 + n) * rs + (k0 + k) * cs;
+        if (tile_rows == W && tile_cols == W && (kLanesN || cs == 1)) {
+          for (int i = 0; i < W; ++i) store(p + i * (kLanesN ? cs : rs), r[i]);
+          continue;
+        }
         for (int i = 0; i < (kLanesN ? tile_cols : tile_rows); ++i)
           store_lanes(p + i * (kLanesN ? cs : rs), kLanesN ? rs : cs, r[i], int(kLanesN ? tile_rows : tile_cols));
       }

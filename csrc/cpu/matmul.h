@@ -207,8 +207,7 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
         for (int64_t j = 0; j < min64(W, cols - k); ++j) {
           const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
           const double base = w.data ? w.data[(n0 + n + i) * w.row_stride + (k0 + k + j) * w.col_stride] : 0.0;
-          panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] =
-              base + double(eps[j]);
+          panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] = base + double(eps[j]);
         }
       }
     }

@@ -66,6 +66,13 @@ struct Region {
   uint32_t stride;                // bytes from row to row
 
   uint32_t row(uint32_t n) const { return (n - first_row) * stride; }
+  // Of columns of the shard from k on: bytes from a row's first.
+  uint32_t col(const Draw& d, int64_t k) const {
+    return (d.col_offset + uint32_t(k) - first_col) >> (d.kind == Noise::kNearGaussian ? 0 : 3);
+  }
+  const uint8_t* at(const Draw& d, int64_t n, int64_t k) const {
+    return bytes + row(d.row_offset + uint32_t(n)) + col(d, k);
+  }
 };
 
 // One call of Philox covers 16 rows of a block of 8 columns: lanes lie across blocks.
@@ -84,27 +91,54 @@ inline void draw_rademacher(const Draw& d, uint32_t n0, uint32_t rows, uint32_t 
     }
 }
 
+// The levels of two words, h = 0 and 1 of both, as bytes: columns 0, 2, 1, 3 of four. `again`: of the words rotated
+// right by 5, whose signs lie in the other half.
+template <bool kAgain>
+SIMD I levels(I even, I odd) {
+  static const int8_t table[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28};
+  const I low = splat(I(), 0x000f000f), high = splat(I(), 0x0f000f00);
+  const I even_codes = bit_and(kAgain ? shift_right<10>(even) : shift_right<5>(even), low);
+  const I codes = and_or(kAgain ? shift_right<2>(odd) : shift_left<3>(odd), high, even_codes);
+  const I low_sign = splat(I(), 0x00800080), high_sign = splat(I(), 0x80008000);
+  I signs;
+  if (kAgain) {
+    signs = swap_halves(and_or(shift_left<11>(odd), high_sign, bit_and(shift_left<3>(even), low_sign)));
+  } else {
+    signs = and_or(odd, high_sign, bit_and(shift_right<8>(even), low_sign));
+  }
+  return negate_bytes(look_up(table, codes), signs);
+}
+
+// A unit is 16 rows x 16 columns; lanes lie along the first 8 rows of one or two.
 inline void draw_near_gaussian(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
   out.first_row = n0 & ~15u;
   out.first_col = k0 & ~15u;
   out.stride = uint32_t(ceil_div(cols + (k0 & 15), 16)) * 16;
-  for (uint32_t r = 0; r < rows + (n0 & 15); r += 16)
-    for (uint32_t k = 0; k < out.stride; k += 16)
-      for (uint32_t i = 0; i < 8; ++i) {
-        uint32_t left[4], right[4];
-        const uint32_t c1 = 8 * ((out.first_row + r) >> 4) + i;
-        philox(((out.first_col + k) >> 3), c1, d.stream, d.sample, d.key, left);
-        philox(((out.first_col + k) >> 3) + 1, c1, d.stream, d.sample, d.key, right);
-        for (uint32_t j = 0; j < 8; ++j) {
-          int m[4];
-          near_gaussian_unit(left[j >> 1], right[j >> 1], j & 1, m);
-          uint8_t* p = out.bytes + (r + i) * out.stride + k + j;
-          p[0] = uint8_t(m[0]);
-          p[8] = uint8_t(m[1]);
-          p[8 * out.stride] = uint8_t(m[2]);
-          p[8 * out.stride + 8] = uint8_t(m[3]);
+  const int64_t stride = out.stride;
+  for (uint32_t r = 0; r < rows + (n0 & 15); r += 2 * W) {
+    const Words counters = split(add(iota(), splat(I(), (out.first_row + r) >> 1)));
+    uint8_t* p = out.bytes + r * stride;
+    for (uint32_t k = 0; k < out.stride; k += 16) {
+      I first[4], second[4];  // of four columns a + b and a - b, or of the right call c + d and c - d
+      for (int side = 0; side < 2; ++side) {
+        Words c[4];
+        philox_rows_begin(((out.first_col + k) >> 3) + side, counters, d.stream, d.sample, d.key, c);
+        philox_rounds(c, d.key, 3);
+        for (int i = 0; i < 2; ++i) {
+          const I even = join(c[2 * i]), odd = join(c[2 * i + 1]);
+          const I x = levels<false>(even, odd), y = levels<true>(even, odd);
+          first[2 * side + i] = add_bytes(x, y);
+          second[2 * side + i] = sub_bytes(x, y);
         }
       }
+      const auto store = [&](uint8_t* rows_of, const I(&m)[4]) {
+        store_rows(rows_of + k, stride, 16, add_bytes(m[0], m[2]), add_bytes(m[1], m[3]), sub_bytes(m[0], m[2]),
+                   sub_bytes(m[1], m[3]));
+      };
+      store(p, first);
+      store(p + 8 * stride, second);
+    }
+  }
 }
 
 // Signs of hadamard's rows or columns (`which` is the first counter's offset) from `begin`, in the tile `tile` of the
@@ -126,6 +160,16 @@ inline void draw_tile_signs(const Draw& d, uint32_t which, uint32_t begin, int64
 
 SIMD uint32_t bit_of(const uint32_t* bits, uint32_t i) { return bits[i >> 5] >> (i & 31) & 1; }
 
+// 64 columns of the first 64 rows: a bit per value, 1 = negative.
+struct Walsh {
+  uint64_t rows[64];
+  constexpr Walsh() : rows() {
+    for (uint32_t i = 0; i < 64; ++i)
+      for (uint32_t j = 0; j < 64; ++j) rows[i] |= uint64_t(parity(i & j)) << j;
+  }
+};
+constexpr Walsh kWalsh;
+
 // The part of a tile that lies in the region: rows and columns are global, [n0, n1) and [k0, k1).
 inline void draw_hadamard_tile(const Draw& d, uint64_t n0, uint64_t n1, uint64_t k0, uint64_t k1, Region& out) {
   constexpr int kMostWords = 4 * (kRegionLong / 128 + 1);
@@ -137,11 +181,19 @@ inline void draw_hadamard_tile(const Draw& d, uint64_t n0, uint64_t n1, uint64_t
   for (uint64_t n = n0; n < n1; ++n) {
     const uint32_t reversed = reverse_bits(uint32_t(n) & tile, t), row_sign = bit_of(row_signs, uint32_t(n) - first_n);
     uint8_t* bytes = out.bytes + out.row(uint32_t(n));
-    for (uint64_t k = k0; k < k1; ++k) {
-      const uint32_t odd =
-          (parity(reversed & uint32_t(k) & tile) ^ row_sign ^ bit_of(col_signs, uint32_t(k) - first_k)) & 1;
-      const uint32_t at = uint32_t(k) - out.first_col;
-      bytes[at >> 3] = uint8_t(bytes[at >> 3] | odd << (at & 7));
+    if (t >= 6) {
+      const uint64_t row = kWalsh.rows[reversed & 63] ^ (0 - uint64_t(row_sign));
+      for (uint64_t k = k0 & ~uint64_t(63); k < k1; k += 64) {
+        uint64_t word;
+        memcpy(&word, col_signs + (uint32_t(k) - first_k) / 32, 8);
+        word ^= row ^ (0 - uint64_t(__builtin_parity(reversed & uint32_t(k))));
+        memcpy(bytes + (uint32_t(k) - out.first_col) / 8, &word, 8);
+      }
+    } else {
+      for (uint64_t k = k0; k < k1; ++k) {
+        const uint32_t at = uint32_t(k) - out.first_col, col_sign = bit_of(col_signs, uint32_t(k) - first_k);
+        bytes[at >> 3] = uint8_t(bytes[at >> 3] | (parity(reversed & uint32_t(k)) ^ row_sign ^ col_sign) << (at & 7));
+      }
     }
   }
 }
@@ -153,9 +205,9 @@ inline void draw_hadamard(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0
     return tile_end < end ? tile_end : end;
   };
   out.first_row = n0;
-  out.first_col = k0;
-  out.stride = uint32_t(ceil_div(cols, 64)) * 8;
-  memset(out.bytes, 0, rows * out.stride);
+  out.first_col = k0 & ~63u;
+  out.stride = uint32_t(ceil_div(cols + (k0 & 63), 64)) * 8;
+  if (side < 64) memset(out.bytes, 0, rows * out.stride);
   for (uint64_t n = n0; n < n1; n = next(n, n1))
     for (uint64_t k = k0; k < k1; k = next(k, k1)) draw_hadamard_tile(d, n, next(n, n1), k, next(k, k1), out);
 }

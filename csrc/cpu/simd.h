@@ -72,6 +72,7 @@ SIMD F splat(F, float x) { return {_mm512_set1_ps(x)}; }
 SIMD I splat(I, uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
 SIMD Words splat(Words, uint32_t x) { return {_mm512_set1_epi32(int(x)), _mm512_set1_epi32(int(x))}; }
 SIMD F add(F x, F y) { return {_mm512_add_ps(x.v, y.v)}; }
+SIMD F sub(F x, F y) { return {_mm512_sub_ps(x.v, y.v)}; }
 SIMD F mul(F x, F y) { return {_mm512_mul_ps(x.v, y.v)}; }
 SIMD F fma(F x, F y, F z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 SIMD F sqrt(F x) { return {_mm512_sqrt_ps(x.v)}; }
@@ -105,6 +106,38 @@ SIMD F flip_signs(float x, const uint8_t* bits) {
   return {_mm512_mask_blend_ps(mask, _mm512_set1_ps(x), _mm512_set1_ps(-x))};
 }
 SIMD I shift_left(I x, I count) { return {_mm512_sllv_epi32(x.v, count.v)}; }
+template <int kBits>
+SIMD I shift_left(I x) {
+  return {_mm512_slli_epi32(x.v, kBits)};
+}
+SIMD I bit_and(I x, I y) { return {_mm512_and_si512(x.v, y.v)}; }
+SIMD I swap_halves(I x) { return {_mm512_rol_epi32(x.v, 16)}; }
+
+// The same on bytes: table[index] of indices below 16, x negated where the top bit of `sign` is set.
+SIMD I look_up(const int8_t* table, I index) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
+}
+SIMD I negate_bytes(I x, I sign) {
+  return {_mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(sign.v), _mm512_setzero_si512(), x.v)};
+}
+SIMD I add_bytes(I x, I y) { return {_mm512_add_epi8(x.v, y.v)}; }
+SIMD I sub_bytes(I x, I y) { return {_mm512_sub_epi8(x.v, y.v)}; }
+// Four words of each lane, the middle bytes of each swapped, to row lane % 8 of `p`; from lane 8 on `far` rows further.
+SIMD void store_rows(uint8_t* p, int64_t stride, int64_t far, I w, I x, I y, I z) {
+  const __m512i a = _mm512_unpacklo_epi32(w.v, x.v), b = _mm512_unpackhi_epi32(w.v, x.v);
+  const __m512i c = _mm512_unpacklo_epi32(y.v, z.v), d = _mm512_unpackhi_epi32(y.v, z.v);
+  const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                           _mm512_unpackhi_epi64(b, d)};
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  for (int i = 0; i < 4; ++i, p += stride) {
+    const __m512i row = _mm512_shuffle_epi8(rows[i], order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(row));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * stride), _mm512_extracti32x4_epi32(row, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + far * stride), _mm512_extracti32x4_epi32(row, 2));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + (far + 4) * stride), _mm512_extracti32x4_epi32(row, 3));
+  }
+}
 
 SIMD Words split(I x) { return {x.v, _mm512_srli_epi64(x.v, 32)}; }
 SIMD I join(Words x) { return {_mm512_mask_blend_epi32(0xAAAA, x.even, _mm512_slli_epi64(x.odd, 32))}; }
@@ -207,6 +240,7 @@ SIMD F splat(F, float x) { return {_mm256_set1_ps(x)}; }
 SIMD I splat(I, uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
 SIMD Words splat(Words, uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
 SIMD F add(F x, F y) { return {_mm256_add_ps(x.v, y.v)}; }
+SIMD F sub(F x, F y) { return {_mm256_sub_ps(x.v, y.v)}; }
 SIMD F mul(F x, F y) { return {_mm256_mul_ps(x.v, y.v)}; }
 SIMD F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 SIMD F sqrt(F x) { return {_mm256_sqrt_ps(x.v)}; }
@@ -234,6 +268,37 @@ SIMD F flip_signs(float x, const uint8_t* bits) {
   return flip_sign({_mm256_set1_ps(x)}, {lifted});
 }
 SIMD I shift_left(I x, I count) { return {_mm256_sllv_epi32(x.v, count.v)}; }
+template <int kBits>
+SIMD I shift_left(I x) {
+  return {_mm256_slli_epi32(x.v, kBits)};
+}
+SIMD I bit_and(I x, I y) { return {_mm256_and_si256(x.v, y.v)}; }
+SIMD I swap_halves(I x) {
+  const __m128i order = _mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return {_mm256_shuffle_epi8(x.v, _mm256_broadcastsi128_si256(order))};
+}
+
+SIMD I look_up(const int8_t* table, I index) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), index.v)};
+}
+SIMD I negate_bytes(I x, I sign) {  // a zero would become of x where the sign is 0
+  return {_mm256_sign_epi8(x.v, _mm256_or_si256(sign.v, _mm256_set1_epi8(1)))};
+}
+SIMD I add_bytes(I x, I y) { return {_mm256_add_epi8(x.v, y.v)}; }
+SIMD I sub_bytes(I x, I y) { return {_mm256_sub_epi8(x.v, y.v)}; }
+SIMD void store_rows(uint8_t* p, int64_t stride, int64_t, I w, I x, I y, I z) {
+  const __m256i a = _mm256_unpacklo_epi32(w.v, x.v), b = _mm256_unpackhi_epi32(w.v, x.v);
+  const __m256i c = _mm256_unpacklo_epi32(y.v, z.v), d = _mm256_unpackhi_epi32(y.v, z.v);
+  const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                           _mm256_unpackhi_epi64(b, d)};
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  for (int i = 0; i < 4; ++i, p += stride) {
+    const __m256i row = _mm256_shuffle_epi8(rows[i], _mm256_broadcastsi128_si256(order));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(row));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4 * stride), _mm256_extracti128_si256(row, 1));
+  }
+}
 
 SIMD Words split(I x) { return {x.v, _mm256_srli_epi64(x.v, 32)}; }
 SIMD I join(Words x) { return {_mm256_blend_epi32(x.even, _mm256_slli_epi64(x.odd, 32), 0xAA)}; }
@@ -324,6 +389,7 @@ SIMD F splat(F, float x) { MAP(F, x); }
 SIMD I splat(I, uint32_t x) { MAP(I, x); }
 SIMD Words splat(Words, uint32_t x) { MAP(Words, x); }
 SIMD F add(F x, F y) { MAP(F, x.v[i] + y.v[i]); }
+SIMD F sub(F x, F y) { MAP(F, x.v[i] - y.v[i]); }
 SIMD F mul(F x, F y) { MAP(F, x.v[i] * y.v[i]); }
 SIMD F fma(F x, F y, F z) { MAP(F, x.v[i] * y.v[i] + z.v[i]); }  // two roundings: no such instruction here
 SIMD F sqrt(F x) { MAP(F, scalar::sqrt(x.v[i])); }
@@ -348,6 +414,47 @@ SIMD uint32_t word_at(const uint8_t* p) {
 SIMD I gather(const uint8_t* p, I offset) { MAP(I, word_at(p + offset.v[i])); }
 SIMD F flip_signs(float x, const uint8_t* bits) { MAP(F, scalar::flip_sign(x, uint32_t(*bits) << (31 - i))); }
 SIMD I shift_left(I x, I count) { MAP(I, x.v[i] << count.v[i]); }
+template <int kBits>
+SIMD I shift_left(I x) {
+  MAP(I, x.v[i] << kBits);
+}
+SIMD I bit_and(I x, I y) { MAP(I, x.v[i] & y.v[i]); }
+SIMD I swap_halves(I x) { MAP(I, x.v[i] >> 16 | x.v[i] << 16); }
+
+struct Bytes {
+  uint8_t v[32];
+};
+SIMD Bytes bytes_of(I x) {
+  Bytes bytes;
+  memcpy(bytes.v, x.v, 32);
+  return bytes;
+}
+template <class Function>
+SIMD I map_bytes(I x, I y, Function function) {
+  const Bytes a = bytes_of(x), b = bytes_of(y);
+  Bytes bytes;
+  for (int i = 0; i < 32; ++i) bytes.v[i] = uint8_t(function(a.v[i], b.v[i]));
+  I result;
+  memcpy(result.v, bytes.v, 32);
+  return result;
+}
+SIMD I look_up(const int8_t* table, I index) {
+  return map_bytes(index, index, [=](uint8_t i, uint8_t) { return table[i]; });
+}
+SIMD I negate_bytes(I x, I sign) {
+  return map_bytes(x, sign, [](uint8_t a, uint8_t b) { return b & 0x80 ? -a : a; });
+}
+SIMD I add_bytes(I x, I y) {
+  return map_bytes(x, y, [](uint8_t a, uint8_t b) { return a + b; });
+}
+SIMD I sub_bytes(I x, I y) {
+  return map_bytes(x, y, [](uint8_t a, uint8_t b) { return a - b; });
+}
+SIMD void store_rows(uint8_t* p, int64_t stride, int64_t, I w, I x, I y, I z) {
+  const Bytes words[4] = {bytes_of(w), bytes_of(x), bytes_of(y), bytes_of(z)};
+  const int order[4] = {0, 2, 1, 3};
+  LANES for (int j = 0; j < 16; ++j) p[i * stride + j] = words[j / 4].v[4 * i + order[j % 4]];
+}
 
 SIMD Words split(I x) { MAP(Words, x.v[i]); }
 SIMD I join(Words x) { MAP(I, x.v[i]); }

@@ -74,8 +74,8 @@ SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
 SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
 #undef MAP
 
-// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian, e[j]
-// a column, with lanes along n.
+// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
+// e[j] a column, with lanes along n.
 SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
   const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
   Blocks c[4];
@@ -98,21 +98,17 @@ SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&
 }
 
 SIMD void near_gaussian_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
-  const uint8_t* values = region.bytes + (d.col_offset + uint32_t(k) - region.first_col);
+  const uint8_t* values = region.bytes + region.col(d, k);
   for (int i = 0; i < W; ++i)
     e[i] = mul(splat(F(), lanes.scales[i]), load(reinterpret_cast<const int8_t*>(values + lanes.begins[i])));
 }
 
-// Of signs, either.
-SIMD const uint8_t* signs_at(const Draw& d, const Region& region, int64_t k) {
-  return region.bytes + ((d.col_offset + uint32_t(k) - region.first_col) >> 3);
-}
 SIMD void sign_columns(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
-  const I bits = gather(signs_at(d, region, k), lanes.offsets);
+  const I bits = gather(region.bytes + region.col(d, k), lanes.offsets);
   for (uint32_t j = 0; j < W; ++j) e[j] = flip_sign(lanes.scale, shift_left(bits, splat(I(), 31 - j)));
 }
 SIMD void sign_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
-  const uint8_t* bytes = signs_at(d, region, k);
+  const uint8_t* bytes = region.bytes + region.col(d, k);
   for (int i = 0; i < W; ++i) e[i] = flip_signs(lanes.scales[i], bytes + lanes.begins[i]);
 }
 

@@ -22,6 +22,7 @@ int32_t flatlora_cpu_init(const char* level, void* parallel_for, void* num_threa
 int32_t flatlora_cpu_linear(const LinearArgs*);
 int32_t flatlora_cpu_row_sq_norms(const RowNormsArgs*);
 int32_t flatlora_cpu_perturb(const PerturbArgs*);
+int32_t flatlora_cpu_transform(const TransformArgs*);
 }
 
 namespace {
@@ -146,6 +147,13 @@ Bytes perturb(PerturbArgs args, Memory& memory) {
   return call(flatlora_cpu_perturb, args, args.out, bytes, size_of(args.dtype));
 }
 
+Bytes transform(TransformArgs args, Memory& memory) {
+  const int64_t contraction = args.input_grad ? args.N : args.K, outputs = args.input_grad ? args.K : args.N;
+  memory.put(args.a, args.dtype, extent(args.M, contraction, args.a_row_stride, args.a_col_stride), g_plant == "read");
+  memory.put(args.noise, args.N);
+  return call(flatlora_cpu_transform, args, args.y, args.M * outputs * size_of(args.dtype), size_of(args.dtype));
+}
+
 template <class Args>
 void repeat(Bytes (*run)(Args, Memory&), const Bytes& packed, const char* name, int number) {
   Args args;
@@ -191,6 +199,7 @@ int main(int count, char** arguments) {
     if (function == "linear") repeat(linear, packed, name, number);
     if (function == "row_sq_norms") repeat(row_sq_norms, packed, name, number);
     if (function == "perturb") repeat(perturb, packed, name, number);
+    if (function == "transform") repeat(transform, packed, name, number);
   }
   printf("%d calls\n", number);
   return 0;

@@ -14,6 +14,7 @@ import torch
 
 import flatlora_kernels
 from flatlora_kernels.backends import cpu
+from flatlora_kernels.core.noise import NEAR_GAUSSIAN_VARIANCE, tile_bits
 
 HERE = Path(__file__).parents[1]
 SOURCE = HERE / "cpp" / "philox_tile.cpp"
@@ -32,8 +33,9 @@ def program(tmp_path_factory):
 
 
 def draw(program: Path, tile: dict) -> torch.Tensor:
-    kind = {"gaussian": 1, "rademacher": 2}[tile["kind"]]
-    arguments = (kind, tile["seed"] % 2**64, tile["stream"], tile["sample"], *tile["rows"], *tile["cols"])
+    kind = {"gaussian": 1, "rademacher": 2, "near_gaussian": 3, "hadamard": 4}[tile["kind"]]
+    arguments = (kind, tile["seed"] % 2**64, tile["stream"], tile["sample"], *tile["rows"], *tile["cols"],
+                 tile_bits(*tile["layer"]) if "layer" in tile else 0)  # fmt: skip
     done = subprocess.run([program, *map(str, arguments)], check=True, capture_output=True, text=True)
     rows = [[struct.unpack("f", struct.pack("I", int(bits)))[0] for bits in line.split()] for line in
             done.stdout.splitlines()]  # fmt: skip
@@ -42,7 +44,8 @@ def draw(program: Path, tile: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile['kind']}-{tile['seed']}")
 def test_scalar_code_matches_the_vectors(program, tile):
-    error = (draw(program, tile).double() - torch.tensor(tile["z"], dtype=torch.float64)).abs().max()
+    drawn = "m" if tile["kind"] == "near_gaussian" else "z"
+    error = (draw(program, tile).double() - torch.tensor(tile[drawn], dtype=torch.float64)).abs().max()
     assert error <= (2e-6 if tile["kind"] == "gaussian" else 0)
 
 
@@ -51,9 +54,20 @@ def test_scalar_and_vector_code_agree_to_the_bit(program, noise):
         pytest.skip(reason)
     if "baseline" in cpu.describe().split("(")[0]:
         pytest.skip("the baseline level has no fused multiply-add, so its gaussian bits differ")
-    tile = {"kind": noise, "seed": 99, "stream": 3, "sample": 2, "rows": [7, 60], "cols": [16, 150]}
+    tile = {
+        "kind": noise,
+        "seed": 99,
+        "stream": 3,
+        "sample": 2,
+        "rows": [7, 60],
+        "cols": [16, 150],
+        "layer": [90, 200],
+    }
+    deviation = (
+        NEAR_GAUSSIAN_VARIANCE**0.5 if noise == "near_gaussian" else 1.0
+    )  # near_gaussian prints integers
     z = flatlora_kernels.materialize_noise(
-        torch.ones(53),
+        torch.full((53,), deviation),
         134,
         seed=99,
         stream=3,
@@ -61,6 +75,7 @@ def test_scalar_and_vector_code_agree_to_the_bit(program, noise):
         noise=noise,
         row_offset=7,
         col_offset=16,
+        layer_shape=(90, 200),
         backend="cpu",
     )
     assert torch.equal(z, draw(program, tile))

@@ -1,0 +1,166 @@
+"""Backend `cpu` at every instruction set that runs here: what the small problems of the shared tests do not reach."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from targets import DTYPES, generator, randn
+from torch import Tensor
+
+from flatlora_kernels.backends import cpu
+from flatlora_kernels.core.noise import KINDS, epsilon, tile_bits
+from flatlora_kernels.core.records import Draw, Product
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+LEVELS = () if cpu.unavailable() else cpu._load().levels
+INTEGERS = [kind for kind in KINDS if kind != "gaussian"]  # eps is bit-equal to the oracle's
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("FLATLORA_CPU_ISA", request.param)
+    cpu._load.cache_clear()
+    assert cpu.level() == request.param
+    yield request.param
+    monkeypatch.undo()
+    cpu._load.cache_clear()
+    cpu._load()
+
+
+@functools.cache
+def oracle(d: Draw, K: int, dtype: torch.dtype, group: int = 0) -> Tensor:
+    return epsilon(d, K, dtype, group)
+
+
+@functools.cache
+def draw(N: int, layer: tuple[int, int], strided: bool = True, **which: Any) -> Draw:
+    scale = (0.5 + torch.rand(2 * N, generator=generator(4)))[::2]
+    scale = scale if strided else scale.clone()
+    return Draw(scale, torch.tensor(-5), stream=3, tile_bits=tile_bits(*layer), **which)
+
+
+# N, K, the whole layer, offset of rows, of columns. Regions of the CPU kernels have 256 x 64 values.
+REGIONS = [
+    (70, 300, (70, 300), 0, 0),
+    (37, 33, (4096, 9000), 4070, 8168),
+    (300, 70, (2**32 - 1, 2**32 - 1), 2**32 - 301, 2**32 - 72),
+    (90, 150, (200, 40), 23, 8),
+    (19, 21, (19, 3), 0, 0),
+]
+
+
+@pytest.mark.parametrize("case", REGIONS, ids=str)
+@pytest.mark.parametrize("noise", INTEGERS)
+def test_perturb_and_product_see_the_bits_of_the_oracle(level: str, noise: str, case: Any) -> None:
+    N, K, layer, row, col = case
+    d = draw(N, layer, noise=noise, row_offset=row, col_offset=col, sample_offset=3, antithetic=True)
+    for dtype in DTYPES:
+        eps = oracle(d, K, dtype).to(dtype)
+        for out in (
+            torch.empty(N, K, dtype=dtype),
+            torch.empty(K, N, dtype=dtype).t(),
+            torch.empty(2 * N, 2 * K, dtype=dtype)[::2, ::2],
+        ):
+            cpu.perturb(None, d, out)
+            assert torch.equal(out, eps), (dtype, out.stride())
+        for weight in (
+            torch.zeros(N, K, dtype=dtype),
+            torch.zeros(K, N, dtype=dtype).t(),
+            torch.zeros((), dtype=dtype).expand(N, K),
+        ):
+            for split in ("folded", "split"):
+                y = cpu.product(Product(torch.eye(K, dtype=dtype), weight), d, split)
+                assert torch.equal(y.t(), eps), (dtype, weight.stride(), split)
+                y = cpu.product(Product(torch.eye(N, dtype=dtype), weight, input_grad=True), d, split)
+                assert torch.equal(y, eps), (dtype, weight.stride(), split, "input gradient")
+
+
+@pytest.mark.parametrize("noise", INTEGERS)
+def test_perturb_adds_to_the_weight(level: str, noise: str) -> None:
+    N, K = 70, 301
+    d = draw(N, (N, K), noise=noise)
+    for dtype in DTYPES:
+        weight = randn(N, K, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        expected = (weight.to(wide) + epsilon(d, K, dtype)).to(dtype)
+        for w in (weight, weight.t().contiguous().t(), torch.stack([weight, weight], dim=2)[..., 0]):
+            out = torch.empty_like(weight)
+            cpu.perturb(w, d, out)
+            assert torch.equal(out, expected), (dtype, w.stride())
+
+
+# M, N, K, the whole layer, offset of rows, of columns.
+TRANSFORMS = [
+    (3, 256, 256, (256, 256), 0, 0),
+    (5, 140, 300, (140, 300), 0, 0),
+    (40, 70, 65, (70, 65), 0, 0),
+    (2, 4096, 16, (4096, 5000), 0, 24),
+    (2, 50, 130, (9000, 5000), 4070, 4032),
+    (1, 300, 520, (300, 520), 0, 0),
+    (4, 33, 40, (1, 4000), 2**32 - 33, 2**32 - 40),
+    (6, 20, 17, (5, 4000), 3, 16),
+]
+
+
+def bound(a: Tensor, eps: Tensor, y: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """A stage of the transform rounds once, and so do factors, sums over tiles, `add` and the output."""
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    magnitude = a.double().abs() @ eps.double().abs()
+    return (bits + 8) * unit * (magnitude + y.abs()) + torch.finfo(dtype).eps / 2 * 1.01 * y.abs()
+
+
+@pytest.mark.parametrize("case", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("input_grad", [False, True], ids=["forward", "input_grad"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transform(level: str, dtype: torch.dtype, input_grad: bool, case: Any) -> None:
+    M, N, K, layer, row, col = case
+    contraction, outputs = (N, K) if input_grad else (K, N)
+    for samples, strided, add in ((1, False, False), (2, False, True), (1, True, True)):
+        where = {"row_offset": row, "col_offset": col, "samples": samples, "strided": strided}
+        d = draw(N, layer, noise="hadamard", antithetic=True, **where)
+        a = randn(M * samples, contraction, dtype=dtype)
+        if strided:
+            a = torch.stack([a, a], dim=2)[..., 1]
+        before = randn(M * samples, outputs, seed=1, dtype=dtype)
+        got = before.clone() if add else torch.full_like(before, torch.nan)
+        cpu.transform(a, d, input_grad, got, add)
+        for group in range(samples):
+            rows = slice(group * M, (group + 1) * M)
+            eps = oracle(d, K, dtype, group).double()
+            eps = eps if input_grad else eps.t()
+            exact = a[rows].double() @ eps + (before[rows].double() if add else 0)
+            error = (got[rows].double() - exact).abs()
+            limit = bound(a[rows], eps, exact.abs() + before[rows].double().abs(), d.tile_bits, dtype)
+            assert (error <= limit).all(), f"{samples}, {strided}, {add}: {(error / limit).max():.3g}"
+
+
+def test_transform_does_not_depend_on_threads_or_rows(level: str, threads: Any) -> None:
+    N, K = 600, 1100
+    d = draw(N, (N, K), noise="hadamard")
+    a = randn(37, K)
+    results = []
+    for count, rows in ((1, 37), (4, 37), (2, 1)):
+        threads(count)
+        y = torch.empty(37, N)
+        for begin in range(0, 37, rows):
+            cpu.transform(a[begin : begin + rows], d, False, y[begin : begin + rows], False)
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_transform_of_infinity_and_nan(level: str) -> None:
+    """One infinity makes infinities of the signs of eps, as in a product; a NaN makes its row NaN alone."""
+    N, K = 256, 300
+    d = draw(N, (N, K), noise="hadamard")
+    a = randn(3, K)
+    a[0, 7], a[2, 290] = torch.inf, torch.nan
+    y = torch.empty(3, N)
+    cpu.transform(a, d, False, y, False)
+    assert torch.equal(y[0], torch.inf * epsilon(d, K, torch.float32)[:, 7].sign())
+    assert y[1].isfinite().all()
+    assert y[2].isnan().all()
