@@ -6,7 +6,8 @@ these decides:
 1. Measurements, where `python -m bench tune --strategies` has made a table for this kind of device (tables/*.csv) that
    has all candidates.
 2. On a GPU the model in cost.py, between all backends and strategies that it knows.
-3. PRIORITY, and `fused`; but `transform` for the noise that has it, and on AMD `panel` from _AMD_PANEL_ROWS rows on.
+3. PRIORITY, and `fused`; but `transform` for the noise that has it in tiles that are not small (_TRANSFORM_BITS), and on
+   AMD `panel` from _AMD_PANEL_ROWS rows on.
 
 Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own.
 Each direction is then chosen by itself, as nothing has to be drawn twice. Without a table the vendor's is taken, but
@@ -30,6 +31,7 @@ from .. import backends as registry
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
+from ..core.noise import tile_bits
 from ..core.records import Choice
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
@@ -43,6 +45,8 @@ _CLASSES = (1, 4, 16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MARGIN = 0.97
 # By the instructions in docs/internals/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
 _AMD_PANEL_ROWS = 256
+# A transform has t/T of the additions of a product: with tiles of 128 and more, work that the product hides.
+_TRANSFORM_BITS = 7
 # Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on: five times slower
 # than our own at 64 rows with AVX2.
 _SLOW_BFLOAT16 = ("cpu avx2", "cpu avx512")
@@ -220,8 +224,9 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
     """The pairs of these that can do it; what goes first where nothing is known comes first."""
     if p.noise == NOISELESS:
         return [(b, s) for b in backends for s in _without_noise(b, p)]
-    if p.noise == "hadamard":  # no work of the weight's size
-        strategies = sorted(strategies, key=lambda s: s != "transform")
+    if p.noise == "hadamard":
+        first = tile_bits(p.N, p.K) >= _TRANSFORM_BITS
+        strategies = sorted(strategies, key=lambda s: (s == "transform") != first)
     else:
         strategies = [s for s in strategies if s != "transform"]
     if p.noise_accum == "split":

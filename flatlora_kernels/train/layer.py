@@ -156,7 +156,8 @@ class NoisyLayer(nn.Module):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self.__dict__["_captured"] = True
         self.__dict__["_called"] = True
-        self._wait_until_ready()
+        if self._ready is not None:
+            self._wait_until_ready()
 
     def refresh_noise_scale(self, *, overlap: bool = False) -> None:
         """Compute `noise_scale` from the present weights: one read of W, none at ``sigma = 0``.
@@ -231,7 +232,15 @@ class NoisyLayer(nn.Module):
         if seen is None or len(seen) != len(sources):
             return self.refresh_noise_scale()
         for source, stamp in zip(sources, seen, strict=True):
-            if not _unchanged(source, stamp):
+            if isinstance(stamp, tuple):
+                reference, version, address = stamp
+                if (
+                    reference() is not source
+                    or version != (0 if source.is_inference() else source._version)
+                    or address != source.data_ptr()
+                ):
+                    return self.refresh_noise_scale()
+            elif isinstance(source, Tensor) or source != stamp:
                 return self.refresh_noise_scale()
 
     def _trained_parameters(self) -> list[Tensor]:
@@ -390,19 +399,6 @@ def _stamp(source: Any) -> Any:
         return source
     # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
     return weakref.ref(source), _version(source), source.data_ptr()
-
-
-def _unchanged(source: Any, seen: Any) -> bool:
-    if not isinstance(source, Tensor):
-        return bool(source == seen)
-    if not isinstance(seen, tuple):
-        return False
-    reference, version, address = seen
-    return (
-        reference() is source
-        and version == (0 if source.is_inference() else source._version)
-        and address == source.data_ptr()
-    )
 
 
 def _version(tensor: Tensor) -> int:

@@ -265,6 +265,9 @@ def test_what_is_possible() -> None:
         assert of(noise, "cpu", "cuda") == [(b, s) for b in ("cpu", "cuda") for s in TWO]
         assert of(noise, "cpu", accum="split") == [("cpu", "fused")]
     assert of("hadamard", "cpu") == [("cpu", "transform"), ("cpu", "fused"), ("cpu", "panel")]
+    for N, K in ((64, 2048), (2048, 64)):  # small tiles
+        few = dispatch.ways(["cpu"], resolve.STRATEGIES, problem(N=N, K=K, noise="hadamard"))
+        assert few == [("cpu", "fused"), ("cpu", "panel"), ("cpu", "transform")]
     # No fused product of theirs takes it.
     assert of("hadamard", "cuda") == [("cuda", "transform"), ("cuda", "panel")]
     assert of("hadamard", "triton", accum="split") == [("triton", "transform")]
