@@ -6,13 +6,13 @@ these decides:
 1. Measurements, where `python -m bench tune --strategies` has made a table for this kind of device (tables/*.csv) that
    has all candidates.
 2. On a GPU the model in cost.py, between all backends and strategies that it knows.
-3. PRIORITY, and `fused`; but `transform` for the noise that has it in tiles that are not small (_TRANSFORM_BITS), and on
-   AMD `panel` from _AMD_PANEL_ROWS rows on.
+3. PRIORITY, and `fused`; but `transform` for the noise that has it, in tiles that are not small (_TRANSFORM_BITS), and
+   on AMD `panel` from _AMD_PANEL_ROWS rows on.
 
 Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own.
 Each direction is then chosen by itself, as nothing has to be drawn twice. Without a table the vendor's is taken, but
-not for float16, which torch multiplies up to 100 times slower, nor for many rows of bfloat16 where the processor has no
-instructions for it (_SLOW_BFLOAT16).
+not for float16, which torch multiplies up to 100 times slower, nor for several rows of bfloat16 where the processor has
+no instructions for it (_SLOW_BFLOAT16).
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ _MARGIN = 0.97
 _AMD_PANEL_ROWS = 256
 # A transform has t/T of the additions of a product: with tiles of 128 and more, work that the product hides.
 _TRANSFORM_BITS = 7
-# Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on: five times slower
-# than our own at 64 rows with AVX2.
-_SLOW_BFLOAT16 = ("cpu avx2", "cpu avx512")
-_SLOW_BFLOAT16_ROWS = 64
+# Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on, forward and in the
+# input gradient: with 64 rows four and a hundred times slower than our own by AVX2, 2.6 times by AVX-512.
+_SLOW_BFLOAT16 = {"cpu avx2": (4, 1), "cpu avx512": (4, 4)}
 
 
 class Problem(NamedTuple):
@@ -237,7 +236,8 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
 def _without_noise(backend: str, p: Problem) -> tuple[str, ...]:
     if backend != "cpu":  # theirs is the vendor's
         return ("fused",)
-    slow = p.dtype == torch.bfloat16 and p.M >= _SLOW_BFLOAT16_ROWS and device_key(p.device) in _SLOW_BFLOAT16
+    rows = _SLOW_BFLOAT16.get(device_key(p.device) or "") if p.dtype == torch.bfloat16 else None
+    slow = rows is not None and p.M >= rows[DIRECTIONS.index(p.direction)]
     return ("fused", "plain") if slow or p.dtype == torch.float16 else ("plain", "fused")
 
 

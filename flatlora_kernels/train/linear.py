@@ -166,8 +166,8 @@ class FlatLoraLinear(NoisyLayer):
         lora_x = None
         if self.training:
             lora_A, lora_B = self._with_auxiliary(lora_A, lora_B)
-            dropout = self.lora_dropout
-            lora_x = dropout(x) if dropout.p and lora_A is not None else None
+            dropout = self._modules["lora_dropout"]
+            lora_x = dropout(x) if dropout.p and lora_A is not None else None  # type: ignore[misc]
         return fused_flat_lora_linear(
             x,
             weight,
