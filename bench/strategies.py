@@ -47,6 +47,7 @@ QUICK = {
     "cuda": (((4096, 4096), (14336, 4096), (2048, 2048)), (16, 64, 256, 1024, 2048, 8192)),
 }
 _MOST = {"cpu": 1 << 36, "cuda": 1 << 42}  # multiply-adds of one product
+_LONGEST = 0.2  # seconds, see Bench
 STRATEGIES = {
     "fused": "fused",
     "panel": "panel",
@@ -115,6 +116,26 @@ def check_held() -> None:
             f"--isa: expected {loaded.level}, which holds torch's libraries as FLATLORA_CPU_ISA holds our kernels, got"
             f" torch with {started}"
         )
+
+
+class Bench(run.Bench):
+    """Leaves out what is larger than a case whose plain product took `_LONGEST`: half of the ways take as long, and the
+    smaller case has told which is faster. torch's bfloat16 without AVX-512 would take hours."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.slow: dict[tuple[str, str], Case] = {}  # by type and mode
+
+    def linear(self, case: Case, measure_memory: bool) -> None:
+        smaller = self.slow.get((case.dtype, case.mode))
+        if smaller is not None and case.M * case.N * case.K >= smaller.M * smaller.N * smaller.K:
+            self.skip(f"{case}: {smaller} took more than {_LONGEST:g} s for a plain product")
+            return
+        first = len(self.rows)
+        super().linear(case, measure_memory)
+        plain = [row["median_us"] for row in self.rows[first:] if row["provider"] == "plain"]
+        if plain and max(plain) > 1e6 * _LONGEST:
+            self.slow[case.dtype, case.mode] = case
 
 
 def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,7 +217,7 @@ def main(
     meta["environment"] = {name: os.environ[name] for name in sorted(held) if name in os.environ}
     started, problems = time.perf_counter(), cases(device, quick)
     stem = out / (name or f"tune-strategies-{key.replace(' ', '-')}")
-    bench = run.Bench(settings, run.Progress(0), lambda b: results.save_json(b.results(meta), stem))
+    bench = Bench(settings, run.Progress(0), lambda b: results.save_json(b.results(meta), stem))
     run.compile_first(device, problems, settings.noises)
     bench.linear_cases(problems, started=started)
     lines = table(bench.rows, key, meta)

@@ -1070,6 +1070,19 @@ def test_strategies_table(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_strategies_leave_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "_LONGEST", 1e-9)
+    bench = strategies.Bench(Settings("cpu", ("gaussian",), ("lora",), budget=0.0, min_rounds=2), Progress(0))
+    bench.linear_cases(
+        [TINY._replace(mode=mode, M=M) for M in (3, 2, 5) for mode in ("forward", "input_grad")]
+    )
+    timed = [(r["mode"], r["M"]) for r in bench.rows if r["provider"] == "plain"]
+    assert timed == [(mode, M) for M in (3, 2) for mode in ("forward", "input_grad")]
+    left = [s for s in bench.skipped if "took more than" in s]
+    assert len(left) == 2 and all("M=5" in s and "M=2" in s for s in left)
+
+
 def test_strategies_hold_torch_to_the_same_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
