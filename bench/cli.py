@@ -126,7 +126,7 @@ def _training(args: Arguments) -> int:
 def _finish(args: Arguments, found: Results, what: str) -> int:
     meta = found.meta
     meta["clocks_after"] = environment.clocks(args.device)
-    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "given"}
     meta["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("FLATLORA_", "OMP_", "MKL_"))}
     meta["float32_matmul_precision"] = torch.get_float32_matmul_precision()
     print(table.summary(found))
@@ -144,8 +144,10 @@ def _tune(args: Arguments) -> int:
         return tune.main(args)
     if args.rows:
         return strategies.combine(args.rows)
+    if args.isa and (status := strategies.again(args.isa, args.given)) is not None:
+        return status
     chosen = (args.device, args.quick, args.time_limit, args.out, args.name)
-    return strategies.main(*chosen, backends=args.backends)
+    return strategies.main(*chosen, backends=args.backends, noises=args.noise)
 
 
 def _number(kind: type, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -172,7 +174,8 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
         device, option("--threads", "of torch, on a CPU", type=int), out,
         option("--name", "of the files; default set, device and time"),
     )  # fmt: skip
-    noise = option("--noise", nargs="+", choices=KINDS, default=list(KINDS))
+    said = f"kinds of noise; default {' '.join(run.NOISES)}"
+    noise = option("--noise", said, nargs="+", choices=KINDS, default=list(run.NOISES))
     rounds = "also where that takes longer than the budget"
     strategies = "with --strategies: "
     return {
@@ -213,6 +216,10 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
             option("--backends", strategies + "measure these alone, and write no table", nargs="+"),
             option("--rows", strategies + "the table of these measurements", type=Path, nargs="+", metavar="JSON"),
             option("--device", strategies + default, choices=("cpu", "cuda")),
+            option("--isa", strategies + "hold this CPU to an instruction set: avx2, avx512, or its best"),
+            option(
+                "--noise", strategies + f"default all on a CPU, else {' '.join(run.NOISES)}", nargs="+", choices=KINDS
+            ),
             option(
                 "--dtypes", "16-bit types, float32 or tf32: the table has a part for each", nargs="+",
                 default=["bfloat16", "float16"], choices=("float16", "bfloat16", "float32", "tf32"),
@@ -317,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.add(subparser, its_options)
     args = parser.parse_args(given)
+    args.given = given
     device = getattr(args, "device", "")
     if device is None:
         device = args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 
-from . import timing
+from . import providers, timing
 from .problem import SCALING, SIGMA, Problem
-from .providers import NOISELESS, Fused, Unfit
+from .providers import NOISELESS, Fused, Peft, Unfit
 from .results import Row
 from .run import Bench
 from .shapes import TRAINING, Case
@@ -41,45 +42,72 @@ def measure(bench: Bench, cases: Sequence[Case]) -> None:
 
 
 def overhead(backends: list[str], device: str) -> list[Row]:
-    """A layer of 8 x 8 and one row: F.linear, and each backend with a tensor seed, an int seed and no noise."""
-    x, grad_y = torch.randn(1, 8, device=device), torch.randn(1, 8, device=device)
-    weight, scale = torch.randn(8, 8, device=device), torch.ones(8, device=device)
-    seed = torch.tensor(1, device=device)
-    leaf = x.clone().requires_grad_()
+    """A layer of 8 x 8 and one row, where all of the time is a call's own.
 
-    calls: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
-        ("F.linear", NOISELESS): lambda input: F.linear(input, weight)
+    F.linear; each backend without an adapter, with a tensor seed, an int seed and no noise; and with an adapter of
+    rank 4 the op, `FlatLoraLinear`, and PEFT's LoRA layer, whose time these two should not exceed. A backward makes
+    the gradients of x and of the adapter.
+    """
+    case = Case("", "", 1, 8, 8, "float32", "forward+backward", 4)
+    problem = Problem(case, device, copies=1)
+    i = problem.inputs[0]
+    weight, scale, seed, adapter = i.weight, torch.ones_like(i.noise_scale), i.seed, (i.lora_A, i.lora_B)
+    # Provider, noise, rank -> what is called, and what is differentiated beside x.
+    calls: dict[tuple[str, str, int], tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]] = {
+        ("F.linear", NOISELESS, 0): (lambda x: F.linear(x, weight), ())
     }
+    with contextlib.suppress(Unfit):
+        peft = Peft(problem, NOISELESS)
+        calls["peft", NOISELESS, case.rank] = peft.layers[0], tuple(peft.leaves(0)[1:])
     for name in backends:
-        fused = functools.partial(fk.fused_flat_lora_linear, weight=weight, backend=name)
-        calls[f"fused:{name}", "gaussian"] = functools.partial(fused, noise_scale=scale, seed=seed)
-        calls[f"fused:{name}, int seed", "gaussian"] = functools.partial(fused, noise_scale=scale, seed=1)
-        calls[f"fused:{name}", NOISELESS] = fused
+        for more in ((), adapter):
+            fused = functools.partial(fk.fused_flat_lora_linear, backend=name, scaling=SCALING)
+            noisy = functools.partial(fused, noise_scale=scale)
+            for what, noise, call in (
+                ("", "gaussian", functools.partial(noisy, seed=seed)),
+                (", int seed", "gaussian", functools.partial(noisy, seed=1)),
+                ("", NOISELESS, fused),
+            ):
+                of_the_op = functools.partial(_of_the_op, call, weight, more)
+                calls[f"fused:{name}{what}", noise, case.rank * bool(more)] = of_the_op, more
+        for noise in ("gaussian", NOISELESS):
+            layer = fk.FlatLoraLinear(weight, r=case.rank, backend=name).train(noise != NOISELESS)
+            calls[f"layer:{name}", noise, case.rank] = layer, (layer.lora_A, layer.lora_B)
+
+    # On a CPU the calling thread does it all, and what other programs take of the processor does not count.
+    clock = time.thread_time if device == "cpu" else time.perf_counter
 
     def timer(call: timing.Call, copy: int) -> float:
         """Host time per call. On a GPU that is the time to launch; the device catches up between readings."""
-        start = time.perf_counter()
+        start = clock()
         for _ in range(_LOOP):
             call(copy)
-        stop = time.perf_counter()
+        stop = clock()
         timing.synchronize(device)
         return (stop - start) / _LOOP
 
-    def step(call: Callable[[Tensor], Tensor], mode: str) -> timing.Call:
+    x, leaf = i.x.detach(), i.x
+
+    def step(call: Callable[[Tensor], Tensor], leaves: tuple[Tensor, ...], mode: str) -> timing.Call:
         if mode == "forward":
             return torch.no_grad()(lambda _: call(x))
-        return lambda _: torch.autograd.grad(call(leaf), leaf, grad_y)
+        return lambda _: torch.autograd.grad(call(leaf), (leaf, *leaves), i.grad_y)
 
-    rows = []
-    about = {"kind": "overhead", "M": 1, "N": 8, "K": 8, "dtype": "float32", "rank": 0}
+    rows, peft_layer = [], f"peft {NOISELESS} {case.rank}"
+    about = {"kind": "overhead", "M": 1, "N": 8, "K": 8, "dtype": "float32"}
     for mode in TRAINING:
-        steps = {" ".join(label): step(call, mode) for label, call in calls.items()}
+        steps = {" ".join(map(str, of)): step(*call, mode) for of, call in calls.items()}
         timed = timing.interleaved(steps, timer, 1, 1.0, _ROUNDS, _ROUNDS)
-        for (provider, noise), label in zip(calls, steps, strict=True):
-            over = Spread.of([r[label] - r[f"F.linear {NOISELESS}"] for r in timed])
-            row = {**about, "mode": mode, "noise": noise, "provider": provider, **timing.row(timed, label)}
+        for (provider, noise, rank), label in zip(calls, steps, strict=True):
+            over = Spread.of([r[label] - r[f"F.linear {NOISELESS} 0"] for r in timed])
+            row = {**about, "rank": rank, "mode": mode, "noise": noise, "provider": provider}
+            row |= timing.row(timed, label, {"peft": peft_layer} if peft_layer in steps and rank else {})
             rows.append(row | {"over_linear_us": over.median * 1e6})
     return rows
+
+
+def _of_the_op(call: Callable[..., Tensor], weight: Tensor, adapter: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    return call(x, weight, *adapter)
 
 
 def noise_scale(bench: Bench, case: Case) -> list[Row]:
@@ -131,7 +159,7 @@ def _generate(bench: Bench, N: int, K: int, dtype: str, noise: str) -> dict[str,
         fk.perturb_weight(i.weight, i.noise_scale, seed=i.seed, noise=noise, out=out, backend=name)
 
     def by_torch(copy: int) -> None:
-        if noise == "gaussian":
+        if noise in providers.NORMAL:
             out.normal_(generator=torch_generator)
         else:
             out.random_(0, 2, generator=torch_generator)

@@ -19,15 +19,26 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
-from flatlora_kernels.core.noise import KINDS
-from flatlora_kernels.core.records import Draw
+from flatlora_kernels.core.noise import KINDS, NEAR_GAUSSIAN_VARIANCE, factor, tile_bits
+from flatlora_kernels.core.records import Choice, Draw
+from flatlora_kernels.op import autograd, compute
 
 from .problem import SCALING, Inputs, Problem
 
 NOISELESS = "none"
+OWN_PRODUCT = ("cpu",)  # backends with a product without noise that is not the vendor's
 REFERENCE = "reference"  # the backend that is the maths written out; a rival only where there is no other
 # What comes before the backend in the name of a provider -> what is asked for.
-WAYS = {"fused": "fused kernels", "split": "noise_accum='split'", "panel": "strategy='panel'"}
+WAYS = {
+    "fused": "fused kernels",
+    "split": "noise_accum='split'",
+    "panel": "strategy='panel'",
+    "transform": "strategy='transform'",
+    "vendor": "torch's product",
+}
+# What becomes of a way where nothing is drawn, or of a strategy: see choice/dispatch.py.
+STRATEGIES = {"split": "fused", "auto": None, "vendor": "plain"}
+NORMAL = ("gaussian", "near_gaussian")  # the rest is drawn as random signs where torch draws
 
 
 class Unfit(Exception):
@@ -109,7 +120,7 @@ def every(device: str) -> list[Provider]:
     def fused(backend: str, way: str = "fused") -> Provider:
         what = f"the op on backend {backend}" + (f", {WAYS[way]}" if way != "fused" else "")
         make = functools.partial(Fused, backend=backend, way=way)
-        return Provider(f"{way}:{backend}", make, KINDS, what, fused=True)
+        return Provider(f"{way}:{backend}", make, noises(backend, way), what, fused=True)
 
     def perturb(backend: str) -> Provider:
         make = functools.partial(Perturb, backend=backend)
@@ -118,8 +129,9 @@ def every(device: str) -> list[Provider]:
     auto = functools.partial(Fused, way="auto")
     return [
         *map(fused, usable),
-        Provider("auto", auto, KINDS, "the op, nothing asked for", fused=True),
-        *(fused(backend, way) for way in ("split", "panel") for backend in kernels),
+        Provider("auto", auto, (NOISELESS, *KINDS), "the op, nothing asked for", fused=True),
+        *(fused(backend, way) for way in ("split", "panel", "transform") for backend in kernels),
+        *(fused(backend, "vendor") for backend in kernels if backend in OWN_PRODUCT),
         Provider("plain", Plain),
         Provider("lora", Lora, needs_rank=True),
         Provider("peft", Peft, needs_rank=True),
@@ -128,6 +140,14 @@ def every(device: str) -> list[Provider]:
         Provider("compile", Compile, KINDS, compiled=True),
         *map(perturb, kernels),
     ]
+
+
+def noises(backend: str, way: str) -> tuple[str, ...]:
+    """What a way of the op is there for."""
+    if way in ("vendor", "transform"):
+        return (NOISELESS,) if way == "vendor" else ("hadamard",)
+    own = (NOISELESS,) if way == "fused" and backend in OWN_PRODUCT else ()
+    return (*own, *(kind for kind in KINDS if way == "panel" or backends.fuses(backend, kind)))
 
 
 class OfBackend(Run):
@@ -142,9 +162,17 @@ class OfBackend(Run):
         """Arguments of the public functions."""
         return {"seed": self.inputs[copy].seed, "stream": self.problem.stream, "noise": self.noise, **more}
 
-    def eps(self, copy: int) -> Tensor:
-        i = self.inputs[copy]
-        return fk.materialize_noise(i.noise_scale, i.weight.shape[1], **self.draw(copy, backend=self.backend))
+    def eps(self, copy: int) -> Tensor | None:
+        """In float32, as a weight of the problem's type sees it."""
+        if self.noise == NOISELESS:
+            return None
+        i, K = self.inputs[copy], self.problem.case.K
+        draw = self.draw(copy, backend=self.backend)
+        if self.noise == "gaussian":
+            return fk.materialize_noise(i.noise_scale, K, **draw)
+        z = fk.materialize_noise(torch.ones_like(i.noise_scale), K, **draw)
+        integers = z * NEAR_GAUSSIAN_VARIANCE**0.5 if self.noise == "near_gaussian" else z
+        return factor(i.noise_scale, self.noise, self.problem.dtype)[:, None] * integers.round()
 
 
 class Fused(OfBackend):
@@ -152,35 +180,45 @@ class Fused(OfBackend):
 
     def __init__(self, problem: Problem, noise: str, backend: str | None = None, way: str = "fused") -> None:
         super().__init__(problem, noise, backend)
-        strategy = {"fused": "fused", "split": "fused", "panel": "panel", "auto": None}[way]
-        accum = "split" if way == "split" else None
+        self.way = way
+        strategy, accum = STRATEGIES.get(way, way), "split" if way == "split" else None
         self.choice = {"strategy": strategy, "noise_accum": accum, "backend": backend}
+        if way == "vendor":  # nobody can ask for it by name
+            self.resolved = Choice("plain", "folded", str(backend))
+            return
         device, dtype, numel = problem.device, problem.dtype, problem.inputs[0].weight.numel()
+        drawn = None if noise == NOISELESS else noise
         try:
-            self.resolved = resolve.resolve(backend, strategy, accum, device, dtype, numel)
+            self.resolved = resolve.resolve(backend, strategy, accum, device, dtype, numel, drawn)
         except NotImplementedError as reason:
             raise Unfit(str(reason)) from None
         self.backend = self.resolved.backend
 
     def forward(self, copy: int) -> Tensor:
         x, weight, A, B, _, noise_scale, _ = self.inputs[copy]
+        if self.noise == NOISELESS:
+            if self.way == "auto":
+                return fk.fused_flat_lora_linear(x, weight, A, B, scaling=SCALING, **self.choice)
+            # Our own and the vendor's are called alike.
+            return autograd.linear(x, weight, A, B, None, None, SCALING, None, self.resolved)
         draw = self.draw(copy, noise_scale=noise_scale, samples=self.problem.samples)
         return fk.fused_flat_lora_linear(x, weight, A, B, scaling=SCALING, **draw, **self.choice)
 
     def input_grad(self, copy: int) -> Tensor:
         """As the backward pass of the op does it."""
-        i = self.inputs[copy]
-        draw = Draw(i.noise_scale, i.seed, self.problem.stream, self.noise, self.problem.samples)
-        return torch.ops.flatlora.linear_input_grad(
-            i.grad_y, i.weight, i.lora_A, self.v(copy), *draw, *self.resolved
-        )
+        i, draw = self.inputs[copy], None
+        if self.noise != NOISELESS:
+            bits = tile_bits(*i.weight.shape) if self.noise == "hadamard" else 0
+            draw = Draw(i.noise_scale, i.seed, self.problem.stream, self.noise, self.problem.samples)
+            draw = draw._replace(tile_bits=bits)
+        return compute.linear_input_grad(i.grad_y, i.weight, i.lora_A, self.v(copy), draw, self.resolved)
 
     def v(self, copy: int) -> Tensor | None:
         """scaling dY B, (M, r)."""
         i = self.inputs[copy]
         if i.lora_B is None:
             return None
-        return torch.ops.flatlora.adapter_grads(i.grad_y, None, i.lora_B, SCALING, self.backend)[0]
+        return compute.adapter_grads(i.grad_y, None, i.lora_B, SCALING, self.resolved.backend)[0]
 
 
 def product(i: Inputs, weight: Tensor, mode: str) -> Tensor:
@@ -262,7 +300,7 @@ class Peft(Run):
 
 
 class Eager(_Unfused):
-    """eps by torch's generator, W + eps in memory of its own, matmul"""
+    """eps by torch's generator (normal, or signs), W + eps in memory of its own, matmul"""
 
     capturable = False
 
@@ -275,7 +313,7 @@ class Eager(_Unfused):
         i = self.inputs[copy]
         self.generator.manual_seed(copy)
         z = torch.empty_like(i.weight)
-        if self.noise == "gaussian":
+        if self.noise in NORMAL:
             z.normal_(generator=self.generator)
         else:
             z.random_(0, 2, generator=self.generator).mul_(2).sub_(1)
@@ -302,7 +340,7 @@ class InPlace(Eager):
 
 
 def _eps_in_torch(i: Inputs, noise: str) -> Tensor:
-    if noise == "gaussian":
+    if noise in NORMAL:
         z = torch.randn_like(i.weight)
     else:
         z = torch.where(torch.rand_like(i.weight, dtype=torch.float32) < 0.5, -1.0, 1.0)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import flatlora_kernels as fk
-from flatlora_kernels.choice import cost
+from flatlora_kernels.choice import cost, resolve
 from flatlora_kernels.choice.cost import Call, Chip, Cost, Work
 from flatlora_kernels.core.noise import KINDS
 
@@ -44,12 +44,13 @@ WAYS = {
     "panel": ("cuda", "panel", ("panel:cuda", "panel:triton")),
     "perturb": ("cuda", "perturb", ("perturb:cuda", "perturb:triton")),
 }
+NOISES = ("gaussian", "rademacher")  # of the tables that say nothing else
 _PREDICTED = "**PREDICTED, not measured**"
 # What `bench.truth time` calls them -> mode and provider.
 _TRUTH = {"plain": ("forward", "plain"), "plain dX": ("input_grad", "plain"), "lora": ("forward", "lora")} | {
     f"{name}{backend} {suffix}": (mode, f"{way}:{backend}")
     for backend in ("triton", "cuda")
-    for name, way in (("", "fused"), ("panel ", "panel"), ("perturb ", "perturb"))
+    for name, way in (("", "fused"), *((f"{way} ", way) for way in ("panel", "transform", "perturb")))
     for suffix, mode in (("y", "forward"), ("dX", "input_grad"))
 }
 _OURS = {"triton fused": "fused:triton", "cuda fused": "fused:cuda", "panel": "panel:cuda"}
@@ -143,7 +144,7 @@ def plain(chip: Chip, M: int, *directions: str) -> float:
 def _predicted(chip: Chip, name: str, M: int, direction: str) -> list[float]:
     """Seconds with each noise."""
     backend, way, _ = WAYS[name]
-    return [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in KINDS]
+    return [cost.cost(chip, backend, way, call(noise, M, direction)).seconds for noise in NOISES]
 
 
 def _measured(found: Measurements, mode: str, name: str, M: int, noise: str) -> Measurement | None:
@@ -156,12 +157,12 @@ def _measured(found: Measurements, mode: str, name: str, M: int, noise: str) -> 
 def _kernels(chip: Chip) -> list[tuple[str, str, list[list[Work]]]]:
     """(name, M, [with gaussian noise, with rademacher]), of a forward and of the passes over the weight."""
     found = [
-        (name, str(M), [cost.works(chip, backend, way, call(noise, M))[0] for noise in KINDS])
+        (name, str(M), [cost.works(chip, backend, way, call(noise, M))[0] for noise in NOISES])
         for M in ROWS
         for name, (backend, way, _) in WAYS.items()
     ]
     for backend in ("triton", "cuda"):
-        one = [[cost.perturb_pass(chip, backend, call(noise, 0), SIZE * SIZE)] for noise in KINDS]
+        one = [[cost.perturb_pass(chip, backend, call(noise, 0), SIZE * SIZE)] for noise in NOISES]
         found.append((f"{backend}: perturb alone", "-", one))
         for rank in (0, RANK):
             name = f"{backend}: row_sq_norms" + (f", rank {rank}" if rank else "")
@@ -181,7 +182,7 @@ def amounts(chip: Chip) -> str:
             both((sum(getattr(w, field) for w in k) / scale for k in kernels), form)
             for field, scale, form in columns.values()
         ]
-        drawn = sum(w.drawing for w in kernels[0]) * cost.DRAWN[KINDS[0]] / 1e6
+        drawn = sum(w.drawing for w in kernels[0]) * cost.DRAWN[NOISES[0]] / 1e6
         body.append([name, M, *cells, f"{drawn:,.0f}", str(len(kernels[0]))])
     return markdown(["kernels", "M", *columns, "M values drawn", "launches"], body)
 
@@ -195,7 +196,7 @@ def roofline(chip: Chip) -> str:
         if M != "-":
             times = _predicted(chip, name, int(M), "forward")
             to_plain = both((t / plain(chip, int(M), "forward") for t in times), ".2f")
-            measured = both(_cell(_measured(found, "forward", name, int(M), noise)) for noise in KINDS)
+            measured = both(_cell(_measured(found, "forward", name, int(M), noise)) for noise in NOISES)
         units = [both((1e6 * c.units[unit] for c in costs), ".1f") for unit in UNITS]
         all_of_it = both((1e6 * t for t in times), ".1f")
         body.append([name, M, *units, all_of_it, both(c.bound for c in costs), to_plain, measured])
@@ -220,6 +221,25 @@ def ratios(direction: str) -> str:
     return markdown(["GPU", "kernels", *(f"M = {M}" for M in ROWS)], body)
 
 
+def kinds() -> str:
+    """The fastest of ours for each kind of noise, forward, over a plain product."""
+    body = []
+    for chip, rank in itertools.product(CHIPS, (0, RANK)):
+        for noise in KINDS:
+            cells = []
+            for M in ROWS:
+                times = {
+                    (way, backend): cost.cost(chip, backend, way, call(noise, M, rank=rank)).seconds
+                    for backend in ("cuda", "triton")
+                    for way in resolve.STRATEGIES
+                    if (way == "transform") <= (noise == "hadamard") and (way, noise) != ("fused", "hadamard")
+                }
+                best = min(times, key=lambda way: times[way])
+                cells.append(f"{times[best] / plain(chip, M, 'forward'):.2f} {best[0]}")
+            body.append([chip.name, str(rank), noise, *cells])
+    return markdown(["GPU", "rank", "noise", *(f"M = {M}" for M in ROWS)], body)
+
+
 def fastest(chip: Chip, of: Call) -> Cost:
     """Of ours."""
     ways = itertools.product(("triton", "cuda"), ("fused", "panel"))
@@ -231,7 +251,7 @@ def against_targets(chip: Chip) -> str:
     limits = {(t.noise, t.M, t.base): t.most for t in targets.targets("cuda") if t.mode == "forward"}
     whole, alone = measurements(chip), truth(chip, 0)
     body = []
-    for noise, M in itertools.product(KINDS, ROWS):
+    for noise, M in itertools.product(NOISES, ROWS):
         times = {name: found for name, p in _OURS.items() if (found := whole.get(("forward", p, M, noise)))}
         at_rank_0 = [found for p in _OURS.values() if (found := alone.get(("forward", p, M, noise)))]
         unfused = _measured(whole, "forward", "perturb", M, noise)
@@ -261,7 +281,7 @@ def residuals(chip: Chip) -> str:
         if way == "plain" and rank:
             continue
         measured = truth(chip, rank)
-        for noise in ("none",) if way == "plain" else KINDS:
+        for noise in ("none",) if way == "plain" else NOISES:
             cells = []
             for M in sizes:
                 found = _measured(measured, mode, name, M, noise)
@@ -308,8 +328,8 @@ def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
 def steps(chip: Chip) -> str:
     body = []
     for M in ROWS:
-        peft = step(chip, M, KINDS[0])[1].seconds
-        ours = [step(chip, M, noise)[0].seconds for noise in KINDS]
+        peft = step(chip, M, NOISES[0])[1].seconds
+        ours = [step(chip, M, noise)[0].seconds for noise in NOISES]
         cells = ([plain(chip, M, "forward", "input_grad")], [peft], ours)
         micro = [both((1e6 * s for s in seconds), ".0f") for seconds in cells]
         body.append([str(M), *micro, both((s / peft for s in ours), ".2f")])
@@ -343,8 +363,8 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
     """The model with the rates of this machine against calls measured on it; `budget`: seconds for each."""
     if reason := fk.backend_info()["cpu"]["unavailable"]:
         return f"Backend 'cpu' is not here: {reason}"
-    ours = ("fused:cpu", "panel:cpu", "perturb:cpu")
-    bench = run.Bench(run.Settings("cpu", providers=ours, budget=budget), run.Progress(0))
+    ours = ("fused:cpu", "panel:cpu", "transform:cpu", "perturb:cpu")
+    bench = run.Bench(run.Settings("cpu", KINDS, providers=ours, budget=budget), run.Progress(0))
     before = measured_chip(budget)
     for dtype, M in itertools.product(("float32", "bfloat16"), rows):
         bench.linear(Case("", "", M, size, size, dtype, "forward", 0), measure_memory=False)
@@ -383,6 +403,8 @@ def gpu_report() -> str:
         ratios("forward"),
         f"{unless}: input gradient over a plain product",
         ratios("input_grad"),
+        f"{_PREDICTED}, near_gaussian and hadamard from estimated counts: fastest of ours forward over a plain product",
+        kinds(),
         f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds",
         steps(h100),
         f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100",

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flatlora_kernels.core.noise import KINDS
+from flatlora_kernels import backends
 
 from . import gate, memory, providers, timing
 from .machine_code import precompile
@@ -20,12 +20,13 @@ from .providers import NOISELESS, REFERENCE, Provider, Unfit
 from .results import Results, Row
 from .shapes import Case
 
+NOISES = ("gaussian", "rademacher")  # where nobody asks for others
 GRAPH_ROWS = 512  # "small": with so few rows of x, launching may take longer than computing
 
 
 class Settings(NamedTuple):
     device: str
-    noises: tuple[str, ...] = KINDS
+    noises: tuple[str, ...] = NOISES
     providers: tuple[str, ...] | None = None  # names, or what a name begins with; None = all
     compiled: bool = True
     ways: bool = False  # the op's other strategies, noise_accum="split" and its own choice as well
@@ -251,6 +252,14 @@ def _wanted(every: list[Provider], settings: Settings) -> list[Provider]:
     return [p for p in every if wanted(p)]
 
 
+def jobs(cases: Sequence[Case], noises: Sequence[str]) -> list[precompile.Job]:
+    """What is compiled for these cases."""
+    fused = tuple(noise for noise in noises if backends.fuses("triton", noise))
+    ways = [(noise, way) for noise in noises if noise not in fused for way in ("transform", "panel")]
+    more = [precompile.Job(case, noise, way) for case in cases for noise, way in ways]
+    return [*precompile.table_jobs(list(cases), fused), *more]
+
+
 def compile_first(
     device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
 ) -> None:
@@ -261,5 +270,5 @@ def compile_first(
     if processes is None and "BENCH_PROCESSES" in os.environ:
         processes = int(os.environ["BENCH_PROCESSES"])
     if device == "cuda" and processes != 0 and "triton" in providers.usable_backends(device):
-        for line in precompile.run(precompile.table_jobs(cases, noises), processes):
+        for line in precompile.run(jobs(cases, noises), processes):
             print(f"compiling: {line}", file=sys.stderr)

@@ -155,8 +155,9 @@ def _noise(row: Row) -> str:
 
 
 _OVERHEAD: Columns = {
-    "provider": "provider", "mode": "mode", "noise": "noise", "time": lambda row: f"{row['median_us']:.1f}",
-    "over F.linear": lambda row: f"{row['over_linear_us']:+.1f}",
+    "provider": "provider", "mode": "mode", "noise": "noise", "rank": lambda row: str(row["rank"]),
+    "time": lambda row: f"{row['median_us']:.1f}", "over F.linear": lambda row: f"{row['over_linear_us']:+.1f}",
+    "/ peft": _spread("to_peft"),
 }  # fmt: skip
 _TRAINING: Columns = {
     "model": "model", "batch": "layer", "dtype": "dtype", "provider": "provider", "noise": "noise",

@@ -31,11 +31,13 @@ from torch import Tensor
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.core.noise import KINDS
+from flatlora_kernels.core.noise import KINDS, epsilon, tile_bits
+from flatlora_kernels.core.records import Draw
 
 from . import environment, problem, providers, timing
 from .options import add, option
 from .problem import SCALING, Inputs
+from .run import NOISES
 from .shapes import Case
 
 # Of the relative error ||y - exact|| / ||exact||. In 16 bits rounding the output alone gives half of it.
@@ -92,11 +94,19 @@ class Problem(problem.Problem):
         draw = {"seed": i.seed, "stream": self.stream, "noise": self.noise, "sample": group}
         return fk.perturb_weight(i.weight, i.noise_scale, **draw, backend="reference").double()
 
-    def exact(self, direction: str) -> Tensor:
+    def unrounded(self, group: int = 0) -> Tensor:
+        """The same sum, before it is rounded to the weight's type."""
+        i, K = self.inputs[0], self.case.K
+        bits = tile_bits(self.case.N, K) if self.noise == "hadamard" else 0
+        draw = Draw(i.noise_scale, i.seed, self.stream, self.noise, self.samples, tile_bits=bits)
+        return i.weight.double() + epsilon(draw, K, self.dtype, group).double()
+
+    def exact(self, direction: str, way: str = "fused") -> Tensor:
         i = self.inputs[0]
         alone = direction == "input_grad"
         groups = (i.grad_y if alone else i.x).double().chunk(self.samples)
-        weights = [self.perturbed(group) for group in range(len(groups))]
+        perturbed = self.unrounded if way == "transform" else self.perturbed
+        weights = [perturbed(group) for group in range(len(groups))]
         result = torch.cat([rows @ (W if alone else W.t()) for rows, W in zip(groups, weights, strict=True)])
         if i.lora_A is None:
             return result
@@ -174,12 +184,14 @@ def _families(libraries: list[str]) -> dict[str, Family]:
             dtypes = (*HALF, "float32") if name in ("any", "few") else HALF
             products(f"{backend} {name}", config, dtypes, FEW if name == "few" else SHAPES)
     products("cuda panel", -1, HALF[:1], SHAPES, "panel")
+    products("cuda transform", -1, (*HALF, "float32"), SHAPES, "transform")
     found["triton passes"] = functools.partial(_passes, "triton")
     products("triton few", -1, ("bfloat16", "float32"), FEW)
     products("triton middle", -1, HALF[:1], ((64, 392, 520, 16, 1), (128, 392, 520, 16, 1)))
     products("triton large", -1, HALF[:1], (*SHAPES, (2048, 4096, 4096, 16, 1)))
     products("triton half", -1, HALF[1:], SHAPES[:2])
     products("triton panel", -1, HALF[:1], SHAPES[:2], "panel")
+    products("triton transform", -1, (*HALF, "float32"), SHAPES, "transform")
     return found
 
 
@@ -199,9 +211,11 @@ def _products(
     def error(shape: Shape, dtype: str, noise: str, direction: str, parts: int) -> float:
         p = Problem(*shape, dtype, noise)
         call = _product(p, direction, backend, (config, parts), way)
-        return _again(lambda: call(0), p.exact(direction))
+        return _again(lambda: call(0), p.exact(direction, way))
 
-    for shape, dtype, noise, direction in itertools.product(shapes, dtypes, KINDS, DIRECTIONS):
+    kinds = providers.noises(backend.partition("@")[0], way)
+    kinds = tuple(kind for kind in kinds if kind != providers.NOISELESS)
+    for shape, dtype, noise, direction in itertools.product(shapes, dtypes, kinds, DIRECTIONS):
         split = backend != "triton" and way == "fused" and shape is shapes[0]
         for parts in (0, 2) if split else (0,):
             name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
@@ -317,8 +331,10 @@ def _calls(
             calls[f"{name} {suffix}"] = _product(p, direction, *what)
 
     builds = ["cuda", *(f"cuda@{name}" for name in libraries)]
+    fuses = noise != "hadamard"
     for name in ("triton", *builds):
-        products(name, name)
+        products(*((name, name) if fuses else (f"transform {name}", name, AUTOMATIC, "transform")))
+    sweep &= fuses
     if sweep and rows > 64:
         for build, (name, config) in itertools.product(builds, SM90.items()):
             products(f"{build} {name}", build, (config, 0))
@@ -338,10 +354,16 @@ def _calls(
 
 
 def measure(
-    limit: float, rows: list[int], libraries: list[str], budget: float, only: str, ranks: list[int]
+    limit: float,
+    rows: list[int],
+    libraries: list[str],
+    budget: float,
+    only: str,
+    ranks: list[int],
+    noises: Sequence[str] = NOISES,
 ) -> int:
     start, failed = time.perf_counter(), 0
-    for noise, rank, M in itertools.product(KINDS, ranks, rows):
+    for noise, rank, M in itertools.product(noises, ranks, rows):
         if time.perf_counter() - start > limit:
             print(f"time: {limit:.0f} s are over before M = {M}, rank {rank}, {noise}", flush=True)
             break
@@ -393,6 +415,7 @@ OPTIONS = (
     option("--rows", type=_numbers, default="16,256,2048,8192"),
     option("--budget", "seconds of the device for each call's times", type=float, default=0.02),
     option("--ranks", "of the adapter; where it is 0 every tile is timed", type=_numbers, default="16,0"),
+    option("--noise", "kinds to time", nargs="+", choices=KINDS, default=list(NOISES)),
     option("--only", "what has this regular expression in its name", default=""),
     option("--library", "another build, as cuda@NAME", action="append", default=[], metavar="NAME=FILE"),
 )
@@ -420,7 +443,8 @@ def main() -> int:
         more = [f"--library={x}" for x in given.library] + [f"--each={given.each}"]
         failed = check(given.limit, names, more, given.only)
     else:
-        failed = measure(given.limit, given.rows, names, given.budget, given.only, given.ranks)
+        chosen = (given.limit, given.rows, names, given.budget, given.only, given.ranks, given.noise)
+        failed = measure(*chosen)
     return min(failed, 100)
 
 

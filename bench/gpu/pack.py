@@ -142,7 +142,7 @@ def _truth() -> Iterator[Callable[[], object]]:
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
-    from .. import shapes, strategies, training
+    from .. import run, shapes, strategies, training
 
     size = training.SIZES["llama3-8b"]
     weights = dict.fromkeys(size.shapes())
@@ -152,7 +152,7 @@ def _numbers() -> Iterator[Callable[[], object]]:
         for N, K in weights
     ]
     few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
-    jobs = precompile.table_jobs(cases, training.KINDS)
+    jobs = run.jobs(cases, training.KINDS)
     jobs += [precompile.Job(case, noise, "panel") for case in few for noise in training.KINDS]
     yield from (partial(precompile.step, job) for job in jobs)
 

@@ -13,6 +13,7 @@ combine, and what else is assumed and not counted:
 * A pass that perturbs waits for memory in the warps that draw: half of the drawing is hidden, too.
 * What the kernel before has read or written comes from L2, as much as half of it holds.
 * float32 on a GPU: the vendor's product, and noise that is drawn anew for every 64 rows.
+* The transform of hadamard noise is a kernel of its own: one block to each row of x and each row of tiles.
 
 The constants of an H100 are in counts.py. They put its measured times within about 15 %
 (docs/internals/performance.md has all of them and says which are not). On other GPUs nothing was measured: what is
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 from ..backends.shared import panel
 from ..backends.shared.workspace import DEFAULT as WORKSPACE
+from ..core.noise import tile_bits
 from ..triton_kernels import configs
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
@@ -38,13 +40,17 @@ from .counts import (
     CONSUMERS,
     CPU_NOISE,
     CPU_SLICE,
+    CPU_TRANSFORM,
     CPU_UNPACK,
     CUDA,
     CUDA_TILES,
     DRAWN,
+    HADAMARD_PERTURB,
     MAKES_U,
     MEMORY_REACHED,
     MMA,
+    NEAR_GAUSSIAN_PERTURB,
+    NEAR_GAUSSIAN_PRODUCT,
     OVERLAP,
     PERTURB,
     RAMP,
@@ -52,6 +58,10 @@ from .counts import (
     SM90_TILES,
     STALL,
     START,
+    TRANSFORM_LATENCY,
+    TRANSFORM_REST,
+    TRANSFORM_SHARED,
+    TRANSFORM_STAGE,
     TRITON,
     VENDOR,
     VENDOR_SINGLE,
@@ -60,14 +70,14 @@ from .counts import (
 )
 
 BACKENDS = ("triton", "cuda", "cpu")
-WAYS = ("fused", "panel", "perturb", "plain")
+WAYS = ("fused", "panel", "transform", "perturb", "plain")
 
 
 class Call(NamedTuple):
     """M counts the rows of all samples."""
 
     direction: str  # "forward" or "input_grad"
-    noise: str  # "gaussian", "rademacher" or "none"
+    noise: str  # a kind, or "none"
     noise_accum: str  # "folded" or "split"
     dtype: str
     M: int
@@ -99,6 +109,8 @@ class Call(NamedTuple):
         return min(WORKSPACE, self.N * self.K * self.size // 4)
 
     def choose(self, counts: Counts) -> float:
+        if self.noise == "near_gaussian":
+            return NEAR_GAUSSIAN_PRODUCT
         return counts[2 * (self.direction == "input_grad") + (self.noise == "rademacher")]
 
 
@@ -123,6 +135,7 @@ class Work(NamedTuple):
     filled: float = 1.0  # share of its time that the average processor is at it
     overlap: float = 1.0  # 0: product and noise in turn
     stall: float = 1.0  # and how much longer that takes
+    latency: float = 0.0  # seconds, of what neither multiplies nor draws
 
     def units(self, chip: Chip) -> dict[str, float]:
         """Seconds."""
@@ -140,7 +153,7 @@ class Work(NamedTuple):
 
     def launch(self, chip: Chip) -> float:
         """Seconds until it runs at its rate, and of its end."""
-        return chip.launch + RAMP * (self.flops > 0 or self.drawing > 0)
+        return chip.launch + RAMP * (self.flops > 0 or self.drawing > 0) + self.latency
 
     def seconds(self, chip: Chip) -> float:
         """Without its launch."""
@@ -202,9 +215,19 @@ def _tiled(
         shared=2.0 * tile.k * (of_product * _operands(tile, n) + of_noise * staged),
         l2=2.0 * tile.k * of_noise * (tile.m + tile.n / tile.high) + sums,
         memory=2.0 * moved,
-        steps=float(of_noise * tile.cycles[call.noise == "rademacher"]),
+        steps=float(of_noise * _cycles(tile, call)),
         filled=filled * steps / (steps + start),
     )  # fmt: skip
+
+
+def _cycles(tile: Tile, call: Call) -> float:
+    """Of a step, where they were measured; near_gaussian by its instructions, on the line through the other two."""
+    gaussian, rademacher = tile.cycles
+    if call.noise != "near_gaussian" or not gaussian:
+        return rademacher if call.noise == "rademacher" else gaussian
+    counts = CUDA["sm90a"][SM90_TILES.index(tile)]
+    many, few = (call._replace(noise=noise).choose(counts) for noise in ("gaussian", "rademacher"))
+    return rademacher + (gaussian - rademacher) * (call.choose(counts) - few) / (many - few)
 
 
 def _parts(call: Call, most: int) -> list[int]:
@@ -251,12 +274,38 @@ def product(
 def perturb_pass(chip: Chip, backend: str, call: Call, values: int, to_memory: bool = True) -> Work:
     """W + eps in one pass, to memory or to what L2 holds."""
     size = call.size * values
+    gaussian, rademacher = PERTURB[backend][chip.architecture]
+    instructions = {
+        "gaussian": gaussian, "rademacher": rademacher, "near_gaussian": NEAR_GAUSSIAN_PERTURB,
+        "hadamard": HADAMARD_PERTURB,
+    }  # fmt: skip
     return Work(
-        slots=values * PERTURB[backend][chip.architecture][call.noise == "rademacher"] / 32,
+        slots=values * instructions[call.noise] / 32,
         drawing=values / DRAWN[call.noise],
         l2=2.0 * size,
         memory=float(size + to_memory * (size - resident(chip, size))),
         overlap=OVERLAP,
+    )
+
+
+def transform_pass(chip: Chip, call: Call) -> Work:
+    """``y += x eps^T`` of hadamard noise: x is read and transformed once for every row of tiles, y read and written."""
+    T = 1 << tile_bits(call.N, call.K)
+    stages, rows_of_tiles = T.bit_length() - 1, _ceil(call.outputs, T)
+    values = call.M * rows_of_tiles * _ceil(call.length, T) * T
+    adds = (
+        TRANSFORM_STAGE * stages * 128 / chip.single
+    )  # half of the warps wait where an add takes two cycles
+    blocks = call.M * rows_of_tiles
+    x, y = call.size * call.M * call.length, call.size * call.M * call.outputs
+    y_held = resident(chip, y)
+    return Work(
+        slots=values * (adds + TRANSFORM_REST) / 32,
+        shared=values * TRANSFORM_SHARED,
+        l2=float(rows_of_tiles * x + 2 * y),
+        memory=float(x + 2 * y - y_held),
+        filled=blocks / (_ceil(blocks, chip.processors) * chip.processors),
+        latency=TRANSFORM_LATENCY,
     )
 
 
@@ -377,6 +426,8 @@ def works(chip: Chip, backend: str, how: str, call: Call) -> tuple[list[Work], i
         # "split": by eps, and by W.
         products = [multiply] * (2 if call.noise_accum == "split" else 1)
         return [*down, *up, *count * [draw, *products]], width * length * size
+    if how == "transform":
+        return [*down, product(chip, M, outputs, length, size), *onto, transform_pass(chip, call)], 0
     work, parts = _fused(chip, backend, call)
     down = [] if makes_u(backend, call) else down
     work = work._replace(memory=work.memory - (a_held if down else 0))
@@ -389,12 +440,17 @@ def cost(chip: Chip, backend: str, strategy: str, call: Call) -> Cost:
     """What `call` should take.
 
     Args:
-        backend: "triton" or "cuda" on a GPU, "cpu" on a CPU. strategy: "fused" or "panel"; see also `works`.
+        backend: "triton" or "cuda" on a GPU, "cpu" on a CPU. strategy: "fused", "panel" or "transform"; see also
+            `works`.
     """
     if backend not in BACKENDS or (backend == "cpu") != (chip.architecture == "cpu"):
         raise ValueError(f"backend: there is no model of {backend!r} on {chip.name}")
     if strategy not in WAYS:
         raise ValueError(f"strategy: expected one of {', '.join(WAYS)}, got {strategy!r}")
+    if (strategy == "transform" and call.noise not in ("hadamard", "none")) or (
+        strategy == "fused" and call.noise == "hadamard" and backend != "cpu"
+    ):
+        raise ValueError(f"strategy: backend {backend!r} has no {strategy!r} for {call.noise} noise")
     call = call._replace(M=max(call.M, call.samples), N=max(call.N, 1), K=max(call.K, 1))
     if backend == "cpu":
         return _cpu(chip, strategy, call)
@@ -432,10 +488,16 @@ def _cpu(chip: Chip, how: str, call: Call) -> Cost:
             overhead = CPU_SLICE * len(found) * samples
     rate = {2: chip.tensor, 4: chip.single, 8: chip.single / 2}[size] * chip.processors * chip.clock
     per_value = CPU_NOISE[call.noise] + CPU_UNPACK * (size == 2 and call.noise != "none")
+    drawn = samples * values * per_value
+    if how == "transform" and call.noise != "none":
+        T = 1 << tile_bits(call.N, call.K)
+        tiles = _ceil(call.N, T) * _ceil(call.K, T)
+        drawn = CPU_TRANSFORM * call.M * tiles * T * (T.bit_length() - 1)
+        launches += 1
     units = {
         "product": call.M * (values + call.rank * (call.N + call.K)) / rate,
         "memory": size * (moved + call.M * (call.N + call.K)) / chip.bandwidth,
-        "noise": samples * values * per_value / chip.processors * 1e-9,
+        "noise": drawn / chip.processors * 1e-9,
         "launch": overhead + chip.launch * launches,
     }
     return Cost(sum(units.values()), workspace, max(units, key=lambda u: units[u]), units)

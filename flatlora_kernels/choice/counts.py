@@ -9,7 +9,8 @@ REACHED = 0.92  # of 1.83 GHz: truth-time.jsonl, cuBLAS from 1024 rows on
 MEMORY_REACHED = 0.9  # gpu.txt: 3.01 TB/s copied, 3.05 read
 CALL = 3e-6  # parts.txt: a graph of one kernel that does next to nothing takes 4.1 us, `launch` included
 RAMP = 3e-6  # cuBLAS with 16 rows: 18.5 us, 11 of them for the weight
-DRAWN = {"gaussian": 6.8, "rademacher": 15.4}  # draw.txt: values a cycle and processor, with 16 warps
+# Values a cycle and processor: draw.txt, with 16 warps. The last two are not measured: taken to be as rademacher.
+DRAWN = {"gaussian": 6.8, "rademacher": 15.4, "near_gaussian": 15.4, "hadamard": 15.4}
 OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
 STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
 # Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, in the build of commit
@@ -41,6 +42,19 @@ PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
     "triton": {"sm80": (13.66, 8.06), "sm90": (13.69, 7.78), "sm100": (13.69, 7.59)},
     "cuda": {"sm80": (15.22, 8.84), "sm90": (15.12, 8.69), "sm100": (14.22, 7.81)},
 }
+
+# Estimates, to be replaced by counts: instructions of a thread per value in the product loops and in `perturb`,
+# whatever the backend and the target. hadamard, drawn by its index, has no product loop.
+NEAR_GAUSSIAN_PRODUCT = 9.0
+NEAR_GAUSSIAN_PERTURB = 5.7
+HADAMARD_PERTURB = 6.0
+# Of the transform: instructions of a thread for each value and stage of additions, and for each value beside them
+# (signs, three passes through registers with shared memory between, the scale, the sum); bytes of shared memory for
+# each value; seconds that a block takes from its first load to its last store, which nothing hides where there are few.
+TRANSFORM_STAGE = 1.0
+TRANSFORM_REST = 12.0
+TRANSFORM_SHARED = 16.0
+TRANSFORM_LATENCY = 2e-6
 
 
 class Tile(NamedTuple):
@@ -81,8 +95,10 @@ VENDOR_SINGLE = ((16, 64), (32, 64), *VENDOR)  # in float32 without tensor cores
 BY = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}
 
 # Measured on an AMD EPYC with AVX-512 (docs/internals/performance.md): nanoseconds of a core for each value of the
-# weight.
-CPU_NOISE = {"gaussian": 0.5, "rademacher": 0.16, "none": 0.0}
+# weight. near_gaussian and hadamard are estimates.
+CPU_NOISE = {"gaussian": 0.5, "rademacher": 0.16, "near_gaussian": 0.2, "hadamard": 0.2, "none": 0.0}
+# For each value and stage of the transform, all else of it included: a study with AVX2.
+CPU_TRANSFORM = 0.2
 CPU_UNPACK = 0.28  # to widen and pack a 16-bit weight
 # Seconds of a slice: fresh memory, and a product that does not write whole rows.
 CPU_SLICE = 250e-6

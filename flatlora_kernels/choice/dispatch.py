@@ -6,7 +6,13 @@ these decides:
 1. Measurements, where `python -m bench tune --strategies` has made a table for this kind of device (tables/*.csv) that
    has all candidates.
 2. On a GPU the model in cost.py, between all backends and strategies that it knows.
-3. PRIORITY, and `fused`; but on AMD `panel` from _AMD_PANEL_ROWS rows on.
+3. PRIORITY, and `fused`; but `transform` for the noise that has it, in tiles that are not small (_TRANSFORM_BITS), and
+   on AMD `panel` from _AMD_PANEL_ROWS rows on.
+
+Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own.
+Each direction is then chosen by itself, as nothing has to be drawn twice. Without a table the vendor's is taken, but
+not for float16, which torch multiplies up to 100 times slower, nor for several rows of bfloat16 where the processor has
+no instructions for it (_SLOW_BFLOAT16).
 """
 
 from __future__ import annotations
@@ -25,17 +31,25 @@ from .. import backends as registry
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
+from ..core.noise import tile_bits
 from ..core.records import Choice
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
 DIRECTIONS = ("forward", "input_grad")
+BOTH = "both"  # forward and input gradient, taken together
+NOISELESS = "none"  # in the tables
 _TABLES = Path(__file__).parent / "tables"
 # 255 ends the class below _AMD_PANEL_ROWS.
-_CLASSES = (16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_CLASSES = (1, 4, 16, 64, 255, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # Another choice than an earlier one must be that much faster: it takes memory, or is less proven.
 _MARGIN = 0.97
 # By the instructions in docs/internals/kernels.md, the noise of fused kernels takes 4 to 6 times rocBLAS's time there.
 _AMD_PANEL_ROWS = 256
+# A transform has t/T of the additions of a product: with tiles of 128 and more, work that the product hides.
+_TRANSFORM_BITS = 7
+# Levels of `cpu` on whose processors torch's bfloat16 product is slow, and the rows from which on, forward and in the
+# input gradient: with 64 rows four and a hundred times slower than our own by AVX2, 2.6 times by AVX-512.
+_SLOW_BFLOAT16 = {"cpu avx2": (4, 1), "cpu avx512": (4, 4)}
 
 
 class Problem(NamedTuple):
@@ -43,22 +57,16 @@ class Problem(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    noise: str
+    noise: str  # or NOISELESS
     noise_accum: str
     M: int  # rows of x that see one sample of the noise
     N: int
     K: int
-
-    @classmethod
-    def of(
-        cls, noise: str, noise_accum: str, rows: int, device: torch.device, dtype: torch.dtype, N: int, K: int
-    ) -> Problem:
-        """With sizes rounded to their classes; rows: those that see one sample."""
-        return cls(device, dtype, noise, noise_accum, size_class(rows), size_class(N), size_class(K))
+    direction: str = BOTH
 
 
 class Candidate(NamedTuple):
-    """One way to do it, forward and input gradient taken together."""
+    """One way to do it, in the problem's direction."""
 
     backend: str
     strategy: str
@@ -81,7 +89,7 @@ class Explanation(NamedTuple):
     noise_accum: str
     reason: str
     workspace: int  # bytes beside inputs and outputs, at most
-    candidates: tuple[Candidate, ...] = ()  # none where nothing is drawn
+    candidates: tuple[Candidate, ...] = ()
     problem: Problem | None = None
 
     def __str__(self) -> str:
@@ -91,16 +99,17 @@ class Explanation(NamedTuple):
         dtype = str(p.dtype).removeprefix("torch.")
         lines = [
             f"{self.backend}, {self.strategy}, noise_accum {self.noise_accum}: {self.reason}",
-            f"  {dtype} on {device_key(p.device) or p.device.type}, {p.noise} noise, sizes taken as"
-            f" M = {p.M}, N = {p.N}, K = {p.K}",
+            f"  {dtype} on {device_key(p.device) or p.device.type}, {p.noise.replace(NOISELESS, 'no')} noise, sizes"
+            f" taken as M = {p.M}, N = {p.N}, K = {p.K}",
             f"  workspace at most {self.workspace / 2**20:.2f} MiB",
         ]
+        of = "forward and input gradient" if p.direction == BOTH else p.direction
         for c in self.candidates:
             measured = (
                 "not measured" if c.measured is None else f"measured {c.measured:.2f} of a plain product"
             )
             predicted = "no model" if c.predicted is None else f"predicted {1e6 * c.predicted:.0f} us"
-            lines.append(f"  {c.backend} {c.strategy}: {measured}, {predicted} (forward and input gradient)")
+            lines.append(f"  {c.backend} {c.strategy}: {measured}, {predicted} ({of})")
         return "\n".join(lines)
 
 
@@ -125,27 +134,27 @@ def device_key(device: torch.device) -> str | None:
     return None
 
 
-# dtype, noise -> (M, N, K) -> (backend, strategy) -> mean of the ratios of both directions
-_Table = dict[tuple[str, str], dict[tuple[int, int, int], dict[tuple[str, str], float]]]
+# dtype, noise, direction -> (M, N, K) -> (backend, strategy) -> ratio, of both directions their mean
+_Table = dict[tuple[str, str, str], dict[tuple[int, int, int], dict[tuple[str, str], float]]]
 
 
 @functools.cache
 def _table(device: str) -> _Table:
-    found: dict[tuple[str, str], dict[tuple[int, int, int], dict[tuple[str, str], list[float]]]] = {}
+    found: dict[tuple[str, str, tuple[int, int, int], tuple[str, str]], dict[str, float]] = {}
     for path in sorted(_TABLES.glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["device"] == device:
-                    case = found.setdefault((row["dtype"], row["noise"]), {})
-                    way = case.setdefault((int(row["M"]), int(row["N"]), int(row["K"])), {})
-                    way.setdefault((row["backend"], row["strategy"]), []).append(float(row["ratio"]))
-    return {
-        kind: {
-            size: {way: sum(r) / len(r) for way, r in ways.items() if len(r) == len(DIRECTIONS)}
-            for size, ways in cases.items()
-        }
-        for kind, cases in found.items()
-    }
+                    size = (int(row["M"]), int(row["N"]), int(row["K"]))
+                    key = (row["dtype"], row["noise"], size, (row["backend"], row["strategy"]))
+                    found.setdefault(key, {})[row["direction"]] = float(row["ratio"])
+    table: _Table = {}
+    for (dtype, noise, size, way), ratios in found.items():
+        if len(ratios) == len(DIRECTIONS):
+            ratios[BOTH] = sum(ratios.values()) / len(ratios)
+            for direction, ratio in ratios.items():
+                table.setdefault((dtype, noise, direction), {}).setdefault(size, {})[way] = ratio
+    return table
 
 
 def _distance(size: tuple[int, int, int], p: Problem) -> float:
@@ -158,7 +167,7 @@ def _measured(p: Problem, ways: Sequence[tuple[str, str]]) -> dict[tuple[str, st
     key = device_key(p.device)
     if key is None or p.noise_accum == "split":  # the tables are of folded noise
         return {}
-    cases = _table(key).get((str(p.dtype).removeprefix("torch."), p.noise), {})
+    cases = _table(key).get((str(p.dtype).removeprefix("torch."), p.noise, p.direction), {})
     usable = [size for size, times in cases.items() if all(way in times for way in ways)]
     if not usable:
         return {}
@@ -169,9 +178,9 @@ def _measured(p: Problem, ways: Sequence[tuple[str, str]]) -> dict[tuple[str, st
 def _predicted(p: Problem, backend: str, strategy: str) -> float | None:
     from . import cost
 
-    chip = cost.chip_of(p.device)
-    if strategy == "transform" or p.noise not in cost.DRAWN:
+    if p.noise == NOISELESS:
         return None
+    chip = cost.chip_of(p.device)
     if chip is None or (backend == "cpu") != (chip.architecture == "cpu") or backend not in cost.BACKENDS:
         return None
     dtype = str(p.dtype).removeprefix("torch.")
@@ -212,8 +221,11 @@ def choose(backends: tuple[str, ...], strategies: tuple[str, ...], p: Problem) -
 
 def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list[tuple[str, str]]:
     """The pairs of these that can do it; what goes first where nothing is known comes first."""
-    if p.noise == "hadamard":  # no work of the weight's size
-        strategies = sorted(strategies, key=lambda s: s != "transform")
+    if p.noise == NOISELESS:
+        return [(b, s) for b in backends for s in _without_noise(b, p)]
+    if p.noise == "hadamard":
+        first = tile_bits(p.N, p.K) >= _TRANSFORM_BITS
+        strategies = sorted(strategies, key=lambda s: (s == "transform") != first)
     else:
         strategies = [s for s in strategies if s != "transform"]
     if p.noise_accum == "split":
@@ -221,29 +233,74 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
     return [(b, s) for b in backends for s in strategies if s != "fused" or registry.fuses(b, p.noise)]
 
 
-def way(choice: Choice, p: Problem) -> Decision:
-    """What a call runs."""
+def _without_noise(backend: str, p: Problem) -> tuple[str, ...]:
+    if backend != "cpu":  # theirs is the vendor's
+        return ("fused",)
+    rows = _SLOW_BFLOAT16.get(device_key(p.device) or "") if p.dtype == torch.bfloat16 else None
+    slow = rows is not None and p.M >= rows[DIRECTIONS.index(p.direction)]
+    return ("fused", "plain") if slow or p.dtype == torch.float16 else ("plain", "fused")
+
+
+@functools.lru_cache(maxsize=4096)
+def way(
+    choice: Choice,
+    noise: str | None,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    N: int,
+    K: int,
+    direction: str = BOTH,
+) -> Decision:
+    """What a call runs.
+
+    Args:
+        noise: None = nothing is drawn; then `direction` counts, and of the strategies asked for "fused" alone.
+        rows: those that see one sample, > 0 as N and K.
+    """
+    sizes = size_class(rows), size_class(N), size_class(K)
+    p = Problem(device, dtype, noise or NOISELESS, choice.noise_accum, *sizes, direction)
+    if noise is None:
+        if choice.strategy in ("fused", "plain"):  # the latter by the benchmark, which has no other way to it
+            asked = choice.backend, choice.strategy
+            return Decision(*asked, "asked for", (Candidate(*asked),))
+        # What has no noise to split, see `_measured`.
+        return choose((choice.backend,), STRATEGIES, p._replace(noise_accum="folded"))
     names = [choice.backend]
     if choice.strategy == BACKEND_AND_STRATEGY:
-        names = competitors(choice.backend, p.noise_accum, p.device.type, p.dtype)
-    return choose(tuple(names), STRATEGIES if choice.strategy in FREE else (choice.strategy,), p)
+        names = competitors(choice.backend, choice.noise_accum, device.type, dtype)
+    if choice.strategy in FREE:
+        return choose(tuple(names), STRATEGIES, p)
+    return choose(tuple(names), (choice.strategy,), p)._replace(reason="asked for")
 
 
 def explain(
     choice: Choice, noise: str | None, rows: int, device: torch.device, weight: Tensor
 ) -> Explanation:
-    """Of a call; noise: None = nothing is drawn. rows: those that see one sample."""
+    """Of a call; noise: None = nothing is drawn. rows: those that see one sample, or all where nothing is drawn."""
     backend, noise_accum = choice.backend, choice.noise_accum
-    if noise is None or 0 in (rows, *weight.shape):
+    N, K = weight.shape
+    if 0 in (rows, N, K):
         return Explanation(backend, "fused", noise_accum, "nothing is drawn: products without noise", 0)
-    problem = Problem.of(noise, noise_accum, rows, device, weight.dtype, *weight.shape)
-    found = way(choice, problem)
-    reason = found.reason if choice.strategy in FREE else "asked for"
+    sizes = size_class(rows), size_class(N), size_class(K)
+    if noise is None:
+        found, back = (way(choice, None, rows, device, weight.dtype, N, K, d) for d in DIRECTIONS)
+        reason = f"nothing is drawn: forward {found.strategy}, input gradient {back.strategy}; {found.reason}"
+        problem = Problem(device, weight.dtype, NOISELESS, noise_accum, *sizes, DIRECTIONS[0])
+        return Explanation(backend, found.strategy, noise_accum, reason, 0, found.candidates, problem)
+    found = way(choice, noise, rows, device, weight.dtype, N, K)
+    problem = Problem(device, weight.dtype, noise, noise_accum, *sizes)
     workspace = workspace_limit(weight)
     if found.strategy == "panel":
         workspace = max(panel.workspace(weight, device.type, input_grad)[1] for input_grad in (False, True))
     elif found.backend == "reference":
         workspace = weight.numel() * max(weight.element_size(), 4)
     return Explanation(
-        found.backend, found.strategy, noise_accum, reason, workspace, found.candidates, problem
+        found.backend, found.strategy, noise_accum, found.reason, workspace, found.candidates, problem
     )
+
+
+def forget() -> None:
+    """What was decided and read from tables: for those who change them."""
+    for cached in (_table, choose, way):
+        cached.cache_clear()

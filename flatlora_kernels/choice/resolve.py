@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import backends
+from ..core.environment import setting
 from ..core.records import Choice
 
 STRATEGIES = ("fused", "panel", "transform")
@@ -136,10 +136,10 @@ def resolve(
     if backend is None:
         backend = getattr(_context, "backend", None)
         if backend is None:
-            backend = os.environ.get("FLATLORA_BACKEND") or None
+            backend = setting("FLATLORA_BACKEND")
             source = "FLATLORA_BACKEND"
     if strategy is None:
-        strategy = getattr(_context, "strategy", None) or os.environ.get("FLATLORA_STRATEGY") or None
+        strategy = getattr(_context, "strategy", None) or setting("FLATLORA_STRATEGY")
         if strategy is not None:
             _check_name("FLATLORA_STRATEGY", strategy, STRATEGIES)
     # A branch, because torch.compile turns it into a plain bool where sizes are symbols.

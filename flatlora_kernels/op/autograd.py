@@ -1,4 +1,4 @@
-"""The autograd formula of `flatlora::linear`: the backward draws the forward's eps again.
+"""The autograd formula of the op: the backward draws the forward's eps again.
 
     dX  = dY (W + eps) + scaling (dY B) A
     dA  = scaling (dY B)^T x                   dB = scaling dY^T u,  u = x A^T
@@ -9,15 +9,18 @@ The second term of dX goes to lora_x where that is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
-from ..backends.shared.products import matmul
-from ..core.records import Operands
+from ..backends.shared.products import cast, matmul
+from ..core.records import NO_DRAW, Choice, Draw, Operands
+from . import compute
+
+_OF_OPERANDS, _OF_DRAW = len(Operands._fields), len(Draw._fields)
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
@@ -25,21 +28,59 @@ _TWICE = (
 )
 
 
+def records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
+    """The last arguments of an op: those of a draw and a choice."""
+    draw = None if flat[0] is None else Draw._make(flat[:_OF_DRAW])
+    return draw, Choice._make(flat[_OF_DRAW:])
+
+
+class _Dispatched:
+    """The functions of compute.py as ops, so that whoever watches torch's dispatcher sees them."""
+
+    @staticmethod
+    def linear(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *operands, draw, choice = arguments
+        with below_autograd():
+            return torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice)
+
+    @staticmethod
+    def linear_input_grad(*arguments: Any) -> Tensor:
+        *tensors, draw, choice = arguments
+        with below_autograd():
+            return torch.ops.flatlora.linear_input_grad(
+                *tensors, *(NO_DRAW if draw is None else draw), *choice
+            )
+
+    @staticmethod
+    def adapter_grads(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            return torch.ops.flatlora.adapter_grads(*arguments)
+
+
 class LinearFunction(torch.autograd.Function):
-    """The autograd kernel of `flatlora::linear`; its arguments are the op's.
+    """`compute.linear`, differentiable.
+
+    The last argument ends with what has the functions that compute: compute.py itself, or `_Dispatched`.
 
     `torch.library.register_autograd` would make the same from two functions, at 90 us a call more.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, weight, lora_A, lora_B, bias, lora_x, scaling = inputs[: len(Operands._fields)]
-        noise_scale, seed, *rest = inputs[len(Operands._fields) :]
-        with below_autograd():
-            y, u = torch.ops.flatlora.linear(*inputs)
-        ctx.mark_non_differentiable(u)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        bias: Tensor | None,
+        lora_x: Tensor | None,
+        more: tuple[float, Draw | None, Choice, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        scaling, draw, choice, run = more
+        y, u = run.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
+        need_x, need_W, need_A, need_B, _, need_lora_x, _ = ctx.needs_input_grad
+        noise_scale, seed = (None, None) if draw is None or not need_x else draw[:2]
         ctx.set_materialize_grads(False)
-        need_x, need_W, need_A, need_B, _, need_lora_x = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_W or (need_A and lora_x is None) else None,
             weight if need_x else None,
@@ -47,57 +88,63 @@ class LinearFunction(torch.autograd.Function):
             lora_B if need_x or need_A or need_lora_x else None,
             lora_x if need_A else None,
             u if need_B else None,
-            noise_scale if need_x else None,
-            seed if need_x else None,
+            noise_scale,
+            seed,
         )
-        ctx.scaling = scaling
-        ctx.rest = rest
-        ctx.separate_branch = lora_x is not None
         # Parameters may be float32 beside a 16-bit x.
-        ctx.dtypes = [None if t is None else t.dtype for t in (weight, lora_A, lora_B, bias)]
+        dtypes = (
+            weight.dtype,
+            lora_A if lora_A is None else lora_A.dtype,
+            lora_B if lora_B is None else lora_B.dtype,
+            bias if bias is None else bias.dtype,
+        )
+        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes
+        if run is not _Dispatched:
+            return y, None
+        ctx.mark_non_differentiable(u)
         return y, u
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest_of_inputs = (None,) * (3 + len(ctx.rest))  # scaling, noise_scale, seed and on
         if grad_y is None:
-            return (None,) * 6 + rest_of_inputs
+            return (None,) * 7
+        if not torch.is_grad_enabled():
+            return *_gradients(ctx, grad_y), None
+        # create_graph=True: fine until somebody differentiates the result
         with torch.no_grad():
             grads = _gradients(ctx, grad_y)
-        if torch.is_grad_enabled():  # create_graph=True: fine until somebody differentiates the result
-            given = [g for g in grads if g is not None]
-            marked = iter(_NoSecondDerivative.apply("linear", *(g.requires_grad_() for g in given)))
-            grads = tuple(None if g is None else next(marked) for g in grads)
-        return grads + rest_of_inputs
+        given = [g for g in grads if g is not None]
+        marked = iter(_NoSecondDerivative.apply("linear", *(g.requires_grad_() for g in given)))
+        return *(None if g is None else next(marked) for g in grads), None
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed = ctx.saved_tensors
-    need_x, need_W, need_A, need_B, need_bias, need_lora_x = ctx.needs_input_grad[:6]
-    dtype_W, dtype_A, dtype_B, dtype_bias = ctx.dtypes
-    dy = grad_y.flatten(0, -2)  # (M, N)
+    scaling, draw, choice, run, separate_branch, dtypes = ctx.more
+    need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
+    dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None
+    if grad_y.is_neg() or grad_y._is_zerotensor():  # what torch's dispatcher would do, too
+        grad_y = grad_y.clone()
 
-    x_uses_v = need_x and not ctx.separate_branch
-    need_v = lora_B is not None and (need_A or need_lora_x or x_uses_v)
+    need_v = lora_B is not None and (need_A or need_lora_x or (need_x and not separate_branch))
     if need_v or need_B:
-        with below_autograd():
-            v, dB = torch.ops.flatlora.adapter_grads(
-                grad_y, u if need_B else None, lora_B if need_v else None, ctx.scaling, ctx.rest[-1]
-            )
-        v, dB = v if need_v else None, dB.to(dtype_B) if need_B else None
+        given = u if need_B else None, lora_B if need_v else None
+        v, dB = run.adapter_grads(grad_y, *given, scaling, choice.backend)
+        v, dB = v if need_v else None, cast(dB, dtype_B) if need_B else None
     if need_x:
-        A, v_x = (None, None) if ctx.separate_branch or v is None else (lora_A, v)
-        with below_autograd():
-            dx = torch.ops.flatlora.linear_input_grad(grad_y, weight, A, v_x, noise_scale, seed, *ctx.rest)
+        A, v_x = (None, None) if separate_branch or v is None else (lora_A, v)
+        if draw is not None and (seed is not draw.seed or noise_scale is not draw.noise_scale):
+            draw = Draw(noise_scale, seed, *draw[2:])  # as somebody's hooks bring them back
+        dx = run.linear_input_grad(grad_y, weight, A, v_x, draw, choice)
     if need_lora_x:
-        dlora_x = matmul(v, lora_A.to(v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
+        dlora_x = matmul(v, cast(lora_A, v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
     if need_A:
-        dA = matmul(v.t(), (lora_x if ctx.separate_branch else x).flatten(0, -2)).to(dtype_A)
+        dA = cast(matmul(v.t(), (lora_x if separate_branch else x).flatten(0, -2)), dtype_A)
     if need_bias:
-        dbias = dy.sum(0).to(dtype_bias)
+        dbias = cast(grad_y.flatten(0, -2).sum(0), dtype_bias)
     if need_W:
-        dW = matmul(dy.t(), x.flatten(0, -2)).to(dtype_W)
+        dW = cast(matmul(grad_y.flatten(0, -2).t(), x.flatten(0, -2)), dtype_W)
     return dx, dW, dA, dB, dbias, dlora_x
 
 
@@ -112,14 +159,29 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(_TWICE.format(ctx.name))
 
 
-def _differentiates(inputs: tuple[Any, ...]) -> bool:
+def _differentiates(inputs: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
-def linear(*inputs: Any) -> tuple[Tensor, Tensor]:
+# Without the wrapper that `torch.autograd.Function` puts around it for the sake of torch.func.
+_apply = super(torch.autograd.Function, LinearFunction).apply
+
+
+def linear(*arguments: Any) -> Tensor:
+    """`compute.linear` without its u, differentiable; outside the transforms of torch.func."""
+    if torch.is_grad_enabled():
+        for t in arguments[:6]:
+            if t is not None and t.requires_grad:
+                return _apply(*arguments[:6], (*arguments[6:], compute))[0]
+    return compute.linear(*arguments)[0]
+
+
+def of_the_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
     if _differentiates(inputs[:6]):
-        return LinearFunction.apply(*inputs)
+        draw, choice = records(inputs[_OF_OPERANDS:])
+        more = inputs[_OF_OPERANDS - 1], draw, choice, _Dispatched
+        return LinearFunction.apply(*inputs[: _OF_OPERANDS - 1], more)
     with below_autograd():
         return torch.ops.flatlora.linear(*inputs)
 

@@ -15,7 +15,7 @@ from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.noise import KINDS, tile_bits
 from ..core.records import NO_DRAW, Draw, Operands
-from . import checks
+from . import autograd, checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 
 
@@ -68,7 +68,8 @@ def fused_flat_lora_linear(
         layer_shape: (out_features, in_features) of the whole layer where `weight` is a shard of it, which "hadamard"
             depends on; default (N, K).
         strategy: None = automatic, "fused", "panel", or for "hadamard" alone "transform". Bits of "fused" are the same
-            for any number of threads; the others leave products to torch, which promises no such thing.
+            for any number of threads; the others leave products to torch, which promises no such thing. Where nothing
+            is drawn, "fused" asks for the backend's own product, and the others leave the choice to be made.
         noise_accum: None = automatic, "folded" (round W + eps) or "split" (x z^T on its own). "transform" adds
             x eps^T to x W^T, whichever it is.
         backend: None = automatic, or one of `backend_info()`; a name that cannot run here is an error.
@@ -92,21 +93,60 @@ def fused_flat_lora_linear(
         disabled = torch.autocast(device_type, enabled=False)
     else:
         disabled = None
-    checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
+    # What was checked once need not be checked again: `facts` are all that the checks look at, but for numbers that are
+    # compared here. A mark says whether the call may go past torch's dispatcher.
+    facts = mark = None
+    if (
+        type(stream) is type(samples) is type(sample_offset) is type(row_offset) is type(col_offset) is int
+        and 0 <= stream < _UINT32
+        and 0 <= sample_offset <= _UINT32 - samples
+        and type(sigma) is float
+        and 0.0 <= sigma < math.inf
+        and not torch.compiler.is_compiling()
+    ):
+        try:
+            facts = (
+                type(x), x.shape, x.dtype, x.device, x.is_neg(), x._is_zerotensor(),
+                type(weight), weight.shape, weight.dtype, weight.device, weight.is_neg(),
+                lora_A if lora_A is None else (
+                    type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.is_neg(),
+                    type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.is_neg(),
+                ),
+                bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.is_neg()),
+                lora_x if lora_x is None else (
+                    type(lora_x), lora_x.shape, lora_x.dtype, lora_x.device, lora_x.is_neg(),
+                ),
+                noise_scale if noise_scale is None else (
+                    type(noise_scale), noise_scale.shape, noise_scale.dtype, noise_scale.device, noise_scale.is_neg(),
+                    noise_scale.requires_grad,
+                ),
+                (type(seed), seed.shape, seed.dtype, seed.device) if isinstance(seed, Tensor) else type(seed),
+                lora_B is None, sigma == 0.0, type(scaling), noise, samples, type(antithetic), row_offset, col_offset,
+                layer_shape if layer_shape is None else repr(layer_shape), strategy, noise_accum,
+            )  # fmt: skip
+            mark = _passed.get(facts)
+        except Exception:  # an argument that is none of those expected: the checks say so
+            facts = None
+    if mark is None:
+        checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
     N, K = weight.shape
-    checks.sigma(sigma, weight)
-    checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
-    checks.choice("strategy", strategy, STRATEGIES)
-    checks.choice("noise_accum", noise_accum, ("folded", "split"))
+    if mark is None:
+        checks.sigma(sigma, weight)
+        checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
+        checks.choice("strategy", strategy, STRATEGIES)
+        checks.choice("noise_accum", noise_accum, ("folded", "split"))
     device = x.device
     drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
     choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K, noise if drawn else None)
-    checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
-    if noise_scale is not None:
-        checks.noise_scale(noise_scale, N, device)
-    if drawn or seed is not None:
-        checks.seed(seed, device)
-    draw = NO_DRAW
+    if mark is None:
+        checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
+        if noise_scale is not None:
+            checks.noise_scale(noise_scale, N, device)
+        if drawn or seed is not None:
+            checks.seed(seed, device)
+        if facts is not None:
+            mark = _remember(facts, (x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
+    draw = None
     if drawn:
         if noise_scale is None:
             noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
@@ -117,13 +157,53 @@ def fused_flat_lora_linear(
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
-    operands = Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)
-    if disabled is None:
-        y = torch.ops.flatlora.linear(*operands, *draw, *choice)[0]
-    else:
-        with disabled:
-            y = torch.ops.flatlora.linear(*operands, *draw, *choice)[0]
+    with _NOTHING if disabled is None else disabled:
+        if mark and not _watched():
+            y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
+        else:
+            operands = Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)
+            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice)[0]
     return y[0] if vector else y
+
+
+_UINT32 = 1 << 32
+_NOTHING = contextlib.nullcontext()
+_MOST = 4096  # of `_passed`; beyond it, all is checked once more
+_passed: dict[tuple[Any, ...], bool] = {}
+
+
+def _remember(facts: tuple[Any, ...], given: tuple[Any, ...], antithetic: Any) -> bool:
+    """That arguments with these facts have passed; whether their call may go past torch's dispatcher."""
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    # The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want.
+    mark = type(antithetic) is bool and not any(
+        type(t) not in (Tensor, torch.nn.Parameter)
+        or t.device.type not in ("cpu", "cuda")
+        or t.is_neg()
+        or t._is_zerotensor()
+        for t in tensors
+    )
+    if len(_passed) >= _MOST:
+        _passed.clear()
+    _passed[facts] = mark
+    return mark
+
+
+_watchers = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+
+
+def _watched() -> bool:
+    """Whether somebody has to see the ops: a mode, a transform, a trace, a profile."""
+    for watcher in _watchers:
+        if watcher():
+            return True
+    return False
 
 
 _SIGNATURE = inspect.signature(fused_flat_lora_linear)
@@ -160,7 +240,8 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     choice = resolve(
         given["backend"], given["strategy"], given["noise_accum"], x.device.type, dtype, weight.numel(), noise
     )
-    return dispatch.explain(choice, noise, rows // given["samples"], x.device, weight)
+    seen = rows if noise is None else rows // given["samples"]
+    return dispatch.explain(choice, noise, seen, x.device, weight)
 
 
 def row_sq_norms(

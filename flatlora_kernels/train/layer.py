@@ -100,19 +100,13 @@ class NoisyLayer(nn.Module):
         "noise_scale" is among them exactly where noise is drawn: in training mode, at sigma > 0, outside
         `NoiseController.disabled`.
         """
-        arguments: dict[str, Any] = {
-            "strategy": self.strategy,
-            "noise_accum": self.noise_accum,
-            "backend": self.backend,
-        }
         controller = self.noise_controller
         self._note_call(x)
-        if not self._draws() or controller._off:
-            return arguments
-        if not torch.compiler.is_compiling():
+        draws = self._draws() and not controller._off
+        if draws and not torch.compiler.is_compiling():
             self._refresh_if_stale()
-        if self.noise_scale is None:
-            return arguments
+        if not draws or self.noise_scale is None:
+            return {"strategy": self.strategy, "noise_accum": self.noise_accum, "backend": self.backend}
         samples: Any = self.samples
         if samples == "batch":
             samples = x.shape[0] if x.dim() > 1 else 1
@@ -120,16 +114,18 @@ class NoisyLayer(nn.Module):
                 controller._several = samples > 1
                 if samples == 1:
                     watch.one_sample(controller, x.shape)
-        arguments.update(
-            seed=self._seed,
-            stream=self.stream,
-            noise=self.noise,
-            noise_scale=self.noise_scale,
-            samples=samples,
-            sample_offset=controller.sample_offset,
-            antithetic=self.antithetic,
-        )
-        return arguments
+        return {
+            "strategy": self.strategy,
+            "noise_accum": self.noise_accum,
+            "backend": self.backend,
+            "seed": self._seed,
+            "stream": self.stream,
+            "noise": self.noise,
+            "noise_scale": self.noise_scale,
+            "samples": samples,
+            "sample_offset": controller.sample_offset,
+            "antithetic": self.antithetic,
+        }
 
     def describe_noise(self) -> str:
         """``sigma=0.01 of 0.05, noise=gaussian, stream=3``, for `extra_repr`: the present strength and the target."""
@@ -160,7 +156,8 @@ class NoisyLayer(nn.Module):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self.__dict__["_captured"] = True
         self.__dict__["_called"] = True
-        self._wait_until_ready()
+        if self._ready is not None:
+            self._wait_until_ready()
 
     def refresh_noise_scale(self, *, overlap: bool = False) -> None:
         """Compute `noise_scale` from the present weights: one read of W, none at ``sigma = 0``.
@@ -232,8 +229,19 @@ class NoisyLayer(nn.Module):
         if not self.noise_controller.sigma:
             return
         sources, seen = self._norm_sources(), self._scaled
-        if seen is None or len(seen) != len(sources) or not all(map(_unchanged, sources, seen)):
-            self.refresh_noise_scale()
+        if seen is None or len(seen) != len(sources):
+            return self.refresh_noise_scale()
+        for source, stamp in zip(sources, seen, strict=True):
+            if isinstance(stamp, tuple):
+                reference, version, address = stamp
+                if (
+                    reference() is not source
+                    or version != (0 if source.is_inference() else source._version)
+                    or address != source.data_ptr()
+                ):
+                    return self.refresh_noise_scale()
+            elif isinstance(source, Tensor) or source != stamp:
+                return self.refresh_noise_scale()
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
@@ -391,15 +399,6 @@ def _stamp(source: Any) -> Any:
         return source
     # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
     return weakref.ref(source), _version(source), source.data_ptr()
-
-
-def _unchanged(source: Any, seen: Any) -> bool:
-    if not isinstance(source, Tensor):
-        return bool(source == seen)
-    if not isinstance(seen, tuple):
-        return False
-    reference, version, address = seen
-    return reference() is source and version == _version(source) and address == source.data_ptr()
 
 
 def _version(tensor: Tensor) -> int:

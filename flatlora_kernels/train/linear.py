@@ -156,28 +156,37 @@ class FlatLoraLinear(NoisyLayer):
         Raises:
             RuntimeError: in training mode while merged.
         """
-        if self.merged:
+        if self._base_weight:
             if self.training:
                 raise RuntimeError(
                     "FlatLoraLinear: merged, so that nothing of it trains; call unmerge() or eval()"
                 )
             return F.linear(x, self.weight, self.bias)
-        lora_A, lora_B = self._with_auxiliary(self.lora_A, self.lora_B)
-        dropout = self.training and self.lora_dropout.p and lora_A is not None
+        weight, lora_A, lora_B, scaling = self._weight_in_use()
+        lora_x = None
+        if self.training:
+            lora_A, lora_B = self._with_auxiliary(lora_A, lora_B)
+            dropout = self._modules["lora_dropout"]
+            lora_x = dropout(x) if dropout.p and lora_A is not None else None  # type: ignore[misc]
         return fused_flat_lora_linear(
             x,
-            self.weight,
+            weight,
             lora_A,
             lora_B,
             self.bias,
-            scaling=self.scaling,
-            lora_x=self.lora_dropout(x) if dropout else None,
+            scaling=scaling,
+            lora_x=lora_x,
             **self.noise_arguments(x),
         )
 
     def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-        weight = self._base_weight[0] if self._base_weight else self.weight
-        return weight, self.lora_A, self.lora_B, self.scaling
+        if self._base_weight:
+            return self._base_weight[0], self.lora_A, self.lora_B, self.scaling
+        own = self._parameters
+        try:  # nn.Module.__getattr__ takes half a microsecond for each
+            return own["weight"], own["lora_A"], own["lora_B"], self.scaling  # type: ignore[return-value]
+        except KeyError:  # no adapter, or parametrised
+            return self.weight, self.lora_A, self.lora_B, self.scaling
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1003,13 +1003,14 @@ def test_strategies_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command: what is written is what dispatch.py reads, and nothing that failed the gate."""
-    from flatlora_kernels.choice import dispatch
+    from flatlora_kernels.choice import dispatch, resolve
+    from flatlora_kernels.core.noise import KINDS
 
     key = dispatch.device_key(torch.device("cpu"))
     if key is None:
         pytest.skip("needs the cpu backend")
     monkeypatch.setattr(strategies, "SHAPES", ((16, 24), (24, 16)))
-    monkeypatch.setattr(strategies, "ROWS", (5,))
+    monkeypatch.setattr(strategies, "ROWS", {"cpu": (5,)})
     monkeypatch.setattr(strategies, "QUICK", {"cpu": (((16, 24),), (5,))})
     right = providers.Fused.input_grad
 
@@ -1027,10 +1028,18 @@ def test_strategies_table(
     assert list(lines[0]) == strategies.COLUMNS
     ways = {(d, s) for line in lines for d, s in [(line["dtype"], line["strategy"])]}
     assert {line["backend"] for line in lines} == {"cpu"}  # the reference is no candidate
-    assert ways == {("float32", "fused"), ("float32", "panel"), ("bfloat16", "fused")}
+    assert ways == {
+        (dtype, strategy)
+        for dtype in ("float32", "bfloat16")
+        for strategy in ("fused", "panel", "transform", "plain")
+        if (dtype, strategy) != ("bfloat16", "panel")
+    }
+    assert {(r["noise"], r["strategy"]) for r in lines if r["noise"] in ("none", "hadamard")} == {
+        ("none", "fused"), ("none", "plain"), *(("hadamard", s) for s in resolve.STRATEGIES)
+    }  # fmt: skip
     assert {(int(r["M"]), int(r["N"]), int(r["K"])) for r in lines} == {(5, *s) for s in strategies.SHAPES}
     assert {(r["direction"], r["noise"]) for r in lines} == {
-        (d, n) for d in ("forward", "input_grad") for n in ("gaussian", "rademacher")
+        (d, n) for d in ("forward", "input_grad") for n in ("none", *KINDS)
     }
     assert all(float(r["p20"]) <= float(r["ratio"]) <= float(r["p80"]) and r["commit"] for r in lines)
     rows = results.load(raw / "s.json").rows
@@ -1040,15 +1049,17 @@ def test_strategies_table(
     assert "gate" in capsys.readouterr().out
 
     monkeypatch.setattr(dispatch, "_TABLES", tmp_path / "tables")
-    dispatch._table.cache_clear()
+    dispatch.forget()
     try:
-        found = dispatch._table(key)["float32", "gaussian"][5, 16, 24]
+        found = dispatch._table(key)["float32", "gaussian", "both"][5, 16, 24]
+        without = dispatch._table(key)["float32", "none", "input_grad"][5, 16, 24]
+        assert {way for way in without} == {("cpu", "fused"), ("cpu", "plain")}
         both = [float(r["ratio"]) for r in lines if r["strategy"] == "fused" and r["noise"] == "gaussian"
                 and (r["dtype"], r["M"], r["N"]) == ("float32", "5", "16")]  # fmt: skip
         assert found["cpu", "fused"] == pytest.approx(sum(both) / 2)
         assert len(both) == 2
     finally:
-        dispatch._table.cache_clear()
+        dispatch.forget()
 
     # A quick run leaves the whole table alone, and one without time writes none.
     before = path.read_text()
@@ -1057,6 +1068,151 @@ def test_strategies_table(
     assert (raw / "q-table.csv").exists()
     assert strategies.main("cpu", True, -1, raw, "n", tmp_path / "other") == 1
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_strategies_leave_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "_LONGEST", 1e-9)
+    bench = strategies.Bench(Settings("cpu", ("gaussian",), ("lora",), budget=0.0, min_rounds=2), Progress(0))
+    bench.linear_cases(
+        [TINY._replace(mode=mode, M=M) for M in (3, 2, 5) for mode in ("forward", "input_grad")]
+    )
+    timed = [(r["mode"], r["M"]) for r in bench.rows if r["provider"] == "plain"]
+    assert timed == [(mode, M) for M in (3, 2) for mode in ("forward", "input_grad")]
+    left = [s for s in bench.skipped if "took more than" in s]
+    assert len(left) == 2 and all("M=5" in s and "M=2" in s for s in left)
+
+
+def test_strategies_hold_torch_to_the_same_instruction_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--isa runs the command again in an environment that does; without it a table would mix two machines."""
+    from flatlora_kernels.backends import cpu
+
+    if cpu.unavailable():
+        pytest.skip("needs the cpu backend")
+    levels = cpu._load().levels  # type: ignore[union-attr]
+    held = [level for level in levels[1:] if level in strategies.HELD]
+    if not held:
+        pytest.skip(f"has no lower level than {levels[0]}")
+    best = {name: "" for name in ("FLATLORA_CPU_ISA", *strategies.HELD["avx2"])}
+    for name in best:
+        monkeypatch.delenv(name, raising=False)
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def stand_in(command: list[str], env: dict[str, str]) -> Any:
+        ran.append((command, env))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(strategies.subprocess, "run", stand_in)
+    given = ["tune", "--strategies", "--device", "cpu", "--isa", held[0]]
+    assert cli.main(given) == 7
+    command, env = ran[0]
+    assert command[1:] == ["-m", "bench", *given]
+    assert {k: env[k] for k in best} == {"FLATLORA_CPU_ISA": held[0], **strategies.HELD[held[0]]}
+    assert strategies.again(levels[0], given) == 7
+    assert {k: v for k, v in ran[1][1].items() if k in best} == {"FLATLORA_CPU_ISA": levels[0]}
+    with pytest.raises(SystemExit):
+        cli.main([*given[:-1], "mmx"])
+    assert f"--isa: expected one of {levels[0]}" in capsys.readouterr().err
+
+    # In that environment the command does the work, but not where torch began without it.
+    for name, value in strategies.environment_of(held[0]).items():
+        monkeypatch.setenv(name, value)
+    assert strategies.again(held[0], given) is None
+    loaded = cpu._load()._replace(level=held[0])  # type: ignore[union-attr]
+    monkeypatch.setattr(cpu, "_load", lambda: loaded)
+    began = torch.backends.cpu.get_cpu_capability().lower()
+    if began != held[0]:
+        with pytest.raises(ValueError, match=f"--isa: expected {held[0]}.*torch with {began}"):
+            strategies.main("cpu", True, 60, tmp_path, "x", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: held[0].upper())
+    strategies.check_held()
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    with pytest.raises(ValueError, match="--isa: expected"):
+        strategies.check_held()
+
+
+def test_every_kind_of_noise_can_be_picked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flatlora_kernels.core.noise import KINDS
+
+    for command in ("run", "training", "tune", "variance"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        said = capsys.readouterr().out
+        assert all(kind in said for kind in KINDS), command
+    name = next(p.name for p in providers.every("cpu") if p.name.startswith("fused:"))
+    one = ["--set", "tiny", "--device", "cpu", "--modes", "forward", "--m", "5", "--rank", "0", "--no-parts"]
+    one += [
+        "--dtypes",
+        "bfloat16",
+        "--budget",
+        "0.001",
+        "--memory",
+        "none",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "k",
+    ]
+    assert cli.main([*one, "--providers", name, "eager", "perturb", "--noise", *KINDS]) == 0
+    rows = results.load(tmp_path / "k.json").rows
+    for provider in (name, "eager"):
+        assert {r["noise"] for r in rows if r["provider"] == provider} >= set(KINDS)
+
+
+@pytest.mark.parametrize("noise", ["none", "near_gaussian", "hadamard"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", shapes.MODES)
+def test_every_way_is_right_with_every_noise(noise: str, dtype: str, mode: str) -> None:
+    made = [p for p in providers.every("cpu") if p.fused and noise in p.noises and "reference" not in p.name]
+    names = {p.name.partition(":")[0] for p in made}
+    expected = {
+        "none": {"auto", "fused", "vendor"},
+        "near_gaussian": {"auto", "fused", "split", "panel"},
+        "hadamard": {"auto", "fused", "split", "panel", "transform"},
+    }
+    if any(p.name == "fused:cpu" for p in made):
+        assert names == expected[noise]
+    for p in made:
+        verdict = gate.check(p.make(Problem(TINY._replace(mode=mode, dtype=dtype), "cpu", 1), noise))
+        assert verdict.passed, (p.name, verdict.detail)
+
+
+def test_the_vendors_product_and_our_own_are_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatlora_kernels.backends import cpu
+    from flatlora_kernels.backends.shared import products
+
+    if cpu.unavailable():
+        pytest.skip("needs the cpu backend")
+    seen: list[str] = []
+    for module, name in ((cpu, "product"), (products, "plain")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (seen.append(name), real(*a))[1])
+    for way, expected in (("fused:cpu", "product"), ("vendor:cpu", "plain")):
+        for mode in ("forward", "input_grad"):
+            seen.clear()
+            run(way, TINY._replace(mode=mode), "none").step(0)
+            assert seen == [expected], (way, mode)
+
+
+def test_overhead_stands_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    from bench import parts
+
+    monkeypatch.setattr(parts, "_ROUNDS", 3)
+    backend = next(p.name.partition(":")[2] for p in providers.every("cpu") if p.name.startswith("panel:"))
+    rows = parts.overhead([backend], "cpu")
+    found = {(r["provider"], r["noise"], r["rank"], r["mode"]): r for r in rows}
+    assert len(found) == len(rows)
+    for mode in shapes.TRAINING:
+        assert "to_peft" not in found["F.linear", "none", 0, mode]
+        assert found["peft", "none", 4, mode]["to_peft"] == 1
+        for provider in (f"fused:{backend}", f"layer:{backend}"):
+            for noise in ("gaussian", "none"):
+                assert found[provider, noise, 4, mode]["to_peft"] > 0
+    text = table.summary(results.Results({}, rows, [], []))
+    assert "/ peft" in text and f"layer:{backend}" in text
 
 
 def few_rounds(real: Any, calls: Any, timer: Any, copies: int, budget: float, least: int, most: int) -> Any:
@@ -1090,7 +1246,8 @@ def test_strategies_by_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     one = json.loads((tmp_path / "one.json").read_text())
     assert one["meta"]["config"]["table"] == key
     assert strategies.combine([tmp_path / "one.json"], tables) == 0
-    assert len((tables / f"{key.replace(' ', '-')}.csv").read_text().splitlines()) == 17
+    # Two types and directions of two ways without noise, two with each of three kinds, and three with hadamard.
+    assert len((tables / f"{key.replace(' ', '-')}.csv").read_text().splitlines()) == 1 + 4 * (2 + 6 + 3)
     one["meta"]["config"]["table"] = "sm90"
     (tmp_path / "two.json").write_text(json.dumps(one))
     with pytest.raises(ValueError, match="--rows: expected measurements of one kind of device"):
@@ -1119,7 +1276,8 @@ def test_strategies_cover_what_is_asked_for() -> None:
         every, quick = strategies.cases(device, False), strategies.cases(device, True)
         assert every[: len(quick)] == quick
         assert {c.mode for c in quick} == {"forward", "input_grad"}
-        assert {c.M for c in every} == {16, 64, 256, 1024, 2048, 4096, 8192}
+        few = {1, 4} if device == "cpu" else set()  # generation
+        assert {c.M for c in every} == {16, 64, 256, 1024, 2048, 4096, 8192} | few
         wide = {(14336, 4096)} if device == "cuda" else set()
         assert {(c.N, c.K) for c in every} == {(384, 384), (2048, 2048), (1024, 4096), (4096, 4096)} | wide
         assert all(c.M * c.N * c.K <= strategies._MOST[device] for c in every)
@@ -1246,13 +1404,13 @@ def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyP
         assert small_truth._check_family("right", family, 60) == 0
         with monkeypatch.context() as patch:  # the noise of one sample for all
             patch.setattr(small_truth.Problem, "perturbed", lambda p, group=0: perturbed(p, 0))
-            assert small_truth._check_family("wrong", family, 60) == 16
+            assert small_truth._check_family("wrong", family, 60) == 32
         monkeypatch.setattr(small_truth.Given, "forward", lambda self, copy: torch.randn(3))
-        assert small_truth._check_family("raises", family, 60) == 8
+        assert small_truth._check_family("raises", family, 60) == 16
     finally:
         torch.use_deterministic_algorithms(before)
     rows = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
-    assert len(rows) == 48
+    assert len(rows) == 96
     assert [r["case"] for r in rows if "raised" in r] == [
         r["case"] for r in rows if r["family"] == "raises" and r["case"].startswith("forward")
     ]

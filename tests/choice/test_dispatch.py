@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,14 @@ from targets import randn
 
 import flatlora_kernels as fk
 from flatlora_kernels import backends
-from flatlora_kernels.backends.shared import panel
+from flatlora_kernels.backends.shared import panel, products
 from flatlora_kernels.choice import cost, dispatch, resolve
+from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.core.records import Choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OURS = ("cuda", "triton")
+TWO = ("fused", "panel")  # of gaussian noise
 COLUMNS = "device,dtype,noise,direction,M,N,K,rank,backend,strategy,ratio,p20,p80,date,commit".split(",")
 
 
@@ -47,13 +50,11 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        dispatch._table.cache_clear()
-        dispatch.choose.cache_clear()
+        dispatch.forget()
 
     write()
     yield write
-    dispatch._table.cache_clear()
-    dispatch.choose.cache_clear()
+    dispatch.forget()
 
 
 def both(M: int, fused: float, panels: float, **more: Any) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def test_measurements_choose_between_backends(table: Any) -> None:
     rows = [
         row(256, strategy, ratio, direction, backend=backend)
         for (backend, strategy), ratio in zip(
-            [(b, s) for b in ways[0] for s in ways[1]], (1.3, 1.2, 1.1, 1.4), strict=True
+            itertools.product(ways[0], TWO), (1.3, 1.2, 1.1, 1.4), strict=True
         )
         for direction in dispatch.DIRECTIONS
     ]
@@ -142,7 +143,7 @@ def test_the_model_decides_on_a_gpu_without_measurements(
     for names in (OURS, ("triton",)):
         decision = dispatch.choose(names, resolve.STRATEGIES, p)
         times = {c[:2]: c.predicted for c in decision.candidates}
-        assert list(times) == [(b, s) for b in names for s in resolve.STRATEGIES]
+        assert list(times) == list(itertools.product(names, TWO))
         assert all(0 < t < 1 for t in times.values())  # type: ignore[operator]
         best = min(times.values())  # type: ignore[type-var]
         assert decision[:2] == next(way for way, t in times.items() if best >= 0.97 * t)  # type: ignore[operator]
@@ -155,11 +156,11 @@ def model(table: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cost, "chip_of", lambda device: cost.CHIPS[0])
 
     def says(*times: float) -> dispatch.Decision:
-        told = dict(zip([(b, s) for b in OURS for s in resolve.STRATEGIES], times, strict=True))
+        told = dict(zip(itertools.product(OURS, TWO), times, strict=True))
         monkeypatch.setattr(
             cost, "cost", lambda c, b, strategy, call: cost.Cost(told[b, strategy], 0, "", {})
         )
-        dispatch.choose.cache_clear()
+        dispatch.forget()
         return dispatch.choose(OURS, resolve.STRATEGIES, problem(256, device=GPU))
 
     return says
@@ -241,7 +242,214 @@ def test_sizes_come_in_classes() -> None:
     classes = [dispatch.size_class(n) for n in range(1, 70000, 7)]
     assert classes == sorted(classes)
     assert len(set(classes)) < 15
+    assert [dispatch.size_class(n) for n in (1, 2, 4, 5, 16)] == [1, 4, 4, 16, 16]
     assert all(dispatch.size_class(c) == c for c in classes)
+
+
+# hadamard: three strategies, and the one without work of the weight's size first.
+
+
+def ways(M: int, **ratios: float) -> list[dict[str, Any]]:
+    return [
+        row(M, strategy, ratio, direction, noise="hadamard")
+        for strategy, ratio in ratios.items()
+        for direction in dispatch.DIRECTIONS
+    ]
+
+
+def test_what_is_possible() -> None:
+    def of(noise: str, *backend: str, accum: str = "folded") -> list[tuple[str, str]]:
+        return dispatch.ways(backend, resolve.STRATEGIES, problem(noise=noise, noise_accum=accum))
+
+    for noise in ("gaussian", "near_gaussian", "rademacher"):
+        assert of(noise, "cpu", "cuda") == [(b, s) for b in ("cpu", "cuda") for s in TWO]
+        assert of(noise, "cpu", accum="split") == [("cpu", "fused")]
+    assert of("hadamard", "cpu") == [("cpu", "transform"), ("cpu", "fused"), ("cpu", "panel")]
+    for N, K in ((64, 2048), (2048, 64)):  # small tiles
+        few = dispatch.ways(["cpu"], resolve.STRATEGIES, problem(N=N, K=K, noise="hadamard"))
+        assert few == [("cpu", "fused"), ("cpu", "panel"), ("cpu", "transform")]
+    # No fused product of theirs takes it.
+    assert of("hadamard", "cuda") == [("cuda", "transform"), ("cuda", "panel")]
+    assert of("hadamard", "triton", accum="split") == [("triton", "transform")]
+
+
+def test_hadamard_goes_by_transform_and_by_measurements(table: Any) -> None:
+    p = problem(256, noise="hadamard")
+    unmeasured = dispatch.choose(("cpu",), resolve.STRATEGIES, p)
+    assert unmeasured[:3] == ("cpu", "transform", "not measured on this device; cpu transform goes first")
+    table(*ways(256, fused=1.2, panel=1.1, transform=1.0))
+    assert dispatch.choose(("cpu",), resolve.STRATEGIES, p)[:3] == ("cpu", "transform", "measured")
+    table(*ways(256, fused=1.2, panel=0.9, transform=1.0))
+    assert strategy_of(p) == "panel"
+    table(*ways(256, fused=1.2, panel=0.98, transform=1.0))  # too little
+    assert strategy_of(p) == "transform"
+    table(*ways(256, fused=1.2, panel=0.9))  # not all of them
+    assert strategy_of(p) == "transform"
+
+
+@pytest.mark.parametrize(
+    "chip", [c for c in cost.CHIPS if c.architecture != "cpu"], ids=lambda chip: chip.name
+)
+def test_the_model_knows_every_kind(table: Any, monkeypatch: pytest.MonkeyPatch, chip: cost.Chip) -> None:
+    monkeypatch.setattr(cost, "chip_of", lambda device: chip)
+    for noise, M in itertools.product(KINDS, (16, 2048)):
+        p = problem(M, 4096, 4096, device=GPU, dtype=torch.bfloat16, noise=noise)
+        decision = dispatch.choose(OURS, resolve.STRATEGIES, p)
+        assert decision.reason == "predicted"
+        assert all(c.predicted is not None for c in decision.candidates)
+    few = problem(16, 4096, 4096, device=GPU, dtype=torch.bfloat16, noise="hadamard")
+    assert dispatch.choose(OURS, resolve.STRATEGIES, few).strategy == "transform"
+
+
+# Nothing is drawn: our own product, or the vendor's.
+
+
+def plain_or_own(
+    M: int = 256, dtype: torch.dtype = torch.float32, direction: str = "forward", **more: Any
+) -> tuple[str, str]:
+    choice = Choice(more.pop("strategy", resolve.STRATEGY), more.pop("noise_accum", "folded"), "cpu")
+    return dispatch.way(choice, None, M, CPU, dtype, 2048, 2048, direction)[1:3]
+
+
+def without_noise(
+    M: int, own: tuple[float, float], vendor: tuple[float, float], **more: Any
+) -> list[dict[str, Any]]:
+    return [
+        row(M, strategy, ratio, direction, noise="none", **more)
+        for strategy, ratios in (("fused", own), ("plain", vendor))
+        for direction, ratio in zip(dispatch.DIRECTIONS, ratios, strict=True)
+    ]
+
+
+def test_without_noise_measurements_decide_by_direction(table: Any) -> None:
+    table(
+        *without_noise(1, (2.9, 2.5), (1.0, 1.0)),
+        *without_noise(64, (0.19, 1.3), (1.0, 1.0)),
+        *without_noise(1024, (0.98, 0.96), (1.0, 1.0)),
+    )
+    assert plain_or_own(1) == ("plain", "measured")
+    assert plain_or_own(64) == ("fused", "measured")
+    assert plain_or_own(64, direction="input_grad") == ("plain", "measured")
+    # Never slower than the vendor's by more than what is worth a choice.
+    assert plain_or_own(1024) == ("plain", "measured")
+    assert plain_or_own(1024, direction="input_grad") == ("fused", "measured")
+    # There is no noise that could be split, and nothing to slice or to transform.
+    for asked in ({"noise_accum": "split"}, {"strategy": "panel"}, {"strategy": "transform"}):
+        assert plain_or_own(64, **asked) == ("fused", "measured")
+        assert plain_or_own(1, **asked) == ("plain", "measured")
+    assert plain_or_own(1, strategy="fused") == ("fused", "asked for")
+    assert plain_or_own(1, torch.bfloat16)[1] == "not measured on this device; cpu plain goes first"
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype", "rows", "own"),
+    [
+        ("cpu avx2", torch.float32, 1024, False),
+        ("cpu avx2", torch.float64, 1024, False),
+        ("cpu avx2", torch.bfloat16, 1, None),
+        ("cpu avx2", torch.bfloat16, 2, True),
+        ("cpu avx2", torch.bfloat16, 64, True),
+        ("cpu avx512", torch.bfloat16, 1, False),
+        ("cpu avx512", torch.bfloat16, 1024, True),
+        ("cpu avx512bf16", torch.bfloat16, 1024, False),
+        ("cpu baseline", torch.bfloat16, 1024, False),
+        ("cpu avx512bf16", torch.float16, 1, True),
+        ("cpu baseline", torch.float16, 1024, True),
+    ],
+)
+def test_without_noise_and_measurements_a_rule_decides(
+    table: Any, monkeypatch: pytest.MonkeyPatch, level: str, dtype: torch.dtype, rows: int, own: bool | None
+) -> None:
+    """own: None = in the input gradient alone."""
+    monkeypatch.setattr(dispatch, "device_key", lambda device: level)
+    for direction in dispatch.DIRECTIONS:
+        strategy = "fused" if own or (own is None and direction == "input_grad") else "plain"
+        found = plain_or_own(rows, dtype, direction)
+        assert found == (strategy, f"not measured on this device; cpu {strategy} goes first")
+
+
+def test_other_backends_have_the_vendors_product_alone(table: Any) -> None:
+    for backend in ("triton", "cuda", "reference"):
+        for strategy in resolve.FREE:
+            choice = Choice(strategy, "folded", backend)
+            assert dispatch.way(choice, None, 64, GPU, torch.bfloat16, 64, 64, "forward")[:2] == (
+                backend,
+                "fused",
+            )
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What computes on the cpu backend, "own" or "vendor", with "'" in the input gradient."""
+    if backends.unavailable("cpu"):
+        pytest.skip(str(backends.unavailable("cpu")))
+    seen: list[str] = []
+    for module, function, name in (
+        (backends.get("cpu"), "product", "own"),
+        (products, "plain", "vendor"),
+    ):
+        real = getattr(module, function)
+
+        def logged(p: Any, *rest: Any, real: Any = real, name: str = name) -> Any:
+            drawn = bool(rest) and rest[0] is not None
+            seen.append(name + "'" * p.input_grad + " noisy" * drawn)
+            return real(p, *rest)
+
+        monkeypatch.setattr(module, function, logged)
+    return seen
+
+
+def test_the_op_follows_without_noise(table: Any, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = randn(64, 48).requires_grad_(), randn(40, 48)
+    A, B, bias = randn(3, 48), randn(40, 3), randn(40)
+
+    def runs(**more: Any) -> list[str]:
+        ran.clear()
+        y = fk.fused_flat_lora_linear(x, weight, A, B, bias, backend="cpu", **more)
+        exact = x.double() @ (weight + B @ A).double().t() + bias.double()
+        torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+        torch.autograd.grad(y.sum(), x)
+        return list(ran)
+
+    assert runs() == ["vendor", "vendor'"]
+    table(*without_noise(64, (0.5, 1.5), (1.0, 1.0)))
+    assert runs() == ["own", "vendor'"]
+    table(*without_noise(64, (1.5, 0.5), (1.0, 1.0)))
+    assert runs() == ["vendor", "own'"]
+    assert runs(strategy="fused") == ["own", "own'"]
+    assert runs(strategy="panel") == ["vendor", "own'"]
+    with fk.use_strategy("fused"):
+        assert runs() == ["own", "own'"]
+    # Samples do not cut what has no noise.
+    assert runs(samples=64) == ["vendor", "own'"]
+
+
+def test_the_plain_product_of_a_transform_follows(table: Any, ran: list[str]) -> None:
+    x, weight = randn(64, 48).requires_grad_(), randn(40, 48)
+
+    def runs() -> list[str]:
+        ran.clear()
+        noise = {"noise": "hadamard", "sigma": 0.1, "seed": 1, "strategy": "transform"}
+        y = fk.fused_flat_lora_linear(x, weight, backend="cpu", **noise)
+        torch.autograd.grad(y.sum(), x)
+        return list(ran)
+
+    assert runs() == ["vendor", "vendor'"]
+    table(*without_noise(64, (0.5, 1.5), (1.0, 1.0)))
+    assert runs() == ["own", "vendor'"]
+
+
+def test_explain_where_nothing_is_drawn(table: Any) -> None:
+    if backends.unavailable("cpu"):
+        pytest.skip(str(backends.unavailable("cpu")))
+    table(*without_noise(256, (0.5, 1.5), (1.0, 1.0)))
+    found = fk.explain(torch.empty(256, 2048), torch.empty(2048, 2048), samples=4, backend="cpu")
+    assert found[:3] == ("cpu", "fused", "folded")
+    assert found.reason == "nothing is drawn: forward fused, input gradient plain; measured"
+    assert "cpu plain: measured 1.00 of a plain product, no model (forward)" in str(found)
+    assert "no noise, sizes taken as M = 256" in str(found)
+    nothing = fk.explain(torch.empty(0, 2048), torch.empty(2048, 2048), backend="cpu")
+    assert nothing.candidates == () and "nothing is drawn" in str(nothing)
 
 
 def test_the_op_follows(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,9 +522,13 @@ def test_committed_tables(path: Path) -> None:
     for r in rows:
         assert r["device"]
         assert hasattr(torch, r["dtype"])
-        assert r["noise"] in ("gaussian", "rademacher")
         assert r["backend"] in backends.names()
-        assert r["strategy"] in resolve.STRATEGIES
+        if r["noise"] == "none":
+            assert r["strategy"] in ("fused", "plain")
+        else:
+            assert r["noise"] in KINDS
+            assert r["strategy"] in resolve.STRATEGIES
+            assert (r["strategy"] == "transform") <= (r["noise"] == "hadamard")
         ratio, p20, p80 = (float(r[name]) for name in ("ratio", "p20", "p80"))
         assert 0 < p20 <= ratio <= p80 < math.inf
         key = tuple(r[name] for name in COLUMNS[:3] + COLUMNS[4:10])
@@ -328,15 +540,15 @@ def test_committed_tables(path: Path) -> None:
 def test_the_model_does_as_well_as_docs_design_md_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "chip_of", lambda device: next(c for c in cost.CHIPS if "H100" in c.name))
     monkeypatch.setattr(dispatch, "device_key", lambda device: None)
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     loss = {}
-    for (dtype, noise), cases in dispatch._table("sm90").items():
-        for (M, N, K), ratios in cases.items():
+    for (dtype, noise, direction), cases in dispatch._table("sm90").items():
+        for (M, N, K), ratios in cases.items() if direction == dispatch.BOTH else ():
             p = problem(M, N, K, device=GPU, dtype=getattr(torch, dtype), noise=noise)
             decision = dispatch.choose(OURS, resolve.STRATEGIES, p)
             assert decision.reason == "predicted"
             loss[noise, M, N] = ratios[decision[:2]] / min(ratios.values())
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     assert len(loss) >= 20
     assert max(loss.values()) < 1.065, loss
 

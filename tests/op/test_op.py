@@ -36,9 +36,9 @@ def choice(target: Target) -> tuple[str, str, str]:
 
 def draw_arguments(p: compare.Problem, samples: int = 1) -> tuple[Any, ...]:
     if "noise_scale" not in p.options:
-        return (None, None, 0, "gaussian", 1, 0, False, 0, 0)
+        return (None, None, 0, "gaussian", 1, 0, False, 0, 0, 0)
     seed = torch.tensor(5, device=p.x.device)
-    return (p.options["noise_scale"], seed, 3, "gaussian", samples, 1, samples > 1, 2, 8)
+    return (p.options["noise_scale"], seed, 3, "gaussian", samples, 1, samples > 1, 2, 8, 0)
 
 
 def linear_arguments(target: Target, p: compare.Problem, samples: int = 1) -> tuple[Any, ...]:
@@ -89,7 +89,7 @@ def test_opcheck_row_sq_norms(target: Target, dtype: torch.dtype) -> None:
 def test_opcheck_perturb(target: Target, dtype: torch.dtype) -> None:
     p = problem(6, 5, 16, dtype, target.device)
     seed = torch.tensor(5, device=target.device)
-    rest = (p.options["noise_scale"], seed, 3, "gaussian", 1, 1, True, 2, 8, target.backend)
+    rest = (p.options["noise_scale"], seed, 3, "gaussian", 1, 1, True, 2, 8, 0, target.backend)
     opcheck(OPS.perturb.default, (p.weight, *rest, torch.empty_like(p.weight)))
     opcheck(OPS.perturb.default, (None, *rest, torch.empty_like(p.weight)))
 

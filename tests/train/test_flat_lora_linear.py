@@ -40,8 +40,10 @@ def test_is_the_op_with_its_own_arguments(
         seed=layer.noise_controller.value, stream=5, noise=noise, backend=target.backend,
     )  # fmt: skip
     calls = []
-    original = target.module.product
-    monkeypatch.setattr(target.module, "product", lambda *args: calls.append(1) or original(*args))
+    for name in ("product", "perturb", "transform"):
+        original = getattr(target.module, name)
+        logged = lambda *args, original=original: calls.append(1) or original(*args)  # noqa: E731
+        monkeypatch.setattr(target.module, name, logged)
     torch.testing.assert_close(layer(x), expected)
     assert calls, "the layer's own backend"
 

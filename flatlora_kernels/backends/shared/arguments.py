@@ -24,28 +24,28 @@ ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
 PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
 TRANSFORM = struct.Struct(f"=5qPqqPq{_NOISE_FIELDS}".replace("P", "Q"))
 GPU = struct.Struct("=qQQ7q")
+_NO_LORA, _NO_BIAS = (0,) * 5, (0,) * 3
 _NO_NOISE = (0,) * 5 + (1,) + (0,) * 5
 
 
 def _noise(draw: Draw | None) -> tuple[int, ...]:
     if draw is None:
         return _NO_NOISE
-    scale = draw.noise_scale
-    return (
-        _NOISE[draw.noise], scale.data_ptr(), scale.stride(0), draw.seed.data_ptr(), draw.stream, draw.samples,
-        draw.sample_offset, draw.antithetic, draw.row_offset, draw.col_offset, draw.tile_bits,
-    )  # fmt: skip
+    scale, seed, stream, noise, *rest = draw
+    return _NOISE[noise], scale.data_ptr(), scale.stride(0), seed.data_ptr(), stream, *rest
 
 
 def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:
     """LinearArgs."""
     a, weight, input_grad, u, lora, bias, scaling = p
-    lora_fields = (
-        (0, 0, 0, 0, 0) if u is None else (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
-    )
-    bias_fields = (0, 0, 0) if bias is None else (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
+    rank, lora_fields, bias_fields = 0, _NO_LORA, _NO_BIAS
+    if u is not None:
+        rank = u.shape[1]
+        lora_fields = (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
+    if bias is not None:
+        bias_fields = (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
     return LINEAR.pack(
-        input_grad, _DTYPE[a.dtype], a.shape[0], *weight.shape, 0 if u is None else u.shape[1], a.data_ptr(),
+        input_grad, _DTYPE[a.dtype], a.shape[0], *weight.shape, rank, a.data_ptr(),
         *a.stride(), weight.data_ptr(), *weight.stride(), *lora_fields, *bias_fields, y.data_ptr(), scaling,
         noise_accum == "split", workspace_limit(weight), *_noise(draw),
     )  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 
 from torch import Tensor
+
+from ...core.environment import setting
 
 DEFAULT = 16 << 20  # bytes
 
@@ -19,12 +20,12 @@ def workspace_limit(weight: Tensor) -> int:
         ValueError: FLATLORA_WORKSPACE is not a number of bytes.
     """
     size = weight.numel() * weight.element_size()
-    allowed = _allowed(os.environ.get("FLATLORA_WORKSPACE") or None)
-    return min(DEFAULT, size // 4) if allowed is None else min(allowed, size)
+    allowed = setting("FLATLORA_WORKSPACE")
+    return min(DEFAULT, size // 4) if allowed is None else min(_number(allowed), size)
 
 
 @functools.cache
-def _allowed(text: str | None) -> int | None:
-    if text is not None and not text.strip().isdecimal():
+def _number(text: str) -> int:
+    if not text.strip().isdecimal():
         raise ValueError(f"FLATLORA_WORKSPACE: expected a number of bytes, got {text!r}")
-    return None if text is None else int(text)
+    return int(text)
