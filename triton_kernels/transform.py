@@ -71,7 +71,7 @@ def _part(x):
 def _product(a, b, PARTS: tl.constexpr, LEFT: tl.constexpr):
     """a b of the signs b, or b a; float32. a: of 16 bits where PARTS is 1, else float32, in so many bfloat16."""
     acc = tl.zeros([b.shape[0], a.shape[1]] if LEFT else [a.shape[0], b.shape[1]], tl.float32)
-    for part in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         if PARTS == 1:
             now = a
         else:
