@@ -120,6 +120,12 @@ def run(text: str, outputs: int, *inputs: Array, error: Mapping[str, int] = NO_E
                 result = _pairs(
                     a * b + c
                 )  # exact in float64 but for a c that is some 2^40 times larger or smaller
+        elif opcode == "cvt.rn.bf16x2.f32":
+            result = _pairs(np.stack([v.view(np.float32).astype(np.float64) for v in reversed(values)], -1))
+        elif opcode == "sub.rn.f32":
+            a, b = (np.ascontiguousarray(v).view(np.float32) for v in values)
+            with np.errstate(invalid="ignore"):
+                result = (a - b).view(np.uint32)
         elif opcode == "fma.rn.ftz.f32":
             a, b, c = map(_float, values)
             result = _bits(a * b + c)  # of 24 by 24 bits, so that float64 loses nothing

@@ -109,6 +109,7 @@ PERTURB_INTERPRETER = Pass(64, 256, 1)
 TRANSFORM = 4096  # elements of x in a block of whole tiles
 TRANSFORM_ONE_PRODUCT = 7  # bits of a tile at most that is transformed by one product
 TRANSFORM_PROGRAMS = 4  # for a processor, where there are rows enough
+TRANSFORM_STAGES = 2  # of loads: the next rows' come while these are transformed
 ROW_NORMS = Pass(16, 256, 4, 3)
 ROW_NORMS_ADAPTER = Pass(32, 128, 4, 2)
 ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank

@@ -54,27 +54,25 @@ def inline_asm(
     asm: Any, constraints: Any, args: list[Any], dtype: Any, is_pure: Any, pack: Any, **_: Any
 ) -> Any:
     """`tl.inline_asm_elementwise` by ptx.py, errors of the instructions left out."""
-    outputs = str(constraints).count("=")
+    outputs, pack = str(constraints).count("="), int(pack)
     shape = np.broadcast_shapes(*(arg.handle.data.shape for arg in args))
-    inputs = []
-    for arg in args:
-        data = np.ascontiguousarray(np.broadcast_to(arg.handle.data, shape))
-        assert data.itemsize * int(pack) == 4, "one register of 32 bits"
-        inputs.append(data.reshape(-1).view(np.uint32))
+    inputs: list[Any] = []
+    for arg in args:  # 32 bits make a register, of one value or two
+        data = np.ascontiguousarray(np.broadcast_to(arg.handle.data, shape)).reshape(-1, pack)
+        inputs += list(np.ascontiguousarray(data.view(np.uint32).T))
     registers = ptx.run(asm.value, outputs, *inputs)
-    one = not isinstance(dtype, tuple)
-    if one:  # `pack` registers hold one tensor's values, taken in turn
-        assert outputs == int(pack)
-        registers, dtype = [np.stack(registers, -1)], (dtype,)
-    assert len(registers) == len(dtype)
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     scalar = not any(arg.type.is_block() for arg in args)
     results = []
-    for bits, t in zip(registers, dtype, strict=True):
-        values = np.ascontiguousarray(bits.reshape(shape)).view(
-            {"fp32": np.float32, "uint32": np.uint32}[str(t)]
+    for t in dtypes:
+        count = pack * t.primitive_bitwidth // 32
+        words, registers = np.stack(registers[:count], -1), registers[count:]
+        values = words.view({"fp32": np.float32, "uint32": np.uint32, "bf16": np.uint16}[str(t)]).reshape(
+            shape
         )
         results.append(tl.tensor(TensorHandle(values, t), t if scalar else tl.block_type(t, list(shape))))
-    return results[0] if one else tuple(results)
+    assert not registers
+    return tuple(results) if isinstance(dtype, tuple) else results[0]
 
 
 @pytest.fixture(autouse=True)
@@ -433,9 +431,10 @@ def test_transform_with_the_arithmetic_of(architecture: str, on: Any) -> None:
     test_transform((8, 2, 256, 260, 0, 0, 1), torch.bfloat16, False)
 
 
-def test_no_rows_of_another_sample_are_transformed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of rows a program, and a rest in each group."""
-    monkeypatch.setattr(configs, "TRANSFORM_PROGRAMS", 0.25)
+def test_transform_of_several_blocks_in_a_program(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie."""
+    on("interpreter", 4)
+    monkeypatch.setattr(configs, "TRANSFORM_PROGRAMS", 1)
     monkeypatch.setattr(configs, "TRANSFORM", 256)
     test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float32, False)
 
