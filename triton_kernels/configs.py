@@ -109,7 +109,6 @@ PERTURB_INTERPRETER = Pass(64, 256, 1)
 TRANSFORM = 4096  # elements of x in a block of whole tiles
 TRANSFORM_ONE_PRODUCT = 7  # bits of a tile at most that is transformed by one product
 TRANSFORM_PROGRAMS = 4  # for a processor, where there are rows enough
-TRANSFORM_STAGES = 2  # of loads: the next rows' come while these are transformed
 ROW_NORMS = Pass(16, 256, 4, 3)
 ROW_NORMS_ADAPTER = Pass(32, 128, 4, 2)
 ROW_NORMS_LONG_ADAPTER = Pass(16, 128, 4, 2)  # float32, or of a high rank
@@ -177,6 +176,19 @@ def linear(
         if rows <= most and (not config.fill or 4 * tiles >= 3 * processors):
             return config, tiles
     raise AssertionError(f"configs.LINEAR has no tile for {rows} rows on {architecture}")
+
+
+def transform(architecture: str, regular: bool, one_tile: bool, parts: int) -> tuple[int, int]:
+    """Warps and stages of a transform: what compiles without spills (docs/internals/kernels.md).
+
+    regular: eight elements can be loaded at once. one_tile: along the contraction. parts: bfloat16 that hold a sum.
+    """
+    family = family_of(architecture)
+    if family == "gfx":
+        return 4, 1
+    if family == "sm80" and not one_tile:
+        return 8, 1
+    return (4 if regular and (family != "sm80" or parts < 3) else 8), 2
 
 
 @functools.lru_cache(maxsize=1024)

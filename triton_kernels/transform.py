@@ -76,8 +76,9 @@ _PART_PTX = tl.constexpr(
 def _part(x, ARITHMETIC: tl.constexpr):
     """The nearest bfloat16, and what that leaves of a finite x."""
     if ARITHMETIC == "ptx":
+        # Not pure, or it goes to where a product takes it, with all before it, once for each warp that needs it.
         high, rest = tl.inline_asm_elementwise(
-            _PART_PTX, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.float32), is_pure=True, pack=2
+            _PART_PTX, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.float32), is_pure=False, pack=2
         )
     else:
         high = round_to(x, tl.bfloat16)
@@ -344,10 +345,9 @@ def _prepare(
         "BLOCK_M": block_m,
     }
     grid = (draw.samples * triton.cdiv(rows_per_sample, steps * block_m), counts[1])
-    # Of wgmma the accumulators of all rows of a tile are those of four warps.
-    few = machine.has_descriptors and by_eight_in and by_eight_out
-    options = {"num_warps": 4 if few else 8, "num_stages": configs.TRANSFORM_STAGES}
-    return Kernel(_transform_kernel, grid, a, rest, options)
+    regular = by_eight_in and by_eight_out
+    warps, stages = configs.transform(machine.architecture, regular, counts[0] == 1, max(parts_in, parts))
+    return Kernel(_transform_kernel, grid, a, rest, {"num_warps": warps, "num_stages": stages})
 
 
 def transform(a: Tensor, draw: Any, input_grad: bool, out: Tensor, add: bool) -> None:
