@@ -64,7 +64,8 @@ def _pairs(values: Any) -> Array:
     with np.errstate(invalid="ignore"):
         step = np.exp2(np.maximum(np.frexp(values)[1] - 8, -133))
         rounded = np.where(np.isfinite(values), np.rint(values / step) * step, values)
-    bits = rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)
+    with np.errstate(over="ignore"):
+        bits = rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)
     return bits[..., 0] | bits[..., 1] << np.uint32(16)
 
 
