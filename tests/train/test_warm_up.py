@@ -81,7 +81,7 @@ def test_a_step_compiles_nothing(
     options: dict[str, Any], shape: tuple[int, ...], compiled: list[str]
 ) -> None:
     warm = model(**options)
-    assert fk.warm_up(warm, [shape if len(shape) > 1 else shape[0]], progress=False) >= len(set(compiled)) > 1
+    assert fk.warm_up(warm, [shape if len(shape) > 1 else shape[0]], progress=False) >= len(compiled) > 1
     compiled.clear()
     step(warm, *shape)
     assert not compiled
