@@ -120,6 +120,7 @@ def _side(
 ):
     """Where a tile lies in the shard, what of it does, and by what it is multiplied: rows by +-f, float32, columns by
     +-1, of which only the sign's bit is returned. All of shape (1, *SHAPE)."""
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
     first = tl.cast(tile, tl.int64) << DRAW.tile_bits
     index = tl.arange(0, SHAPE[0])[:, None] * SHAPE[1] + tl.arange(0, SHAPE[1])[None, :]
     at = (first - offset) // MULTIPLE * MULTIPLE + index
@@ -127,7 +128,7 @@ def _side(
     if not WHOLE:
         inside = inside & (at >= 0) & (at < size)
     sign = _signs(
-        first, other, WALSH_ROWS if ROWS else WALSH_COLUMNS, stream, sample, seed, SHAPE, DRAW.arithmetic
+        first, other, WALSH_ROWS if ROWS else WALSH_COLUMNS, stream, sample, seed, SHAPE, ARITHMETIC
     )
     if ROWS:
         scale = factor(tl.load(noise_scale + at * stride_scale, mask=inside, other=0), negate, DTYPE, DRAW)
@@ -210,6 +211,7 @@ def _transform_kernel(
     P: tl.constexpr = 1 << HIGH if HIGH > 4 else 16
     Q: tl.constexpr = 1 << LOW
     DTYPE: tl.constexpr = out.dtype.element_ty
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
     FIRST: tl.constexpr = DTYPE if PARTS_IN == 1 else tl.bfloat16
     length = length // MULTIPLE_IN * MULTIPLE_IN
     stride_am = stride_am // MULTIPLE_IN * MULTIPLE_IN
@@ -255,7 +257,7 @@ def _transform_kernel(
                 INPUT_GRAD,
                 PARTS_IN,
                 PARTS,
-                DRAW.arithmetic,
+                ARITHMETIC,
             )
             acc = _times(x, out_by, not INPUT_GRAD)
         else:
@@ -278,7 +280,7 @@ def _transform_kernel(
                     INPUT_GRAD,
                     PARTS_IN,
                     PARTS,
-                    DRAW.arithmetic,
+                    ARITHMETIC,
                 )
                 acc += _times(x, by, not INPUT_GRAD)
         place = out + rows.to(tl.int64) * outputs + out_at
