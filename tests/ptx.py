@@ -53,6 +53,22 @@ def _bits(value: Any) -> Array:
     return np.where(np.abs(rounded) < 2.0**-126, 0 * rounded, rounded).astype(np.float32).view(np.uint32)
 
 
+def _halves(pairs: Array) -> Any:
+    """Pairs of bfloat16 as float64, subnormal numbers too."""
+    bits = np.stack([pairs << np.uint32(16), pairs & np.uint32(0xFFFF0000)], -1)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def _pairs(values: Any) -> Array:
+    """float64 (..., 2) to the nearest bfloat16, ties to even."""
+    with np.errstate(invalid="ignore"):
+        step = np.exp2(np.maximum(np.frexp(values)[1] - 8, -133))
+        rounded = np.where(np.isfinite(values), np.rint(values / step) * step, values)
+    with np.errstate(over="ignore"):
+        bits = rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)
+    return bits[..., 0] | bits[..., 1] << np.uint32(16)
+
+
 def _permute_bytes(low: Array, high: Array, selector: int) -> Array:
     both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
     out = np.zeros(both.shape, np.uint64)
@@ -92,6 +108,25 @@ def run(text: str, outputs: int, *inputs: Array, error: Mapping[str, int] = NO_E
             result = values[0] << values[1]
         elif opcode == "and.b32":
             result = values[0] & values[1]
+        elif opcode == "mov.b32":
+            result = values[0]
+        elif opcode == "lop3.b32" and names[3] == "0x96":
+            result = values[0] ^ values[1] ^ values[2]
+        elif opcode == "shf.r.wrap.b32":
+            both = values[0].astype(np.uint64) | values[1].astype(np.uint64) << np.uint64(32)
+            result = (both >> (values[2] & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
+        elif opcode == "fma.rn.bf16x2":
+            a, b, c = map(_halves, values)
+            with np.errstate(invalid="ignore", over="ignore"):
+                result = _pairs(
+                    a * b + c
+                )  # exact in float64 but for a c that is some 2^40 times larger or smaller
+        elif opcode == "cvt.rn.bf16x2.f32":
+            result = _pairs(np.stack([v.view(np.float32).astype(np.float64) for v in reversed(values)], -1))
+        elif opcode == "sub.rn.f32":
+            a, b = (np.ascontiguousarray(v).view(np.float32) for v in values)
+            with np.errstate(invalid="ignore"):
+                result = (a - b).view(np.uint32)
         elif opcode == "fma.rn.ftz.f32":
             a, b, c = map(_float, values)
             result = _bits(a * b + c)  # of 24 by 24 bits, so that float64 loses nothing

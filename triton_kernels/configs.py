@@ -178,6 +178,19 @@ def linear(
     raise AssertionError(f"configs.LINEAR has no tile for {rows} rows on {architecture}")
 
 
+def transform(architecture: str, regular: bool, one_tile: bool, parts: int) -> tuple[int, int]:
+    """Warps and stages of a transform: what compiles without spills (docs/internals/kernels.md).
+
+    regular: eight elements can be loaded at once. one_tile: along the contraction. parts: bfloat16 that hold a sum.
+    """
+    family = family_of(architecture)
+    if family == "gfx":
+        return 4, 1
+    if family == "sm80" and not one_tile:
+        return 8, 1
+    return (4 if regular and (family != "sm80" or parts < 3) else 8), 2
+
+
 @functools.lru_cache(maxsize=1024)
 def splits(
     config: Config, tiles: int, length: int, output_bytes: int, workspace: int, processors: int

@@ -55,6 +55,7 @@ PERTURBED_PTX = tl.constexpr(
     fma.rn.bf16x2 $3, d, $11, $9;
     }"""
 )
+_XOR_PTX = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x96;")
 ADD_PTX = tl.constexpr("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }")
 
 # Of one word: R = sqrt(c lg2((u + 0.5) / 2^16)), cos and sin of 2 pi v / 2^16. Bytes 4b00 above 16 bits are the float
@@ -77,17 +78,6 @@ _GAUSSIAN_PTX = tl.constexpr(
 
 
 @triton.jit
-def _xor(a, b, c, ARITHMETIC: tl.constexpr):
-    if ARITHMETIC == "ptx":
-        # By name, or the compiler keeps a word that it shifted down in 64 bits, and multiplies all of them.
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        return a ^ (b ^ c)
-
-
-@triton.jit
 def philox(c0, c1, c2, c3, seed, ARITHMETIC: tl.constexpr):
     """Four uint32 words per counter. Counters of different shapes broadcast as late as the rounds allow, so that what
     rows or columns share is computed once."""
@@ -100,9 +90,19 @@ def philox(c0, c1, c2, c3, seed, ARITHMETIC: tl.constexpr):
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
         round_key0 = (key0 + (r * 0x9E3779B9) % 0x100000000).to(tl.uint32)
         round_key1 = (key1 + (r * 0xBB67AE85) % 0x100000000).to(tl.uint32)
-        c0 = _xor((product1 >> 32).to(tl.uint32), c1, round_key0, ARITHMETIC)
+        high0, high1 = (product0 >> 32).to(tl.uint32), (product1 >> 32).to(tl.uint32)
+        if ARITHMETIC == "ptx":
+            # By name, or the compiler keeps the upper word in 64 bits, and multiplies all of them.
+            c0 = tl.inline_asm_elementwise(
+                _XOR_PTX, "=r,r,r,r", [high1, c1, round_key0], tl.uint32, is_pure=True, pack=1
+            )
+            c2 = tl.inline_asm_elementwise(
+                _XOR_PTX, "=r,r,r,r", [high0, c3, round_key1], tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            c0 = high1 ^ (c1 ^ round_key0)
+            c2 = high0 ^ (c3 ^ round_key1)
         c1 = product1.to(tl.uint32)
-        c2 = _xor((product0 >> 32).to(tl.uint32), c3, round_key1, ARITHMETIC)
         c3 = product0.to(tl.uint32)
     return c0, c1, c2, c3
 

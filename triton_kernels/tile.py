@@ -248,18 +248,20 @@ def factor(scale, negate, DTYPE: tl.constexpr, DRAW: tl.constexpr):
 
 @triton.jit
 def _to_float(w, DRAW: tl.constexpr):
-    return floats(w) if DRAW.paired else to_float(w, DRAW.arithmetic)
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
+    return floats(w) if DRAW.paired else to_float(w, ARITHMETIC)
 
 
 @triton.jit
 def _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE: tl.constexpr, DRAW: tl.constexpr):
     """`perturb_tile` of whole units of near_gaussian, w in their order."""
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
     PAIRS: tl.constexpr = w.shape[0] // 4
     UNITS: tl.constexpr = w.shape[1] // (4 if DRAW.paired else 8)
     # Rows of a whole multiple of 16, so that half of it counts the pairs before.
     pairs = (tl.cast(first_row, tl.uint32) >> 1) + tl.arange(0, PAIRS).to(tl.uint32)
     units = (tl.cast(first_col, tl.uint32) >> 3) + 2 * tl.arange(0, UNITS).to(tl.uint32)
-    left, right = near_gaussian_words(pairs[:, None], units[None, :], stream, sample, seed, DRAW.arithmetic)
+    left, right = near_gaussian_words(pairs[:, None], units[None, :], stream, sample, seed, ARITHMETIC)
     f0, f1, _, _ = _quarters(2 * f)
     w0, w1, w2, w3 = _quarters(w)
     if DRAW.paired and not DRAW.apart:
@@ -274,7 +276,7 @@ def _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE: tl.const
         w = _from_pairs(_of_quarters(w0, w1, w2, w3))
         return w, w
     else:
-        m0, m1, m2, m3 = near_gaussian(left, right, DRAW.arithmetic)
+        m0, m1, m2, m3 = near_gaussian(left, right, ARITHMETIC)
         w0 = tl.fma(f0, m0, _to_float(w0, DRAW))
         w1 = tl.fma(f1, m1, _to_float(w1, DRAW))
         w2 = tl.fma(f0, m2, _to_float(w2, DRAW))
@@ -321,6 +323,7 @@ def perturb_tile(
     And beside it, where noise stays apart, a tile of what the rounding took away: the noise, where W is large.
     """
     ALIGNED: tl.constexpr = DRAW.aligned
+    BITS: tl.constexpr = DRAW.tile_bits
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
     BLOCK_N: tl.constexpr = w.shape[0]
     BLOCK_K: tl.constexpr = w.shape[1] * (2 if DRAW.paired else 1)
@@ -349,7 +352,7 @@ def perturb_tile(
         return _add_signs(w, f, signs, DTYPE, DRAW)
     else:
         ONE_TILE: tl.constexpr = ALIGNED and BLOCK_N <= 64 and BLOCK_K <= 64
-        signs = hadamard(rows, blocks[None, :], stream, sample, seed, DRAW.tile_bits, ONE_TILE, ARITHMETIC)
+        signs = hadamard(rows, blocks[None, :], stream, sample, seed, BITS, ONE_TILE, ARITHMETIC)
         return _add_signs(w, f, signs, DTYPE, DRAW)
 
 

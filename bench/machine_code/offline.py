@@ -49,7 +49,12 @@ _BUDGETS = {
     ("input_grad", "sm90", "gaussian"): 18.6,
     ("forward", "sm80", "gaussian"): 19.2,
     ("input_grad", "sm80", "gaussian"): 20.6,
-    **{(kernel, target, "rademacher"): 12.5 for kernel in _PRODUCTS for target in _MAIN[:3]},
+    **{(kernel, target, "rademacher"): 9.0 for kernel in _PRODUCTS for target in _MAIN[:3]},
+    ("forward", "sm90", "near_gaussian"): 9.5,
+    ("input_grad", "sm90", "near_gaussian"): 9.5,
+    **{("perturb", target, "near_gaussian"): 6.0 for target in _MAIN[:3]},
+    **{("perturb", target, "rademacher"): 5.5 for target in _MAIN[:3]},
+    **{("perturb", target, "hadamard"): 9.0 for target in _MAIN[:3]},
     **{("perturb", target, "gaussian"): 15.2 for target in _MAIN[:3]},
     **{("row_sq_norms", target, "none"): 5.5 for target in _MAIN[:3]},
 }
@@ -79,6 +84,7 @@ _VARIANTS = {
     "noise": "noise alone",
     "apart": "split noise",
     "u": "makes u",
+    "dX": "input gradient",
 }
 
 
@@ -91,7 +97,7 @@ class Row(NamedTuple):
     noise: str
     tile: str
     case: str
-    instr: float = 0.0  # per element of the weight, in the main loop; without a loop, in the kernel
+    instr: float = 0.0  # per element of the weight, or of x, in the main loop; without a loop, in the kernel
     tensor: str = "-"  # instruction of the tensor cores in the loop, and how many
     special: int = 0  # special functions in the loop
     hidden: int | None = None  # those between the first warp-group product and its wait
@@ -108,6 +114,8 @@ class Row(NamedTuple):
 
 def cases() -> list[Case]:
     """All that is compiled: every tile of `configs.LINEAR` that an architecture can get, and what is special."""
+    from flatlora_kernels.core.noise import KINDS
+
     found = []
     for architecture in _MAIN:
         nvidia, hopper = architecture != "gfx942", architecture == "sm90"
@@ -118,7 +126,8 @@ def cases() -> list[Case]:
             odd = half._replace(N=4095, K=4097, variant="odd")
             for case in (half, odd, half._replace(dtype="float32"), *([tf32] if nvidia else [])):
                 found += [case._replace(rows=rows) for rows in _reached(case)]
-            found += [many._replace(noise="rademacher"), apart._replace(noise="rademacher")]
+            for noise in ("rademacher", "near_gaussian"):
+                found += [many._replace(noise=noise), apart._replace(noise=noise)]
             found += [apart._replace(rows=rows) for rows in _reached(half)]
             if nvidia:
                 found.append(apart._replace(dtype="tf32"))
@@ -130,6 +139,7 @@ def cases() -> list[Case]:
             if hopper:
                 found += [many._replace(N=4104, K=4104, variant="masks"), many._replace(variant="columns")]
                 found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
+                found.append(half._replace(rows=16, noise="near_gaussian"))
                 found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
         if architecture in ("sm90", "sm100"):  # the others leave it to the vendor's products
             grads = Case("adapter_grads", architecture, "bfloat16", _MANY, noise="none")
@@ -137,7 +147,9 @@ def cases() -> list[Case]:
         perturb = Case("perturb", architecture, "bfloat16")
         odd = perturb._replace(N=4095, K=4097, variant="odd")
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
-        found += [perturb, perturb._replace(noise="rademacher"), odd]
+        found += [odd, *(perturb._replace(noise=noise) for noise in KINDS)]
+        found += [odd._replace(noise=noise) for noise in KINDS if hopper]
+        found += _transforms(architecture)
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
         if hopper:
             found.append(perturb._replace(dtype="float32", variant="noise"))
@@ -145,6 +157,20 @@ def cases() -> list[Case]:
     # Takes the tiles of sm_80, with less shared memory.
     found += [Case(kernel, "sm120", "bfloat16", _MANY) for kernel in _PRODUCTS]
     return list(dict.fromkeys(found))
+
+
+def _transforms(architecture: str) -> list[Case]:
+    """Of the largest tile all types and both directions; of each way to cut a tile, one; tiles in part, and several."""
+    large = Case("transform", architecture, "bfloat16", _MANY, noise="hadamard")
+    found = [
+        large._replace(dtype=dtype, variant=variant)
+        for dtype in ("bfloat16", "float16", "float32")
+        for variant in ("", "dX")
+    ]
+    found += [large._replace(N=size, K=size) for size in (2048, 1024, 256, 64)]
+    if architecture == "gfx942":  # spills scalar registers into vector ones where there are several tiles
+        return found
+    return [*found, large._replace(K=14336), large._replace(N=4095, K=4097, variant="odd")]
 
 
 def _reached(case: Case) -> list[int]:
@@ -215,6 +241,11 @@ def _named(case: Case, kernel: str, arguments: dict[str, Any]) -> Row:
     if name == "add_splits":
         blocks = [arguments["BLOCK"]]
         about = {"and a second sum": arguments["HAS_SECOND"]}
+    elif name == "transform":
+        high, low = 1 << arguments["HIGH"], 1 << arguments["LOW"]
+        blocks = [arguments["BLOCK_M"], low, high]
+        size = f"{case.N} x {case.K}"
+        about = {f"{case.rows} rows": True, size: True, _VARIANTS.get(case.variant, ""): case.variant}
     else:
         n = arguments["BLOCK_N"]
         k = arguments.get("BLOCK_K") or arguments["BLOCK_M"]  # adapter_grads has no K
@@ -236,7 +267,7 @@ def _named(case: Case, kernel: str, arguments: dict[str, Any]) -> Row:
 def call(case: Case) -> None:
     """One call of the launcher that `case` names, on tensors without memory."""
     import torch
-    from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms
+    from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms, transform
 
     from flatlora_kernels.backends.shared.workspace import workspace_limit
     from flatlora_kernels.core.noise import tile_bits
@@ -279,6 +310,13 @@ def call(case: Case) -> None:
         product.product(p, draw, accum, workspace_limit(weight), own)
     elif case.kernel == "adapter_grads":
         adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
+    elif case.kernel == "transform":
+        input_grad = case.variant == "dX"
+        a, out = (
+            matrix(M, N if input_grad else K),
+            torch.empty(M, K if input_grad else N, dtype=dtype, device="meta"),
+        )
+        transform.transform(a, draw, input_grad, out, True)
     elif case.kernel == "perturb":
         perturb.perturb(None if case.variant == "noise" else weight, draw, weight)
     else:
@@ -308,6 +346,12 @@ def _work(only: str, listings: str, architectures: str) -> tuple[str, list[Row],
     return triton.__version__, list(rows.values()), _unreached(named)
 
 
+def _elements(arguments: dict[str, Any]) -> int:
+    """Of the weight, in one round of the main loop."""
+    others = (arguments.get(block) for block in ("BLOCK", "BLOCK_K", "BLOCK_M"))
+    return arguments.get("BLOCK_N", 1) * next(filter(None, others)) * arguments.get("TOGETHER", 1)
+
+
 _PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")
 _LOADS = ("LDG", "global_load", "buffer_load")
 _MULTIPLY_ADDS = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32")
@@ -334,14 +378,12 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
         body = _body(row, code)
     except ValueError as error:
         return text, row._replace(problems=[*problems, *reader.faults(code, [], ""), str(error)])
-    rows_of_w, rest = arguments.get("BLOCK_N", 1), ("BLOCK", "BLOCK_K", "BLOCK_M")
-    elements = (
-        rows_of_w
-        * next(arguments[block] for block in rest if arguments.get(block))
-        * arguments.get("TOGETHER", 1)
-    )
+    if row.kernel == "transform":  # of x
+        elements = arguments["BLOCK_M"] << arguments["TILE_BITS"]
+    else:
+        elements = _elements(arguments)
     per_thread = elements / (CHIPS[row.target].lanes * arguments["num_warps"])
-    tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads") else "-"
+    tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads", "transform") else "-"
     row = row._replace(
         instr=round(len(body) / per_thread, 2),
         tensor=tensor,
@@ -384,7 +426,7 @@ def _body(row: Row, code: reader.Body) -> reader.Body:
     """The instructions that are counted."""
     if row.kernel == "add_splits" or (row.kernel == "perturb" and not reader.loops(code)):
         return [code[i] for i in reader.reachable(code)]
-    if row.kernel == "adapter_grads":
+    if row.kernel in ("adapter_grads", "transform"):
         return reader.main_loop(code, lambda body: any(map(reader.is_tensor, body)))
     if row.kernel == "row_sq_norms":  # the adapter has a loop inside
         return reader.main_loop(

@@ -1,8 +1,8 @@
-"""The Gaussian noise of GPUs without a GPU: the inline PTX of triton_kernels/philox.py, with every approximation as
+"""The noise of GPUs without a GPU. Gaussian: the inline PTX of triton_kernels/philox.py, with every approximation as
 wrong as NVIDIA's documentation allows, stays within docs/internals/noise.md's 1e-4 for all radii and all angles.
 
 For AMD's v_log_f32, v_sin_f32 and v_cos_f32 no such bounds were found; test_triton_interpreter.py tests that arithmetic
-with exact functions.
+with exact functions. near_gaussian's is exact, for all its integers and for factors of any size.
 """
 
 from __future__ import annotations
@@ -121,3 +121,90 @@ def test_every_error_counts(name: str) -> None:
     """The control of the emulation: one instruction at its bound moves the result."""
     clean, off = outputs(TEXT, 1.0, {}), outputs(TEXT, 1.0, {name: 1})
     assert any((a != b).any() for a, b in zip(clean, off, strict=True))
+
+
+# near_gaussian
+
+LEVELS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28])
+UNIT = philox.PERTURBED_PTX.value
+
+
+def words(count: int) -> Any:
+    """In which every sign and code meets every other, turned or not."""
+    return np.random.default_rng(5).integers(0, 1 << 32, (2, count), dtype=np.uint64).astype(np.uint32)
+
+
+def integers(word: Any) -> tuple[Any, Any]:
+    """The values of two columns, and those of the word turned; (count, 2)."""
+    turned = word >> np.uint32(5) | word << np.uint32(27)
+
+    def values(w: Any) -> Any:
+        halves = np.stack([w & np.uint32(0xFFFF), w >> np.uint32(16)], -1)
+        return LEVELS[halves >> 5 & 15] * np.where(halves >> 15 & 1, -1, 1)
+
+    return values(word), values(turned)
+
+
+def bfloat16(values: Any) -> Any:
+    """Pairs of the nearest."""
+    return ptx._pairs(np.stack([values, values], -1))
+
+
+def units(text: str, f: tuple[float, float], weights: list[Any]) -> list[Any]:
+    left, right = words(1 << 14)
+    factors = [bfloat16(np.full(left.shape, 2 * value)) for value in f]
+    return ptx.run(text, 4, left, right, *weights, *factors)
+
+
+def exact_units(f: tuple[float, float], weights: list[Any]) -> list[Any]:
+    (a, b), (c, d) = map(integers, words(1 << 14))
+    m = (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)
+    return [w + integer * factor for w, integer, factor in zip(weights, m, (*f, *f), strict=True)]
+
+
+@pytest.mark.parametrize("f", [(2.0**-133, 2.0**-126), (1e-3, 0.25), (1.0, 3.0), (2.0**66, 1.2e37)], ids=str)
+@pytest.mark.parametrize("noise_alone", [True, False])
+def test_units_are_exact(f: tuple[float, float], noise_alone: bool) -> None:
+    """Whatever the factor: that of 1 and more is where 2^128 f would be infinite."""
+    f = tuple(float(ptx._halves(bfloat16(np.array([value])))[0, 0]) for value in f)  # type: ignore[assignment]
+    rng = np.random.default_rng(6)
+    scales = (0, 0, 0, 0) if noise_alone else (f[0], f[1], 50 * f[0], f[1] / 9)
+    held = [ptx._pairs(scale * rng.standard_normal((1 << 14, 2))) for scale in scales]
+    expected = exact_units(f, [ptx._halves(w) for w in held])
+    for got, value in zip(units(UNIT, f, held), expected, strict=True):
+        np.testing.assert_array_equal(ptx._halves(got), ptx._halves(ptx._pairs(value)))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x81e081e0", "0x81c081e0"),
+        ("$4, $4, 5", "$4, $4, 6"),
+        ("$5, $5, 5", "$5, $4, 5"),
+        ("0x7f007f00", "0x7e807e80"),
+        ("q, b, two, p", "q, b, minus, p"),
+        ("c, r, minus, p", "c, r, one, p"),
+        ("$1, b, $11, $7", "$1, b, $10, $7"),
+        ("$2, c, $10, $8", "$2, c, $10, $6"),
+    ],
+)
+def test_wrong_units_are_noticed(right: str, wrong: str) -> None:
+    text = UNIT.replace(right, wrong, 1)
+    assert text != UNIT
+    f = (0.5, 0.75)
+    rng = np.random.default_rng(6)
+    held = [ptx._pairs(rng.standard_normal((1 << 14, 2))) for _ in range(4)]
+    expected = exact_units(f, [ptx._halves(w) for w in held])
+    pairs = zip(units(text, f, held), expected, strict=True)
+    assert any((ptx._halves(got) != ptx._halves(ptx._pairs(value))).any() for got, value in pairs)
+
+
+def test_quotient_by_the_root_is_correctly_rounded() -> None:
+    """Of every float32 between two powers of two, and of subnormal results, as a division rounds it."""
+    root = np.float32(math.sqrt(665))
+    assert philox.ROOT_RECIPROCAL.value == 1 / float(root)
+    scales = [np.arange(1 << 23, 1 << 24).astype(np.float32)]
+    scales.append(np.arange(1, 1 << 30, 1023, dtype=np.uint32).view(np.float32))
+    for scale in scales:
+        got = (scale.astype(np.float64) * philox.ROOT_RECIPROCAL.value).astype(np.float32)
+        np.testing.assert_array_equal(got, scale / root)

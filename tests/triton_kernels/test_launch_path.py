@@ -63,7 +63,7 @@ def test_a_call_passes_its_own_tensors_and_numbers(driver: nodriver.NoDriver) ->
 
 
 def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) -> None:
-    """Each of these differs from the first call in one thing that the code depends on."""
+    """Each of these differs from all others in what the code depends on."""
     x, weight, draw = operands(16, 64, 72)
     seen: dict[str, Any] = {}
 
@@ -74,13 +74,17 @@ def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) ->
     run("first", x, weight, draw)
     run("antithetic", x, weight, draw._replace(antithetic=True))
     run("rademacher", x, weight, draw._replace(noise="rademacher"))
-    run("offset", x, weight, draw._replace(row_offset=2))
+    run("within a word", x, weight, draw._replace(noise="rademacher", row_offset=2))
+    run("near_gaussian", x, weight, draw._replace(noise="near_gaussian"))
+    run("within a unit", x, weight, draw._replace(noise="near_gaussian", col_offset=8))
     run("columns", x, randn(72, 64, dtype=torch.bfloat16).t(), draw)
     run("shifted", torch.empty(16 * 72 + 1, dtype=torch.bfloat16)[1:].view(16, 72), weight, draw)
     run("again", x.clone(), weight, draw)
     constants = ("DRAW", "CUT", "stride_wn")
     kinds = {name: tuple(a[c] for c in constants) for name, a in seen.items()}
     assert kinds.pop("again") == kinds["first"]
+    run("in rows of a unit", x, weight, draw._replace(noise="near_gaussian", row_offset=8))
+    assert seen["in rows of a unit"]["DRAW"] == seen["within a unit"]["DRAW"]
     assert len(set(kinds.values())) == len(kinds)
 
 
@@ -144,7 +148,7 @@ def test_host_time(driver: nodriver.NoDriver, monkeypatch: pytest.MonkeyPatch) -
         launch.forget()
     x32, w32 = x.float(), weight.float()
     plain = median_us(lambda: torch.nn.functional.linear(x32, w32))
-    rest = (0, "gaussian", 1, 0, False, 0, 0, "fused", "folded", "triton")
+    rest = (0, "gaussian", 1, 0, False, 0, 0, 0, "fused", "folded", "triton")
     op = median_us(
         lambda: torch.ops.flatlora.linear(
             x, weight, None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest

@@ -315,7 +315,11 @@ def test_version_without_a_table_is_held_to_the_others() -> None:
         ({"instr": 17.51}, "the budget is 17.5"),
         ({"kernel": "input_grad", "instr": 18.61}, "the budget is 18.6"),
         ({"kernel": "perturb", "instr": 15.21, "rows": 0}, "the budget is 15.2"),
-        ({"noise": "rademacher", "instr": 12.6}, "the budget is 12.5"),
+        ({"noise": "rademacher", "instr": 9.01}, "the budget is 9.0"),
+        ({"noise": "near_gaussian", "instr": 9.51}, "the budget is 9.5"),
+        ({"kernel": "perturb", "noise": "near_gaussian", "instr": 6.01, "rows": 0}, "the budget is 6.0"),
+        ({"kernel": "perturb", "noise": "rademacher", "instr": 5.51, "rows": 0}, "the budget is 5.5"),
+        ({"kernel": "perturb", "noise": "hadamard", "instr": 9.01, "rows": 0}, "the budget is 9.0"),
         ({"exposed": 2}, "2 waits for a global load"),
         ({"exposed": 1, "dtype": "float16", "noise": "rademacher"}, "1 waits for a global load"),
         ({"shared": (227 << 10) + 1}, "bytes of shared memory"),
@@ -412,7 +416,7 @@ def test_loads_ahead_change_no_bit() -> None:
             return [product.product(p, draw, "split", 1 << 24)[0] for p in both]
 
         def everything():
-            noises = ("gaussian", "rademacher")
+            noises = ("gaussian", "rademacher", "near_gaussian")
             return [out for steps in (1, 2, 5) for noise in noises for out in products(steps, noise)]
 
         tiles = {name: ((40, configs.Config(64, 64, 64, 1, 1)),) for name in ("forward", "input_grad")}

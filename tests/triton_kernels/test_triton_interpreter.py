@@ -39,6 +39,7 @@ from flatlora_kernels.triton_kernels import (  # noqa: E402
     product,
     row_norms,
     tile,
+    transform,
 )
 from triton.runtime.interpreter import TensorHandle  # noqa: E402
 
@@ -53,24 +54,25 @@ def inline_asm(
     asm: Any, constraints: Any, args: list[Any], dtype: Any, is_pure: Any, pack: Any, **_: Any
 ) -> Any:
     """`tl.inline_asm_elementwise` by ptx.py, errors of the instructions left out."""
-    outputs = str(constraints).count("=")
-    shape = args[0].handle.data.shape
-    inputs = []
-    for arg in args:
-        data = np.ascontiguousarray(arg.handle.data)
-        assert data.shape == shape
-        assert data.itemsize * int(pack) == 4, "one register of 32 bits"
-        inputs.append(data.reshape(-1).view(np.uint32))
-    registers = [bits.view(np.float32) for bits in ptx.run(asm.value, outputs, *inputs)]
-    if not isinstance(dtype, tuple):  # `pack` registers hold one tensor's values, taken in turn
-        assert outputs == int(pack)
-        registers, dtype = [np.stack(registers, -1)], (dtype,)
-    assert len(registers) == len(dtype)
-    results = [
-        tl.tensor(TensorHandle(r.reshape(shape), t), tl.block_type(t, list(shape)))
-        for r, t in zip(registers, dtype, strict=True)
-    ]
-    return results[0] if len(results) == 1 else tuple(results)
+    outputs, pack = str(constraints).count("="), int(pack)
+    shape = np.broadcast_shapes(*(arg.handle.data.shape for arg in args))
+    inputs: list[Any] = []
+    for arg in args:  # 32 bits make a register, of one value or two
+        data = np.ascontiguousarray(np.broadcast_to(arg.handle.data, shape)).reshape(-1, pack)
+        inputs += list(np.ascontiguousarray(data.view(np.uint32).T))
+    registers = ptx.run(asm.value, outputs, *inputs)
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    scalar = not any(arg.type.is_block() for arg in args)
+    results = []
+    for t in dtypes:
+        count = pack * t.primitive_bitwidth // 32
+        words, registers = np.stack(registers[:count], -1), registers[count:]
+        values = words.view({"fp32": np.float32, "uint32": np.uint32, "bf16": np.uint16}[str(t)]).reshape(
+            shape
+        )
+        results.append(tl.tensor(TensorHandle(values, t), t if scalar else tl.block_type(t, list(shape))))
+    assert not registers
+    return tuple(results) if isinstance(dtype, tuple) else results[0]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +88,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def use(architecture: str, processors: int = 4) -> None:
         machine = launch.Machine(architecture, processors)
-        for module in (launch, product, perturb, row_norms, adapter_grads):
+        for module in (launch, product, perturb, row_norms, adapter_grads, transform):
             if hasattr(module, "machine_of"):
                 monkeypatch.setattr(module, "machine_of", lambda tensor: machine)
         launch.forget()
@@ -300,16 +302,141 @@ def test_where_adapter_grads_pays(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-def test_perturb_tiles(noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offsets", [(5, 16), (0, 8), (64, 128)], ids=str)
+@pytest.mark.parametrize("noise", oracle.KINDS)
+def test_perturb_tiles(noise: str, offsets: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tile of the table, of which a program draws several, against the interpreter's own."""
-    columns = 2 * configs.PERTURB.steps * configs.PERTURB.block_k + 13
-    draw = {"seed": 3, "noise": noise, "row_offset": 5, "col_offset": 16}
-    scale = torch.rand(configs.PERTURB.block_n + 3)
+    config = configs.PERTURB_UNITS if noise == "near_gaussian" else configs.PERTURB
+    columns = 2 * config.steps * config.block_k + 13
+    draw = {"seed": 3, "noise": noise, "row_offset": offsets[0], "col_offset": offsets[1]}
+    draw["layer_shape"] = (200, 1 << 12)
+    scale = torch.rand(config.block_n + 3)
     weight = randn(len(scale), columns)
     expected = fk.perturb_weight(weight, scale, backend="triton", **draw)
-    monkeypatch.setattr(configs, "PERTURB_INTERPRETER", configs.PERTURB)
+    monkeypatch.setattr(configs, "PERTURB_INTERPRETER", config)
+    launch.forget()
     assert torch.equal(fk.perturb_weight(weight, scale, backend="triton", **draw), expected)
+
+
+def drawn_exactly(scale: torch.Tensor, K: int, dtype: torch.dtype, **draw: Any) -> torch.Tensor:
+    """`oracle.epsilon` in the type of the weight."""
+    return oracle.epsilon(Draw(scale, **draw), K, dtype).to(dtype)
+
+
+@pytest.mark.parametrize("architecture", ["interpreter", "sm90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("noise", [kind for kind in oracle.KINDS if kind != "gaussian"])
+def test_exact_noise_with_the_arithmetic_of(
+    architecture: str, dtype: torch.dtype, noise: str, on: Any
+) -> None:
+    """Bit for bit, alone and added to a weight, at offsets that cut units and words and at some that do not; scales of
+    every size."""
+    on(architecture)
+    N, K = 45, 72
+    scale = torch.exp2(torch.linspace(-20, 9, N)) * (1 + torch.rand(N))
+    weight = randn(N, K, dtype=dtype)
+    for row, col, sample in ((0, 0, 2), (16, 48, 5), (21, 24, 5), (4, 8, 2), (128, 192, 4)):
+        where = {
+            "seed": 77,
+            "stream": 5,
+            "noise": noise,
+            "antithetic": True,
+            "row_offset": row,
+            "col_offset": col,
+        }
+        shape = {"layer_shape": (300, 300)}
+        draw = where | {"seed": torch.tensor(77), "sample_offset": sample}
+        draw["tile_bits"] = oracle.tile_bits(300, 300) if noise == "hadamard" else 0
+        expected = drawn_exactly(scale, K, dtype, **draw)
+        got = fk.materialize_noise(scale, K, dtype=dtype, backend="triton", sample=sample, **where, **shape)
+        assert torch.equal(got, expected)
+        got = fk.perturb_weight(weight, scale, backend="triton", sample=sample, **where, **shape)
+        exact = weight.double() + oracle.epsilon(Draw(scale, **draw), K, dtype).double()
+        ulp = torch.finfo(dtype).eps  # float32 alone may save the rounding of eps, or not
+        if dtype == torch.bfloat16:
+            assert torch.equal(got, exact.to(dtype))
+        else:
+            torch.testing.assert_close(got.double(), exact, rtol=ulp, atol=ulp)
+
+
+@pytest.mark.parametrize("noise", ["near_gaussian", "rademacher"])
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_products_of_each_noise_with_the_arithmetic_of(architecture: str, noise: str, on: Any) -> None:
+    """Tiles carried from one step to the next or not, loaded in pairs or not, noise apart or not."""
+    on(architecture)
+    for (M, N, K), accum in (((20, 72, 104), "folded"), ((70, 72, 136), "split"), ((70, 41, 75), "folded")):
+        options = {"noise": noise, "samples": 2, "antithetic": True, "noise_accum": accum}
+        p = problem(M, N, K, torch.bfloat16, rank=4, **options)
+        eps = [
+            drawn_exactly(
+                p.options["noise_scale"],
+                K,
+                torch.bfloat16,
+                seed=torch.tensor(0x1E3779B97F4A7C15),
+                stream=3,
+                noise=noise,
+                sample_offset=g,
+                antithetic=True,
+            )  # fmt: skip
+            for g in range(2)
+        ]
+        p.options["seed"] = 0x1E3779B97F4A7C15
+        y = run(TRITON, p)["y"].double()
+        W = torch.stack([p.weight.double() + e.double() for e in eps])
+        expected = torch.bmm(p.x.double().view(2, M // 2, K), W.transpose(1, 2)).view(M, N)
+        expected += 0.75 * (p.x.double() @ p.lora_A.double().t()) @ p.lora_B.double().t()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+TRANSFORMS = [  # bits, M, N, K, row and column offset, samples
+    (0, 3, 1, 9, 0, 0, 1),
+    (2, 4, 5, 12, 3, 8, 2),
+    (5, 18, 40, 33, 40, 24, 1),
+    (7, 4, 130, 200, 100, 56, 2),
+    (8, 3, 256, 256, 0, 0, 1),
+    (9, 2, 515, 520, 500, 504, 1),
+]
+
+
+@pytest.mark.parametrize("input_grad", [False, True], ids=["forward", "input_grad"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", TRANSFORMS, ids=str)
+def test_transform(case: tuple[int, ...], dtype: torch.dtype, input_grad: bool) -> None:
+    """Sums of float32, and the bits of eps where only one of them is asked for; tiles that the shard cuts at both ends,
+    column-major and row-major, added to something or not. Beside `a` and `out` lies NaN."""
+    bits, M, N, K, row, col, samples = case
+    draw = Draw(torch.rand(N), torch.tensor(77), 3, "hadamard", samples, 1, samples > 1, row, col, bits)
+    eps = [oracle.epsilon(draw, K, dtype, g) for g in range(samples)]
+    eps = [e if input_grad else e.t() for e in eps]
+    length, outputs = eps[0].shape
+    add = dtype == torch.float16
+    wide = torch.full((length + 2, M) if add else (M, length + 16), float("nan"), dtype=dtype)
+    a = (wide[1:-1].t() if add else wide[:, 8:-8]).copy_(randn(M, length, dtype=dtype))
+    before = (
+        randn(M, outputs, seed=1, dtype=dtype) if add else torch.full((M, outputs), float("nan"), dtype=dtype)
+    )
+    out = before.clone()
+    TRITON.module.transform(a, draw, input_grad, out, add)
+    exact = torch.cat([part.double() @ e.double() for part, e in zip(a.chunk(samples), eps, strict=True)])
+    exactly_rounded(out, exact + before.double() if add else exact)
+    few = torch.eye(length, dtype=dtype)[: min(length, 3)].repeat(samples, 1)
+    out = few.new_empty(len(few), outputs)
+    TRITON.module.transform(few, draw, input_grad, out, False)
+    assert torch.equal(out, torch.cat([e[: len(few) // samples] for e in eps]).to(dtype))
+
+
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_transform_with_the_arithmetic_of(architecture: str, on: Any) -> None:
+    on(architecture)
+    test_transform((8, 2, 256, 260, 0, 0, 1), torch.bfloat16, False)
+
+
+def test_transform_of_several_blocks_in_a_program(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie."""
+    on("interpreter", 4)
+    monkeypatch.setattr(configs, "TRANSFORM_PROGRAMS", 1)
+    monkeypatch.setattr(configs, "TRANSFORM", 256)
+    test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float32, False)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -330,7 +457,7 @@ kept: list[mmap.mmap] = []
 
 def stay_inside() -> None:
     """In the child: one touch beyond the end of an argument ends it."""
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "rademacher", "near_gaussian"):
         for shape in ((1, 33, 41), (5, 67, 130), (70, 9, 7)):
             p = problem(*shape, torch.bfloat16, rank=5, bias=True, lora_x=True, noise=noise)
             scale = p.options.pop("noise_scale")
@@ -343,6 +470,10 @@ def stay_inside() -> None:
             fk.row_sq_norms(W, A, B, backend="triton")
             fk.row_sq_norms(W, backend="triton")
             fk.perturb_weight(W, guarded(scale), seed=1, noise=noise, out=guarded(p.weight), backend="triton")
+    for input_grad in (False, True):
+        a, scale = guarded(randn(5, 67, dtype=torch.bfloat16)), guarded(torch.rand(67))
+        draw = Draw(scale, torch.tensor(3), noise="hadamard", tile_bits=6)
+        TRITON.module.transform(a, draw, input_grad, guarded(torch.empty(5, 67, dtype=torch.bfloat16)), True)
     halves = [guarded(randn(*shape, dtype=torch.bfloat16)) for shape in ((70, 72), (70, 5), (72, 5))]
     adapter_grads.adapter_grads(*halves, 0.5)
     if "beyond" in sys.argv:
