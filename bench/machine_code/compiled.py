@@ -197,6 +197,8 @@ def _draws(body: reader.Body, name: str) -> int:
         return 2 * logarithms
     if not _calls(body):
         return 0
+    if name.startswith("transform"):  # of a row that it takes in
+        return 1 if "small" in name else 16
     if "hadamard" in name:  # signs by index: of a patch, or of a chunk at a time
         return 32 if regular(name) else 8
     # A patch, of rademacher all 16 rows of a call where a thread has them.

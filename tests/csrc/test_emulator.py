@@ -249,7 +249,8 @@ def check(kernels: Kernels, case: Case) -> None:
         error = (P.double() - weight.double() - eps.double()).abs()
         largest = torch.maximum(weight.double().abs(), eps.double().abs())
         ulp = unit * 2.0 ** largest.clamp(torch.finfo(case.dtype).tiny).log2().floor()
-        inexact = 1e-4 * draw.noise_scale[:, None] if case.noise == "gaussian" else 2.0**-23 * eps.abs()
+        rounded = case.noise == "gaussian" or case.apart  # what is left has few bits in float16
+        inexact = 1e-4 * draw.noise_scale[:, None] if rounded else 2.0**-23 * eps.abs()
         assert (error <= ulp + inexact).all()
         if not case.tf32 and not case.apart and kernels.whole:
             alone = draw._replace(samples=1, sample_offset=draw.sample_offset + group)
