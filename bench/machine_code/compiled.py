@@ -34,20 +34,26 @@ TARGETS = ("80", "86", "89", "90", "90a", "100")
 OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-DNDEBUG")
 
 # Instructions per value of noise at most, whatever the table says: all, in `perturb` and in producer warps, and those
-# besides the products and their operands where the same warps multiply.
+# besides the products and their operands where the same warps multiply. The first that names a kernel holds.
 _BUDGETS = {
     ("perturb", "gaussian"): 17.0,
     ("perturb<bf16", "near_gaussian"): 6.0,
     ("perturb<f16", "near_gaussian"): 9.5,
+    ("perturb<bf16", "rademacher"): 4.5,
     ("perturb", "rademacher"): 10.0,
     ("linear_sm80", "gaussian"): 17.0,
+    # Where what rounding leaves is stored as well, and in float16, sums are float32's.
+    ("linear_sm80", "near_gaussian, 3, apart"): 14.0,
     ("linear_sm80<bf16", "near_gaussian"): 9.5,
     ("linear_sm80<f16", "near_gaussian"): 12.5,
+    ("linear_sm80", "rademacher, 3, apart"): 11.0,
+    ("linear_sm80<bf16", "rademacher"): 6.5,
     ("linear_sm80", "rademacher"): 11.0,
     ("linear_sm90", "gaussian"): 20.0,
     ("linear_sm90<bf16", "near_gaussian"): 9.5,
     ("linear_sm90<f16", "near_gaussian"): 12.5,
-    # On an H100 waiting for W costs more than to hold a second tile of it.
+    ("linear_sm90<bf16, false, rademacher, 0", "rademacher"): 7.5,  # whose registers do not hold 16 rows
+    ("linear_sm90<bf16", "rademacher"): 5.0,
     ("linear_sm90", "rademacher"): 12.5,
 }
 
@@ -242,10 +248,12 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
 
 
 def _over_budget(row: Row) -> list[str]:
+    if "float" in row.kernel or not regular(row.kernel) or row.besides is None:
+        return []
     for (prefix, noise), most in _BUDGETS.items():
-        ours = row.kernel.startswith(prefix) and f" {noise}" in row.kernel and row.besides is not None
-        if ours and "float" not in row.kernel and regular(row.kernel) and row.besides > most:
-            return [f"{row.besides} instructions per value besides the products, the budget is {most}"]
+        if row.kernel.startswith(prefix) and f" {noise}" in row.kernel:
+            over = row.besides > most
+            return [f"{row.besides} instructions per value besides the products, the budget is {most}"] * over
     return []
 
 

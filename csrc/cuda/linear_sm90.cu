@@ -41,8 +41,8 @@ gpu::Error plan_tile(const LinearArgs& args, const Gpu& gpu, int config, int64_t
   job.row_bytes = 2 * args.weight.row_stride;
   job.unit_bytes = 8 * job.row_bytes;
   const bool is_bf16 = args.dtype == int64_t(DType::kBFloat16);
-  job.turn_bytes =
-      job.row_bytes * tile.k * tile.producers * patches_of(static_cast<Noise>(args.noise.kind), is_bf16, tile);
+  job.turn_bytes = job.row_bytes * tile.k * tile.producers *
+                   patches_of(static_cast<Noise>(args.noise.kind), is_bf16, args.input_grad != 0, tile);
   job.rows_per_sample = args.M / args.noise.samples;
   job.tiles_per_sample = ceil_div(job.rows_per_sample, tile.m * tile.cluster) * tile.cluster;
   job.tiles_m = job.tiles_per_sample * args.noise.samples;

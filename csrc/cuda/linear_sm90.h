@@ -41,10 +41,12 @@ constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
     {128, 64, 1, 8, 3, 104, 80, 1200},
 };
 
-// Patches that a producer draws in a step. Of rademacher four, so that the 16 rows that one call serves are one thread's
-// and a warp draws for a whole step; but for float factors and the tile with fewest registers.
-constexpr int patches_of(Noise noise, bool bf16, const Sm90Tile& tile) {
-  return noise == Noise::kRademacher && (bf16 || tile.cluster == 1) ? 4 : 1;
+// Patches that a producer draws in a step. Of rademacher four, where the registers hold what that takes: the 16 rows
+// that one call serves are one thread's, and a warp draws for a whole step.
+constexpr int patches_of(Noise noise, bool bf16, bool input_grad, const Sm90Tile& tile) {
+  if (noise != Noise::kRademacher) return 1;
+  const bool fits = bf16 ? input_grad || tile.cluster == 1 : tile.producer_registers > 88;
+  return fits ? 4 : 1;
 }
 
 struct Sm90Job {
@@ -63,7 +65,8 @@ struct Sm90Linear {
   static constexpr int kShareBytes = kShare * 128;
   // A group of producers draws the share of a step.
   using Own = Patch<kNoise>;
-  static constexpr int kPatches = patches_of(kNoise, std::is_same_v<T, gpu::bf16>, kTile), kGroup = 128 / kPatches;
+  static constexpr int kPatches = patches_of(kNoise, std::is_same_v<T, gpu::bf16>, kInputGrad, kTile);
+  static constexpr int kGroup = 128 / kPatches;
   static constexpr int kTurns = kTile.producers * kPatches;
   // A parity tells a use of a stage from the next, not from the one after that. Where there are more turns than stages,
   // they open theirs in order.
@@ -86,7 +89,7 @@ struct Sm90Linear {
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
   FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
-  FLATLORA_DEVICE gpu::Shared order(int turn) const { return full(2 * kStages + turn); }
+  FLATLORA_DEVICE gpu::Shared order(int turn) const { return full(uint32_t(2 * kStages + turn)); }
 
   // A place in the ring of stages; the parity tells one use of a stage from the next.
   struct Ring {
@@ -173,8 +176,8 @@ struct Sm90Linear {
     const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
     return static_cast<const char*>(job.args.weight.data) + n * int64_t(row_bytes()) + k * int64_t(sizeof(T));
   }
-  // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`: the
-  // other of the two, which stays the same.
+  // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`:
+  // the other of the two, which stays the same.
   FLATLORA_DEVICE static bool inside(int p, int i, int left, int limit) {
     return kInputGrad ? row(p, i) < left && limit > column(i) : left > column(i) && row(p, i) < limit;
   }
@@ -182,9 +185,8 @@ struct Sm90Linear {
   FLATLORA_DEVICE void load(Chunk<T> (&w)[4], int p, const char* from, int left, int limit) const {
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i)
-      w[i] = inside(p, i, left, limit)
-                 ? gpu::load_global_once(from + row_offset(p, i) + column(i) * int(sizeof(T)))
-                 : Chunk<T>{};
+      w[i] = inside(p, i, left, limit) ? gpu::load_global_once(from + row_offset(p, i) + column(i) * int(sizeof(T)))
+                                       : Chunk<T>{};
   }
   // Where the thread's first chunk lies in a stage, and chunk i of patch p from there.
   FLATLORA_DEVICE uint32_t place() const {
@@ -298,9 +300,8 @@ struct Sm90Linear {
       const auto load_factors = [&](int p, int count) {
         FLATLORA_UNROLL
         for (int i = 0; i < 4; i += Own::kCols) {
-          const auto factor = row(p, i) < count
-                                  ? factor_of<kNoise, T>(draw, gpu::load_global<float>(scale + row(p, i)))
-                                  : Factor<kNoise, T>(0);
+          const auto factor = row(p, i) < count ? factor_of<kNoise, T>(draw, gpu::load_global<float>(scale + row(p, i)))
+                                                : Factor<kNoise, T>(0);
           FLATLORA_UNROLL
           for (int c = 0; c < Own::kCols; ++c) rows.factor[i + c] = factor;
         }
@@ -361,8 +362,7 @@ struct Sm90Linear {
             perturb_patch<kNoise, T>(w, draw, rows, blocks);
           if (p == 0) open(ring, turn, a_map, at, fetched);
           FLATLORA_UNROLL
-          for (int i = 0; i < 4; ++i)
-            store(w_stage(ring.slot) + mine, p, i, w[i]);
+          for (int i = 0; i < 4; ++i) store(w_stage(ring.slot) + mine, p, i, w[i]);
           if constexpr (!kAhead) load(next, (p + 1) % kPatches, from, left, limit);
         }
         if constexpr (kInputGrad) scale += kColumns;
@@ -576,12 +576,10 @@ template <class T, bool kInputGrad>
 gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
                              const gpu::TensorMap& u_map, const Sm90Job& job) {
   switch (static_cast<Noise>(job.linear.args.noise.kind)) {
-    case Noise::kGaussian:
-      return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
+    case Noise::kGaussian: return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
     case Noise::kNearGaussian:
       return launch_sm90_config<T, kInputGrad, Noise::kNearGaussian>(config, how, a_map, u_map, job);
-    default:
-      return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
+    default: return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
   }
 }
 

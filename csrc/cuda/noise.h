@@ -378,7 +378,8 @@ FLATLORA_DEVICE uint32_t walsh_signs(const Draw& d, uint32_t row, int bits, uint
   uint32_t signs = sign_word(d, kColumnSigns, k, row >> bits) >> (k & 24) ^ walsh_byte(mirrored);
   FLATLORA_NO_UNROLL
   for (uint32_t j = 0; j < 8; j += width) {
-    const uint32_t odd = uint32_t(gpu::count_bits(mirrored & k)) ^ sign_word(d, kRowSigns, row, (k + j) >> bits) >> (row & 31);
+    const uint32_t odd =
+        uint32_t(gpu::count_bits(mirrored & k)) ^ sign_word(d, kRowSigns, row, (k + j) >> bits) >> (row & 31);
     signs ^= (odd & 1 ? (1u << width) - 1 : 0u) << j;
   }
   return signs & 0xff;

@@ -7,7 +7,8 @@ namespace {
 template <class T>
 bool whole_chunks(const PerturbArgs& args, const void* data, int64_t row_stride, int64_t col_stride) {
   const int64_t row_bytes = args.N == 1 ? 0 : row_stride * int64_t(sizeof(T));
-  return col_stride == 1 && args.K % 8 == 0 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes < int64_t(1) << 32 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return col_stride == 1 && args.K % 8 == 0 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes < int64_t(1) << 32 &&
+         reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 // Whether W begins where the patches of the kernel with vectors may.

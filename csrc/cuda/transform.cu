@@ -1,6 +1,5 @@
-#include "transform.h"
-
 #include "kernels.h"
+#include "transform.h"
 
 namespace flatlora {
 namespace {

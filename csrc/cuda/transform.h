@@ -2,8 +2,8 @@
 //
 // A block has one row of `a` and one tile of T outputs, and goes through the tiles of the contraction. Of each it takes
 //     in sign * a   ->   the transform   ->   + out sign * that,  at output rev(h) for place h of the transform,
-// with the signs of rows and columns of the weight on either side: columns come in and rows go out, in the input gradient
-// the other way round. noise_scale belongs to the rows.
+// with the signs of rows and columns of the weight on either side: columns come in and rows go out, in the input
+// gradient the other way round. noise_scale belongs to the rows.
 #pragma once
 
 #include "noise.h"
@@ -15,8 +15,8 @@ struct TransformBlock {
   Draw draw;
   int64_t m, in_length, out_length;
   uint32_t in_first, out_first;  // of the tensors in the whole weight
-  uint32_t in_kind, out_kind;    // of signs
-  uint32_t tile;                 // of outputs
+  uint32_t in_kind, out_kind;  // of signs
+  uint32_t tile;  // of outputs
   uint32_t tiles_begin, tiles_count;  // of the contraction
 
   // `bits`: of a tile.
@@ -168,7 +168,10 @@ FLATLORA_DEVICE void scale_16(float (&x)[16], const TransformArgs& args, const D
 
 // kVector: of load_16, for `a`, y and noise_scale.
 template <class T, int kBits, bool kVector>
-FLATLORA_KERNEL(Walsh<kBits>::kThreads, (!kVector ? 512 : sizeof(T) == 2 ? 1024 : 768) / Walsh<kBits>::kThreads)
+FLATLORA_KERNEL(Walsh<kBits>::kThreads, (!kVector         ? 512
+                                         : sizeof(T) == 2 ? 1024
+                                                          : 768) /
+                                            Walsh<kBits>::kThreads)
 transform_kernel(TransformArgs args) {
   using W = Walsh<kBits>;
   const TransformBlock b(args, kBits);
@@ -250,8 +253,10 @@ transform_small_kernel(TransformArgs args) {
     const int64_t index = (int64_t(tile) << bits) + me - b.in_first;
     float x = 0.0f;
     if (mine && index >= 0 && index < b.in_length) {
-      x = with_sign(number_at<T>(row, index * args.a_col_stride), sign_word(b.draw, b.in_kind, in, b.tile) >> (in & 31), 0);
-      if (backward) x *= sign_factor<T>(b.draw, gpu::load_global<float>(args.noise.scale + index * args.noise.scale_stride));
+      x = with_sign(number_at<T>(row, index * args.a_col_stride), sign_word(b.draw, b.in_kind, in, b.tile) >> (in & 31),
+                    0);
+      if (backward)
+        x *= sign_factor<T>(b.draw, gpu::load_global<float>(args.noise.scale + index * args.noise.scale_stride));
     }
     FLATLORA_NO_UNROLL
     for (int bit = 0; bit < bits; ++bit) {

@@ -170,8 +170,8 @@ inline uint16_t to_bf16(float x) {
   uint32_t bits = scalar::as_int(x);
   return std::isnan(x) ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-// Of the exact x + rest, with |rest| below what x holds: what a conversion cuts off is kept in the last bit, so that the
-// next one rounds as if it had seen the whole.
+// Of the exact x + rest, with |rest| below what x holds: what a conversion cuts off is kept in the last bit, so that
+// the next one rounds as if it had seen the whole.
 inline uint16_t to_bf16(double x, double rest) {
   float cut = float(x);
   const double left = std::isfinite(cut) ? (x - double(cut)) + rest : (std::isfinite(x) ? -x : 0.0);

@@ -1,6 +1,6 @@
-// One small kernel for each function of csrc/cuda/ptx.h, for tests/csrc/test_wrappers.py, which knows what must come out.
-// Compiled by nvcc for a GPU, and with FLATLORA_EMULATED by a C++ compiler for the emulator. FLATLORA_TEST_SM90: with
-// what only sm_90a has.
+// One small kernel for each function of csrc/cuda/ptx.h, for tests/csrc/test_wrappers.py, which knows what must come
+// out. Compiled by nvcc for a GPU, and with FLATLORA_EMULATED by a C++ compiler for the emulator. FLATLORA_TEST_SM90:
+// with what only sm_90a has.
 #include <cstring>
 #include <string>
 

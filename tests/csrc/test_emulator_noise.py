@@ -41,7 +41,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 # Where the tensor begins, and t of hadamard: whole patches, cut ones, both ends of the indices, tiles below a chunk.
-PLACES = [(0, 0, 5), (16, 32, 9), (8, 8, 4), (4, 16, 3), (3, 24, 4), (5, 40, 12), (48, 8, 2), (0, 8, 1), (2, 8, 0)]
+PLACES = [
+    (0, 0, 5),
+    (16, 32, 9),
+    (8, 8, 4),
+    (4, 16, 3),
+    (3, 24, 4),
+    (5, 40, 12),
+    (48, 8, 2),
+    (0, 8, 1),
+    (2, 8, 0),
+]
 PLACES += [(TOP - 96, TOP - 320, 7)]
 
 
@@ -67,7 +77,17 @@ def test_eps_has_the_bits_of_the_oracle(kernels, kind, dtype):
 def test_every_size_of_the_factor(kernels, kind, dtype):
     """Beyond the largest finite factor of near_gaussian m would not fit; below the least normal one bits are few."""
     deviation = 25.787593916455254
-    ends = [0.0, float("inf"), 3.4e38, 1e38, 1e38 / 112 * deviation, 1e-38, 1e-38 * deviation, 9.2e-41 * deviation, 1e-43]
+    ends = [
+        0.0,
+        float("inf"),
+        3.4e38,
+        1e38,
+        1e38 / 112 * deviation,
+        1e-38,
+        1e-38 * deviation,
+        9.2e-41 * deviation,
+        1e-43,
+    ]
     scale = torch.cat([torch.tensor(ends), 10 ** torch.linspace(-40, 38, 119)])
     draw = draw_of(kind, scale, tile_bits=7)
     expected = epsilon(draw, 128, dtype).to(dtype)
@@ -77,7 +97,9 @@ def test_every_size_of_the_factor(kernels, kind, dtype):
 
 def test_near_gaussian_divides_as_ieee_does(kernels):
     """By the square root of 665: all ties that a product with the reciprocal would get wrong are among so many."""
-    scale = torch.randint(0x3F800000, 0x40000000, (40000,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    scale = torch.randint(
+        0x3F800000, 0x40000000, (40000,), dtype=torch.int32, generator=torch.Generator().manual_seed(3)
+    )
     draw = draw_of("near_gaussian", scale.view(F32))
     assert perturbed(kernels, torch.empty(40000, 8), draw).equal(epsilon(draw, 8, F32))
 
