@@ -156,7 +156,8 @@ EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {
 
 // Of an error that one of the functions here returned.
 EXPORT const char* flatlora_cuda_error(int32_t error) {
-  return error == flatlora::kNotFused ? "the fused product has no noise of kind 'hadamard'" : flatlora::error_text(error);
+  return error == flatlora::kNotFused ? "the fused product has no noise of kind 'hadamard'"
+                                      : flatlora::error_text(error);
 }
 
 // Bytes, or minus an error.

@@ -14,6 +14,9 @@ struct LinearJob {
   float* partial;  // (parts, M, outputs) where parts > 1
   int64_t tf32;
   int64_t copies;  // rows of `a` and W can be copied in 16 bytes at 32-bit offsets
+  // linear_sm90: from row to row of W, to the other row of a unit, and to a thread's next step. Products made by the
+  // host, because the compiler would spread them over the loop.
+  int64_t row_bytes, unit_bytes, turn_bytes;
   int64_t any;  // W does not begin where patches of the noise may
 };
 

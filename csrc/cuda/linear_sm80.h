@@ -1,7 +1,8 @@
 // y = a P^T + scaling u L^T + bias with P = W + eps (or its transpose), for sm_80 and later.
 //
 // A block owns a tile of y. Tiles of `a` and of W come by asynchronous copies through a ring of stages. While the
-// tensor cores multiply stage i, each thread adds noise to the patch of W that it copied to stage i + 1: nobody else touches them before the barrier that ends the step, so the pass needs none of its own.
+// tensor cores multiply stage i, each thread adds noise to the patch of W that it copied to stage i + 1: nobody else
+// touches them before the barrier that ends the step, so the pass needs none of its own.
 #pragma once
 
 #include "configs.h"
@@ -64,8 +65,8 @@ struct LinearTile {
     return stage + (w_place ^ (swizzle(uint32_t(row)) << 4 ^ uint32_t(piece << 4))) + uint32_t(row) * kWRowBytes;
   }
 
-  // Of the tile of W, for the `index`-th of those that have the same columns. Where a unit's pieces are two apart, eight
-  // lanes have rows r and r + 4.
+  // Of the tile of W, for the `index`-th of those that have the same columns. Where a unit's pieces are two apart,
+  // eight lanes have rows r and r + 4.
   FLATLORA_DEVICE static uint32_t first_row(uint32_t index) {
     if constexpr (!Own::kUnit) return index * 4;
     const uint32_t within = kElement == 2 ? (index & 1) << 2 | (index >> 1 & 3) : index & 7;
@@ -268,8 +269,7 @@ struct LinearTile {
   FLATLORA_DEVICE void store_chunk(gpu::Shared stage, int i, const Chunk<T>& w) const {
     FLATLORA_UNROLL
     for (int p = 0; p < kChunkPieces; ++p)
-      gpu::store_shared(w_at(stage, i, p),
-                        gpu::Words<4>{{w.v[4 * p], w.v[4 * p + 1], w.v[4 * p + 2], w.v[4 * p + 3]}});
+      gpu::store_shared(w_at(stage, i, p), gpu::Words<4>{{w.v[4 * p], w.v[4 * p + 1], w.v[4 * p + 2], w.v[4 * p + 3]}});
   }
 
   // The noise of one stage in as many turns as a stage has steps, between which the products of another one stand.

@@ -29,7 +29,7 @@ struct Sm90Tile {
   constexpr int a_bytes() const { return m * k * 2; }
   constexpr int w_bytes() const { return n * k * 2; }
   constexpr int stage_bytes() const { return a_bytes() + w_bytes(); }
-  constexpr int shared_bytes() const { return stages * (stage_bytes() + 16); }
+  constexpr int shared_bytes() const { return stages * (stage_bytes() + 16) + 8 * 4 * producers; }
 };
 
 enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
@@ -40,6 +40,14 @@ constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
     {256, 64, 1, 5, 3, 88, 104, 1500},
     {128, 64, 1, 8, 3, 104, 80, 1200},
 };
+
+// Patches that a producer draws in a step. Of rademacher four, where the registers hold what that takes: the 16 rows
+// that one call serves are one thread's, and a warp draws for a whole step.
+constexpr int patches_of(Noise noise, bool bf16, bool input_grad, const Sm90Tile& tile) {
+  if (noise != Noise::kRademacher) return 1;
+  const bool fits = bf16 ? input_grad || tile.cluster == 1 : tile.producer_registers > 88;
+  return fits ? 4 : 1;
+}
 
 struct Sm90Job {
   LinearJob linear;  // tiles_per_sample: a multiple of the cluster
@@ -55,11 +63,16 @@ struct Sm90Linear {
   // A line of the tile of W is 64 columns of a row, 128 bytes.
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
-  // A group of producers draws the share of a step: a warpgroup, a patch for each thread; of rademacher a warp, so that
-  // the 16 rows that one call serves are one thread's, in four patches.
+  // A group of producers draws the share of a step.
   using Own = Patch<kNoise>;
-  static constexpr int kPatches = kNoise == Noise::kRademacher ? 4 : 1, kGroup = 128 / kPatches;
+  static constexpr int kPatches = patches_of(kNoise, std::is_same_v<T, gpu::bf16>, kInputGrad, kTile);
+  static constexpr int kGroup = 128 / kPatches;
   static constexpr int kTurns = kTile.producers * kPatches;
+  // A parity tells a use of a stage from the next, not from the one after that. Where there are more turns than stages,
+  // they open theirs in order.
+  static constexpr bool kOrdered = kTurns > kStages;
+  // Whether a thread's registers hold the next patch of W while it draws for one; else other warps fill the wait.
+  static constexpr bool kAhead = kPatches == 1 || kTile.producer_registers > 88;
   static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
   static_assert(kShare * 64 == 32 * 128 && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
@@ -76,12 +89,17 @@ struct Sm90Linear {
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
   FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
+  FLATLORA_DEVICE gpu::Shared order(int turn) const { return full(uint32_t(2 * kStages + turn)); }
 
   // A place in the ring of stages; the parity tells one use of a stage from the next.
   struct Ring {
-    uint32_t slot = 0, parity = 0;
+    uint32_t slot = 0, parity = 0, round = 0;  // round: parity of a producer's own steps
+    template <int kCount = 1>
     FLATLORA_DEVICE void advance() {
-      if (++slot == uint32_t(kStages)) slot = 0, parity ^= 1;
+      if (kCount > 1) round ^= 1;
+      slot += uint32_t(kCount % kStages);
+      parity ^= uint32_t(kCount / kStages) & 1;
+      if (slot >= uint32_t(kStages)) slot -= uint32_t(kStages), parity ^= 1;
     }
   };
 
@@ -109,6 +127,8 @@ struct Sm90Linear {
         gpu::mbarrier_init(full(i), 2);
         gpu::mbarrier_init(empty(i), kCluster * kTile.kConsumers * 4);
       }
+      for (int i = 0; i < kTurns && kOrdered; ++i) gpu::mbarrier_init(order(i), 1);
+      if (kOrdered) gpu::mbarrier_arrive(order(0));
       gpu::fence_mbarrier_init();
     }
     gpu::cluster_sync();
@@ -130,7 +150,7 @@ struct Sm90Linear {
 
   // --- Producers ---
 
-  FLATLORA_DEVICE static int turn() { return gpu::uniform(gpu::warp() / (kGroup / 32)); }
+  FLATLORA_DEVICE static int this_turn() { return gpu::uniform(gpu::warp() / (kGroup / 32)); }
   FLATLORA_DEVICE static uint32_t member() { return uint32_t(gpu::thread()) % kGroup; }
   // Of the thread's first patch: the first line and chunk.
   FLATLORA_DEVICE static uint32_t chunk() { return member() % (8 / Own::kCols) * Own::kCols; }
@@ -147,25 +167,35 @@ struct Sm90Linear {
   FLATLORA_DEVICE static constexpr int row(int p, int i) { return 4 * p + Own::row(i); }
   FLATLORA_DEVICE static constexpr int column(int i) { return 8 * Own::col(i); }
 
-  FLATLORA_DEVICE const T* weight_at(int64_t at) const {
-    const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
-    return static_cast<const T*>(job.args.weight.data) + n * job.args.weight.row_stride + k;
+  FLATLORA_DEVICE uint64_t row_bytes() const { return uint32_t(job.row_bytes); }
+  FLATLORA_DEVICE int64_t row_offset(int p, int i) const {
+    if constexpr (Own::kUnit) return row(p, i) == 0 ? 0 : job.unit_bytes;
+    return int64_t(row_bytes() * uint32_t(row(p, i)));
   }
-  // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`: the
-  // other of the two, which stays the same.
+  FLATLORA_DEVICE const char* weight_at(int64_t at) const {
+    const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
+    return static_cast<const char*>(job.args.weight.data) + n * int64_t(row_bytes()) + k * int64_t(sizeof(T));
+  }
+  // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`:
+  // the other of the two, which stays the same.
   FLATLORA_DEVICE static bool inside(int p, int i, int left, int limit) {
     return kInputGrad ? row(p, i) < left && limit > column(i) : left > column(i) && row(p, i) < limit;
   }
   // Patch p of a step, ahead of its turn; zeros where W ends.
-  FLATLORA_DEVICE void load(Chunk<T> (&w)[4], int p, const T* from, int left, int limit) const {
+  FLATLORA_DEVICE void load(Chunk<T> (&w)[4], int p, const char* from, int left, int limit) const {
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i)
-      w[i] = inside(p, i, left, limit)
-                 ? gpu::load_global_once(from + row(p, i) * job.args.weight.row_stride + column(i))
-                 : Chunk<T>{};
+      w[i] = inside(p, i, left, limit) ? gpu::load_global_once(from + row_offset(p, i) + column(i) * int(sizeof(T)))
+                                       : Chunk<T>{};
   }
-  FLATLORA_DEVICE void store(uint32_t slot, uint32_t line, uint32_t at, const Chunk<T>& w) const {
-    gpu::store_shared(w_stage(slot) + line * 128 + ((at ^ line % 8) << 4), w);
+  // Where the thread's first chunk lies in a stage, and chunk i of patch p from there.
+  FLATLORA_DEVICE uint32_t place() const {
+    const uint32_t line = first_line();
+    return line * 128 + ((chunk() ^ line % 8) << 4);
+  }
+  FLATLORA_DEVICE static void store(gpu::Shared at, int p, int i, const Chunk<T>& w) {
+    const uint32_t line = uint32_t(row(p, i));
+    gpu::store_shared((at ^ (line % 8 ^ uint32_t(Own::col(i))) << 4) + line * 128, w);
   }
 
   // The adapter's factor: a line has 64 steps of the rank for one output, in both directions.
@@ -188,38 +218,42 @@ struct Sm90Linear {
         }
         w.v[j] = pack(T{}, x[0], x[1]);
       }
-      store(slot, line, piece, w);
+      gpu::store_shared(w_stage(slot) + line * 128 + ((piece ^ line % 8) << 4), w);
     }
   }
 
   // The thread that sends for tiles of `a` and u.
   FLATLORA_DEVICE static bool fetches() { return member() == 0; }
-  // Sends for the tile of `a` or u, where the stage is free already; true where there is nothing left to send for.
-  FLATLORA_DEVICE bool open_early(const Ring& ring, const gpu::TensorMap* map, int at) const {
-    if (!fetches()) return true;
-    if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return false;
+  // Sends for the tile of `a` or u, where the stage is free already; 1 where there is nothing left to send for.
+  FLATLORA_DEVICE int open_early(const Ring& ring, int turn, const gpu::TensorMap* map, int at) const {
+    if (!fetches()) return 1;
+    if (kOrdered && !gpu::mbarrier_test(order(turn), ring.round)) return 0;
+    if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return 0;
     fetch(ring, map, at);
-    return true;
+    return 1;
   }
   // Waits until the stage is free, and sends for the tile of `a` or u.
-  FLATLORA_DEVICE void open(const Ring& ring, const gpu::TensorMap* map, int at, bool fetched = false) const {
+  FLATLORA_DEVICE void open(const Ring& ring, int turn, const gpu::TensorMap* map, int at, int fetched = 0) const {
+    if constexpr (kOrdered) gpu::mbarrier_wait(order(turn), ring.round);
     gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
+    if (kOrdered && fetches()) gpu::mbarrier_arrive(order(turn + 1 == kTurns ? 0 : turn + 1));
     if (fetches() && !fetched) fetch(ring, map, at);
   }
   FLATLORA_DEVICE void fetch(const Ring& ring, const gpu::TensorMap* map, int at) const {
     gpu::mbarrier_arrive_expect(full(ring.slot), kABytes + (kCluster - 1) * kShareBytes);
     gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
   }
-  FLATLORA_DEVICE static void meet() {
+  // Of the producers whose turn it is.
+  FLATLORA_DEVICE static void meet(int turn) {
     if constexpr (kGroup == 32)
       gpu::sync_warp();
     else
-      gpu::sync_named(1 + turn(), kGroup);
+      gpu::sync_named(1 + turn, kGroup);
   }
   // Gives the other blocks this one's share, and the stage to the consumers.
-  FLATLORA_DEVICE void close(const Ring& ring) const {
+  FLATLORA_DEVICE void close(const Ring& ring, int turn) const {
     gpu::fence_proxy_async();
-    meet();
+    meet(turn);
     if (fetches()) {
       const gpu::Shared share = w_stage(ring.slot) + uint32_t(rank) * kShareBytes;
       FLATLORA_UNROLL
@@ -231,89 +265,108 @@ struct Sm90Linear {
   FLATLORA_DEVICE void produce(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
     const LinearArgs& args = job.args;
     Ring ring;
-    const auto advance = [&ring] {
-      FLATLORA_UNROLL
-      for (int i = 0; i < kTurns; ++i) ring.advance();
-    };
-    int first = turn();  // of this group's steps in the tile
+    // The same, which the compiler would else make anew in each step; where registers are few, it may.
+    const uint32_t mine = kAhead ? gpu::shuffle_xor(place(), 0) : place();
+    const int turn = this_turn();
+    int first = turn;  // of this group's steps in the tile
     for (int i = 0; i < first; ++i) ring.advance();
     FLATLORA_NO_UNROLL
     for (int tile = int(gpu::block()) / kCluster; tile < int(cluster_tiles); tile += int(gpu::blocks()) / kCluster) {
       set_tile(tile);
       int step = first;
       FLATLORA_NO_UNROLL
-      for (; step < lora_steps; step += kTurns, advance()) {
-        open(ring, u_map, step * kTile.k);
+      for (; step < lora_steps; step += kTurns, ring.template advance<kTurns>()) {
+        open(ring, turn, u_map, step * kTile.k);
         store_adapter(ring.slot, step * kTile.k);
-        close(ring);
+        close(ring, turn);
       }
 
       const Draw draw = draw_of(args.noise, sample);
       int at = int(begin) + (step - lora_steps) * kTile.k;
-      const T* from = weight_at(at);
-      constexpr int kColumns = kTurns * kTile.k;
-      const int64_t from_step = kInputGrad ? kColumns * args.weight.row_stride : kColumns;
-      const float* scale = args.noise.scale + (first_row() + (kInputGrad ? at : 0)) * args.noise.scale_stride;
-      const int64_t scale_step = kColumns * args.noise.scale_stride;
+      const char* from = weight_at(at);
+      constexpr uint32_t kColumns = kTurns * kTile.k;
+      const int64_t from_step = kInputGrad ? job.turn_bytes : int64_t(kColumns * sizeof(T));
+      const float* scale = args.noise.scale + first_row() + (kInputGrad ? at : 0);
       const int limit = int(smaller(kInputGrad ? args.K - first_column() : args.N - first_row(), 16));
-      int left = int((kInputGrad ? args.N - first_row() : args.K - first_column()) - at);
+      // Nothing is loaded beyond the part.
+      const int64_t last = smaller(job.length, begin + job.steps_per_part * kTile.k);
+      int left = int(last - (kInputGrad ? first_row() : first_column()) - at);
       PatchRows<kNoise, T> rows;
       PatchBlocks<kNoise> blocks;
-      Factor<kNoise, T> factor[kPatches][4];
-      const auto factor_at = [&](int p, int i) {
-        const float* const from = scale + row(p, i) * args.noise.scale_stride;
-        return inside(p, i, left, limit) ? factor_of<kNoise, T>(draw, gpu::load_global<float>(from))
-                                         : Factor<kNoise, T>(0);
+      // The rows' factors: in forward once, of many rows two to a register.
+      constexpr bool kPacked = !kInputGrad && kPatches > 1 && kPairs<kNoise, T>;
+      constexpr bool kReload = !kPacked && (kInputGrad || kPatches > 1);
+      uint32_t packed[kPatches][2];
+      const auto load_factors = [&](int p, int count) {
+        FLATLORA_UNROLL
+        for (int i = 0; i < 4; i += Own::kCols) {
+          const auto factor = row(p, i) < count ? factor_of<kNoise, T>(draw, gpu::load_global<float>(scale + row(p, i)))
+                                                : Factor<kNoise, T>(0);
+          FLATLORA_UNROLL
+          for (int c = 0; c < Own::kCols; ++c) rows.factor[i + c] = factor;
+        }
       };
       if constexpr (kInputGrad) {
         blocks = set_blocks<kNoise>(draw, uint32_t(first_column() >> 3));
       } else {
         set_rows(rows, draw, uint32_t(first_row()));
-        FLATLORA_UNROLL
-        for (int i = 0; i < 4 * kPatches; ++i) factor[i / 4][i % 4] = factor_at(i / 4, i % 4);
+        if constexpr (kPacked) {
+          FLATLORA_UNROLL
+          for (int p = 0; p < kPatches; ++p) {
+            load_factors(p, limit);
+            packed[p][0] = gpu::byte_permute(rows.factor[0], rows.factor[1], 0x5410);
+            packed[p][1] = gpu::byte_permute(rows.factor[2], rows.factor[3], 0x5410);
+          }
+        } else if constexpr (!kReload) {
+          load_factors(0, limit);
+        }
       }
       Chunk<T> next[4];
-      if (step < steps) load(next, 0, from, left, limit);
+      load(next, 0, from, left, limit);
       FLATLORA_NO_UNROLL
-      for (; step < steps; step += kTurns, at += kColumns, advance()) {
-        const bool fetched = open_early(ring, a_map, at);
-        if constexpr (kInputGrad) {
-          set_rows(rows, draw, uint32_t(first_row() + at));
-        } else {
-          blocks = set_blocks<kNoise>(draw, uint32_t(at + int(chunk()) * 8) >> 3);
-        }
+      for (; step < steps; step += kTurns, at += int(kColumns), ring.template advance<kTurns>()) {
+        const int fetched = open_early(ring, turn, a_map, at);
+        const int here = left;
         uint32_t signs[1][4];
-        if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
         FLATLORA_UNROLL
         for (int p = 0; p < kPatches; ++p) {
           Chunk<T> w[4];
           FLATLORA_UNROLL
           for (int i = 0; i < 4; ++i) w[i] = next[i];
-          FLATLORA_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            // Zeros beyond W, because noise may overflow float16, and infinity times zero is NaN.
-            if constexpr (kInputGrad)
-              rows.factor[i] = factor_at(p, i);
-            else
-              rows.factor[i] = left > column(i) ? factor[p][i] : Factor<kNoise, T>(0);
+          if (p + 1 == kPatches) {
+            from += from_step;
+            left -= int(kColumns);
           }
-          if (p + 1 < kPatches)
-            load(next, p + 1, from, left, limit);
-          else if (step + kTurns < steps)
-            load(next, 0, from + from_step, left - kColumns, limit);
+          if constexpr (kAhead) load(next, (p + 1) % kPatches, from, left, limit);
+          if (p == 0) {
+            if constexpr (kInputGrad)
+              set_rows(rows, draw, uint32_t(first_row() + at));
+            else
+              blocks = set_blocks<kNoise>(draw, uint32_t(at + int(chunk()) * 8) >> 3);
+            if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
+          }
+          // Zeros beyond the contraction, because noise may overflow float16, and infinity times zero is NaN.
+          if constexpr (kPacked) {
+            const uint32_t low = here > 0 ? 0x1010 : 0x4444, high = here > 0 ? 0x3232 : 0x4444;
+            FLATLORA_UNROLL
+            for (int i = 0; i < 4; ++i) rows.factor[i] = gpu::byte_permute(packed[p][i / 2], 0, i % 2 ? high : low);
+          } else {
+            if constexpr (kReload) load_factors(p, kInputGrad ? here : limit);
+            FLATLORA_UNROLL
+            for (int i = 0; i < 4; ++i)
+              if (!kInputGrad && here <= column(i)) rows.factor[i] = Factor<kNoise, T>(0);
+          }
           if constexpr (kPatches > 1)
             add_signs<kNoise, T>(w, signs[0][p], rows.factor);
           else
             perturb_patch<kNoise, T>(w, draw, rows, blocks);
-          if (p == 0) open(ring, a_map, at, fetched);
+          if (p == 0) open(ring, turn, a_map, at, fetched);
           FLATLORA_UNROLL
-          for (int i = 0; i < 4; ++i)
-            store(ring.slot, first_line() + uint32_t(row(p, i)), chunk() + uint32_t(Own::col(i)), w[i]);
+          for (int i = 0; i < 4; ++i) store(w_stage(ring.slot) + mine, p, i, w[i]);
+          if constexpr (!kAhead) load(next, (p + 1) % kPatches, from, left, limit);
         }
-        from += from_step;
-        left -= kColumns;
-        scale += kInputGrad ? scale_step : 0;
-        close(ring);
+        if constexpr (kInputGrad) scale += kColumns;
+        close(ring, turn);
       }
       first = step - steps;  // of the next tile
     }
@@ -523,12 +576,10 @@ template <class T, bool kInputGrad>
 gpu::Error launch_sm90_noise(int config, const gpu::Launch& how, const gpu::TensorMap& a_map,
                              const gpu::TensorMap& u_map, const Sm90Job& job) {
   switch (static_cast<Noise>(job.linear.args.noise.kind)) {
-    case Noise::kGaussian:
-      return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
+    case Noise::kGaussian: return launch_sm90_config<T, kInputGrad, Noise::kGaussian>(config, how, a_map, u_map, job);
     case Noise::kNearGaussian:
       return launch_sm90_config<T, kInputGrad, Noise::kNearGaussian>(config, how, a_map, u_map, job);
-    default:
-      return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
+    default: return launch_sm90_config<T, kInputGrad, Noise::kRademacher>(config, how, a_map, u_map, job);
   }
 }
 

@@ -19,6 +19,7 @@ struct Draw {
   uint32_t row_key, block_key0, block_key1;  // of the first rounds, with stream and sample
   uint32_t first_row, first_block;           // of the tensor in the whole weight; a block is 8 columns
   float sign;                                // -1 in the second of an antithetic pair
+  uint32_t flip;                             // the same as what changes the signs of a pair of 16 bits
 
   FLATLORA_DEVICE uint32_t round_key0(int round) const { return key0 + uint32_t(round) * kPhiloxW0; }
   FLATLORA_DEVICE uint32_t round_key1(int round) const { return key1 + uint32_t(round) * kPhiloxW1; }
@@ -40,6 +41,7 @@ FLATLORA_DEVICE Draw draw_of(const NoiseArgs& noise, int64_t group) {
   d.first_row = uint32_t(noise.row_offset);
   d.first_block = uint32_t(noise.col_offset >> 3);
   d.sign = antithetic && (sample & 1) ? -1.0f : 1.0f;
+  d.flip = antithetic && (sample & 1) ? 0x80008000u : 0;
   return d;
 }
 
@@ -123,6 +125,8 @@ FLATLORA_DEVICE float float_at(const void* data, int64_t dtype, int64_t index) {
   return dtype == int64_t(DType::kBFloat16) ? to_float(gpu::bf16{bits}) : to_float(gpu::f16{bits});
 }
 
+FLATLORA_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) { return gpu::fma_bf16(a, 0x3f803f80u, b); }
+
 // The two elements of a word.
 FLATLORA_DEVICE void unpack(gpu::bf16, uint32_t word, float& low, float& high) {
   low = as_float(word << 16);
@@ -170,13 +174,13 @@ FLATLORA_DEVICE Factor<kind, T> factor_of(const Draw& d, float noise_scale) {
     return noise_scale * (d.sign * kSqrt2Ln2);
   } else {
     constexpr bool kHalves = kind == Noise::kNearGaussian;
-    const float f = d.sign * (kHalves ? over_deviation(noise_scale) : noise_scale);
-    if constexpr (kPairs<kind, T>) {
-      const uint32_t pair = gpu::pack_bf16(f, f);
-      return kHalves ? gpu::add_bf16(pair, pair) : pair;
-    } else {
-      return kHalves ? f + f : f;
-    }
+    const float f = kHalves ? over_deviation(noise_scale) : noise_scale;
+    if constexpr (!kPairs<kind, T>)
+      return f * (kHalves ? 2 * d.sign : d.sign);
+    else if constexpr (kHalves)  // rounded first: twice a subnormal number may have a bit more
+      return gpu::fma_bf16(gpu::pack_bf16(f, f), 0x40004000u ^ d.flip, 0x80008000u);
+    else
+      return gpu::pack_bf16(f, f) ^ d.flip;
   }
 }
 
@@ -250,7 +254,7 @@ FLATLORA_DEVICE void add_signs(Chunk<T> (&w)[4], uint32_t word, const Factor<kin
       } else {
         const uint32_t signs = gpu::byte_permute(even_signs, odd_signs, 0x4000u + 0x1010u * i);
         if constexpr (kPairs<kind, T> && !kApart) {
-          w[i].v[q] = gpu::add_bf16(w[i].v[q], gpu::xor_masked(factor[i], signs, 0x80008000u));
+          w[i].v[q] = add_bf16(w[i].v[q], gpu::xor_masked(factor[i], signs, 0x80008000u));
         } else {
           // z (z w + factor) = w + factor z, also after rounding: one instruction changes two signs.
           float f, even, odd;
@@ -270,17 +274,19 @@ FLATLORA_DEVICE void add_signs(Chunk<T> (&w)[4], uint32_t word, const Factor<kin
 }
 
 // m / 2 of the two columns of a word of each call, as pairs of bfloat16, in the order of Patch. Where masked, a pair is
-// a number times 2^-128, and sums of four are exact; what brings them up to m / 2 must not itself exceed bfloat16.
+// a number times 2^-128, and sums of four are exact. What brings them up to m / 2 is itself a bfloat16.
 FLATLORA_DEVICE void near_gaussian_halves(uint32_t left, uint32_t right, uint32_t (&half)[4]) {
-  constexpr uint32_t kMask = 0x81e081e0u, kUp = 0x7f007f00u;  // 2^127
+  constexpr uint32_t kMask = 0x81e081e0u, kUp = 0x7f007f00u, kDown = 0xff00ff00u;  // 2^127 and -2^127
+  constexpr uint32_t kMinusOne = 0xbf80bf80u, kMinusTwo = 0xc000c000u, kMinusZero = 0x80008000u;
   const uint32_t a = left & kMask, b = gpu::rotate_right(left, 5) & kMask;
   const uint32_t c = right & kMask, d = gpu::rotate_right(right, 5) & kMask;
-  const uint32_t up[2] = {gpu::mul_bf16(gpu::add_bf16(c, d), kUp), gpu::mul_bf16(gpu::sub_bf16(c, d), kUp)};
-  const uint32_t sum[2] = {gpu::add_bf16(a, b), gpu::sub_bf16(a, b)};
+  const uint32_t sum[2] = {add_bf16(a, b), gpu::fma_bf16(b, kMinusOne, a)};
+  const uint32_t c_up = gpu::fma_bf16(c, kUp, kMinusZero);
+  const uint32_t up[2] = {gpu::fma_bf16(d, kUp, c_up), gpu::fma_bf16(d, kDown, c_up)};
   FLATLORA_UNROLL
   for (int row = 0; row < 2; ++row) {
     half[2 * row] = gpu::fma_bf16(sum[row], kUp, up[row]);
-    half[2 * row + 1] = gpu::fms_bf16(sum[row], kUp, up[row]);
+    half[2 * row + 1] = gpu::fma_bf16(up[row], kMinusTwo, half[2 * row]);
   }
 }
 
@@ -372,7 +378,8 @@ FLATLORA_DEVICE uint32_t walsh_signs(const Draw& d, uint32_t row, int bits, uint
   uint32_t signs = sign_word(d, kColumnSigns, k, row >> bits) >> (k & 24) ^ walsh_byte(mirrored);
   FLATLORA_NO_UNROLL
   for (uint32_t j = 0; j < 8; j += width) {
-    const uint32_t odd = uint32_t(gpu::count_bits(mirrored & k)) ^ sign_word(d, kRowSigns, row, (k + j) >> bits) >> (row & 31);
+    const uint32_t odd =
+        uint32_t(gpu::count_bits(mirrored & k)) ^ sign_word(d, kRowSigns, row, (k + j) >> bits) >> (row & 31);
     signs ^= (odd & 1 ? (1u << width) - 1 : 0u) << j;
   }
   return signs & 0xff;
@@ -407,7 +414,7 @@ FLATLORA_DEVICE void set_rows(PatchRows<kind, T>& rows, const Draw& d, uint32_t 
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) rows.key[i] = row_key(d, rows.row + i);
   } else if constexpr (kind == Noise::kNearGaussian) {
-    rows.key[0] = row_key(d, (rows.row >> 4) * 8 + (rows.row & 7));
+    rows.key[0] = row_key(d, rows.row - (rows.row >> 4) * 8);  // n & 8 is 0
   } else {
     rows.key[0] = row_key(d, rows.row >> 4);
   }

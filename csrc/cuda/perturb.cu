@@ -7,7 +7,8 @@ namespace {
 template <class T>
 bool whole_chunks(const PerturbArgs& args, const void* data, int64_t row_stride, int64_t col_stride) {
   const int64_t row_bytes = args.N == 1 ? 0 : row_stride * int64_t(sizeof(T));
-  return col_stride == 1 && args.K % 8 == 0 && row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return col_stride == 1 && args.K % 8 == 0 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes < int64_t(1) << 32 &&
+         reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 // Whether W begins where the patches of the kernel with vectors may.
@@ -27,7 +28,9 @@ gpu::Error launch(const PerturbArgs& args, const Gpu& gpu) {
   how.threads = kPerturbThreads;
   how.stream = gpu.stream;
   how.cluster = 1;
-  return gpu::launch(perturb_kernel<T, kind, kVector>, how, args);
+  const int64_t size = sizeof(T);
+  const PerturbJob job = {args, uint32_t(args.weight.row_stride * size), uint32_t(args.out_row_stride * size)};
+  return gpu::launch(perturb_kernel<T, kind, kVector>, how, job);
 }
 
 template <class T, Noise kind>

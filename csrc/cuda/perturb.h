@@ -20,42 +20,45 @@ FLATLORA_DEVICE void push(Chunk<T>& w, uint32_t bits) {
   w.v[kLast] = sizeof(T) == 2 ? w.v[kLast] >> 16 | bits << 16 : bits;
 }
 
-// Columns of one row. kVector: 8 of them, 16-byte aligned.
-template <class T, bool kVector>
-FLATLORA_DEVICE Chunk<T> load_chunk(const T* p, int64_t stride, int64_t valid) {
-  Chunk<T> w = {};
-  if constexpr (kVector) {
+// A chunk of contiguous columns, aligned to 16 bytes.
+template <class T>
+FLATLORA_DEVICE Chunk<T> load_chunk(const char* p) {
+  Chunk<T> w;
+  FLATLORA_UNROLL
+  for (int half = 0; half < int(sizeof(T)) / 2; ++half) {
+    const gpu::Words<4> words = gpu::load_global_once(p + 16 * half);
     FLATLORA_UNROLL
-    for (int half = 0; half < int(sizeof(T)) / 2; ++half) {
-      const gpu::Words<4> words = gpu::load_global_once(p + 4 * half);
-      FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) w.v[4 * half + i] = words.v[i];
-    }
-  } else {
-    // Element by element through the last place; unrolled, the addresses alone would fill the registers.
-    FLATLORA_NO_UNROLL
-    for (int j = 0; j < 8; ++j) push<T>(w, j < valid ? gpu::load_global<Bits<T>>(p + j * stride) : 0);
+    for (int i = 0; i < 4; ++i) w.v[4 * half + i] = words.v[i];
   }
   return w;
 }
-
-template <class T, bool kVector>
-FLATLORA_DEVICE void store_chunk(T* p, int64_t stride, int64_t valid, const Chunk<T>& w) {
-  if constexpr (kVector) {
+template <class T>
+FLATLORA_DEVICE void store_chunk(char* p, const Chunk<T>& w) {
+  FLATLORA_UNROLL
+  for (int half = 0; half < int(sizeof(T)) / 2; ++half) {
+    gpu::Words<4> words;
     FLATLORA_UNROLL
-    for (int half = 0; half < int(sizeof(T)) / 2; ++half) {
-      gpu::Words<4> words;
-      FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) words.v[i] = w.v[4 * half + i];
-      gpu::store_global(p + 4 * half, words);
-    }
-  } else {
-    Chunk<T> rest = w;
-    FLATLORA_NO_UNROLL
-    for (int j = 0; j < 8 && j < valid; ++j) {
-      gpu::store_global(p + j * stride, Bits<T>(rest.v[0]));
-      push<T>(rest, 0);
-    }
+    for (int i = 0; i < 4; ++i) words.v[i] = w.v[4 * half + i];
+    gpu::store_global(p + 16 * half, words);
+  }
+}
+
+// The first `valid` of any columns. Element by element through the last place; unrolled, the addresses alone would fill
+// the registers.
+template <class T>
+FLATLORA_DEVICE Chunk<T> gather_chunk(const T* p, int64_t stride, int64_t valid) {
+  Chunk<T> w = {};
+  FLATLORA_NO_UNROLL
+  for (int j = 0; j < 8; ++j) push<T>(w, j < valid ? gpu::load_global<Bits<T>>(p + j * stride) : 0);
+  return w;
+}
+template <class T>
+FLATLORA_DEVICE void scatter_chunk(T* p, int64_t stride, int64_t valid, const Chunk<T>& w) {
+  Chunk<T> rest = w;
+  FLATLORA_NO_UNROLL
+  for (int j = 0; j < 8 && j < valid; ++j) {
+    gpu::store_global(p + j * stride, Bits<T>(rest.v[0]));
+    push<T>(rest, 0);
   }
 }
 
@@ -78,80 +81,146 @@ struct PerturbShape {
   }
 };
 
-// kVector: whole chunks of contiguous, 16-byte aligned columns, and rows and columns that begin where the noise's
-// patches may.
+struct PerturbJob {
+  PerturbArgs args;
+  uint32_t from_bytes, to_bytes;  // from row to row, where chunks are whole
+};
+
+// Where the chunks of a thread lie.
+template <class T, bool kVector>
+struct PerturbMemory;
+
+// Whole chunks, and less than 2^32 bytes from row to row.
+template <class T>
+struct PerturbMemory<T, true> {
+  const char* from;
+  char* to;
+  uint32_t from_bytes, to_bytes;  // from row to row
+
+  FLATLORA_DEVICE PerturbMemory(const PerturbJob& job, int64_t n, int64_t k)
+      : from(static_cast<const char*>(job.args.weight.data) + n * job.from_bytes + k * int64_t(sizeof(T))),
+        to(static_cast<char*>(job.args.out) + n * job.to_bytes + k * int64_t(sizeof(T))),
+        from_bytes(job.from_bytes),
+        to_bytes(job.to_bytes) {}
+  FLATLORA_DEVICE Chunk<T> load(uint32_t row, int col, int) const {
+    return load_chunk<T>(from + uint64_t(from_bytes) * row + col * int(sizeof(T)));
+  }
+  FLATLORA_DEVICE void store(uint32_t row, int col, int, const Chunk<T>& w) const {
+    store_chunk<T>(to + uint64_t(to_bytes) * row + col * int(sizeof(T)), w);
+  }
+  FLATLORA_DEVICE void advance(int columns) {
+    from += columns * int(sizeof(T));
+    to += columns * int(sizeof(T));
+  }
+};
+
+template <class T>
+struct PerturbMemory<T, false> {
+  const T* from;
+  T* to;
+  int64_t from_row, from_col, to_row, to_col;
+
+  FLATLORA_DEVICE PerturbMemory(const PerturbJob& job, int64_t n, int64_t k)
+      : from(static_cast<const T*>(job.args.weight.data) + n * job.args.weight.row_stride +
+             k * job.args.weight.col_stride),
+        to(static_cast<T*>(job.args.out) + n * job.args.out_row_stride + k * job.args.out_col_stride),
+        from_row(job.args.weight.row_stride),
+        from_col(job.args.weight.col_stride),
+        to_row(job.args.out_row_stride),
+        to_col(job.args.out_col_stride) {}
+  FLATLORA_DEVICE Chunk<T> load(uint32_t row, int col, int left) const {
+    return gather_chunk<T>(from + row * from_row + col * from_col, from_col, left);
+  }
+  FLATLORA_DEVICE void store(uint32_t row, int col, int left, const Chunk<T>& w) const {
+    scatter_chunk<T>(to + row * to_row + col * to_col, to_col, left, w);
+  }
+  FLATLORA_DEVICE void advance(int columns) {
+    from += columns * from_col;
+    to += columns * to_col;
+  }
+};
+
+// kVector: as PerturbMemory has it, and rows and columns begin where the noise's patches may.
 template <class T, Noise kind, bool kVector>
 FLATLORA_KERNEL(kPerturbThreads, 2)
-perturb_kernel(PerturbArgs args) {
+perturb_kernel(PerturbJob job) {
+  const PerturbArgs& args = job.args;
   using Shape = PerturbShape<kind, kVector>;
   using Own = Patch<kind>;
-  constexpr int kPatches = Shape::kPatches;
+  constexpr int kPatches = Shape::kPatches, kMost = 1 << 30;
   const int64_t item = gpu::block() * (kPerturbThreads / 32) + gpu::warp(), n = Shape::first_row(item, args.K);
+  const int64_t k = item % Shape::spans(args.K) * (kPerturbSteps * Shape::kStep) + gpu::lane() * (8 * Own::kCols);
   if (n >= args.N) return;
-  const Draw draw = draw_of(args.noise, 0);
-  PatchRows<kind, T> rows;
+  const int rows_left = args.N - n < kMost ? int(args.N - n) : kMost;
+  const int rows_from = args.weight.data == nullptr ? 0 : rows_left;
+  int left = args.K - k < kMost ? int(args.K - k) : kMost;  // columns
+  constexpr int kColumns = kPerturbSteps * Shape::kStep;
+  const int last = left > kColumns ? left - kColumns : 0;
+  Draw draw = draw_of(args.noise, 0);
+  uint32_t block = draw.first_block + uint32_t(k / 8);
+  draw.first_block = 0;  // blocks are those of the whole weight
+  const auto row_at = [](int p, int i) { return 4 * p + Own::row(i); };
   Factor<kind, T> factor[kPatches][4];
   FLATLORA_UNROLL
   for (int i = 0; i < 4 * kPatches; ++i) {
-    const int64_t row = n + i / 4 * 4 + Own::row(i % 4);
-    const float* scale = args.noise.scale + row * args.noise.scale_stride;
+    const int row = row_at(i / 4, i % 4);
+    const float* scale = args.noise.scale + (n + row) * args.noise.scale_stride;
     factor[i / 4][i % 4] =
-        row < args.N ? factor_of<kind, T>(draw, gpu::load_global<float>(scale)) : Factor<kind, T>(0);
+        row < rows_left ? factor_of<kind, T>(draw, gpu::load_global<float>(scale)) : Factor<kind, T>(0);
   }
-  const int64_t from_stride = kVector ? 1 : args.weight.col_stride, to_stride = kVector ? 1 : args.out_col_stride;
-  const T* from = static_cast<const T*>(args.weight.data);
-  T* to = static_cast<T*>(args.out);
-  const int64_t first = item % Shape::spans(args.K) * (kPerturbSteps * Shape::kStep) + gpu::lane() * (8 * Own::kCols);
+  PerturbMemory<T, kVector> memory(job, n, k);
   const int bits = int(args.noise.tile_bits);
-  const uint32_t row = draw.first_row + uint32_t(n), first_column = draw.first_block * 8;
+  const uint32_t row = draw.first_row + uint32_t(n);
+  PatchRows<kind, T> rows;
   WalshRows walsh;
   if constexpr (kind != Noise::kHadamard)
     set_rows(rows, draw, uint32_t(n));
   else if constexpr (kVector)
-    walsh = walsh_rows(draw, row, bits, first_column + uint32_t(first));
+    walsh = walsh_rows(draw, row, bits, 8 * block);
   FLATLORA_NO_UNROLL
-  for (int step = 0; step < kPerturbSteps; ++step) {
-    const int64_t k = first + step * Shape::kStep;
-    if (k >= args.K) break;
+  while (left > last) {
     PatchBlocks<kind> blocks;
     uint32_t signs[1][4];
-    if constexpr (kind != Noise::kHadamard) blocks = set_blocks<kind>(draw, uint32_t(k / 8));
+    if constexpr (kind != Noise::kHadamard) blocks = set_blocks<kind>(draw, block);
     if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
     FLATLORA_UNROLL
     for (int p = 0; p < kPatches; ++p) {
       Chunk<T> w[4] = {};
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int64_t r = n + 4 * p + Own::row(i), c = k + 8 * Own::col(i);
-        if (from == nullptr || r >= args.N || c >= args.K) continue;
-        w[i] = load_chunk<T, kVector>(from + r * args.weight.row_stride + c * from_stride, from_stride, args.K - c);
+        const int col = 8 * Own::col(i);
+        if (row_at(p, i) < rows_from && (col == 0 || col < left))
+          w[i] = memory.load(uint32_t(row_at(p, i)), col, left - col);
       }
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) rows.factor[i] = factor[p][i];
       if constexpr (kind == Noise::kHadamard) {
+        const uint32_t column = 8 * block;
         uint32_t word = 0;
         if constexpr (kVector) {
-          word = walsh_signs(draw, walsh, bits, first_column + uint32_t(k));
+          word = walsh_signs(draw, walsh, bits, column);
         } else {
           FLATLORA_NO_UNROLL
-          for (uint32_t i = 0; i < 4; ++i)
-            word |= walsh_signs(draw, row + i, bits, first_column + uint32_t(k)) << 8 * i;
+          for (uint32_t i = 0; i < 4; ++i) word |= walsh_signs(draw, row + i, bits, column) << 8 * i;
         }
         add_signs<kind, T>(w, word, rows.factor);
       } else if constexpr (kPatches > 1) {
         add_signs<kind, T>(w, signs[0][p], rows.factor);
-      } else if (kVector || begins_whole(args.noise)) {
+      } else if (kVector || kind == Noise::kGaussian || (kind == Noise::kNearGaussian && begins_whole(args.noise))) {
         perturb_patch<kind, T>(w, draw, rows, blocks);
       } else {
-        perturb_patch<kind, T, true>(w, draw, rows, blocks);
+        perturb_patch<kind, T, !kVector>(w, draw, rows, blocks);
       }
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int64_t r = n + 4 * p + Own::row(i), c = k + 8 * Own::col(i);
-        if (r >= args.N || c >= args.K) continue;
-        store_chunk<T, kVector>(to + r * args.out_row_stride + c * to_stride, to_stride, args.K - c, w[i]);
+        const int col = 8 * Own::col(i);
+        if (row_at(p, i) < rows_left && (col == 0 || col < left))
+          memory.store(uint32_t(row_at(p, i)), col, left - col, w[i]);
       }
     }
+    memory.advance(Shape::kStep);
+    block += Shape::kStep / 8;
+    left -= Shape::kStep;
   }
 }
 

@@ -101,6 +101,12 @@ template <class V>
 FLATLORA_DEVICE void store_global(void* p, V v) {
   *static_cast<V*>(p) = v;
 }
+// One instruction also where the compiler sees what lies beside it.
+template <>
+FLATLORA_DEVICE void store_global(void* p, Words<4> w) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3])
+               : "memory");
+}
 
 // --- Within a block ---
 
@@ -156,21 +162,12 @@ FLATLORA_DEVICE uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
   return w;
 }
-// Pairs of bfloat16, each result rounded once to nearest even; subnormal numbers count. a b + c and a b - c.
+// a b + c of pairs of bfloat16, rounded once to nearest even; subnormal numbers count.
 FLATLORA_DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-FLATLORA_DEVICE uint32_t fms_bf16(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("{\n.reg .b32 n;\nneg.bf16x2 n, %3;\nfma.rn.bf16x2 %0, %1, %2, n;\n}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-// Before sm_90 only the multiply-add exists.
-FLATLORA_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, 0x3f803f80u, b); }
-FLATLORA_DEVICE uint32_t sub_bf16(uint32_t a, uint32_t b) { return fms_bf16(a, 0x3f803f80u, b); }
-FLATLORA_DEVICE uint32_t mul_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, b, 0x80008000u); }
 FLATLORA_DEVICE float f16_to_float(uint16_t bits) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));

@@ -2,8 +2,8 @@
 //
 // A block has one row of `a` and one tile of T outputs, and goes through the tiles of the contraction. Of each it takes
 //     in sign * a   ->   the transform   ->   + out sign * that,  at output rev(h) for place h of the transform,
-// with the signs of rows and columns of the weight on either side: columns come in and rows go out, in the input gradient
-// the other way round. noise_scale belongs to the rows.
+// with the signs of rows and columns of the weight on either side: columns come in and rows go out, in the input
+// gradient the other way round. noise_scale belongs to the rows.
 #pragma once
 
 #include "noise.h"
@@ -15,8 +15,8 @@ struct TransformBlock {
   Draw draw;
   int64_t m, in_length, out_length;
   uint32_t in_first, out_first;  // of the tensors in the whole weight
-  uint32_t in_kind, out_kind;    // of signs
-  uint32_t tile;                 // of outputs
+  uint32_t in_kind, out_kind;  // of signs
+  uint32_t tile;  // of outputs
   uint32_t tiles_begin, tiles_count;  // of the contraction
 
   // `bits`: of a tile.
@@ -48,10 +48,9 @@ FLATLORA_DEVICE float number_at(const void* data, int64_t index) {
   else
     return to_float(T{gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + index)});
 }
-// noise_scale of row n of the tensor, as it multiplies a sign.
+// What multiplies a row's signs.
 template <class T>
-FLATLORA_DEVICE float scale_of(const NoiseArgs& noise, const Draw& draw, int64_t n) {
-  const float scale = gpu::load_global<float>(noise.scale + n * noise.scale_stride);
+FLATLORA_DEVICE float sign_factor(const Draw& draw, float scale) {
   if constexpr (kPairs<Noise::kHadamard, T>)
     return to_float(T{}, factor_of<Noise::kHadamard, T>(draw, scale));
   else
@@ -104,12 +103,14 @@ struct Walsh {
   }
 };
 
-constexpr int kFirstWalsh = 9, kLastWalsh = 12;  // kBits with a kernel of their own
-
-// 16 elements at `index` of a row, zeros outside of [0, length). `vector`: contiguous, and aligned to 16 bytes.
-template <class T>
-FLATLORA_DEVICE void load_16(float (&x)[16], const T* row, int64_t stride, int64_t index, int64_t length, bool vector) {
-  if (vector && index >= 0 && index + 16 <= length) {
+// 16 elements at `index` of a row, zeros outside of [0, length). kVector: they are there or not as a whole, contiguous
+// and aligned to 16 bytes.
+template <class T, bool kVector>
+FLATLORA_DEVICE void load_16(float (&x)[16], const T* row, int64_t stride, int64_t index, int64_t length) {
+  FLATLORA_UNROLL
+  for (int i = 0; i < 16; ++i) x[i] = 0.0f;
+  if constexpr (kVector) {
+    if (index < 0 || index >= length) return;
     FLATLORA_UNROLL
     for (int v = 0; v < int(sizeof(T)); ++v) {
       const auto words = gpu::load_global<gpu::Words<4>>(row + index + v * (16 / int(sizeof(T))));
@@ -124,20 +125,20 @@ FLATLORA_DEVICE void load_16(float (&x)[16], const T* row, int64_t stride, int64
   } else {
     FLATLORA_UNROLL
     for (int i = 0; i < 16; ++i)
-      x[i] = index + i >= 0 && index + i < length ? number_at<T>(row, (index + i) * stride) : 0.0f;
+      if (index + i >= 0 && index + i < length) x[i] = number_at<T>(row, (index + i) * stride);
   }
 }
-
 // The same outwards, added to what is there where `add` says so.
-template <class T>
-FLATLORA_DEVICE void store_16(float (&x)[16], T* row, int64_t index, int64_t length, bool add, bool vector) {
-  if (vector && index >= 0 && index + 16 <= length) {
-    if (add) {
-      float y[16];
-      load_16(y, row, 1, index, length, true);
-      FLATLORA_UNROLL
-      for (int i = 0; i < 16; ++i) x[i] += y[i];
-    }
+template <class T, bool kVector>
+FLATLORA_DEVICE void store_16(float (&x)[16], T* row, int64_t index, int64_t length, bool add) {
+  if (add) {
+    float y[16];
+    load_16<T, kVector>(y, row, 1, index, length);
+    FLATLORA_UNROLL
+    for (int i = 0; i < 16; ++i) x[i] += y[i];
+  }
+  if constexpr (kVector) {
+    if (index < 0 || index >= length) return;
     FLATLORA_UNROLL
     for (int v = 0; v < int(sizeof(T)); ++v) {
       gpu::Words<4> words;
@@ -152,16 +153,26 @@ FLATLORA_DEVICE void store_16(float (&x)[16], T* row, int64_t index, int64_t len
     }
   } else {
     FLATLORA_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      if (index + i < 0 || index + i >= length) continue;
-      store_number<T>(row, index + i, add ? number_at<T>(row, index + i) + x[i] : x[i]);
-    }
+    for (int i = 0; i < 16; ++i)
+      if (index + i >= 0 && index + i < length) store_number<T>(row, index + i, x[i]);
   }
 }
+// x times noise_scale of the 16 rows from `index`; of rows that do not exist, zeros stay.
+template <class T, bool kVector>
+FLATLORA_DEVICE void scale_16(float (&x)[16], const TransformArgs& args, const Draw& draw, int64_t index) {
+  float scale[16];
+  load_16<float, kVector>(scale, args.noise.scale, args.noise.scale_stride, index, args.N);
+  FLATLORA_UNROLL
+  for (int i = 0; i < 16; ++i) x[i] *= sign_factor<T>(draw, scale[i]);
+}
 
-template <class T, int kBits>
-FLATLORA_KERNEL(Walsh<kBits>::kThreads, 1024 / Walsh<kBits>::kThreads)
-transform_kernel(TransformArgs args, bool vector_in, bool vector_out) {
+// kVector: of load_16, for `a`, y and noise_scale.
+template <class T, int kBits, bool kVector>
+FLATLORA_KERNEL(Walsh<kBits>::kThreads, (!kVector         ? 512
+                                         : sizeof(T) == 2 ? 1024
+                                                          : 768) /
+                                            Walsh<kBits>::kThreads)
+transform_kernel(TransformArgs args) {
   using W = Walsh<kBits>;
   const TransformBlock b(args, kBits);
   const gpu::Shared values = gpu::shared_base();
@@ -176,12 +187,8 @@ transform_kernel(TransformArgs args, bool vector_in, bool vector_out) {
     const uint32_t tile = b.tiles_begin + step;
     float x[16];
     const int64_t index = int64_t(tile) * W::kSize - b.in_first + 16 * me;
-    load_16(x, row, args.a_col_stride, index, b.in_length, vector_in);
-    if (backward) {
-      FLATLORA_UNROLL
-      for (int i = 0; i < 16; ++i)
-        if (index + i >= 0 && index + i < b.in_length) x[i] *= scale_of<T>(args.noise, b.draw, index + i);
-    }
+    load_16<T, kVector>(x, row, args.a_col_stride, index, b.in_length);
+    if (backward) scale_16<T, kVector>(x, args, b.draw, index);
     // 128 signs a call, of what comes in and of what goes out.
     constexpr uint32_t kCalls = W::kSize / 128;
     if (me < 2 * kCalls) {
@@ -220,17 +227,13 @@ transform_kernel(TransformArgs args, bool vector_in, bool vector_out) {
     }
   }
   const int64_t index = int64_t(b.tile) * W::kSize - b.out_first + 16 * out;
-  if (!backward) {
-    FLATLORA_UNROLL
-    for (int i = 0; i < 16; ++i)
-      if (index + i >= 0 && index + i < b.out_length) sum[i] *= scale_of<T>(args.noise, b.draw, index + i);
-  }
-  store_16<T>(sum, static_cast<T*>(args.y) + b.m * b.out_length, index, b.out_length, args.add != 0, vector_out);
+  if (!backward) scale_16<T, kVector>(sum, args, b.draw, index);
+  store_16<T, kVector>(sum, static_cast<T*>(args.y) + b.m * b.out_length, index, b.out_length, args.add != 0);
 }
 
 // --- Smaller tiles: a value a thread ---
 
-constexpr int kSmallWalsh = 1 << (kFirstWalsh - 1);
+constexpr int kSmallWalsh = 256;  // the largest
 
 template <class T>
 FLATLORA_KERNEL(kSmallWalsh, 2)
@@ -250,8 +253,10 @@ transform_small_kernel(TransformArgs args) {
     const int64_t index = (int64_t(tile) << bits) + me - b.in_first;
     float x = 0.0f;
     if (mine && index >= 0 && index < b.in_length) {
-      x = with_sign(number_at<T>(row, index * args.a_col_stride), sign_word(b.draw, b.in_kind, in, b.tile) >> (in & 31), 0);
-      if (backward) x *= scale_of<T>(args.noise, b.draw, index);
+      x = with_sign(number_at<T>(row, index * args.a_col_stride), sign_word(b.draw, b.in_kind, in, b.tile) >> (in & 31),
+                    0);
+      if (backward)
+        x *= sign_factor<T>(b.draw, gpu::load_global<float>(args.noise.scale + index * args.noise.scale_stride));
     }
     FLATLORA_NO_UNROLL
     for (int bit = 0; bit < bits; ++bit) {
@@ -265,7 +270,8 @@ transform_small_kernel(TransformArgs args) {
   }
   const int64_t index = (int64_t(b.tile) << bits) + mirrored - b.out_first;
   if (!mine || index < 0 || index >= b.out_length) return;
-  if (!backward) sum *= scale_of<T>(args.noise, b.draw, index);
+  if (!backward)
+    sum *= sign_factor<T>(b.draw, gpu::load_global<float>(args.noise.scale + index * args.noise.scale_stride));
   const int64_t at = b.m * b.out_length + index;
   store_number<T>(args.y, at, args.add ? number_at<T>(args.y, at) + sum : sum);
 }

@@ -170,8 +170,8 @@ inline uint16_t to_bf16(float x) {
   uint32_t bits = scalar::as_int(x);
   return std::isnan(x) ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-// Of the exact x + rest, with |rest| below what x holds: what a conversion cuts off is kept in the last bit, so that the
-// next one rounds as if it had seen the whole.
+// Of the exact x + rest, with |rest| below what x holds: what a conversion cuts off is kept in the last bit, so that
+// the next one rounds as if it had seen the whole.
 inline uint16_t to_bf16(double x, double rest) {
   float cut = float(x);
   const double left = std::isfinite(cut) ? (x - double(cut)) + rest : (std::isfinite(x) ? -x : 0.0);
@@ -238,10 +238,6 @@ inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
   const uint32_t low = emulated::fma_bf16(uint16_t(a), uint16_t(b), uint16_t(c));
   return low | uint32_t(emulated::fma_bf16(uint16_t(a >> 16), uint16_t(b >> 16), uint16_t(c >> 16))) << 16;
 }
-inline uint32_t fms_bf16(uint32_t a, uint32_t b, uint32_t c) { return fma_bf16(a, b, c ^ 0x80008000u); }
-inline uint32_t add_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, 0x3f803f80u, b); }
-inline uint32_t sub_bf16(uint32_t a, uint32_t b) { return fms_bf16(a, 0x3f803f80u, b); }
-inline uint32_t mul_bf16(uint32_t a, uint32_t b) { return fma_bf16(a, b, 0x80008000u); }
 inline float f16_to_float(uint16_t bits) { return emulated::f16_table()[bits]; }
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = scalar::as_int(x);

@@ -1,6 +1,6 @@
-// One small kernel for each function of csrc/cuda/ptx.h, for tests/csrc/test_wrappers.py, which knows what must come out.
-// Compiled by nvcc for a GPU, and with FLATLORA_EMULATED by a C++ compiler for the emulator. FLATLORA_TEST_SM90: with
-// what only sm_90a has.
+// One small kernel for each function of csrc/cuda/ptx.h, for tests/csrc/test_wrappers.py, which knows what must come
+// out. Compiled by nvcc for a GPU, and with FLATLORA_EMULATED by a C++ compiler for the emulator. FLATLORA_TEST_SM90:
+// with what only sm_90a has.
 #include <cstring>
 #include <string>
 
@@ -65,8 +65,15 @@ FLATLORA_KERNEL(32, 1) shuffles(const uint8_t* in, uint8_t* out) {
 
 FLATLORA_KERNEL(32, 1) integers(const uint8_t* in, uint8_t* out) {
   const auto w = load_global<Words<4>>(in + 16 * lane());
-  store_global(out + 8 * lane(), byte_permute(w.v[0], w.v[1], w.v[2]));
-  store_global(out + 8 * lane() + 4, xor_masked(w.v[0], w.v[1], w.v[3]));
+  const uint32_t values[] = {byte_permute(w.v[0], w.v[1], w.v[2]), xor_masked(w.v[0], w.v[1], w.v[3]),
+                             rotate_right(w.v[0], 5), reverse_bits(w.v[0]), uint32_t(count_bits(w.v[0]))};
+  for (int i = 0; i < 5; ++i) store_global(out + 20 * lane() + 4 * i, values[i]);
+}
+
+FLATLORA_KERNEL(32, 1) pairs(const uint8_t* in, uint8_t* out) {
+  const int64_t i = block() * 32 + lane();
+  const auto w = load_global<Words<4>>(in + 16 * i);
+  store_global(out + 4 * i, fma_bf16(w.v[0], w.v[1], w.v[2]));
 }
 
 template <int kWhich>
@@ -325,6 +332,7 @@ const Case cases[] = {
     {"exchange 128", exchange<128>, 1, 128, 512},
     {"shuffles", shuffles, 1, 32, 0},
     {"integers", integers, 1, 32, 0},
+    {"pairs", pairs, 64, 32, 0},
     {"log2_approx", convert<0>, 8, 32, 0},
     {"sqrt_approx", convert<1>, 8, 32, 0},
     {"sin_approx", convert<2>, 8, 32, 0},

@@ -40,8 +40,8 @@ CASES = [
     Case(1, 136, 72, MIDDLE, input_grad=True, rank=8),
     # odd rows of W
     Case(140, 77, 72, MIDDLE, bias=True, row_offset=3),
-    Case(140, 77, 72, SMALL, noise="rademacher", row_offset=4),
-    Case(33, 141, 80, MIDDLE, noise="rademacher", row_offset=12, input_grad=True),
+    Case(140, 77, 72, SMALL, noise="rademacher", row_offset=16),
+    Case(33, 141, 80, MIDDLE, noise="rademacher", row_offset=48, input_grad=True),
     Case(33, 67, 136, LARGE, input_grad=True, rank=8),
     # samples
     Case(420, 72, 72, MIDDLE, samples=3, rank=8),
@@ -50,6 +50,14 @@ CASES = [
     # ranks beyond a step
     Case(20, 72, 72, MIDDLE, rank=200),
     Case(20, 72, 72, SMALL, F16, rank=72, input_grad=True),
+    # units of two rows and two blocks, whole and cut
+    Case(600, 136, 328, LARGE, noise="near_gaussian", rank=16, bias=True),
+    Case(600, 328, 136, LARGE, noise="near_gaussian", input_grad=True, rank=16),
+    Case(300, 77, 648, MIDDLE, F16, "near_gaussian", rank=8, row_offset=16),
+    Case(150, 141, 72, SMALL, noise="near_gaussian", input_grad=True, samples=2, antithetic=True),
+    Case(300, 136, 648, LARGE, F16, "rademacher", rank=8),
+    Case(300, 77, 1672, LARGE, noise="rademacher", samples=2, antithetic=True),
+    Case(300, 1672, 72, LARGE, noise="rademacher", input_grad=True),
 ]
 
 
@@ -91,7 +99,7 @@ def check_banks(kernels: Kernels, case: Case) -> None:
     assert sites and not [str(site) for site in sites if site.conflicts]
 
 
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + CASES[-7:], ids=str)
 def test_no_bank_conflicts(kernels, case):
     check_banks(kernels, case)
 
@@ -133,7 +141,7 @@ FAULTS = [
     Fault("no swizzle", "((chunk() ^ line % 8) << 4)", "(chunk() << 4)", FORWARD),
     Fault("eight lines in half their bytes", "eight_lines = 1024 >> 4", "eight_lines = 512 >> 4", FORWARD),
     Fault("not transposed", "multiply<kInputGrad>(acc,", "multiply<false>(acc,", BACKWARD),
-    Fault("rows of the other consumer", "- kTile.producers) * (kTile.m / 2)", "- kTile.producers) * 0", FORWARD),
+    Fault("rows of the other consumer", "uint32_t(consumer()) * (kTile.m / 2)", "0", FORWARD),
     Fault("stage in use released", "if (step > lora_steps) release(before);", "release(ring.slot);", FORWARD,
           "data race: wgmma"),
     Fault("stage free after one consumer", "kCluster * kTile.kConsumers * 4", "kCluster * 4", FORWARD,
@@ -141,16 +149,16 @@ FAULTS = [
     Fault("released to the own block alone", "if (gpu::lane() < kCluster) gpu::mbarrier",
           "if (gpu::lane() == rank) gpu::mbarrier", FORWARD, "arrivals and 0 bytes are missing"),
     Fault("parity of the other turn", "ring.parity ^ 1);", "ring.parity);", FORWARD, "deadlock"),
-    Fault("sent into a stage in use", "if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return false;", "",
+    Fault("sent into a stage in use", "if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return 0;", "",
           FORWARD, "more arrivals than the 2 expected"),
-    Fault("written into a stage in use", "open(ring, a_map, at, fetched);",
-          "if (fetches() && !fetched) open(ring, a_map, at);", FORWARD, "data race"),
+    Fault("written into a stage in use", "open(ring, turn, a_map, at, fetched);",
+          "if (fetches() && !fetched) open(ring, turn, a_map, at);", FORWARD, "data race"),
     Fault("own share awaited too", "(kCluster - 1) * kShareBytes);", "kCluster * kShareBytes);", FORWARD,
           "bytes are missing"),
     Fault("share of the first block", "uint32_t(rank) * kShareBytes;", "0u;", FORWARD),
-    Fault("barrier before the fence", "gpu::fence_proxy_async();\n    gpu::sync_named(1 + group(), 128);",
-          "gpu::sync_named(1 + group(), 128);\n    gpu::fence_proxy_async();", FORWARD, "missing proxy fence"),
-    Fault("producers share a barrier", "gpu::sync_named(1 + group(), 128);", "gpu::sync_named(1, 128);", FORWARD),
+    Fault("barrier before the fence", "gpu::fence_proxy_async();\n    meet(turn);",
+          "meet(turn);\n    gpu::fence_proxy_async();", FORWARD, "missing proxy fence"),
+    Fault("producers share a barrier", "gpu::sync_named(1 + turn, kGroup);", "gpu::sync_named(1, kGroup);", FORWARD),
     Fault("rows of the next sample stored", "last_m = (sample + 1) * job.rows_per_sample;", "last_m = job.args.M;",
           SAMPLES, "wrote in the same launch"),
     Fault("noise of the first sample for all", "draw_of(args.noise, sample)", "draw_of(args.noise, 0)", SAMPLES),
@@ -186,6 +194,7 @@ int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
 gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
 gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
+gpu::Error transform(const TransformArgs&, const Gpu&) { return 1; }
 }  // namespace flatlora
 """
 

@@ -4,7 +4,9 @@ must give what the manual says. Layouts of matrices: test_emulator_layouts.py, w
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import emulator
@@ -101,11 +103,45 @@ def test_integers(library):
     data = random_words(128).reshape(32, 4)
     data[:, 2] &= 0x7777  # the top bit of a selector would copy a sign
     data[0, 2] = 0x7531
-    out = wrappers.get(library).run("integers", data, np.zeros((32, 2), dtype=np.uint32))
+    out = wrappers.get(library).run("integers", data, np.zeros((32, 5), dtype=np.uint32))
     eight = np.ascontiguousarray(data[:, :2]).view(np.uint8)
     four = [[eight[i, data[i, 2] >> (4 * j) & 7] for j in range(4)] for i in range(32)]
     assert np.array_equal(out[:, 0], np.array(four, dtype=np.uint8).view(np.uint32).reshape(-1))
-    assert np.array_equal(out[:, 1], data[:, 0] ^ data[:, 1] & data[:, 3])
+    first = data[:, 0]
+    assert np.array_equal(out[:, 1], first ^ data[:, 1] & data[:, 3])
+    assert np.array_equal(out[:, 2], first >> 5 | first << 27)
+    bits = first[:, None] >> np.arange(32, dtype=np.uint32) & 1
+    assert np.array_equal(out[:, 3], (bits << np.arange(31, -1, -1, dtype=np.uint32)).sum(1, dtype=np.uint32))
+    assert np.array_equal(out[:, 4], bits.sum(1))
+
+
+def nearest_bf16(x: Fraction) -> float:
+    """A finite x, rounded to nearest even with subnormal numbers."""
+    if x == 0:
+        return 0.0
+    exponent = max(math.frexp(float(abs(x)))[1] - 8, -133)  # of the last place
+    size = round(x / Fraction(2) ** exponent) * Fraction(2) ** exponent
+    return math.copysign(math.inf, x) if abs(size) >= Fraction(2) ** 128 else float(size)
+
+
+@on_both
+def test_multiply_add_of_pairs(library):
+    words = random_words(2048 * 4).reshape(2048, 4)
+    # Random exponents rarely meet: half of the sums cancel nearly, and some have numbers below the least normal one.
+    halves = words.view(np.uint16).reshape(2048, 4, 2)
+    halves[1024:, :3] = halves[1024:, :3] & 0x80FF | 0x3F00
+    halves[1536:1792, 0::2] &= 0x80FF
+    halves[1792:, 0] = halves[1792:, 0] & 0x80FF | 0x2000
+    halves[1792:, 1] = halves[1792:, 1] & 0x80FF | 0x1F00
+    halves[1792:, 2] &= 0x807F
+    out = wrappers.get(library).run("pairs", words, np.zeros(2048, dtype=np.uint32))
+    found = (out.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(2048, 2)
+    a, b, c = (halves.astype(np.uint32) << 16).view(np.float32).transpose(1, 0, 2)[:3]
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    assert finite.mean() > 0.9
+    for i in zip(*np.nonzero(finite), strict=True):
+        assert found[i] == nearest_bf16(Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i])))
+    assert not np.isfinite(found[~finite]).any()
 
 
 def convert(library, name: str, data: np.ndarray, result: type) -> np.ndarray:
