@@ -189,23 +189,40 @@ SIMD void store_lanes(T* p, int64_t stride, F x, int n) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
-// A row of a region: out = w + eps, of every kind but gaussian, which comes in tiles. `w_ahead`, `out_ahead`: how far
-// it is to the rows that come next but one. A region's rows are too short for the hardware's prefetcher.
+// A row of a region: out = w + eps.
 template <bool kSigns, class T>
-SIMD void perturb_row(const T* w, int64_t w_ahead, float factor, const uint8_t* drawn, int64_t cols, T* out,
-                      int64_t out_ahead) {
-  for (int64_t k = 0; k < cols; k += W) {
-    const int n = int(min64(W, cols - k));
-    if (w) __builtin_prefetch(w + k + w_ahead, 0, 2);
-    __builtin_prefetch(out + k + out_ahead, 1, 2);
-    const F eps = kSigns ? flip_signs(factor, drawn + (k >> 3))
-                         : mul(splat(F(), factor), load(reinterpret_cast<const int8_t*>(drawn + k)));
-    F base = splat(F(), 0.0f);
-    if (w) base = n == W ? load(w + k) : load(w + k, n);
-    if (n == W) {
-      store(out + k, add(base, eps));
-    } else {
-      store(out + k, add(base, eps), n);
+SIMD void perturb_row(const T* w, float factor, const uint8_t* drawn, int64_t cols, T* out) {
+  const auto eps = [=](int64_t k) {
+    if (kSigns) return flip_signs(factor, drawn + (k >> 3));
+    return mul(splat(F(), factor), load(reinterpret_cast<const int8_t*>(drawn + k)));
+  };
+  int64_t k = 0;
+  for (; k + W <= cols; k += W) store(out + k, add(w ? load(w + k) : splat(F(), 0.0f), eps(k)));
+  if (k < cols) store(out + k, add(w ? load(w + k, int(cols - k)) : splat(F(), 0.0f), eps(k)), int(cols - k));
+}
+
+// Rows [n0, n1) and columns [k0, k1), where columns lie side by side, of every kind but gaussian, which comes in tiles.
+// Regions are long, and no unit is cut but by the weight's own edges. Even so a region's rows are too short for the
+// hardware's prefetcher: the row that comes next but one is asked for.
+template <bool kSigns, class T>
+void perturb_region_rows(const Weight<T>& w, const Draw& d, int64_t n0, int64_t n1, int64_t k0, int64_t k1, T* out,
+                         int64_t out_stride) {
+  constexpr int64_t kCols = kRegionArea / kUnitRows, kLine = 64 / int64_t(sizeof(T));
+  Region region;
+  for (int64_t n = n0, next; n < n1; n = next) {
+    next = min64(n1, n + kUnitRows - (d.row_offset + n) % 16);
+    for (int64_t k = k0; k < k1; k += kCols) {
+      const int64_t cols = min64(kCols, k1 - k);
+      draw_region(d, n, next - n, k, cols, region);
+      for (int64_t m = n; m < next; ++m) {
+        const T* base = w.data ? w.data + m * w.row_stride + k : nullptr;
+        T* to = out + m * out_stride + k;
+        for (int64_t c = 0; c < cols; c += kLine) {
+          if (base) __builtin_prefetch(base + 2 * w.row_stride + c, 0, 2);
+          __builtin_prefetch(to + 2 * out_stride + c, 1, 2);
+        }
+        perturb_row<kSigns>(base, d.factor(m), region.at(d, m, k), cols, to);
+      }
     }
   }
 }
@@ -218,23 +235,17 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
   const int64_t n0 = task / tasks_k * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   T* out = static_cast<T*>(args.out);
   const int64_t rs = args.out_row_stride, cs = args.out_col_stride;
+  if (draw.kind != Noise::kGaussian && cs == 1 && (w.data == nullptr || w.col_stride == 1)) {
+    const int64_t end = min64(args.K, begin + kPerturbCols);
+    if (draw.kind == Noise::kNearGaussian)
+      return perturb_region_rows<false>(w, draw, n0, n0 + rows, begin, end, out, rs);
+    return perturb_region_rows<true>(w, draw, n0, n0 + rows, begin, end, out, rs);
+  }
   Region region;
   RowLanes lanes;
   for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
     const int64_t cols = min64(kRegionLong, args.K - k0);
     draw_region(draw, n0, rows, k0, cols, region);
-    if (draw.kind != Noise::kGaussian && cs == 1 && (w.data == nullptr || w.col_stride == 1)) {
-      for (int64_t n = n0; n < n0 + rows; ++n) {
-        const T* base = w.data ? w.data + n * w.row_stride + k0 : nullptr;
-        const uint8_t* drawn = region.at(draw, n, k0);
-        if (draw.kind == Noise::kNearGaussian) {
-          perturb_row<false>(base, 2 * w.row_stride, draw.factor(n), drawn, cols, out + n * rs + k0, 2 * rs);
-        } else {
-          perturb_row<true>(base, 2 * w.row_stride, draw.factor(n), drawn, cols, out + n * rs + k0, 2 * rs);
-        }
-      }
-      continue;
-    }
     for (int64_t n = 0; n < rows; n += W) {
       make_row_lanes(draw, n0 + n, rows - n, region, lanes);
       const int64_t tile_rows = min64(W, rows - n);

@@ -55,12 +55,12 @@ inline Draw make_draw(const NoiseArgs& noise, int64_t group, int64_t dtype) {
           kind != Noise::kGaussian && DType(dtype) == DType::kBFloat16};
 }
 
-// A region has at most kRegionLong rows x kRegionShort columns, or the other way round. Of signs it holds a bit per
-// value, 8 columns to a byte, 1 = negative; of near_gaussian an integer per value.
-constexpr int64_t kRegionLong = 256, kRegionShort = 64;
+// Of signs a region holds a bit per value, 8 columns to a byte, 1 = negative; of near_gaussian an integer per value, in
+// units of 16 columns and kUnitRows rows that are drawn whole. It has at most kRegionLong rows x kRegionShort columns,
+// or the other way round, or kRegionArea values in the rows of one unit.
+constexpr int64_t kRegionLong = 256, kRegionShort = 64, kRegionArea = kRegionLong * kRegionShort, kUnitRows = 2 * W;
 struct Region {
-  // Units of near_gaussian, of 16 columns and 2 W rows, that a region cuts are drawn whole. A load of a tile's columns,
-  // or of 32 bits of signs, may begin at the last byte.
+  // A load of a tile's columns, or of 32 bits of signs, may begin at the last byte.
   uint8_t bytes[(kRegionShort + 32) * (kRegionLong + 16) + 16];
   uint32_t first_row, first_col;  // global
   uint32_t stride;                // bytes from row to row
@@ -109,13 +109,13 @@ SIMD I levels(I even, I odd) {
   return negate_bytes(look_up(table, codes), signs);
 }
 
-// A unit is 16 rows x 16 columns; lanes lie along the first 8 rows of one or two.
+// Lanes lie along the first 8 rows of each 16 of a unit.
 inline void draw_near_gaussian(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
   out.first_row = n0 & ~15u;
   out.first_col = k0 & ~15u;
   out.stride = uint32_t(ceil_div(cols + (k0 & 15), 16)) * 16;
   const int64_t stride = out.stride;
-  for (uint32_t r = 0; r < rows + (n0 & 15); r += 2 * W) {
+  for (uint32_t r = 0; r < rows + (n0 & 15); r += kUnitRows) {
     const Words counters = split(add(iota(), splat(I(), (out.first_row + r) >> 1)));
     uint8_t* p = out.bytes + r * stride;
     for (uint32_t k = 0; k < out.stride; k += 16) {
@@ -172,7 +172,7 @@ constexpr Walsh kWalsh;
 
 // The part of a tile that lies in the region: rows and columns are global, [n0, n1) and [k0, k1).
 inline void draw_hadamard_tile(const Draw& d, uint64_t n0, uint64_t n1, uint64_t k0, uint64_t k1, Region& out) {
-  constexpr int kMostWords = 4 * (kRegionLong / 128 + 1);
+  constexpr int kMostWords = 4 * (kRegionArea / kUnitRows / 128 + 1);
   uint32_t row_signs[kMostWords], col_signs[kMostWords];
   const int t = d.tile_bits;
   draw_tile_signs(d, kHadamardRows, uint32_t(n0), int64_t(n1 - n0), uint32_t(k0 >> t), row_signs);

@@ -28,11 +28,14 @@ constexpr int kMostBits = W == 16 ? 4 : 3;  // stages of a pass: as many as 2^kM
 template <class T>
 using TransformSum = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// Whether a transform goes in vectors; the small tiles of small layers and float64 do not.
+// Whether a transform goes in vectors; tiles smaller than one do not, nor does float64.
 template <class T>
 bool in_vectors(int bits) {
-  return sizeof(T) < 8 && bits >= 2 * kFirstBits;
+  return sizeof(T) < 8 && bits >= kFirstBits;
 }
+
+// The first stages take W^2 values at once. Where a tile has fewer, several rows go together; else one.
+inline int64_t rows_together(int bits) { return max64(1, W * W >> bits); }
 
 template <int kApart, int kCount>
 SIMD void butterflies(F (&r)[kCount]) {
@@ -86,11 +89,10 @@ inline void walsh_middle(int bits, const float* in, int64_t side, int stage, flo
   walsh_pass(bits, in, side, stage, [=](int64_t j, F x) { store(out + j, x); });
 }
 
-// All stages; a and b are room for a tile each, and `get` may read b.
-template <class Get, class Put>
-SIMD void walsh(int bits, float* a, float* b, const Get& get, const Put& put) {
+// The stages that walsh_begin leaves, of `a`; b is room for a tile.
+template <class Put>
+SIMD void walsh_end(int bits, float* a, float* b, const Put& put) {
   const int64_t side = int64_t(1) << bits;
-  walsh_begin(side, get, a);
   int stage = kFirstBits;
   for (int passes = (bits - stage + kMostBits - 1) / kMostBits; passes > 1; --passes) {
     const int now = (bits - stage + passes - 1) / passes;
@@ -100,10 +102,11 @@ SIMD void walsh(int bits, float* a, float* b, const Get& get, const Put& put) {
     a = b;
     b = t;
   }
-  walsh_pass(bits - stage, a, side, stage, put);
+  if (stage < bits) return walsh_pass(bits - stage, a, side, stage, put);
+  for (int64_t j = 0; j < side; j += W) put(j, load(a + j));
 }
 
-// The same of `a`, not in vectors. Returns where the result is, `a` or `b`.
+// All stages of `a`, not in vectors. Returns where the result is, `a` or `b`.
 template <class Sum>
 Sum* walsh_scalar(int bits, Sum* a, Sum* b) {
   for (int stage = 0; stage < bits; ++stage) {
@@ -181,6 +184,9 @@ void make_factors(const Draw& d, const Side& side, int64_t tile, Part part, int6
   one_by_one(part.end);
 }
 
+// Elements of a tile's room; see rows_together.
+inline int64_t tile_room(int bits) { return max64(int64_t(1) << bits, W * W) + kTileGap; }
+
 // A task is some rows of `a` and one tile of outputs.
 inline TransformPlan plan_transform(const TransformArgs& args, int64_t threads) {
   const Side in = transform_side(args, args.input_grad), out = transform_side(args, !args.input_grad);
@@ -190,7 +196,7 @@ inline TransformPlan plan_transform(const TransformArgs& args, int64_t threads) 
   plan.rows = max64(1, min64(kTransformRows, args.M * out.tiles() / (2 * threads)));
   plan.tasks = groups * ceil_div(args.M / groups, plan.rows) * out.tiles();
   const int64_t tiles = 4 + (in.tiles() > 1 ? plan.rows : 0);
-  plan.workspace = tiles * ((int64_t(1) << out.bits) + kTileGap) * (DType(args.dtype) == DType::kFloat64 ? 8 : 4);
+  plan.workspace = tiles * tile_room(out.bits) * (DType(args.dtype) == DType::kFloat64 ? 8 : 4);
   return plan;
 }
 
@@ -199,7 +205,7 @@ void transform_task(const TransformArgs& args, const TransformPlan& plan, int64_
   using Sum = TransformSum<T>;
   const Side in = transform_side(args, kInputGrad), out = transform_side(args, !kInputGrad);
   const int bits = in.bits;
-  const int64_t side = int64_t(1) << bits, room = side + kTileGap, outputs = kInputGrad ? args.K : args.N;
+  const int64_t side = int64_t(1) << bits, room = tile_room(bits), outputs = kInputGrad ? args.K : args.N;
   const int64_t group_rows = args.M / max64(args.noise.samples, 1), batches = ceil_div(group_rows, plan.rows);
   const int64_t out_tile = out.first_tile() + task % out.tiles(), batch = task / out.tiles() % batches;
   const int64_t group = task / out.tiles() / batches;
@@ -215,43 +221,46 @@ void transform_task(const TransformArgs& args, const TransformPlan& plan, int64_
     const bool first = i == 0, last = i == in.tiles() - 1;
     make_factors<T>(draw, in, in_tile, from, out_tile, in_factors);
     make_factors<T>(draw, out, out_tile, to, in_tile, out_factors);
-    for (int64_t m = 0; m < rows; ++m) {
-      // Both at the tile's indices, where they may begin before the row.
-      const T* a = static_cast<const T*>(args.a) + (m0 + m) * args.a_row_stride +
-                   ((in_tile << bits) - in.first) * args.a_col_stride;
-      T* y = static_cast<T*>(args.y) + (m0 + m) * outputs + (out_tile << bits) - out.first;
-      Sum* sum = sums + m * room;
-      const auto finish = [&](int64_t j, Sum value) {
-        value *= out_factors[j];
-        if (!first) value += sum[j];
-        if (!last) {
-          sum[j] = value;
-          return;
-        }
-        if (args.add) value += to_float(y[j]);
-        if constexpr (sizeof(T) == 8) {
-          y[j] = value;
-        } else {
-          from_float(value, y[j]);
-        }
-      };
-      const bool direct = in_vectors<T>(bits) && args.a_col_stride == 1 && from.end - from.begin == side;
-      if (!direct) {
-        for (int64_t j = 0; j < from.begin; ++j) x[j] = 0;
-        for (int64_t j = from.begin; j < from.end; ++j) x[j] = in_factors[j] * to_float(a[j * args.a_col_stride]);
-        for (int64_t j = from.end; j < side; ++j) x[j] = 0;
+    // Both at the tile's indices, where they may begin before the row.
+    const auto a_row = [&](int64_t m) {
+      return static_cast<const T*>(args.a) + (m0 + m) * args.a_row_stride +
+             ((in_tile << bits) - in.first) * args.a_col_stride;
+    };
+    const auto y_row = [&](int64_t m) {
+      return static_cast<T*>(args.y) + (m0 + m) * outputs + (out_tile << bits) - out.first;
+    };
+    const auto input = [&](const T* a, int64_t j) -> Sum {
+      return j < from.begin || j >= from.end ? 0 : in_factors[j] * to_float(a[j * args.a_col_stride]);
+    };
+    const auto finish = [&](T* y, Sum* sum, int64_t j, Sum value) {
+      value *= out_factors[j];
+      if (!first) value += sum[j];
+      if (!last) {
+        sum[j] = value;
+        return;
       }
-      if (!in_vectors<T>(bits)) {
+      if (args.add) value += to_float(y[j]);
+      if constexpr (sizeof(T) == 8) {
+        y[j] = value;
+      } else {
+        from_float(value, y[j]);
+      }
+    };
+    if (!in_vectors<T>(bits)) {
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t j = 0; j < side; ++j) x[j] = input(a_row(m), j);
         const Sum* result = walsh_scalar(bits, x, other);
-        for (int64_t j = to.begin; j < to.end; ++j) finish(j, result[j]);
+        for (int64_t j = to.begin; j < to.end; ++j) finish(y_row(m), sums + m * room, j, result[j]);
       }
-      if constexpr (sizeof(T) < 8) {
-        const auto put = [&](int64_t j, F value) {
+    }
+    if constexpr (sizeof(T) < 8) {
+      const auto put_in = [&](int64_t m) {
+        return [&, y = y_row(m), sum = sums + m * room](int64_t j, F value) {
           if (j < to.begin || j + W > to.end) {
             float lanes[W];
             store(lanes, value);
             for (int64_t lane = max64(0, to.begin - j); lane < min64(W, to.end - j); ++lane)
-              finish(j + lane, lanes[lane]);
+              finish(y, sum, j + lane, lanes[lane]);
             return;
           }
           value = mul(value, load(out_factors + j));
@@ -260,11 +269,26 @@ void transform_task(const TransformArgs& args, const TransformPlan& plan, int64_
           if (args.add) value = add(value, load(y + j));
           store(y + j, value);
         };
-        if (direct) {
-          walsh(bits, other, x, [&](int64_t j) { return mul(load(in_factors + j), load(a + j)); }, put);
-        } else if (in_vectors<T>(bits)) {
-          walsh(bits, other, x, [&](int64_t j) { return load(x + j); }, put);
+      };
+      const int64_t together = rows_together(bits), step = side * together / W;
+      const bool whole = args.a_col_stride == 1 && from.end - from.begin == side;
+      for (int64_t m = 0; in_vectors<T>(bits) && m < rows; m += together) {
+        const int64_t now = min64(together, rows - m);
+        if (whole && together == 1) {
+          const T* a = a_row(m);
+          walsh_begin(side, [&](int64_t j) { return mul(load(in_factors + j), load(a + j)); }, other);
+        } else {
+          // Of each W-th part of a tile the rows side by side.
+          for (int64_t i = 0; i < now; ++i) {
+            const T* a = a_row(m + i);
+            for (int64_t j = 0; whole && j < side; j += W) store(other + j, mul(load(in_factors + j), load(a + j)));
+            for (int64_t j = 0; !whole && j < side; ++j) other[j] = input(a, j);
+            for (int64_t part = 0; part < W; ++part)
+              memcpy(x + part * step + i * (side / W), other + part * (side / W), size_t(side / W) * sizeof(float));
+          }
+          walsh_begin(side * together, [&](int64_t j) { return load(x + j); }, other);
         }
+        for (int64_t i = 0; i < now; ++i) walsh_end(bits, other + i * side, x, put_in(m + i));
       }
     }
   }
