@@ -1,5 +1,5 @@
-// Tiles of W + eps, kWidth rows by kWidth columns, in either orientation. This is the only place where the CPU
-// backend draws: forward, input gradient and perturb take their values from here, so that all see the same bits.
+// Tiles of W + eps, kWidth rows by kWidth columns, in either orientation. The CPU backend draws here and in region.h
+// alone: forward, input gradient and perturb take their values from these, so that all see the same bits.
 #pragma once
 
 #include "region.h"
