@@ -64,9 +64,12 @@ def _load() -> _Loaded | str:
     loaded.flatlora_cpu_init.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
     if loaded.flatlora_cpu_init(level.encode(), *pool):
         return f"FLATLORA_CPU_ISA={level!r} does not run here, expected one of {', '.join(levels)}"
-    calls = [
-        getattr(loaded, f"flatlora_cpu_{name}") for name in ("linear", "row_sq_norms", "perturb", "transform")
-    ]
+    calls = (
+        loaded.flatlora_cpu_linear,
+        loaded.flatlora_cpu_row_sq_norms,
+        loaded.flatlora_cpu_perturb,
+        loaded.flatlora_cpu_transform,
+    )
     for call in calls:
         call.argtypes = [ctypes.c_char_p]
     return _Loaded(*calls, levels, level)

@@ -127,7 +127,8 @@ def _hadamard(rows: range, cols: range, bits: int, stream: int, sample: int, see
     def signs(which: int, own: Tensor, other: range) -> Tensor:
         """Bits of the indices `own` in each tile of the `other` index, (len(other), len(own))."""
         tiles = torch.arange(other.start >> bits, (other.stop - 1 >> bits) + 1, device=own.device)
-        words = _words(*torch.broadcast_tensors(which + (own >> 7), tiles[:, None]), stream, sample, seed)
+        c0, c1 = torch.broadcast_tensors(which + (own >> 7), tiles[:, None])
+        words = _words(c0, c1, stream, sample, seed)
         found = _pick(words, own >> 5 & 3) >> (own & 31) & 1
         return found[(torch.arange(other.start, other.stop, device=own.device) >> bits) - tiles[:1]]
 

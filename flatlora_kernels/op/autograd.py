@@ -163,16 +163,12 @@ def _differentiates(inputs: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
-# Without the wrapper that `torch.autograd.Function` puts around it for the sake of torch.func.
-_apply = super(torch.autograd.Function, LinearFunction).apply
-
-
 def linear(*arguments: Any) -> Tensor:
     """`compute.linear` without its u, differentiable; outside the transforms of torch.func."""
     if torch.is_grad_enabled():
         for t in arguments[:6]:
             if t is not None and t.requires_grad:
-                return _apply(*arguments[:6], (*arguments[6:], compute))[0]
+                return LinearFunction.apply(*arguments[:6], (*arguments[6:], compute))[0]
     return compute.linear(*arguments)[0]
 
 

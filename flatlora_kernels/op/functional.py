@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -189,13 +190,20 @@ def _remember(facts: tuple[Any, ...], given: tuple[Any, ...], antithetic: Any) -
     return mark
 
 
-_watchers = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._are_functorch_transforms_active,
-    torch._C._get_tracing_state,
-    torch.autograd._profiler_enabled,
-)
+def _all_watchers() -> tuple[Callable[[], Any], ...]:
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._are_functorch_transforms_active,
+            torch._C._get_tracing_state,
+            torch.autograd._profiler_enabled,
+        )
+    except AttributeError:  # they are torch's own: where one is gone, every call is seen
+        return (lambda: True,)
+
+
+_watchers = _all_watchers()
 
 
 def _watched() -> bool:
