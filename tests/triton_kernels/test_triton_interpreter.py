@@ -432,11 +432,12 @@ def test_transform_with_the_arithmetic_of(architecture: str, on: Any) -> None:
 
 
 def test_transform_of_several_blocks_in_a_program(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie."""
+    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie: added to, so that what
+    is written there by the wrong program stays."""
     on("interpreter", 4)
     monkeypatch.setattr(configs, "TRANSFORM_PROGRAMS", 1)
     monkeypatch.setattr(configs, "TRANSFORM", 256)
-    test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float32, False)
+    test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float16, False)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
