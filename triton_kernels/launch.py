@@ -183,7 +183,9 @@ def draw_facts(draw: Any) -> tuple[Any, ...]:
 
 def drawn(draw: Any, machine: Machine, weight: Tensor, noise_accum: str = "folded") -> Drawn:
     paired = machine.arithmetic == "ptx" and weight.dtype == torch.bfloat16 and by_eight(weight)
-    return Drawn(*draw_facts(draw), machine.arithmetic, paired, noise_accum == "split")
+    noise, antithetic, aligned, tile_bits = draw_facts(draw)
+    apart = noise_accum == "split"
+    return Drawn(noise, antithetic, aligned, tile_bits, machine.arithmetic, paired, apart)
 
 
 def by_eight(tensor: Tensor) -> bool:

@@ -431,12 +431,27 @@ def test_transform_with_the_arithmetic_of(architecture: str, on: Any) -> None:
     test_transform((8, 2, 256, 260, 0, 0, 1), torch.bfloat16, False)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, which a GPU does not give
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_infinite_input_is_transformed_to_infinity(dtype: torch.dtype) -> None:
+    """What a part leaves of it is no number, and does not count; a NaN stays one."""
+    draw = Draw(torch.rand(256), torch.tensor(7), noise="hadamard", tile_bits=8)
+    eps = oracle.epsilon(draw, 256, dtype)
+    a = randn(3, 256, dtype=dtype)
+    a[0, 5], a[1, 6] = -float("inf"), float("nan")
+    out = torch.empty_like(a)
+    TRITON.module.transform(a, draw, False, out, False)
+    assert torch.equal(out[0], (-torch.sign(eps[:, 5]) / 0.0).to(dtype))
+    assert out[1].isnan().all() and out[2].isfinite().all()
+
+
 def test_transform_of_several_blocks_in_a_program(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie."""
+    """Two blocks of rows in one, and a rest in each group, beside which the next group's rows lie: added to, so that
+    what the wrong program writes there stays."""
     on("interpreter", 4)
     monkeypatch.setattr(configs, "TRANSFORM_PROGRAMS", 1)
     monkeypatch.setattr(configs, "TRANSFORM", 256)
-    test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float32, False)
+    test_transform((5, 3 * 37, 32, 32, 0, 0, 3), torch.float16, False)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
