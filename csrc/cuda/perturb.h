@@ -142,7 +142,7 @@ struct PerturbMemory<T, false> {
 
 // kVector: as PerturbMemory has it, and rows and columns begin where the noise's patches may.
 template <class T, Noise kind, bool kVector>
-FLATLORA_KERNEL(kPerturbThreads, 2)
+FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 && kind == Noise::kRademacher ? 1 : 2))
 perturb_kernel(PerturbJob job) {
   const PerturbArgs& args = job.args;
   using Shape = PerturbShape<kind, kVector>;

@@ -74,6 +74,11 @@ template <int kBits>
 struct Walsh {
   static constexpr int kSize = 1 << kBits, kThreads = kSize / 16;
   static constexpr uint32_t kSignBytes = kSize / 8;
+  // On a processor at a time, which bounds the registers. sm_86 has no more than 16.
+  static constexpr int blocks(int size, bool vector) {
+    const int most = (!vector ? 384 : size == 2 && kBits > 10 ? 1024 : 768) / kThreads;
+    return most < 1 ? 1 : most > 16 ? 16 : most;
+  }
   // In shared memory: the values, the signs of what comes in, those of what goes out.
   static constexpr uint32_t kIn = 4 * kSize, kOut = kIn + kSignBytes, kBytes = kOut + kSignBytes;
 
@@ -168,10 +173,7 @@ FLATLORA_DEVICE void scale_16(float (&x)[16], const TransformArgs& args, const D
 
 // kVector: of load_16, for `a`, y and noise_scale.
 template <class T, int kBits, bool kVector>
-FLATLORA_KERNEL(Walsh<kBits>::kThreads, (!kVector         ? 512
-                                         : sizeof(T) == 2 ? 1024
-                                                          : 768) /
-                                            Walsh<kBits>::kThreads)
+FLATLORA_KERNEL(Walsh<kBits>::kThreads, (Walsh<kBits>::blocks(sizeof(T), kVector)))
 transform_kernel(TransformArgs args) {
   using W = Walsh<kBits>;
   const TransformBlock b(args, kBits);

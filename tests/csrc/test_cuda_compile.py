@@ -74,6 +74,26 @@ def test_instructions_of_the_main_loop_by_value() -> None:
     assert (row.instr, row.values) == (round(12 / 32, 2), 32)
     row = read(".L_x_0:", *LINEAR, *DRAW, *DRAW, *END, name="linear_sm80<bf16, false, rademacher, 2>")
     assert row.values == 32  # the second call is for rows that begin within a word
+
+
+def test_values_that_a_call_serves() -> None:
+    loop, moves = [".L_x_0:", *LINEAR, *DRAW], ["PRMT R1, R2, R3, R4"] * 64
+    for name, values in (
+        ("linear_sm80<bf16, false, near_gaussian, 0>", 32),
+        ("linear_sm80<bf16, false, rademacher, 0>", 32),
+        ("perturb<bf16, near_gaussian, true>", 32),
+        ("perturb<f16, rademacher, true>", 128),
+        ("perturb<f16, rademacher, false>", 32),
+        ("perturb<f16, hadamard, true>", 32),
+        ("perturb<f16, hadamard, false>", 8),
+        ("transform<bf16, 12, true>", 16),
+        ("transform_small<bf16>", 1),
+    ):
+        assert read(*loop, *END, name=name).values == values
+    # A producer has all rows of a call where it moves the signs of so many.
+    hopper = "linear_sm90<bf16, false, rademacher, 1>"
+    assert read(*loop, *END, name=hopper).values == 32
+    assert read(*loop, *moves, *END, name=hopper).values == 128
     assert read(*LINEAR, "EXIT", name="add_parts").instr is None
 
 
@@ -136,9 +156,27 @@ def test_budgets_hold_whatever_the_table_says() -> None:
     assert not compiled._over_budget(row(kernel="linear_sm80<bf16, true, gaussian, 2>", besides=30.0))
 
 
+def test_each_kind_of_noise_has_a_budget_of_its_own() -> None:
+    for kernel, most in (
+        ("perturb<bf16, near_gaussian, true>", 6.0),
+        ("perturb<f16, near_gaussian, true>", 9.5),
+        ("perturb<bf16, gaussian, true>", 17.0),
+        ("linear_sm80<bf16, true, near_gaussian, 0>", 9.5),
+        ("linear_sm80<bf16, true, near_gaussian, 3, apart>", 14.0),
+        ("linear_sm80<bf16, true, rademacher, 1>", 6.5),
+        ("linear_sm90<bf16, true, near_gaussian, 0>", 9.5),
+        ("linear_sm90<bf16, false, rademacher, 0>", 7.5),
+        ("linear_sm90<bf16, false, rademacher, 1>", 5.0),
+    ):
+        assert not compiled._over_budget(row(kernel=kernel, besides=most))
+        assert compiled._over_budget(row(kernel=kernel, besides=most + 0.1))
+
+
 def test_names_are_those_of_the_source() -> None:
     mangled = "_ZN8flatlora14perturb_kernelINS_3gpu4bf16ELNS_5NoiseE1ELb1EEEvNS_11PerturbArgsE"
-    assert compiled.short_names([mangled]) == {mangled: "perturb<bf16, gaussian, true>"}
+    for number, noise in ((1, "gaussian"), (2, "rademacher"), (3, "near_gaussian"), (4, "hadamard")):
+        other = mangled.replace("NoiseE1", f"NoiseE{number}")
+        assert compiled.short_names([other]) == {other: f"perturb<bf16, {noise}, true>"}
 
 
 def test_every_source_is_compiled_for_every_target() -> None:
