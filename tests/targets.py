@@ -65,8 +65,10 @@ class Target(NamedTuple):
             return reason
         return None if self.device in devices() else f"needs a {self.device} device"
 
-    def linear(self, *args: Any, strategy: str = "fused", **kwargs: Any) -> Tensor:
-        """The op on this backend: its own kernels, unless another strategy is asked for."""
+    def linear(self, *args: Any, strategy: str | None = "fused", **kwargs: Any) -> Tensor:
+        """The op on this backend: its own kernels for this kind of noise, unless another strategy is asked for."""
+        if strategy == "fused" and kwargs.get("noise", "gaussian") not in self.module.FUSES:
+            strategy = "transform"
         return fk.fused_flat_lora_linear(*args, backend=self.backend, strategy=strategy, **kwargs)
 
     def noise(self, noise_scale: Tensor | int, num_cols: int, **kwargs: Any) -> Tensor:

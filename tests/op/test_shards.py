@@ -18,6 +18,8 @@ LARGE_CUTS = [(0, 96), (96, 200)]
 def whole(target: Target, dtype: torch.dtype, noise: str):  # type: ignore[no-untyped-def]
     p = problem(11, N, K, dtype, target.device, rank=4, bias=True, noise=noise)
     p.options.pop("noise_scale")
+    if noise == "hadamard":
+        p.options["layer_shape"] = (N, K)
     x = p.x.clone().requires_grad_()
     y = target.linear(x, p.weight, p.lora_A, p.lora_B, p.bias, sigma=SIGMA, **p.options)
     (dx,) = torch.autograd.grad(y, x, p.grad_y)
