@@ -105,6 +105,7 @@ LINEAR: dict[tuple[str, str], dict[str, Tiles]] = {
 PERTURB = Pass(64, 64, 4, 1, steps=8)
 PERTURB_UNITS = Pass(64, 64, 4, 1, steps=8, together=2)  # of near_gaussian, where the loop itself counts
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)
+PERTURB_RAGGED_WALSH = Pass(16, 64, 4, 1, steps=8)  # of hadamard, which spills in more rows
 PERTURB_INTERPRETER = Pass(64, 256, 1)
 TRANSFORM = 4096  # elements of x in a block of whole tiles
 TRANSFORM_ONE_PRODUCT = 7  # bits of a tile at most that is transformed by one product
@@ -172,6 +173,8 @@ def linear(
                 num_warps=8 if family == "sm80" else 4,
                 fill=False,
             )
+        elif apart and config.block_m == 64 and kind == "half" and family in ("sm80", "sm100"):
+            config = config._replace(num_warps=8)  # with 4 some spill
         tiles = samples * -(-rows // config.block_m) * -(-outputs // config.block_out)
         if rows <= most and (not config.fill or 4 * tiles >= 3 * processors):
             return config, tiles

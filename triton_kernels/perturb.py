@@ -86,6 +86,8 @@ def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
     config = configs.PERTURB if regular else configs.PERTURB_RAGGED
     if regular and draw.noise == "near_gaussian":
         config = configs.PERTURB_UNITS
+    if not regular and draw.noise == "hadamard":
+        config = configs.PERTURB_RAGGED_WALSH
     if machine.architecture == "interpreter":
         config = configs.PERTURB_INTERPRETER
     rest = {

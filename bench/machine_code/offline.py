@@ -54,7 +54,7 @@ _BUDGETS = {
     ("input_grad", "sm90", "near_gaussian"): 9.5,
     **{("perturb", target, "near_gaussian"): 6.0 for target in _MAIN[:3]},
     **{("perturb", target, "rademacher"): 5.5 for target in _MAIN[:3]},
-    **{("perturb", target, "hadamard"): 9.0 for target in _MAIN[:3]},
+    **{("perturb", target, "hadamard"): 12.0 for target in _MAIN[:3]},  # Triton 3.6; 3.9 has 8.1
     **{("perturb", target, "gaussian"): 15.2 for target in _MAIN[:3]},
     **{("row_sq_norms", target, "none"): 5.5 for target in _MAIN[:3]},
 }
@@ -148,7 +148,7 @@ def cases() -> list[Case]:
         odd = perturb._replace(N=4095, K=4097, variant="odd")
         norms = Case("row_sq_norms", architecture, "bfloat16", noise="none")
         found += [odd, *(perturb._replace(noise=noise) for noise in KINDS)]
-        found += [odd._replace(noise=noise) for noise in KINDS if hopper]
+        found += [odd._replace(noise=noise) for noise in KINDS if hopper or noise == "hadamard"]
         found += _transforms(architecture)
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
         if hopper:
@@ -457,7 +457,9 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
         wanted = "v_mfma" if row.target == "gfx942" else large.get(row.target, "HMMA")
         if wanted not in row.tensor and row.dtype != "float32":
             found.append(f"expected {wanted} in the main loop, got {row.tensor}")
-        if row.exposed and arguments["CARRY"] and row.rows > 128 and _regular(row):
+        # Split near_gaussian has one in the input gradient of Triton 3.6.
+        units_apart = row.noise == "near_gaussian" and _VARIANTS["apart"] in row.case
+        if (row.exposed or 0) > units_apart and arguments["CARRY"] and row.rows > 128 and _regular(row):
             found.append(f"{row.exposed} waits for a global load while no warp-group product runs")
     limit = budget(row)
     if limit is not None and row.instr > limit:
