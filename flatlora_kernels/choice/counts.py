@@ -26,33 +26,41 @@ START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share
 Counts = tuple[float, float, float, float]
 # Of many rows, and of up to 16, where no page has rademacher for sm80 and sm100: as far below gaussian as of many.
 TRITON: dict[str, tuple[Counts, Counts]] = {
-    "sm80": ((17.16, 10.91, 17.94, 11.34), (16.03, 9.78, 17.22, 10.62)),
-    "sm90": ((15.78, 9.59, 16.94, 10.28), (16.16, 8.84, 17.59, 10.34)),
-    "sm100": ((16.44, 10.38, 16.66, 11.50), (16.56, 10.50, 18.06, 12.90)),
+    "sm80": ((16.91, 7.94, 17.81, 8.69), (15.75, 6.78, 17.09, 7.97)),
+    "sm90": ((15.53, 6.06, 16.72, 7.25), (15.84, 6.97, 17.69, 8.69)),
+    "sm100": ((15.88, 6.78, 16.66, 8.38), (15.31, 6.21, 17.12, 8.84)),
 }
 MAKES_U = 0.7  # more of them in a loop that makes u, too: 0.5 (sm_90) to 0.9 (sm_80)
 CUDA: dict[str, tuple[Counts, ...]] = {  # the tiles of configs.h and, "sm90a", of linear_sm90.h
-    "sm80": ((19.06, 12.72, 19.59, 13.16), (16.44, 10.09, 17.03, 10.50),
-             (15.19, 8.88, 15.72, 9.25), (13.91, 7.53, 14.47, 7.91)),
-    "sm100": ((21.47, 15.62, 20.06, 14.88), (16.34, 10.06, 16.84, 10.38),
-              (15.16, 8.88, 15.59, 9.03), (13.97, 7.69, 14.31, 7.84)),
-    "sm90a": ((17.16, 10.81, 18.12, 11.84), (18.12, 11.56, 19.09, 12.12), (18.03, 11.59, 18.53, 12.16)),
-}  # fmt: skip
+    "sm80": (
+        (19.06, 10.22, 19.59, 10.69),
+        (16.44, 7.56, 17.03, 7.97),
+        (15.19, 6.34, 15.72, 6.69),
+        (13.91, 5.03, 14.47, 5.41),
+    ),
+    "sm100": (
+        (21.47, 11.75, 20.06, 12.66),
+        (16.34, 7.56, 16.84, 7.97),
+        (15.16, 6.38, 15.59, 6.66),
+        (13.97, 5.19, 14.31, 5.41),
+    ),
+    "sm90a": ((16.28, 7.31, 16.72, 4.59), (16.22, 4.37, 16.81, 4.52), (16.06, 4.32, 16.62, 4.55)),
+}
 PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
-    "triton": {"sm80": (13.66, 8.06), "sm90": (13.69, 7.78), "sm100": (13.69, 7.59)},
-    "cuda": {"sm80": (15.22, 8.84), "sm90": (15.12, 8.69), "sm100": (14.22, 7.81)},
+    "triton": {"sm80": (13.44, 4.53), "sm90": (13.78, 4.25), "sm100": (12.94, 4.25)},
+    "cuda": {"sm80": (13.19, 3.55), "sm90": (13.22, 3.73), "sm100": (13.16, 3.45)},
 }
 
-# Estimates, to be replaced by counts: instructions of a thread per value in the product loops and in `perturb`,
-# whatever the backend and the target. hadamard, drawn by its index, has no product loop.
+# Instructions of a thread per value in the product loops and in `perturb`, about the mean of what the pages have for
+# backends and targets. hadamard, drawn by its index, has no product loop.
 NEAR_GAUSSIAN_PRODUCT = 9.0
-NEAR_GAUSSIAN_PERTURB = 5.7
-HADAMARD_PERTURB = 6.0
-# Of the transform: instructions of a thread for each value and stage of additions, and for each value beside them
+NEAR_GAUSSIAN_PERTURB = 5.8
+HADAMARD_PERTURB = 7.3
+# Of the transform, counted in csrc/cuda/transform.h for sm_90 (25.1 with tiles of 4096): instructions of a thread for each value and stage of additions, and for each value beside them
 # (signs, three passes through registers with shared memory between, the scale, the sum); bytes of shared memory for
 # each value; seconds that a block takes from its first load to its last store, which nothing hides where there are few.
 TRANSFORM_STAGE = 1.0
-TRANSFORM_REST = 12.0
+TRANSFORM_REST = 13.0
 TRANSFORM_SHARED = 16.0
 TRANSFORM_LATENCY = 2e-6
 

@@ -98,7 +98,7 @@ def test_correctness(tmp_path: Path) -> None:
     assert status == 0, (out / "suite.log").read_text()
     assert set(parts) == STAGES["correctness"]
     assert files == "cuda.jsonl large.jsonl suite.log summary.txt triton.jsonl".split()
-    for name, count in (("cuda", 8), ("large", 5), ("triton", 1)):
+    for name, count in (("cuda", 16), ("large", 5), ("triton", 1)):
         assert [row["outcome"] for row in rows(out / f"{name}.jsonl")] == ["passed"] * count
 
 

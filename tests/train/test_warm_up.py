@@ -73,7 +73,7 @@ def step(of: nn.Module, *shape: int) -> None:
         ({"samples": "batch", "antithetic": True, "strategy": "fused"}, (2, 8)),
         ({"noise": "near_gaussian"}, (16,)),
         ({"noise": "hadamard"}, (16,)),
-        ({"noise": "hadamard", "strategy": "panel"}, (16,)),
+        ({"noise": "hadamard", "strategy": "panel", "samples": 2, "antithetic": True}, (16,)),
     ],
     ids=["plain", "dropout", "batch", "near_gaussian", "transform", "panel"],
 )
