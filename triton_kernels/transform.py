@@ -216,7 +216,9 @@ def _transform_kernel(
     length = length // MULTIPLE_IN * MULTIPLE_IN
     stride_am = stride_am // MULTIPLE_IN * MULTIPLE_IN
     outputs = outputs // MULTIPLE_OUT * MULTIPLE_OUT
-    in_offset, out_offset = tl.cast(col_offset, tl.int64), tl.cast(row_offset, tl.int64)
+    # By way of uint32, which is what the interpreter has in 64 bits that it is told of.
+    in_offset = tl.cast(tl.cast(col_offset, tl.uint32), tl.int64)
+    out_offset = tl.cast(tl.cast(row_offset, tl.uint32), tl.int64)
     if INPUT_GRAD:
         in_offset, out_offset = out_offset, in_offset
     stream = tl.cast(stream_id, tl.uint32)

@@ -56,10 +56,10 @@ PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
 NEAR_GAUSSIAN_PRODUCT = 9.0
 NEAR_GAUSSIAN_PERTURB = 5.8
 HADAMARD_PERTURB = 7.3
-# Of the transform, counted in csrc/cuda/transform.h for sm_90 (25.1 with tiles of 4096): instructions of a thread for each
-# value and stage of additions, and for each value beside them (signs, three passes through registers with shared memory
-# between, the scale, the sum); bytes of shared memory for each value; seconds that a block takes from its first load to
-# its last store, which nothing hides where there are few.
+# Of the transform, counted in csrc/cuda/transform.h for sm_90 (25.1 with tiles of 4096): instructions of a thread for
+# each value and stage of additions, and for each value beside them (signs, three passes through registers with shared
+# memory between, the scale, the sum); bytes of shared memory for each value; seconds that a block takes from its first
+# load to its last store, which nothing hides where there are few.
 TRANSFORM_STAGE = 1.0
 TRANSFORM_REST = 13.0
 TRANSFORM_SHARED = 16.0
