@@ -48,8 +48,8 @@ class Target(NamedTuple):
 
     def plans(self, noise: str) -> list[dict[str, str]]:
         """Keyword arguments of every strategy and noise_accum that the backend implements for this kind of noise."""
-        strategies = [s for s in ("fused",) if noise in self.module.FUSES]
-        found = [{"strategy": s, "noise_accum": a} for s in strategies for a in self.module.NOISE_ACCUMS]
+        accums = self.module.NOISE_ACCUMS if noise in self.module.FUSES else ()
+        found = [{"strategy": "fused", "noise_accum": a} for a in accums]
         found += [{"strategy": "panel", "noise_accum": "folded"}]
         return found + [{"strategy": "transform", "noise_accum": "folded"}] * (noise == "hadamard")
 

@@ -139,6 +139,15 @@ def noise_scale(value: Any, num_rows: int | None, device: torch.device | None) -
         raise _value_error("noise_scale", value.device, f"the device of weight, {device}")
 
 
+def noise_product(x: Any, scale: Any) -> None:
+    """What tells the shape of the weight that `noise_product` has not got."""
+    tensor("x", x)
+    if x.dim() == 0:
+        raise _value_error("x", "shape ()", "shape (..., in_features)")
+    noise_scale(scale, None, None)
+    _device("noise_scale", scale, "x", x)
+
+
 def seed(value: Any, device: torch.device) -> None:
     if value is None:
         raise _value_error("seed", "None", "an int or a 0-d int64 tensor wherever noise is drawn")

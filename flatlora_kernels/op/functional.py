@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.shared import products
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.noise import KINDS, tile_bits
@@ -401,14 +400,11 @@ def noise_product(
     Args:
         x: (..., K). noise_scale: (N,) float32.
     """
-    checks.tensor("x", x)
-    checks.noise_scale(noise_scale, None, x.device)
-    if x.dim() == 0:
-        raise ValueError("x: expected shape (..., in_features), got shape ()")
-    with _without_autocast(x.device.type):
+    checks.noise_product(x, noise_scale)
+    with torch.autocast(x.device.type, enabled=False) if _autocasts(x.device.type) else _NOTHING:
         return fused_flat_lora_linear(
             x,
-            products.zeros(x, noise_scale.shape[0], x.shape[-1]),
+            x.new_zeros(()).expand(noise_scale.shape[0], x.shape[-1]),  # takes no memory
             seed=seed,
             stream=stream,
             noise=noise,
@@ -422,10 +418,6 @@ def noise_product(
             strategy=strategy,
             backend=backend,
         )
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
 
 
 def _autocasts(device_type: str) -> bool:

@@ -286,7 +286,7 @@ def test_noise_product_alone() -> None:
     refused(
         fk.noise_product,
         arguments,
-        (elsewhere, ValueError, "noise_scale", "meta", "the device of weight, cpu"),
+        (elsewhere, ValueError, "noise_scale", "meta", "the device of x, cpu"),
     )
 
 

@@ -118,6 +118,14 @@ def every_other_column(t: torch.Tensor) -> torch.Tensor:
     return t.repeat_interleave(2, -1)[..., ::2]
 
 
+def test_one_number_as_the_weight(target: Target, dtype: torch.dtype, noise: str) -> None:
+    """Expanded from a single element, which is not zero."""
+    p = problem(40, 130, 136, dtype, target.device, noise=noise)
+    p.weight = torch.full((), 0.25, dtype=dtype, device=target.device).expand(130, 136)
+    for plan in target.plans(noise):
+        check_problem(target, p, **plan)
+
+
 LAYOUTS = [every_other_row, wider, column_major, every_other_column]
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ...core.records import Draw, Product
-from .products import is_zero
 from .workspace import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
-Perturb = Callable[[Tensor | None, Draw, Tensor], None]
+Perturb = Callable[[Tensor, Draw, Tensor], None]
 
 _STEP = 64  # outputs; a multiple of the blocks of noise, 8 columns or 16 rows
 
@@ -79,7 +78,7 @@ def product(perturb: Perturb, p: Product, draw: Draw) -> Tensor:
             part = part._replace(col_offset=draw.col_offset + begin)
         else:
             part = part._replace(noise_scale=draw.noise_scale[begin:end], row_offset=draw.row_offset + begin)
-        perturb(None if is_zero(weight) else weight.narrow(dim, begin, end - begin), part, panel)
+        perturb(weight.narrow(dim, begin, end - begin), part, panel)
         return panel if input_grad else panel.t()
 
     # In 16 bits the low-rank part comes first, and the product adds to it before it rounds; in 32 bits it comes last,

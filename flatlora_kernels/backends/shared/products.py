@@ -48,16 +48,6 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def zeros(a: Tensor, N: int, K: int) -> Tensor:
-    """A weight (N, K) of zeros without memory, in the type of `a` and on its device."""
-    return a.new_zeros(()).expand(N, K)
-
-
-def is_zero(weight: Tensor) -> bool:
-    """Whether `weight` is one of `zeros`."""
-    return weight.stride() == (0, 0)
-
-
 def plain(p: Product) -> Tensor:
     """The product without noise, where there is nothing that a vendor's does not do better."""
     a, weight, input_grad, u, lora, bias, scaling = p
