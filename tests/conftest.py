@@ -110,6 +110,8 @@ NOT_SIMULATED = {
     ("-float16", "test_forward_and_backward_see"): "bfloat16 takes the same way",
     ("-float16", "test_checkpoint.py"): "bfloat16 takes the same way",
     ("-float16", "test_op.py"): "bfloat16 takes the same way",
+    ("test_one_number", "-float16"): "bfloat16 takes the same way",
+    ("test_one_number", "-float32"): "bfloat16 takes the same way",
     ("hadamard", "test_plain_linear"): "test_strategies and test_noise_product.py have its ways",
     ("hadamard", "test_adapter_and_bias"): "test_strategies has it with both",
     ("hadamard", "test_samples[", "float32"): "bfloat16 takes the same way",

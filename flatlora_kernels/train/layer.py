@@ -229,19 +229,8 @@ class NoisyLayer(nn.Module):
         if not self.noise_controller.sigma:
             return
         sources, seen = self._norm_sources(), self._scaled
-        if seen is None or len(seen) != len(sources):
-            return self.refresh_noise_scale()
-        for source, stamp in zip(sources, seen, strict=True):
-            if isinstance(stamp, tuple):
-                reference, version, address = stamp
-                if (
-                    reference() is not source
-                    or version != (0 if source.is_inference() else source._version)
-                    or address != source.data_ptr()
-                ):
-                    return self.refresh_noise_scale()
-            elif isinstance(source, Tensor) or source != stamp:
-                return self.refresh_noise_scale()
+        if seen is None or len(seen) != len(sources) or not all(map(_unchanged, sources, seen)):
+            self.refresh_noise_scale()
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
@@ -399,6 +388,15 @@ def _stamp(source: Any) -> Any:
         return source
     # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
     return weakref.ref(source), _version(source), source.data_ptr()
+
+
+def _unchanged(source: Any, seen: Any) -> bool:
+    if not isinstance(source, Tensor):
+        return bool(source == seen)
+    if not isinstance(seen, tuple):
+        return False
+    reference, version, address = seen
+    return reference() is source and version == _version(source) and address == source.data_ptr()
 
 
 def _version(tensor: Tensor) -> int:
