@@ -14,12 +14,13 @@
 namespace flatlora {
 namespace FLATLORA_ISA {
 
-constexpr int kRows = 6;  // rows of `a` per microkernel
+constexpr int kRows = 6;  // rows of `a` per microkernel, at most
 #if defined(__AVX512F__)
-constexpr int kMaxVectors = 4;  // 6 x 4 accumulators of 32 registers
+constexpr int kSums = 24;  // vectors of sums, of 32 registers
 #else
-constexpr int kMaxVectors = 2;  // of 16 registers
+constexpr int kSums = 12;  // of 16
 #endif
+constexpr int kMaxVectors = kSums / kRows;
 // Partial sums of so many steps: one chain of all K roundings errs 2 to 6 times as much as a vendor product.
 constexpr int64_t kSumSteps = 64;
 constexpr int64_t kMaxBlock = kRegionShort, kPanelBytes = 256 << 10;
@@ -117,26 +118,25 @@ SIMD void store_pair(uint32_t* p, F low, F high) {
 }
 #endif
 
-template <class Mode, int kV>
+template <class Mode, int kV, int kR = kSums / kV < kRows ? kSums / kV : kRows>
 void multiply_rows(int64_t rows, const typename Mode::A* a, int64_t lda, const typename Mode::Panel* p, int64_t steps,
                    typename Mode::Acc* acc) {
-  switch (rows) {
-    case 1: return Mode::template multiply<1, kV>(a, lda, p, steps, acc);
-    case 2: return Mode::template multiply<2, kV>(a, lda, p, steps, acc);
-    case 3: return Mode::template multiply<3, kV>(a, lda, p, steps, acc);
-    case 4: return Mode::template multiply<4, kV>(a, lda, p, steps, acc);
-    case 5: return Mode::template multiply<5, kV>(a, lda, p, steps, acc);
-    default: return Mode::template multiply<6, kV>(a, lda, p, steps, acc);
+  if constexpr (kR > 1) {
+    if (rows < kR) return multiply_rows<Mode, kV, kR - 1>(rows, a, lda, p, steps, acc);
   }
+  Mode::template multiply<kR, kV>(a, lda, p, steps, acc);
 }
 
 // acc: (rows, vectors * W)
 template <class Mode>
 void multiply(int64_t rows, int vectors, const typename Mode::A* a, int64_t lda, const typename Mode::Panel* p,
               int64_t steps, typename Mode::Acc* acc) {
-  if (vectors == 1) return multiply_rows<Mode, 1>(rows, a, lda, p, steps, acc);
-  if (vectors == 2) return multiply_rows<Mode, 2>(rows, a, lda, p, steps, acc);
-  return multiply_rows<Mode, kMaxVectors>(rows, a, lda, p, steps, acc);
+  switch (vectors) {
+    case 1: return multiply_rows<Mode, 1>(rows, a, lda, p, steps, acc);
+    case 2: return multiply_rows<Mode, 2>(rows, a, lda, p, steps, acc);
+    case 4: return multiply_rows<Mode, 4>(rows, a, lda, p, steps, acc);
+    default: return multiply_rows<Mode, int(kMaxBlock / W)>(rows, a, lda, p, steps, acc);
+  }
 }
 
 // A block of outputs as a panel stores it: strips of `vectors * W` outputs, each (contraction, vectors * W).
@@ -148,9 +148,11 @@ struct Strips {
   int64_t padded() const { return count() * strip(); }
 };
 
-inline Strips make_strips(int64_t width) {
-  const int64_t needed = ceil_div(width, W);
-  return {width, needed == 1 ? 1 : needed == 2 || kMaxVectors == 2 ? 2 : kMaxVectors};
+// As wide as the registers take the sums of so many rows: with few rows, the steps of one sum wait for each other.
+inline Strips make_strips(int64_t width, int64_t rows) {
+  Strips s = {width, 1};
+  while (s.strip() < width && 2 * s.vectors * min64(rows, kRows) <= kSums) s.vectors *= 2;
+  return s;
 }
 
 SIMD void store_steps(float* panel, int64_t step, int64_t strip, int64_t steps, F (&r)[W]) {
@@ -367,7 +369,7 @@ void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, v
   const int64_t part = task / blocks % plan.parts, group = task / blocks / plan.parts;
   const int64_t group_rows = args.M / max64(args.noise.samples, 1);
   const int64_t part_rows = ceil_div(ceil_div(group_rows, plan.parts), kRows) * kRows;
-  const Strips s = make_strips(min64(plan.block, outputs - o0));
+  const Strips s = make_strips(min64(plan.block, outputs - o0), group_rows);
   const int64_t strip = s.strip(), tile = kRows * strip;
   const Draw draw = make_draw(args.noise, group, args.dtype);
   const Weight<T> weight = make_weight<T>(args.weight, args.N, args.K);
@@ -416,7 +418,7 @@ void linear_task(const LinearArgs& args, const LinearPlan& plan, int64_t task, v
         for (int64_t i = 0; i < s.count(); ++i) {
           const int64_t width = min64(strip, s.width - i * strip);
           T* y_tile = y + m * outputs + i * strip;
-          for (int64_t row = kRows; row < 2 * kRows; ++row)  // where the next tile's sums are or will be
+          for (int64_t row = kRows; row < min64(2 * kRows, m1 - m); ++row)  // where the next tile's sums are or will be
             for (int64_t o = 0; o < width; o += 64 / int64_t(sizeof(T)))
               __builtin_prefetch(y_tile + row * outputs + o, 1, 2);
           Acc* acc = carried ? sums + ((m - m0) / kRows * s.count() + i) * tile : sums;

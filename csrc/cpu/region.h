@@ -75,6 +75,32 @@ struct Region {
   }
 };
 
+// Calls of Philox side by side: their rounds interleave, where one alone would wait for its multiplies.
+template <int kCalls>
+struct Beside {
+  Words call[kCalls];
+};
+template <int kCalls>
+SIMD void mulhilo(uint32_t m, const Beside<kCalls>& x, Beside<kCalls>& hi, Beside<kCalls>& lo) {
+  for (int i = 0; i < kCalls; ++i) mulhilo(m, x.call[i], hi.call[i], lo.call[i]);
+}
+template <int kCalls>
+SIMD Beside<kCalls> xor3(const Beside<kCalls>& x, const Beside<kCalls>& y, uint32_t key) {
+  Beside<kCalls> result;
+  for (int i = 0; i < kCalls; ++i) result.call[i] = xor3(x.call[i], y.call[i], key);
+  return result;
+}
+// Of counters that differ in c1 within a call, and in c0, by one, from call to call.
+template <int kCalls>
+SIMD void philox_beside(uint32_t c0, const Words& c1, const Draw& d, Beside<kCalls> (&c)[4]) {
+  for (int i = 0; i < kCalls; ++i) {
+    Words begun[4];
+    philox_rows_begin(c0 + uint32_t(i), c1, d.stream, d.sample, d.key, begun);
+    for (int q = 0; q < 4; ++q) c[q].call[i] = begun[q];
+  }
+  philox_rounds(c, d.key, 3);
+}
+
 // One call of Philox covers 16 rows of a block of 8 columns: lanes lie across blocks.
 inline void draw_rademacher(const Draw& d, uint32_t n0, uint32_t rows, uint32_t k0, uint32_t cols, Region& out) {
   const uint32_t first_block = k0 >> 3, blocks = uint32_t(ceil_div(cols, 8)), first_group = n0 >> 4;
@@ -120,17 +146,15 @@ inline void draw_near_gaussian(const Draw& d, uint32_t n0, uint32_t rows, uint32
     uint8_t* p = out.bytes + r * stride;
     for (uint32_t k = 0; k < out.stride; k += 16) {
       I first[4], second[4];  // of four columns a + b and a - b, or of the right call c + d and c - d
-      for (int side = 0; side < 2; ++side) {
-        Words c[4];
-        philox_rows_begin(((out.first_col + k) >> 3) + side, counters, d.stream, d.sample, d.key, c);
-        philox_rounds(c, d.key, 3);
+      Beside<2> c[4];
+      philox_beside((out.first_col + k) >> 3, counters, d, c);
+      for (int side = 0; side < 2; ++side)
         for (int i = 0; i < 2; ++i) {
-          const I even = join(c[2 * i]), odd = join(c[2 * i + 1]);
+          const I even = join(c[2 * i].call[side]), odd = join(c[2 * i + 1].call[side]);
           const I x = levels<false>(even, odd), y = levels<true>(even, odd);
           first[2 * side + i] = add_bytes(x, y);
           second[2 * side + i] = sub_bytes(x, y);
         }
-      }
       const auto store = [&](uint8_t* rows_of, const I(&m)[4]) {
         store_rows(rows_of + k, stride, 16, add_bytes(m[0], m[2]), add_bytes(m[1], m[3]), sub_bytes(m[0], m[2]),
                    sub_bytes(m[1], m[3]));

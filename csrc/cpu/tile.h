@@ -30,21 +30,12 @@ inline void make_row_lanes(const Draw& d, int64_t n0, int64_t rows, const Region
   }
 }
 
-// The blocks of a tile's width, side by side: their rounds interleave, where one alone would wait for its multiplies.
-struct Blocks {
-  Words block[W / 8];
-};
-SIMD void mulhilo(uint32_t m, const Blocks& x, Blocks& hi, Blocks& lo) {
-  for (int b = 0; b < W / 8; ++b) mulhilo(m, x.block[b], hi.block[b], lo.block[b]);
-}
-SIMD Blocks xor3(const Blocks& x, const Blocks& y, uint32_t key) {
-  Blocks result;
-  for (int b = 0; b < W / 8; ++b) result.block[b] = xor3(x.block[b], y.block[b], key);
-  return result;
-}
-
 // Several words at once through gaussian_pair: one load of a constant serves all, and their chains overlap.
+#if defined(__AVX512F__)
 constexpr int kAtOnce = 2;
+#else
+constexpr int kAtOnce = 4;
+#endif
 #define EACH for (int i = 0; i < kAtOnce; ++i)
 template <class V>
 struct Several {
@@ -77,19 +68,13 @@ SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign
 // eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
 // e[j] a column, with lanes along n.
 SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
-  const uint32_t block = (d.col_offset + uint32_t(k)) >> 3;
-  Blocks c[4];
-  for (int b = 0; b < W / 8; ++b) {
-    Words begun[4];
-    philox_rows_begin(block + b, lanes.rows, d.stream, d.sample, d.key, begun);
-    for (int i = 0; i < 4; ++i) c[i].block[b] = begun[i];
-  }
-  philox_rounds(c, d.key, 3);
+  Beside<W / 8> c[4];
+  philox_beside((d.col_offset + uint32_t(k)) >> 3, lanes.rows, d, c);
   for (int b = 0; b < W / 8; ++b)
     for (int q = 0; q < 4; q += kAtOnce) {
       Ints word;
       Floats scale, even, odd;
-      EACH word.v[i] = join(c[q + i].block[b]);
+      EACH word.v[i] = join(c[q + i].call[b]);
       EACH scale.v[i] = lanes.scale;
       gaussian_pair(word, scale, even, odd);
       EACH e[8 * b + 2 * (q + i)] = even.v[i];
@@ -138,22 +123,32 @@ Weight<T> make_weight(const WeightArgs& w, int64_t N, int64_t K) {
   return {static_cast<const T*>(w.data), w.row_stride, w.col_stride, N, K};
 }
 
-// r[i] = row n0 + i, lanes along k; zero outside the weight.
-template <class T>
-SIMD void load_rows(const Weight<T>& w, int64_t n0, int64_t k0, F (&r)[W]) {
+// take(i, x): row n0 + i, lanes along k; zero outside the weight.
+template <class T, class Take>
+SIMD void each_row(const Weight<T>& w, int64_t n0, int64_t k0, const Take& take) {
   const int rows = int(min64(W, w.N - n0)), cols = int(min64(W, w.K - k0));
   const T* p = w.data + n0 * w.row_stride + k0 * w.col_stride;
-  if (w.col_stride == 1 && rows == W && cols == W) {
-    for (int i = 0; i < W; ++i) r[i] = load(p + i * w.row_stride);
+  if (w.data == nullptr) {
+    for (int i = 0; i < W; ++i) take(i, splat(F(), 0.0f));
+  } else if (w.col_stride == 1 && rows == W && cols == W) {
+    for (int i = 0; i < W; ++i) take(i, load(p + i * w.row_stride));
   } else if (w.col_stride == 1) {
-    for (int i = 0; i < W; ++i) r[i] = i < rows ? load(p + i * w.row_stride, cols) : splat(F(), 0.0f);
+    for (int i = 0; i < W; ++i) take(i, i < rows ? load(p + i * w.row_stride, cols) : splat(F(), 0.0f));
   } else {
     T lanes[W] = {};
     for (int i = 0; i < W; ++i) {
       for (int j = 0; j < cols; ++j) lanes[j] = i < rows ? p[i * w.row_stride + j * w.col_stride] : T();
-      r[i] = load(lanes);
+      take(i, load(lanes));
     }
   }
+}
+template <class T>
+SIMD void load_rows(const Weight<T>& w, int64_t n0, int64_t k0, F (&r)[W]) {
+  each_row(w, n0, k0, [&](int i, F x) { r[i] = x; });
+}
+template <class T>
+SIMD void add_rows(const Weight<T>& w, int64_t n0, int64_t k0, F (&r)[W]) {
+  each_row(w, n0, k0, [&](int i, F x) { r[i] = add(x, r[i]); });
 }
 
 // r[j] = column k0 + j, lanes along n.
@@ -187,21 +182,16 @@ SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lane
   const bool column_major = w.row_stride == 1 && w.col_stride != 1;
   // Gaussian lanes come along n; of the other kinds those along k are cheaper.
   const bool lanes_n = column_major || (kLanesN && d.kind <= Noise::kGaussian);
-  if (w.data == nullptr) {
-    for (int i = 0; i < W; ++i) r[i] = splat(F(), 0.0f);
+  if (d.kind == Noise::kNone) {
+    lanes_n ? load_cols(w, n0, k0, r) : load_rows(w, n0, k0, r);
   } else if (lanes_n) {
-    load_cols(w, n0, k0, r);
-  } else {
-    load_rows(w, n0, k0, r);
-  }
-  if (d.kind != Noise::kNone) {
     F e[W];
-    if (lanes_n) {
-      eps_tile<true>(d, lanes, region, k0, e);
-    } else {
-      eps_tile<false>(d, lanes, region, k0, e);
-    }
+    eps_tile<true>(d, lanes, region, k0, e);
+    load_cols(w, n0, k0, r);
     for (int i = 0; i < W; ++i) r[i] = add(r[i], e[i]);
+  } else {
+    eps_tile<false>(d, lanes, region, k0, r);
+    add_rows(w, n0, k0, r);
   }
   if (lanes_n != kLanesN) transpose(r);
 }
