@@ -18,6 +18,7 @@ namespace FLATLORA_ISA {
 constexpr int64_t kMostSide = 4096, kTransformRows = 16;
 // Elements between one tile's room and the next: at a multiple of 4096 bytes a store would seem to hit a load.
 constexpr int64_t kTileGap = 64;
+constexpr int64_t kAhead = 2;  // rows: outputs are stored in jumps, where no hardware prefetcher follows
 
 constexpr int log2_of(int x) { return x == 1 ? 0 : 1 + log2_of(x / 2); }
 constexpr int reversed(int x, int bits) { return bits == 0 ? 0 : (x & 1) << (bits - 1) | reversed(x >> 1, bits - 1); }
@@ -263,6 +264,7 @@ void transform_task(const TransformArgs& args, const TransformPlan& plan, int64_
               finish(y, sum, j + lane, lanes[lane]);
             return;
           }
+          __builtin_prefetch(y + kAhead * outputs + j, 1);
           value = mul(value, load(out_factors + j));
           if (!first) value = add(value, load(sum + j));
           if (!last) return store(sum + j, value);
@@ -276,7 +278,11 @@ void transform_task(const TransformArgs& args, const TransformPlan& plan, int64_
         const int64_t now = min64(together, rows - m);
         if (whole && together == 1) {
           const T* a = a_row(m);
-          walsh_begin(side, [&](int64_t j) { return mul(load(in_factors + j), load(a + j)); }, other);
+          const auto get = [&](int64_t j) {
+            __builtin_prefetch(a + kAhead * args.a_row_stride + j);
+            return mul(load(in_factors + j), load(a + j));
+          };
+          walsh_begin(side, get, other);
         } else {
           // Of each W-th part of a tile the rows side by side.
           for (int64_t i = 0; i < now; ++i) {

@@ -104,8 +104,8 @@ def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, c
         return products.plain(p)
     if strategy == "panel":
         return panel.product(module.perturb, p, draw)  # type: ignore[arg-type]
-
-    def plain(p: Product) -> Tensor:
-        return _product(*_without_noise(p.a, p.weight, choice, p.input_grad), p, None, choice)
-
-    return transform.product(module.transform, plain, p, draw)  # type: ignore[arg-type]
+    y = transform.of_one_number(p)
+    if y is None:
+        y = _product(*_without_noise(p.a, p.weight, choice, p.input_grad), p, None, choice)
+    module.transform(p.a, draw, p.input_grad, y, True)
+    return y

@@ -94,8 +94,8 @@ def fused_flat_lora_linear(
     else:
         disabled = None
     # What was checked once need not be checked again: `facts` are all that the checks look at, but for numbers that are
-    # compared here. A mark says whether the call may go past torch's dispatcher.
-    facts = mark = None
+    # compared here.
+    facts = passed = None
     if (
         type(stream) is type(samples) is type(sample_offset) is type(row_offset) is type(col_offset) is int
         and 0 <= stream < _UINT32
@@ -124,13 +124,13 @@ def fused_flat_lora_linear(
                 lora_B is None, sigma == 0.0, type(scaling), noise, samples, type(antithetic), row_offset, col_offset,
                 layer_shape if layer_shape is None else repr(layer_shape), strategy, noise_accum,
             )  # fmt: skip
-            mark = _passed.get(facts)
+            passed = _passed.get(facts)
         except Exception:  # an argument that is none of those expected: the checks say so
             facts = None
-    if mark is None:
+    if passed is None:
         checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
     N, K = weight.shape
-    if mark is None:
+    if passed is None:
         checks.sigma(sigma, weight)
         checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
         checks.choice("strategy", strategy, STRATEGIES)
@@ -138,27 +138,31 @@ def fused_flat_lora_linear(
     device = x.device
     drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
     choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K, noise if drawn else None)
-    if mark is None:
+    if passed is None:
         checks.sample_range(samples, sample_offset, math.prod(x.shape[:-1]))
         if noise_scale is not None:
             checks.noise_scale(noise_scale, N, device)
         if drawn or seed is not None:
             checks.seed(seed, device)
+        bits, direct = _tile_bits(noise, layer_shape, N, K), False
         if facts is not None:
-            mark = _remember(facts, (x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
+            direct = _may_be_direct((x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
+            _remember(facts, (bits, direct))
+    else:
+        bits, direct = passed
     draw = None
     if drawn:
         if noise_scale is None:
             noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
         draw = Draw(
             noise_scale, _seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
-            row_offset, col_offset, _tile_bits(noise, layer_shape, N, K),
+            row_offset, col_offset, bits,
         )  # fmt: skip
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
     with _NOTHING if disabled is None else disabled:
-        if mark and not _watched():
+        if direct and not _watched():
             y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         else:
             operands = Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)
@@ -169,24 +173,26 @@ def fused_flat_lora_linear(
 _UINT32 = 1 << 32
 _NOTHING = contextlib.nullcontext()
 _MOST = 4096  # of `_passed`; beyond it, all is checked once more
-_passed: dict[tuple[Any, ...], bool] = {}
+# Facts -> the tile_bits of hadamard, and whether the call may go past torch's dispatcher.
+_passed: dict[tuple[Any, ...], tuple[int, bool]] = {}
 
 
-def _remember(facts: tuple[Any, ...], given: tuple[Any, ...], antithetic: Any) -> bool:
-    """That arguments with these facts have passed; whether their call may go past torch's dispatcher."""
-    tensors = [t for t in given if isinstance(t, Tensor)]
-    # The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want.
-    mark = type(antithetic) is bool and not any(
+def _remember(facts: tuple[Any, ...], passed: tuple[int, bool]) -> None:
+    if len(_passed) >= _MOST:
+        _passed.clear()
+    _passed[facts] = passed
+
+
+def _may_be_direct(given: tuple[Any, ...], antithetic: Any) -> bool:
+    """The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want."""
+    return type(antithetic) is bool and not any(
         type(t) not in (Tensor, torch.nn.Parameter)
         or t.device.type not in ("cpu", "cuda")
         or t.is_neg()
         or t._is_zerotensor()
-        for t in tensors
+        for t in given
+        if isinstance(t, Tensor)
     )
-    if len(_passed) >= _MOST:
-        _passed.clear()
-    _passed[facts] = mark
-    return mark
 
 
 def _all_watchers() -> tuple[Callable[[], Any], ...]:

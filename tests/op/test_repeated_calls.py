@@ -16,9 +16,9 @@ from flatlora_kernels.op import checks, functional
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> dict[Any, bool]:
+def passed(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """What has passed the checks: nothing yet."""
-    empty: dict[Any, bool] = {}
+    empty: dict[Any, Any] = {}
     monkeypatch.setattr(functional, "_passed", empty)
     return empty
 
