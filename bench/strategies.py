@@ -9,7 +9,8 @@ rows go beside the other results. What fails the gate is not written, so that it
 rows without noise as well: "fused" is the backend's own product, "plain" torch's, both with an adapter.
 
 A CPU's table is of an instruction set. Torch's libraries must be held to it as our kernels are, from their start:
---isa runs the command again in an environment (HELD) that does so.
+--isa runs the command again in an environment (HELD) that does so. Hadamard noise comes last, when the table has the
+rest: the plain product in its transform is then the one that the table chooses.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Bench(run.Bench):
 
 def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the dispatch table: what was measured in both directions, which a choice takes."""
-    found: list[dict[str, Any]] = []
+    found = []
     for row in rows:
         way, _, backend = row["provider"].partition(":")
         if row["kind"] == "linear" and way in STRATEGIES and backend and not row.get("launch"):
@@ -151,23 +152,30 @@ def table(rows: list[results.Row], device: str, meta: dict[str, Any]) -> list[di
                 "date": str(meta["date"]).split("T")[0], "commit": meta["commit"],
             }  # fmt: skip
             found.append({name: line[name] for name in COLUMNS})
+    return latest(found)
+
+
+def latest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of lines about the same the last one, where there is one for both directions."""
+    last = {tuple(line[name] for name in COLUMNS[:10]): line for line in lines}
 
     def key(line: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in COLUMNS[:10] if name != "direction")
 
-    count = Counter(map(key, found))
-    return [line for line in found if count[key(line)] == len(MODES)]
+    count = Counter(map(key, last.values()))
+    return [line for line in last.values() if count[key(line)] == len(MODES)]
 
 
 def combine(files: list[Path], tables: Path = TABLES) -> int:
-    """The table of measurements that --backends left; the exit status."""
+    """The table of measurements that --backends left, of two about the same that of the later file; the exit status."""
     found = [results.load(file) for file in files]
     key, *others = sorted({one.meta["config"]["table"] for one in found})
     if others:
         raise ValueError(
             f"--rows: expected measurements of one kind of device, got {', '.join([key, *others])}"
         )
-    return write([line for one in found for line in table(one.rows, key, one.meta)], tables / _file(key))
+    lines = [line for one in found for line in table(one.rows, key, one.meta)]
+    return write(latest(lines), tables / _file(key))
 
 
 def _file(key: str) -> str:
@@ -181,6 +189,14 @@ def write(lines: list[dict[str, Any]], path: Path) -> int:
     results.write_csv(lines, COLUMNS, path, lineterminator="\n")
     print(f"{len(lines)} rows: {path}")
     return 0
+
+
+def passes(device: str, noises: list[str]) -> list[tuple[list[str], float]]:
+    """Kinds to measure together, and the share of the time that is over after them; see above."""
+    others = [noise for noise in noises if noise != "hadamard"]
+    if device != "cpu" or len(others) == len(noises):
+        return [(noises, 1.0)]
+    return [(others, 0.7), (["hadamard"], 1.0)]
 
 
 def main(
@@ -217,13 +233,20 @@ def main(
     meta["environment"] = {name: os.environ[name] for name in sorted(held) if name in os.environ}
     started, problems = time.perf_counter(), cases(device, quick)
     stem = out / (name or f"tune-strategies-{key.replace(' ', '-')}")
-    bench = Bench(settings, run.Progress(0), lambda b: results.save_json(b.results(meta), stem))
-    run.compile_first(device, problems, settings.noises)
-    bench.linear_cases(problems, started=started)
-    lines = table(bench.rows, key, meta)
     path = tables / _file(key)
     if quick and path.exists():  # it may hold all cases
         path = stem.with_name(f"{stem.name}-table.csv")
+    bench = Bench(settings, run.Progress(0), lambda b: results.save_json(b.results(meta), stem))
+    run.compile_first(device, problems, settings.noises)
+    for kinds, share in passes(device, noises):
+        bench.noises = (providers.NOISELESS, *kinds)
+        bench.settings = settings._replace(time_limit=share * limit)
+        bench.progress, bench.slow = run.Progress(0), {}
+        bench.linear_cases(problems, started=started)
+        lines = table(bench.rows, key, meta)
+        if share < 1 and backends is None and lines:
+            write(lines, path)
+            dispatch.forget()
     print("\n".join(f"Written: {p}" for p in results.save(bench.results(meta), stem)))
     print("\n".join([*(f"Skipped: {s}" for s in bench.skipped), *(f"FAILED: {f}" for f in bench.failures)]))
     if backends is None and write(lines, path):

@@ -12,7 +12,7 @@ these decides:
 Where nothing is drawn, "fused" is the backend's own product and "plain" the vendor's; only `cpu` has one of its own.
 Each direction is then chosen by itself, as nothing has to be drawn twice. Without a table the vendor's is taken, but
 not for float16, which torch multiplies up to 100 times slower, nor for several rows of bfloat16 where the processor has
-no instructions for it (_SLOW_BFLOAT16).
+no instructions for it (_SLOW_BFLOAT16). The number of threads counts in one case alone, see `_without_noise`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Problem(NamedTuple):
     N: int
     K: int
     direction: str = BOTH
+    alone: bool = False  # on one thread of a processor; not asked where noise is drawn
 
 
 class Candidate(NamedTuple):
@@ -236,6 +237,9 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
 def _without_noise(backend: str, p: Problem) -> tuple[str, ...]:
     if backend != "cpu":  # theirs is the vendor's
         return ("fused",)
+    # The vendor's product of one row and the rows of a weight takes one thread, of however many the tables had.
+    if p.alone and p.M == 1 and p.dtype == torch.float32 and p.direction == DIRECTIONS[0]:
+        return ("plain",)
     rows = _SLOW_BFLOAT16.get(device_key(p.device) or "") if p.dtype == torch.bfloat16 else None
     slow = rows is not None and p.M >= rows[DIRECTIONS.index(p.direction)]
     return ("fused", "plain") if slow or p.dtype == torch.float16 else ("plain", "fused")
@@ -251,15 +255,16 @@ def way(
     N: int,
     K: int,
     direction: str = BOTH,
+    alone: bool = False,
 ) -> Decision:
     """What a call runs.
 
     Args:
-        noise: None = nothing is drawn; then `direction` counts, and of the strategies asked for "fused" alone.
+        noise: None = nothing is drawn; then `direction` and `alone` count, and of what is asked for "fused" does.
         rows: those that see one sample, > 0 as N and K.
     """
     sizes = size_class(rows), size_class(N), size_class(K)
-    p = Problem(device, dtype, noise or NOISELESS, choice.noise_accum, *sizes, direction)
+    p = Problem(device, dtype, noise or NOISELESS, choice.noise_accum, *sizes, direction, alone)
     if noise is None:
         if choice.strategy in ("fused", "plain"):  # the latter by the benchmark, which has no other way to it
             asked = choice.backend, choice.strategy
@@ -274,6 +279,10 @@ def way(
     return choose(tuple(names), (choice.strategy,), p)._replace(reason="asked for")
 
 
+def on_one_thread(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def explain(
     choice: Choice, noise: str | None, rows: int, device: torch.device, weight: Tensor
 ) -> Explanation:
@@ -284,7 +293,8 @@ def explain(
         return Explanation(backend, "fused", noise_accum, "nothing is drawn: products without noise", 0)
     sizes = size_class(rows), size_class(N), size_class(K)
     if noise is None:
-        found, back = (way(choice, None, rows, device, weight.dtype, N, K, d) for d in DIRECTIONS)
+        of = choice, None, rows, device, weight.dtype, N, K
+        found, back = (way(*of, direction, on_one_thread(device)) for direction in DIRECTIONS)
         reason = f"nothing is drawn: forward {found.strategy}, input gradient {back.strategy}; {found.reason}"
         problem = Problem(device, weight.dtype, NOISELESS, noise_accum, *sizes, DIRECTIONS[0])
         return Explanation(backend, found.strategy, noise_accum, reason, 0, found.candidates, problem)

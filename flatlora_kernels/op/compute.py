@@ -91,9 +91,9 @@ def _way(
 
 
 def _without_noise(a: Tensor, weight: Tensor, choice: Choice, input_grad: bool) -> tuple[ModuleType, str]:
-    found = dispatch.way(
-        choice, None, a.shape[0], a.device, a.dtype, *weight.shape, dispatch.DIRECTIONS[input_grad]
-    )
+    device, direction = a.device, dispatch.DIRECTIONS[input_grad]
+    alone = dispatch.on_one_thread(device)
+    found = dispatch.way(choice, None, a.shape[0], device, a.dtype, *weight.shape, direction, alone)
     return backends.get(found.backend), found.strategy
 
 

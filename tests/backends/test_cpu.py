@@ -93,6 +93,22 @@ def test_perturb_adds_to_the_weight(level: str, noise: str) -> None:
             assert torch.equal(out, expected), (dtype, w.stride())
 
 
+@pytest.mark.parametrize("noise", [None, *KINDS])
+def test_few_rows_have_the_bits_of_many(level: str, noise: str | None) -> None:
+    # Their strips of a panel are wider. N and K: less than a vector, than a strip, than a block, and more than each.
+    for N, K in ((5, 70), (37, 20), (70, 37), (200, 150)):
+        d = None if noise is None else draw(N, (N, K), noise=noise)
+        for dtype in DTYPES:
+            weight = randn(N, K, dtype=dtype)
+            for input_grad in (False, True):
+                a = randn(7, N if input_grad else K, dtype=dtype)
+                u, lora = randn(7, 3, dtype=dtype), randn(K if input_grad else N, 3, dtype=dtype)
+                y = cpu.product(Product(a, weight, input_grad, u, lora), d, "folded")
+                for M in range(1, 7):
+                    few = cpu.product(Product(a[:M], weight, input_grad, u[:M], lora), d, "folded")
+                    assert torch.equal(few, y[:M]), (N, K, dtype, input_grad, M)
+
+
 # M, N, K, the whole layer, offset of rows, of columns.
 TRANSFORMS = [
     (3, 256, 256, (256, 256), 0, 0),
