@@ -104,10 +104,10 @@ VENDOR_SINGLE = ((16, 64), (32, 64), *VENDOR)  # in float32 without tensor cores
 BY = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}
 
 # Measured on an AMD EPYC with AVX-512 (docs/internals/performance.md): nanoseconds of a core for each value of the
-# weight. near_gaussian and hadamard are estimates.
-CPU_NOISE = {"gaussian": 0.5, "rademacher": 0.16, "near_gaussian": 0.2, "hadamard": 0.2, "none": 0.0}
-# For each value and stage of the transform, all else of it included: a study with AVX2.
-CPU_TRANSFORM = 0.2
+# weight.
+CPU_NOISE = {"gaussian": 0.45, "rademacher": 0.13, "near_gaussian": 0.23, "hadamard": 0.18, "none": 0.0}
+# For each value and stage of the transform, all else of it included.
+CPU_TRANSFORM = 0.06
 CPU_UNPACK = 0.28  # to widen and pack a 16-bit weight
 # Seconds of a slice: fresh memory, and a product that does not write whole rows.
 CPU_SLICE = 250e-6
