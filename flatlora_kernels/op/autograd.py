@@ -140,12 +140,16 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if need_lora_x:
         dlora_x = matmul(v, cast(lora_A, v.dtype)).view(*grad_y.shape[:-1], lora_A.shape[1])  # type: ignore[arg-type]
     if need_A:
-        dA = cast(matmul(v.t(), (lora_x if separate_branch else x).flatten(0, -2)), dtype_A)
+        dA = cast(matmul(v.t(), _rows(lora_x if separate_branch else x)), dtype_A)
     if need_bias:
-        dbias = cast(grad_y.flatten(0, -2).sum(0), dtype_bias)
+        dbias = cast(_rows(grad_y).sum(0), dtype_bias)
     if need_W:
-        dW = cast(matmul(grad_y.flatten(0, -2).t(), x.flatten(0, -2)), dtype_W)
+        dW = cast(matmul(_rows(grad_y).t(), _rows(x)), dtype_W)
     return dx, dW, dA, dB, dbias, dlora_x
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(0, -2)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

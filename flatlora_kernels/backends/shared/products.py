@@ -74,16 +74,19 @@ def adapter_grads(
     Args:
         dy: (M, N). u: (M, r) or None, lora_B: (N, r) or None: without them dB or v is not made, and returned empty.
     """
-    v = dy.new_empty(0) if lora_B is None else _scaled_matmul(dy, cast(lora_B, dy.dtype), scaling)
-    dB = dy.new_empty(0) if u is None else _scaled_matmul(dy.t(), u, scaling)
+    B = None if lora_B is None else cast(lora_B, dy.dtype)
+    v = dy.new_empty(0) if B is None else _scaled_matmul(dy, B, scaling, u)
+    dB = dy.new_empty(0) if u is None else _scaled_matmul(dy.t(), u, scaling, B)
     return v, dB
 
 
-def _scaled_matmul(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+def _scaled_matmul(a: Tensor, b: Tensor, alpha: float, like: Tensor | None) -> Tensor:
+    """``alpha a b``; like: of its shape, whose values do not count."""
     if slow(a):
         return (alpha * (a.float() @ b.float())).to(a.dtype)
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+    if like is None:
+        like = a.new_empty(())
+    return torch.addmm(like, a, b, beta=0, alpha=alpha)
 
 
 def allows_tf32() -> bool:
