@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import functools
 import importlib.util
@@ -1021,8 +1022,17 @@ def test_strategies_table(
     monkeypatch.setattr(providers.Fused, "input_grad", wrong)
     monkeypatch.setattr(timing, "interleaved", functools.partial(few_rounds, timing.interleaved))
     raw = tmp_path / "raw"
-    assert strategies.main("cpu", False, 60, raw, "s", tmp_path / "tables") == 1
     path = tmp_path / "tables" / f"{key.replace(' ', '-')}.csv"
+    linear, order = strategies.Bench.linear, []
+
+    def noted(self: strategies.Bench, *arguments: Any) -> None:
+        order.append(("hadamard" in self.noises, path.exists()))
+        linear(self, *arguments)
+
+    monkeypatch.setattr(strategies.Bench, "linear", noted)
+    assert strategies.main("cpu", False, 60, raw, "s", tmp_path / "tables") == 1
+    # Hadamard noise last, when the table says which plain product its transform has.
+    assert order == [(False, False)] * (len(order) // 2) + [(True, True)] * (len(order) // 2)
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == strategies.COLUMNS
@@ -1238,7 +1248,8 @@ def test_strategies_by_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(results, "save_json", counted)
     tables = tmp_path / "tables"
     assert strategies.main("cpu", True, 60, tmp_path, "one", tables, backends=["cpu"]) == 0
-    assert len(saved) == 5 and saved == sorted(saved) and saved[0] > 0  # four cases, and the end
+    # Four cases, again with hadamard noise, and the end.
+    assert len(saved) == 9 and saved == sorted(saved) and saved[0] > 0
     assert not tables.exists()
     with pytest.raises(ValueError, match="--backends: none of cuda runs on cpu"):
         strategies.main("cpu", True, 60, tmp_path, "none", tables, backends=["cuda"])
@@ -1248,6 +1259,15 @@ def test_strategies_by_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert strategies.combine([tmp_path / "one.json"], tables) == 0
     # Two types and directions of two ways without noise, two with each of three kinds, and three with hadamard.
     assert len((tables / f"{key.replace(' ', '-')}.csv").read_text().splitlines()) == 1 + 4 * (2 + 6 + 3)
+    later = copy.deepcopy(one)
+    later["rows"] = [{**r, "to_plain": 7.0} for r in later["rows"] if r["noise"] == "hadamard"]
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    assert strategies.combine([tmp_path / "one.json", tmp_path / "later.json"], tables) == 0
+    with (tables / f"{key.replace(' ', '-')}.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 4 * (2 + 6 + 3)
+    assert {r["noise"] for r in lines if float(r["ratio"]) == 7} == {"hadamard"}
+    assert all(float(r["ratio"]) == 7 for r in lines if r["noise"] == "hadamard")
     one["meta"]["config"]["table"] = "sm90"
     (tmp_path / "two.json").write_text(json.dumps(one))
     with pytest.raises(ValueError, match="--rows: expected measurements of one kind of device"):
