@@ -182,6 +182,7 @@ SIMD void perturbed_tile(const Weight<T>& w, const Draw& d, const RowLanes& lane
   const bool column_major = w.row_stride == 1 && w.col_stride != 1;
   // Gaussian lanes come along n; of the other kinds those along k are cheaper.
   const bool lanes_n = column_major || (kLanesN && d.kind <= Noise::kGaussian);
+  // Drawn before W is loaded, which would wait in registers that drawing needs.
   if (d.kind == Noise::kNone) {
     lanes_n ? load_cols(w, n0, k0, r) : load_rows(w, n0, k0, r);
   } else if (lanes_n) {
