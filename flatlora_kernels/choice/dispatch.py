@@ -237,8 +237,8 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
 def _without_noise(backend: str, p: Problem) -> tuple[str, ...]:
     if backend != "cpu":  # theirs is the vendor's
         return ("fused",)
-    # The vendor's product of one row and the rows of a weight takes one thread, of however many the tables had.
-    if p.alone and p.M == 1 and p.dtype == torch.float32 and p.direction == DIRECTIONS[0]:
+    # The tables have two threads, of which the vendor's product of one float32 row with the rows of a weight takes one.
+    if p.alone and p.M == 1 and p.dtype != torch.float16 and p.direction == DIRECTIONS[0]:
         return ("plain",)
     rows = _SLOW_BFLOAT16.get(device_key(p.device) or "") if p.dtype == torch.bfloat16 else None
     slow = rows is not None and p.M >= rows[DIRECTIONS.index(p.direction)]

@@ -1032,7 +1032,7 @@ def test_strategies_table(
     monkeypatch.setattr(strategies.Bench, "linear", noted)
     assert strategies.main("cpu", False, 60, raw, "s", tmp_path / "tables") == 1
     # Hadamard noise last, when the table says which plain product its transform has.
-    assert order == [(False, False)] * (len(order) // 2) + [(True, True)] * (len(order) // 2)
+    assert order and order == [(False, False)] * (len(order) // 2) + [(True, True)] * (len(order) // 2)
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == strategies.COLUMNS

@@ -559,6 +559,8 @@ def test_one_row_on_one_thread_is_the_vendors(table: Any) -> None:
           for strategy, ratio in (("fused", 0.8), ("plain", 1.0)) for direction in dispatch.DIRECTIONS)
     )  # fmt: skip
     free, forward, back = Choice(resolve.STRATEGY, "folded", "cpu"), *dispatch.DIRECTIONS
+    half = free, None, 1, CPU, torch.float16, 2048, 2048, forward, True
+    assert dispatch.way(*half).strategy == "fused"  # torch's is a hundred times slower
     of = free, None, 1, CPU, torch.float32, 2048, 2048
     assert dispatch.way(*of, forward).strategy == "fused"
     assert dispatch.way(*of, forward, True).strategy == "plain"
