@@ -5,6 +5,8 @@ Importing this package touches no GPU and needs neither triton nor a compiled li
 
 from .backends import backend_info
 from .choice.resolve import use_backend, use_strategy
+from .core import formats as _formats  # noqa: F401  (registers them)
+from .core.quantized import QuantizedWeight
 from .op.functional import (
     explain,
     flat_noise_scale,
@@ -26,6 +28,7 @@ __all__ = [
     "FlatLoraLinear",
     "NoiseController",
     "NoisyLayer",
+    "QuantizedWeight",
     "apply_flat_lora",
     "backend_info",
     "explain",

@@ -7,13 +7,13 @@ namespace flatlora {
 
 // To be raised here and in library.py with any change of what the structs or the exported functions mean that leaves
 // the sizes of the structs as they are.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
-// The version, and the size of each struct: "2 280 136 160 168".
+// The version, and the size of each struct: "3 288 144 168 160 256".
 template <class... Structs>
 const char* abi() {
   static const struct Text {
-    char text[128];
+    char text[160];
     Text() {
       int end = std::snprintf(text, sizeof text, "%d", kAbiVersion);
       ((end += std::snprintf(text + end, sizeof text - size_t(end), " %d", int(sizeof(Structs)))), ...);

@@ -6,7 +6,7 @@
 
 namespace flatlora {
 
-enum class DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kByte = 4 };
 
 struct NoiseArgs {
   int64_t kind;  // enum Noise
@@ -17,9 +17,37 @@ struct NoiseArgs {
   int64_t tile_bits;  // of kHadamard
 };
 
+// A packed weight; the meaning of every field is that of flatlora_kernels/core/quantized.py. Null where there is none.
+struct PackedArgs {
+  const uint8_t* codes;
+  int64_t bytes;  // of codes
+  int64_t bits;
+  int64_t number;  // enum Number
+  int64_t row, col, width;
+  int64_t high_first;
+  const float* table;  // (2^bits,)
+  const void* scale;
+  int64_t scale_dtype;  // enum DType; kByte = looked up in scale_table
+  const float* scale_table;
+  const float* nested;
+  int64_t nested_block;
+  const float* offset;
+  int64_t block, block_rows, block_cols, scale_stride;
+  const void* zero;
+  int64_t zero_dtype;  // of zeros indexed as the scale
+  int64_t zero_bits, zero_plus;
+  const int64_t *row_bits, *col_bits, *row_scales, *col_scales, *row_zeros, *col_zeros;  // null = flat
+  int64_t difference_dtype;  // what table[code] - zero is rounded to
+  int64_t dtype;             // what a value is rounded to before the type of the call
+  double post;
+};
+
+enum class Number : int64_t { kTable = 0, kInt8 = 1, kUint = 2, kE4M3 = 3, kE5M2 = 4 };
+
 struct WeightArgs {
-  const void* data;  // (N, K); null = zeros
+  const void* data;  // (N, K); null = zeros, unless packed
   int64_t row_stride, col_stride;
+  const PackedArgs* packed;  // on the host; null = `data` has the values
 };
 
 // y = a P^T + scaling u L^T + bias, with P = W + eps and L = lora_B (forward, a = x), or P = (W + eps)^T and

@@ -104,7 +104,8 @@ int32_t for_each_task(int64_t tasks, int64_t threads, int64_t workspace, const B
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT const char* flatlora_cpu_abi() {
-  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs>();
+  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
+                       flatlora::PackedArgs>();
 }
 
 // Names of the levels that this processor runs, best first, separated by spaces.

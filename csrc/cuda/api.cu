@@ -141,7 +141,7 @@ bool use_sm90(const LinearArgs& args, Gpu* gpu) {
 
 EXPORT const char* flatlora_cuda_abi() {
   return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
-                       flatlora::Gpu>();
+                       flatlora::PackedArgs, flatlora::Gpu>();
 }
 
 // compute capability (80, 90, ...), multiprocessors, bytes of shared memory that a block can have

@@ -10,6 +10,7 @@ Every module of this folder is a backend and has the same members:
     product                  what core/records.py calls so, with noise or without
     row_sq_norms, perturb
     FUSES                    the kinds of noise that its `product` takes; of the others it has `perturb` and `transform`
+    fuses_packed(packing)    whether its `product` takes a weight of this `Packing`; `perturb` and `row_sq_norms` take all
     transform                the product of "hadamard" noise alone
     product_and_u            optional: the forward's product, and u of the adapter in the same kernel
     adapter_grads            optional: its own way to the gradients of the adapter
@@ -25,6 +26,9 @@ import pkgutil
 from types import ModuleType
 
 import torch
+
+from ..core.quantized import QuantizedWeight
+from ..core.records import Weight
 
 
 @functools.cache
@@ -65,6 +69,11 @@ def lacks(name: str, noise_accum: str | None) -> str | None:
 def fuses(name: str, noise: str) -> bool:
     """Whether `name` has strategy "fused" for this kind of noise."""
     return noise in get(name).FUSES
+
+
+def fuses_packed(name: str, weight: Weight) -> bool:
+    """Whether `name` has strategy "fused" for this weight, packed or not."""
+    return not isinstance(weight, QuantizedWeight) or get(name).fuses_packed(weight.packing)
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..core.noise import KINDS
-from ..core.records import Draw, Product
+from ..core.quantized import Packing
+from ..core.records import Draw, Product, Weight
 from .shared import arguments, library
 
 PRIORITY = 10
@@ -86,6 +87,11 @@ def unavailable() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def fuses_packed(packing: Packing) -> bool:
+    """See `backends`."""
+    return True
+
+
 def describe() -> str:
     loaded = _load()
     if isinstance(loaded, str):
@@ -108,14 +114,14 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     return y
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
     out = weight.new_empty(weight.shape[0], dtype=torch.float32)
     _call("row_sq_norms", arguments.row_norms(weight, lora_A, lora_B, scaling, out))
     return out
 
 
-def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
+def perturb(weight: Weight | None, draw: Draw | None, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _call("perturb", arguments.perturb(weight, draw, out))

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.records import Draw, Product
+from ..core.quantized import Packing
+from ..core.records import Draw, Product, Weight
 from .shared import arguments, library, products
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
@@ -111,6 +112,11 @@ def unavailable() -> str | None:
     return None
 
 
+def fuses_packed(packing: Packing) -> bool:
+    """See `backends`."""
+    return False
+
+
 def describe() -> str:
     loaded = _load()
     if isinstance(loaded, str):
@@ -163,7 +169,7 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     return y
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
     if 0 in weight.shape:
         return weight.new_zeros(weight.shape[0], dtype=torch.float32)
@@ -173,7 +179,7 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
     return out
 
 
-def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
+def perturb(weight: Weight | None, draw: Draw | None, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _call(out.device, "perturb", arguments.perturb(weight, draw, out))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.noise import KINDS, epsilon
-from ..core.records import Draw, Product
+from ..core.quantized import Packing, QuantizedWeight
+from ..core.records import Draw, Product, Weight
 from .shared.products import matmul
 
 PRIORITY = 0
@@ -20,12 +21,19 @@ def unavailable() -> str | None:
     return None
 
 
+def fuses_packed(packing: Packing) -> bool:
+    """See `backends`."""
+    return True
+
+
 def describe() -> str:
     return "plain PyTorch, any device and dtype, materialises W + eps"
 
 
-def perturbed_weight(weight: Tensor, draw: Draw | None, group: int, noise_accum: str = "folded") -> Tensor:
+def perturbed_weight(weight: Weight, draw: Draw | None, group: int, noise_accum: str = "folded") -> Tensor:
     """``W + eps``, (N, K): rounded once to the type of `weight`, with "split" not rounded to 16 bits."""
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.decoded()
     if draw is None:
         return weight
     eps = epsilon(draw, weight.shape[1], weight.dtype, group)
@@ -51,18 +59,19 @@ def _group(p: Product, draw: Draw | None, group: int, a: Tensor, noise_accum: st
     return (a.to(P.dtype) @ P).to(a.dtype)
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """``|| W[n] + scaling (B A)[n] ||^2`` per row, (N,) float32."""
     compute = torch.promote_types(weight.dtype, torch.float32)
-    full = weight.to(compute)
+    full = (weight.decoded() if isinstance(weight, QuantizedWeight) else weight).to(compute)
     if lora_A is not None:
         full = full + scaling * (lora_B.to(compute) @ lora_A.to(compute))
     return full.square().sum(dim=1).float()
 
 
-def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
-    """``out = W + eps``, or ``out = eps`` where `weight` is None; (N, K)."""
+def perturb(weight: Weight | None, draw: Draw | None, out: Tensor) -> None:
+    """``out = W + eps``, (N, K); ``out = eps`` where `weight` is None, ``out = W`` of a packed one where `draw` is."""
     if weight is None:
+        assert draw is not None
         out.copy_(epsilon(draw, out.shape[1], out.dtype))
     else:
         out.copy_(perturbed_weight(weight, draw, 0))

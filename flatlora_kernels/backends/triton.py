@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.records import Draw, Product
+from ..core.quantized import Packing
+from ..core.records import Draw, Product, Weight
 from .shared import products
 from .shared.workspace import workspace_limit
 
@@ -56,6 +57,11 @@ def unavailable() -> str | None:
     return None
 
 
+def fuses_packed(packing: Packing) -> bool:
+    """See `backends`."""
+    return False
+
+
 def describe() -> str:
     version = _version()
     how = ", in the interpreter" if _INTERPRETED else ""
@@ -93,7 +99,7 @@ def adapter_grads(
     return products.adapter_grads(dy, u, lora_B, scaling)
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
     if 0 in weight.shape:
         return weight.new_zeros(weight.shape[0], dtype=torch.float32)
@@ -102,7 +108,7 @@ def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, s
     return _kernel("row_norms").row_sq_norms(weight, lora_A, lora_B, scaling)
 
 
-def perturb(weight: Tensor | None, draw: Draw, out: Tensor) -> None:
+def perturb(weight: Weight | None, draw: Draw | None, out: Tensor) -> None:
     """See `reference.perturb`."""
     if out.numel():
         _kernel("perturb").perturb(weight, draw, out)

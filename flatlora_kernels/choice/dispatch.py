@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import backends as registry
 from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
 from ..core.noise import tile_bits
-from ..core.records import Choice
+from ..core.records import Choice, Weight
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
 DIRECTIONS = ("forward", "input_grad")
@@ -284,7 +283,7 @@ def on_one_thread(device: torch.device) -> bool:
 
 
 def explain(
-    choice: Choice, noise: str | None, rows: int, device: torch.device, weight: Tensor
+    choice: Choice, noise: str | None, rows: int, device: torch.device, weight: Weight
 ) -> Explanation:
     """Of a call; noise: None = nothing is drawn. rows: those that see one sample, or all where nothing is drawn."""
     backend, noise_accum = choice.backend, choice.noise_accum

@@ -10,12 +10,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .quantized import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
+
 
 class Operands(NamedTuple):
     """Of ``y = x (W + eps)^T + scaling (lora_x A^T) B^T + bias``."""
 
     x: Tensor  # (..., K)
-    weight: Tensor  # (N, K)
+    weight: Weight  # (N, K)
     lora_A: Tensor | None  # (r, K)
     lora_B: Tensor | None  # (N, r)
     bias: Tensor | None  # (N,)
@@ -65,7 +69,7 @@ class Product(NamedTuple):
     """
 
     a: Tensor  # (M, contraction)
-    weight: Tensor  # (N, K)
+    weight: Weight  # (N, K)
     input_grad: bool = False
     u: Tensor | None = None  # (M, r), contiguous; with lora, or both None
     lora: Tensor | None = None  # (outputs, r), in the type of a or float32

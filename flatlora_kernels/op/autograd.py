@@ -17,10 +17,12 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
 from ..backends.shared.products import cast, matmul
-from ..core.records import NO_DRAW, Choice, Draw, Operands
+from ..core.quantized import Parts, QuantizedWeight
+from ..core.records import NO_DRAW, Choice, Draw, Operands, Weight
 from . import compute
+from .flat import flat, weight_of
 
-_OF_OPERANDS, _OF_DRAW = len(Operands._fields), len(Draw._fields)
+_OF_OPERANDS, _OF_DRAW = len(Operands._fields) + 2, len(Draw._fields)
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
@@ -28,27 +30,29 @@ _TWICE = (
 )
 
 
-def records(flat: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
+def records(arguments: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
     """The last arguments of an op: those of a draw and a choice."""
-    draw = None if flat[0] is None else Draw._make(flat[:_OF_DRAW])
-    return draw, Choice._make(flat[_OF_DRAW:])
+    draw = None if arguments[0] is None else Draw._make(arguments[:_OF_DRAW])
+    return draw, Choice._make(arguments[_OF_DRAW:])
 
 
 class _Dispatched:
     """The functions of compute.py as ops, so that whoever watches torch's dispatcher sees them."""
 
     @staticmethod
-    def linear(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def linear(x: Tensor, weight: Weight, *arguments: Any) -> tuple[Tensor, Tensor]:
         *operands, draw, choice = arguments
         with below_autograd():
-            return torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice)
+            return torch.ops.flatlora.linear(
+                x, *flat(weight), *operands, *(NO_DRAW if draw is None else draw), *choice
+            )
 
     @staticmethod
-    def linear_input_grad(*arguments: Any) -> Tensor:
+    def linear_input_grad(grad_y: Tensor, weight: Weight, *arguments: Any) -> Tensor:
         *tensors, draw, choice = arguments
         with below_autograd():
             return torch.ops.flatlora.linear_input_grad(
-                *tensors, *(NO_DRAW if draw is None else draw), *choice
+                grad_y, *flat(weight), *tensors, *(NO_DRAW if draw is None else draw), *choice
             )
 
     @staticmethod
@@ -69,7 +73,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         bias: Tensor | None,
@@ -81,15 +85,23 @@ class LinearFunction(torch.autograd.Function):
         need_x, need_W, need_A, need_B, _, need_lora_x, _ = ctx.needs_input_grad
         noise_scale, seed = (None, None) if draw is None or not need_x else draw[:2]
         ctx.set_materialize_grads(False)
+        packing = codes = None
+        parts: tuple[Tensor | None, ...] = ()
+        if need_x:
+            if isinstance(weight, Tensor):
+                codes = weight
+            else:
+                packing, (codes, *parts) = weight.packing, weight.parts  # type: ignore[assignment]
         ctx.save_for_backward(
             x if need_W or (need_A and lora_x is None) else None,
-            weight if need_x else None,
+            codes,
             lora_A if need_x or need_lora_x else None,
             lora_B if need_x or need_A or need_lora_x else None,
             lora_x if need_A else None,
             u if need_B else None,
             noise_scale,
             seed,
+            *parts,
         )
         # Parameters may be float32 beside a 16-bit x.
         dtypes = (
@@ -98,7 +110,7 @@ class LinearFunction(torch.autograd.Function):
             lora_B if lora_B is None else lora_B.dtype,
             bias if bias is None else bias.dtype,
         )
-        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes
+        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes, packing
         if run is not _Dispatched:
             return y, None
         ctx.mark_non_differentiable(u)
@@ -119,8 +131,10 @@ class LinearFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed = ctx.saved_tensors
-    scaling, draw, choice, run, separate_branch, dtypes = ctx.more
+    x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed, *parts = ctx.saved_tensors
+    scaling, draw, choice, run, separate_branch, dtypes, packing = ctx.more
+    if packing is not None:
+        weight = QuantizedWeight(packing, Parts(weight, *parts))
     need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None
@@ -178,10 +192,11 @@ def linear(*arguments: Any) -> Tensor:
 
 def of_the_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
-    if _differentiates(inputs[:6]):
+    x, codes, parts, packing, *rest = inputs
+    if _differentiates((x, codes, *rest[:4])):
         draw, choice = records(inputs[_OF_OPERANDS:])
-        more = inputs[_OF_OPERANDS - 1], draw, choice, _Dispatched
-        return LinearFunction.apply(*inputs[: _OF_OPERANDS - 1], more)
+        more = rest[4], draw, choice, _Dispatched
+        return LinearFunction.apply(x, weight_of(codes, parts, packing), *rest[:4], more)
     with below_autograd():
         return torch.ops.flatlora.linear(*inputs)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.noise import KINDS
+from ..core.quantized import QuantizedWeight
+from ..core.records import Weight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UINT32 = 2**32
@@ -32,20 +34,23 @@ def _shape(name: str, value: Tensor, expected: tuple[int, ...], letters: str) ->
         raise _value_error(name, f"shape {tuple(value.shape)}", f"shape {letters} = {expected}")
 
 
-def _device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+def _device(name: str, value: Weight, like_name: str, like: Weight) -> None:
     if value.device != like.device:
         raise _value_error(name, value.device, f"the device of {like_name}, {like.device}")
 
 
 def weight(value: Any) -> None:
-    tensor("weight", value)
+    if isinstance(value, QuantizedWeight):
+        return
+    if not isinstance(value, Tensor):
+        raise _type_error("weight", type(value).__name__, "a tensor or a QuantizedWeight")
     if value.dim() != 2:
         raise _value_error("weight", f"shape {tuple(value.shape)}", "shape (out_features, in_features)")
     if value.dtype not in FLOAT_DTYPES:
         raise _type_error("weight", value.dtype, "float16, bfloat16, float32 or float64")
 
 
-def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
+def adapter(lora_A: Any, lora_B: Any, W: Weight) -> None:
     """`lora_A` (r, K) and `lora_B` (N, r), both or none, in the type of `W` or float32."""
     if lora_A is None and lora_B is None:
         return
@@ -64,7 +69,7 @@ def adapter(lora_A: Any, lora_B: Any, W: Tensor) -> None:
     _shape("lora_B", lora_B, (N, rank), "(out_features, r)")
 
 
-def parameter_dtype(name: str, dtype: torch.dtype, W: Tensor) -> None:
+def parameter_dtype(name: str, dtype: torch.dtype, W: Weight) -> None:
     """That adapters and biases of this type may stand beside the weight."""
     if dtype != W.dtype and not (dtype == torch.float32 and W.dtype.itemsize == 2):
         raise _type_error(name, dtype, f"{W.dtype}, the type of weight, or float32 beside a 16-bit weight")
@@ -111,7 +116,7 @@ def uint32(name: str, value: Any) -> None:
         raise _value_error(name, value, "0 <= value < 2**32")
 
 
-def sigma(value: Any, W: Tensor) -> None:
+def sigma(value: Any, W: Weight) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
             raise _value_error("sigma", f"{value.dtype} of shape {tuple(value.shape)}", "a real 0-d tensor")
@@ -202,13 +207,14 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise _value_error(name, repr(value), "None, " + " or ".join(map(repr, allowed)))
 
 
-def out(value: Any, W: Tensor) -> None:
+def out(value: Any, W: Weight) -> None:
     tensor("out", value)
     _shape("out", value, tuple(W.shape), "of weight")
     if value.dtype != W.dtype:
         raise _type_error("out", value.dtype, f"{W.dtype}, the type of weight")
     _device("out", value, "weight", W)
-    if value.numel() and value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
+    own = W.parts.codes if isinstance(W, QuantizedWeight) else W
+    if value.numel() and value.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
         raise _value_error(
             "out", "a tensor that shares memory with weight", "memory of its own: weight is not written"
         )

@@ -15,12 +15,12 @@ from .. import backends
 from ..backends.shared import panel, products, transform
 from ..choice import dispatch
 from ..choice.resolve import FREE
-from ..core.records import Choice, Draw, Product
+from ..core.records import Choice, Draw, Product, Weight
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -49,7 +49,7 @@ def linear(
 
 def linear_input_grad(
     grad_y: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None,
     v: Tensor | None,
     draw: Draw | None,
@@ -76,7 +76,7 @@ def adapter_grads(
 
 
 def _way(
-    a: Tensor, weight: Tensor, draw: Draw | None, choice: Choice, input_grad: bool
+    a: Tensor, weight: Weight, draw: Draw | None, choice: Choice, input_grad: bool
 ) -> tuple[ModuleType, str]:
     """The backend that runs, and the strategy, "plain" where the vendor's product is all; `a` (M, contraction)."""
     M, N, K = a.shape[0], *weight.shape
@@ -87,13 +87,17 @@ def _way(
     if choice.strategy not in FREE:
         return backends.get(choice.backend), choice.strategy
     found = dispatch.way(choice, draw.noise, M // draw.samples, a.device, a.dtype, N, K)
+    if found.strategy == "fused" and not backends.fuses_packed(found.backend, weight):
+        return backends.get(found.backend), "panel"
     return backends.get(found.backend), found.strategy
 
 
-def _without_noise(a: Tensor, weight: Tensor, choice: Choice, input_grad: bool) -> tuple[ModuleType, str]:
+def _without_noise(a: Tensor, weight: Weight, choice: Choice, input_grad: bool) -> tuple[ModuleType, str]:
     device, direction = a.device, dispatch.DIRECTIONS[input_grad]
     alone = dispatch.on_one_thread(device)
     found = dispatch.way(choice, None, a.shape[0], device, a.dtype, *weight.shape, direction, alone)
+    if found.strategy == "fused" and not backends.fuses_packed(found.backend, weight):
+        return backends.get(found.backend), "plain"
     return backends.get(found.backend), found.strategy
 
 
@@ -101,9 +105,9 @@ def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, c
     if strategy == "fused":
         return module.product(p, draw, choice.noise_accum)
     if strategy == "plain":
-        return products.plain(p)
+        return products.plain(p) if isinstance(p.weight, Tensor) else panel.product(module.perturb, p, None)
     if strategy == "panel":
-        return panel.product(module.perturb, p, draw)  # type: ignore[arg-type]
+        return panel.product(module.perturb, p, draw)
     y = transform.of_one_number(p)
     if y is None:
         y = _product(*_without_noise(p.a, p.weight, choice, p.input_grad), p, None, choice)

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.noise import KINDS, tile_bits
-from ..core.records import NO_DRAW, Draw, Operands
+from ..core.quantized import QuantizedWeight
+from ..core.records import NO_DRAW, Draw, Operands, Weight
 from . import autograd, checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
+from .flat import flat
 
 
 def fused_flat_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     bias: Tensor | None = None,
@@ -50,7 +53,8 @@ def fused_flat_lora_linear(
 
     Args:
         x: (..., K) float16, bfloat16, float32 or float64. M is the product of the leading dimensions.
-        weight: (N, K) frozen base weight in the type of `x`, row- or column-major.
+        weight: (N, K) frozen base weight in the type of `x`, row- or column-major; or a `QuantizedWeight` that decodes
+            to that type.
         lora_A, lora_B: (r, K) and (N, r), PEFT's names and shapes, in the type of `x` or float32; both or none.
         bias: (N,).
         scaling: alpha / r, alpha / sqrt(r), ...
@@ -107,7 +111,8 @@ def fused_flat_lora_linear(
         try:
             facts = (
                 type(x), x.shape, x.dtype, x.device, x.is_neg(), x._is_zerotensor(),
-                type(weight), weight.shape, weight.dtype, weight.device, weight.is_neg(),
+                type(weight), weight.packing if type(weight) is QuantizedWeight else weight.shape,
+                weight.dtype, weight.device, weight.is_neg(),
                 lora_A if lora_A is None else (
                     type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.is_neg(),
                     type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.is_neg(),
@@ -150,6 +155,11 @@ def fused_flat_lora_linear(
             _remember(facts, (bits, direct))
     else:
         bits, direct = passed
+    if choice.strategy == "fused" and drawn and not backends.fuses_packed(choice.backend, weight):
+        raise NotImplementedError(
+            f"strategy: expected None or 'panel', got 'fused', which backend {choice.backend!r} does not implement for"
+            f" a weight of format {weight.format!r}"
+        )
     draw = None
     if drawn:
         if noise_scale is None:
@@ -165,7 +175,7 @@ def fused_flat_lora_linear(
         if direct and not _watched():
             y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         else:
-            operands = Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)
+            operands = x, *flat(weight), *Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)[2:]
             y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice)[0]
     return y[0] if vector else y
 
@@ -242,7 +252,10 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     dtype = x.dtype
     if _autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        weight = weight.to(dtype) if weight.is_meta else torch.empty_like(weight, dtype=dtype, device="meta")
+        if isinstance(weight, QuantizedWeight) or weight.is_meta:
+            weight = weight.to(dtype)
+        else:
+            weight = torch.empty_like(weight, dtype=dtype, device="meta")
     checks.choice("noise", given["noise"], KINDS)
     checks.choice("strategy", given["strategy"], STRATEGIES)
     checks.choice("noise_accum", given["noise_accum"], ("folded", "split"))
@@ -258,7 +271,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
 
 
 def row_sq_norms(
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     *,
@@ -281,7 +294,7 @@ def row_sq_norms(
 
 
 def flat_noise_scale(
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     *,
@@ -342,12 +355,12 @@ def materialize_noise(
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
+    torch.ops.flatlora.perturb(*flat(None), *draw, _backend_for(out, backend), out)
     return out
 
 
 def perturb_weight(
-    weight: Tensor,
+    weight: Weight,
     noise_scale: Tensor,
     *,
     seed: int | Tensor,
@@ -372,13 +385,17 @@ def perturb_weight(
     checks.noise_scale(noise_scale, weight.shape[0], weight.device)
     weight = weight.detach()
     if out is None:
-        out = torch.empty_like(weight)
+        out = (
+            weight.new_empty(weight.shape)
+            if isinstance(weight, QuantizedWeight)
+            else torch.empty_like(weight)
+        )
     else:
         checks.out(out, weight)
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(weight, *draw, _backend_for(out, backend), out)
+    torch.ops.flatlora.perturb(*flat(weight), *draw, _backend_for(out, backend), out)
     return out
 
 
@@ -434,7 +451,9 @@ def _autocasts(device_type: str) -> bool:
 def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     """Casts what `F.linear` would under autocast: floating point, but not float64."""
     return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, (Tensor, QuantizedWeight)) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     ]
 
@@ -448,11 +467,11 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def _row_sq_norms(
-    weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
+    weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
 ) -> Tensor:
     if lora_A is not None:
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
-    arguments = (weight.detach(), lora_A, lora_B, scaling, backend)
+    arguments = (*flat(weight.detach()), lora_A, lora_B, scaling, backend)
     if _autocasts(weight.device.type):  # a product in 16 bits would miss the precision promised
         with torch.autocast(weight.device.type, enabled=False):
             return torch.ops.flatlora.row_sq_norms(*arguments)
@@ -460,7 +479,7 @@ def _row_sq_norms(
 
 
 def _noise_scale(
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -474,7 +493,7 @@ def _noise_scale(
     return norms.mul_(sigma / math.sqrt(max(in_features, 1)))
 
 
-def _backend_for(like: Tensor, backend: str | None) -> str:
+def _backend_for(like: Weight, backend: str | None) -> str:
     """Asked for by name or not: the one that a linear with a weight like this would use."""
     return resolve(backend, None, None, like.device.type, like.dtype, like.numel()).backend
 

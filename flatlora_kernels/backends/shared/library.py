@@ -13,8 +13,8 @@ from pathlib import Path
 
 from . import arguments
 
-_VERSION = 2  # kAbiVersion of csrc/common/abi.h
-_STRUCTS = (arguments.LINEAR, arguments.ROW_NORMS, arguments.PERTURB, arguments.TRANSFORM)
+_VERSION = 3  # kAbiVersion of csrc/common/abi.h
+_STRUCTS = (arguments.LINEAR, arguments.ROW_NORMS, arguments.PERTURB, arguments.TRANSFORM, arguments.PACKED)
 _GPU_STRUCTS = (*_STRUCTS, arguments.GPU)
 _CPU = [f"flatlora_cpu_{f}" for f in "abi levels init linear row_sq_norms perturb transform".split()]
 _CUDA = [

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...core.records import Draw, Product
+from ...core.quantized import QuantizedWeight
+from ...core.records import Draw, Product, Weight
 from .workspace import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
-Perturb = Callable[[Tensor, Draw, Tensor], None]
+Perturb = Callable[[Weight, Draw | None, Tensor], None]
 
 _STEP = 64  # outputs; a multiple of the blocks of noise, 8 columns or 16 rows
 
@@ -38,7 +39,7 @@ def slices(outputs: int, length: int, element_size: int, limit: int) -> list[tup
     return [(begin, min(begin + width, outputs)) for begin in range(0, outputs, width)]
 
 
-def workspace(weight: Tensor, device_type: str, input_grad: bool) -> tuple[list[tuple[int, int]], int]:
+def workspace(weight: Weight, device_type: str, input_grad: bool) -> tuple[list[tuple[int, int]], int]:
     """The slices of a call on `weight`, and the bytes that they are drawn into."""
     N, K = weight.shape
     outputs, length = (K, N) if input_grad else (N, K)
@@ -54,8 +55,8 @@ def _through_float32(dtype: torch.dtype, device_type: str) -> bool:
     return dtype == torch.float16 and device_type == "cpu"  # see products.matmul
 
 
-def product(perturb: Perturb, p: Product, draw: Draw) -> Tensor:
-    """The product `p` with slices of W + eps by `perturb`; (M, outputs)."""
+def product(perturb: Perturb, p: Product, draw: Draw | None) -> Tensor:
+    """The product `p` with slices of W + eps by `perturb`, or of a packed W where nothing is drawn; (M, outputs)."""
     a, weight, input_grad, u, lora, bias, scaling = p
     lora = None if lora is None else lora.to(a.dtype).t()  # (r, outputs)
     bias = None if bias is None else bias.to(a.dtype)
@@ -63,21 +64,26 @@ def product(perturb: Perturb, p: Product, draw: Draw) -> Tensor:
     outputs, length = weight.shape[dim], weight.shape[1 - dim]
     out = a.new_empty(len(a), outputs)
     found, _ = workspace(weight, a.device.type, input_grad)
-    rows = len(a) // draw.samples
-    steps = [(group, begin, end) for group in range(draw.samples) for begin, end in found]
-    buffer = weight.new_empty(length * found[0][1])
-    column_major = weight.stride(0) == 1 != weight.stride(1)
+    samples = 1 if draw is None else draw.samples
+    rows = len(a) // samples
+    steps = [(group, begin, end) for group in range(samples) for begin, end in found]
+    buffer = a.new_empty(length * found[0][1])
+    column_major = not isinstance(weight, QuantizedWeight) and weight.stride(0) == 1 != weight.stride(1)
 
     def fill(group: int, begin: int, end: int) -> Tensor:
         memory = buffer[: length * (end - begin)]
         # In the weight's own order, so that both are gone through in the order of their memory.
         panel = memory.view(length, -1).t() if column_major != input_grad else memory.view(-1, length)
         panel = panel.t() if input_grad else panel  # rows and columns as those of the weight
-        part = draw._replace(samples=1, sample_offset=draw.sample_offset + group)
-        if input_grad:
-            part = part._replace(col_offset=draw.col_offset + begin)
-        else:
-            part = part._replace(noise_scale=draw.noise_scale[begin:end], row_offset=draw.row_offset + begin)
+        part = draw
+        if draw is not None:
+            part = draw._replace(samples=1, sample_offset=draw.sample_offset + group)
+            if input_grad:
+                part = part._replace(col_offset=draw.col_offset + begin)
+            else:
+                part = part._replace(
+                    noise_scale=draw.noise_scale[begin:end], row_offset=draw.row_offset + begin
+                )
         perturb(weight.narrow(dim, begin, end - begin), part, panel)
         return panel if input_grad else panel.t()
 

@@ -49,8 +49,9 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain(p: Product) -> Tensor:
-    """The product without noise, where there is nothing that a vendor's does not do better."""
+    """The product without noise, where there is nothing that a vendor's does not do better; of a weight that is a tensor."""
     a, weight, input_grad, u, lora, bias, scaling = p
+    assert isinstance(weight, Tensor)
     if a.dtype == torch.float16 and a.device.type == "cpu":
         y = matmul(a, weight if input_grad else weight.t())
         y = y if bias is None else bias.to(a.dtype) + y

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.quantized import QuantizedWeight
 from ...core.records import Product
 
 
@@ -17,7 +18,12 @@ def of_one_number(p: Product) -> Tensor | None:
 
     A vendor's product would copy it into a whole weight.
     """
-    if p.weight.stride() != (0, 0) or p.u is not None or p.bias is not None:
+    if (
+        isinstance(p.weight, QuantizedWeight)
+        or p.weight.stride() != (0, 0)
+        or p.u is not None
+        or p.bias is not None
+    ):
         return None
     total = p.a.sum(1, keepdim=True, dtype=torch.promote_types(p.a.dtype, torch.float32))
     return (total * p.weight[0, 0]).to(p.a.dtype).expand(-1, p.outputs).contiguous()

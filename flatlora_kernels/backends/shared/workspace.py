@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from torch import Tensor
-
 from ...core.environment import setting
+from ...core.records import Weight
 
 DEFAULT = 16 << 20  # bytes
 
 
-def workspace_limit(weight: Tensor) -> int:
+def workspace_limit(weight: Weight) -> int:
     """Bytes that one call may use beside its tensors.
 
     16 MiB or a quarter of the weight, whichever is less; or what FLATLORA_WORKSPACE says, up to the weight's size.

@@ -1,0 +1,147 @@
+"""The op on packed weights: that of the same call on `dequantize()`, on every backend and strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from packed_weights import LAYOUTS, packed
+from targets import Target, randn
+
+import flatlora_kernels as fk
+
+SHAPES = [(24, 64), (33, 40), (7, 35), (130, 200)]  # blocks that cross rows, odd columns, more than a tile
+ids = [f"{n}x{k}" for n, k in SHAPES]
+
+
+def scale_of(N: int, device: str) -> torch.Tensor:
+    return (0.01 + 0.02 * torch.rand(N, generator=torch.Generator().manual_seed(1))).to(device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_perturb(target: Target, dtype: torch.dtype, layout: str, shape: tuple[int, int]) -> None:
+    """Bit for bit that of the values."""
+    q = packed(layout, *shape, dtype, target.device)
+    scale = scale_of(shape[0], target.device)
+    for noise in ("gaussian", "rademacher"):
+        got = fk.perturb_weight(q, scale, seed=5, noise=noise, backend=target.backend)
+        expected = fk.perturb_weight(q.dequantize(), scale, seed=5, noise=noise, backend=target.backend)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_perturb_shards(target: Target, dtype: torch.dtype, layout: str, noise: str) -> None:
+    """Views by rows and by columns, into memory in either order."""
+    q = packed(layout, 48, 80, dtype, target.device).narrow(0, 5, 37).narrow(1, 24, 45)
+    scale = scale_of(37, target.device)
+    where = {"row_offset": 5, "col_offset": 24, "layer_shape": (48, 80)}
+    for order in (torch.contiguous_format, None):
+        out = torch.empty(37, 45, dtype=dtype, device=target.device)
+        out = out if order else torch.empty(45, 37, dtype=dtype, device=target.device).t()
+        got = fk.perturb_weight(q, scale, seed=5, noise=noise, backend=target.backend, out=out, **where)
+        dense = q.dequantize()
+        expected = fk.perturb_weight(dense, scale, seed=5, noise=noise, backend=target.backend, **where)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_row_sq_norms(
+    target: Target, dtype: torch.dtype, layout: str, shape: tuple[int, int], rank: int
+) -> None:
+    N, K = shape
+    q = packed(layout, N, K, dtype, target.device)
+    A = randn(rank, K, dtype=dtype, device=target.device) if rank else None
+    B = randn(N, rank, dtype=dtype, device=target.device) if rank else None
+    got = fk.row_sq_norms(q, A, B, scaling=0.5, backend=target.backend)
+    exact = q.dequantize().double()
+    if rank:
+        exact = exact + 0.5 * B.double() @ A.double()
+    torch.testing.assert_close(got.double(), exact.square().sum(1), rtol=2e-6, atol=0)
+
+
+def call(q: Any, target: Target, M: int, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
+    N, K = q.shape
+    leaves = {
+        "x": randn(M, K, seed=1, dtype=dtype, device=target.device),
+        "lora_A": randn(4, K, seed=2, dtype=dtype, device=target.device) / K**0.5,
+        "lora_B": randn(N, 4, seed=3, dtype=dtype, device=target.device),
+        "bias": randn(N, seed=4, dtype=dtype, device=target.device),
+    }
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    x, A, B, bias = leaves.values()
+    y = fk.fused_flat_lora_linear(x, q, A, B, bias, scaling=0.5, seed=7, backend=target.backend, **options)
+    y.backward(randn(M, N, seed=5, dtype=dtype, device=target.device))
+    return {"y": y.detach(), **{name: t.grad for name, t in leaves.items()}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["fused", "panel", "transform", None])
+def test_linear(target: Target, dtype: torch.dtype, layout: str, strategy: str | None, noise: str) -> None:
+    """Output and gradients, of the same call on the values. The same bits, where the product is the same."""
+    if strategy == "transform" and noise != "hadamard":
+        pytest.skip("hadamard's own")
+    q = packed(layout, 72, 136, dtype, target.device)
+    options = {"noise": noise, "strategy": strategy, "noise_scale": scale_of(72, target.device)}
+    fuses = noise in target.module.FUSES and target.module.fuses_packed(q.packing)
+    if strategy == "fused" and not fuses:
+        with pytest.raises(NotImplementedError, match="'fused', which backend"):
+            call(q, target, 9, dtype, **options)
+        return
+    got, expected = call(q, target, 9, dtype, **options), call(q.dequantize(), target, 9, dtype, **options)
+    exact = strategy in ("fused", "panel") and target.backend in ("reference", "cpu")
+    for name, value in got.items():
+        if exact:
+            assert torch.equal(value, expected[name]), name
+        else:
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                value, expected[name], rtol=tolerance, atol=tolerance * float(expected[name].abs().max())
+            )
+
+
+@pytest.mark.parametrize("layout", ["nf4", "gptq", "fp8_block"])
+def test_linear_without_noise(target: Target, dtype: torch.dtype, layout: str) -> None:
+    q = packed(layout, 72, 136, dtype, target.device)
+    got, expected = call(q, target, 9, dtype), call(q.dequantize(), target, 9, dtype)
+    for name, value in got.items():
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            value, expected[name], rtol=tolerance, atol=tolerance * float(expected[name].abs().max())
+        )
+
+
+@pytest.mark.parametrize("layout", ["nf4_nested", "int8"])
+def test_samples_and_antithetic(target: Target, layout: str, noise: str) -> None:
+    q = packed(layout, 40, 72, torch.float32, target.device)
+    options = {
+        "noise": noise, "noise_scale": scale_of(40, target.device), "samples": 3, "antithetic": True,
+        "row_offset": 3, "col_offset": 8, "layer_shape": (64, 96),
+    }  # fmt: skip
+    got = call(q, target, 12, torch.float32, **options)
+    expected = call(q.dequantize(), target, 12, torch.float32, **options)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_decodes_to_another_type() -> None:
+    """`to` rounds twice, as a cast of what the owner decodes to."""
+    q = packed("gptq", 16, 64, torch.float16)
+    assert torch.equal(q.to(torch.bfloat16).dequantize(), q.dequantize().to(torch.bfloat16))
+    q = packed("nf4", 16, 64, torch.float32)
+    assert torch.equal(q.to(torch.float16).dequantize(), q.dequantize().to(torch.float16))
+
+
+def test_immutable() -> None:
+    q = packed("nf4", 16, 64, torch.float32)
+    with pytest.raises(AttributeError, match="immutable"):
+        q.packing = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="expected a weight in one of the formats .*got int"):
+        fk.QuantizedWeight.of(3)
+    with pytest.raises(ValueError, match="format: expected one of .*nf4.*got 'nf5'"):
+        fk.QuantizedWeight.quantize(torch.zeros(2, 2), "nf5")
+    with pytest.raises(TypeError, match="weight: expected a floating-point tensor"):
+        fk.QuantizedWeight.quantize(torch.zeros(2, 2, dtype=torch.int64), "nf4")
