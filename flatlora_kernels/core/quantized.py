@@ -6,8 +6,8 @@ was packed is, in float32 and rounded after each step as the owner does it,
     v = ((table[code] - zero) * scale) * post,    rounded to `dtype`, then to `target`
 
 with `code` at a bit address and `scale` at an index that are either those of a matrix in rows ("flat"), or sums of a
-number of the row and one of the column, which the tensors `row_bits` to `col_zeros` hold. `QuantizedWeight.decoded` is the oracle that
-every backend is tested against. Readers of other libraries' layers are in `core/formats/`.
+number of the row and one of the column, which the tensors `row_bits` to `col_zeros` hold. `QuantizedWeight.decoded` is
+the oracle that every backend is tested against. Readers of other libraries' layers are in `core/formats/`.
 """
 
 from __future__ import annotations
@@ -94,9 +94,20 @@ class QuantizedWeight:
     _packed: Any
 
     def __init__(self, packing: Packing, parts: Parts) -> None:
+        _check(packing, parts)
+        self._set(packing, parts)
+
+    def _set(self, packing: Packing, parts: Parts) -> None:
         object.__setattr__(self, "packing", packing)
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "_packed", None)
+
+    @staticmethod
+    def made(packing: Packing, parts: Parts) -> QuantizedWeight:
+        """One of what was checked before."""
+        weight = QuantizedWeight.__new__(QuantizedWeight)
+        weight._set(packing, parts)
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"QuantizedWeight: {name!r} cannot be set, it is immutable")
@@ -198,9 +209,13 @@ class QuantizedWeight:
     def narrow(self, dim: int, start: int, length: int) -> QuantizedWeight:
         """Rows (dim 0) or columns (dim 1) [start, start + length)."""
         p = self.packing
+        if start < 0 or length < 0 or start + length > self.shape[dim]:
+            raise ValueError(
+                f"length: expected a part of the {self.shape[dim]} of dimension {dim}, got {length} from {start} on"
+            )
         if dim == 0:
-            return QuantizedWeight(p._replace(N=length, row=p.row + start), self.parts)
-        return QuantizedWeight(p._replace(K=length, col=p.col + start), self.parts)
+            return QuantizedWeight.made(p._replace(N=length, row=p.row + start), self.parts)
+        return QuantizedWeight.made(p._replace(K=length, col=p.col + start), self.parts)
 
     def to(self, dtype: torch.dtype) -> QuantizedWeight:
         """The same, decoding to `dtype`: what ``dequantize().to(dtype)`` has."""
@@ -208,7 +223,7 @@ class QuantizedWeight:
             return self
         if dtype not in FLOAT_TYPES:
             raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
-        return QuantizedWeight(self.packing._replace(target=dtype), self.parts)
+        return QuantizedWeight.made(self.packing._replace(target=dtype), self.parts)
 
     def dequantize(self) -> Tensor:
         """(N, K) in `dtype`: bit for bit what the owning library's own dequantisation gives."""
@@ -251,6 +266,70 @@ class QuantizedWeight:
 
     def __repr__(self) -> str:
         return f"QuantizedWeight({self.format}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+def _check(p: Packing, t: Parts) -> None:
+    """Shapes, types and sizes. What index tensors hold is not read: it is their maker's to get right."""
+
+    def wrong(name: str, got: object, expected: str) -> ValueError:
+        return ValueError(f"{name}: expected {expected}, as format {p.format!r} has it, got {got}")
+
+    def need(
+        name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], count: int, exact: bool = False
+    ) -> None:
+        if tensor is None:
+            raise wrong(name, None, "a tensor")
+        if tensor.dtype not in dtypes:
+            raise wrong(name, tensor.dtype, " or ".join(str(d).removeprefix("torch.") for d in dtypes))
+        if not tensor.is_contiguous() or tensor.dim() > 1:
+            raise wrong(
+                name, f"shape {tuple(tensor.shape)}, strides {tensor.stride()}", "numbers side by side"
+            )
+        if tensor.numel() < count or (exact and tensor.numel() != count):
+            raise wrong(name, tensor.numel(), f"{'' if exact else 'at least '}{count} numbers")
+        if tensor.device != t.codes.device:
+            raise wrong(name, tensor.device, f"the device of codes, {t.codes.device}")
+
+    def blocks(count: int, size: int) -> int:
+        return -(-count // size)
+
+    small = (torch.float16, torch.bfloat16, torch.float32)
+    rows, cols = p.row + p.N, p.col + p.K
+    flat = t.row_bits is None
+    if p.bits not in (1, 2, 3, 4, 8) or p.number not in NUMBERS:
+        raise wrong(
+            "packing", f"{p.bits} bits of {p.number!r}", f"1, 2, 3, 4 or 8 bits of {', '.join(NUMBERS)}"
+        )
+    if flat and p.width < cols:
+        raise wrong("packing.width", p.width, f"at least {cols}, where this view ends")
+    scales = 1
+    if flat and p.N and p.K:
+        last = (rows - 1) * p.width + cols - 1
+        if p.block:
+            scales = last // p.block + 1
+        else:
+            scales = (rows - 1) // p.block_rows * p.scale_stride + (cols - 1) // p.block_cols + 1
+    need("codes", t.codes, (torch.uint8,), blocks(p.width * rows * p.bits, 8) if flat else 1)
+    need("table", t.table, (torch.float32,), 1 << p.bits, exact=True)
+    # A view has more scales than it needs, a whole weight has not.
+    whole = flat and p.block > 0 and (p.row, p.col, p.K) == (0, 0, p.width)
+    need("scale", t.scale, small if t.scale_table is None else (torch.uint8,), scales, exact=whole)
+    if t.scale_table is not None:
+        need("scale_table", t.scale_table, (torch.float32,), 256, exact=True)
+    if p.nested_block or t.nested is not None:
+        need("nested", t.nested, (torch.float32,), blocks(scales, p.nested_block or 1))
+    if t.offset is not None:
+        need("offset", t.offset, (torch.float32,), 1, exact=True)
+    if p.zero_bits:
+        need("zero", t.zero, (torch.uint8,), 1)
+    elif t.zero is not None:
+        need("zero", t.zero, small, scales)
+    places = {"row_bits": rows, "col_bits": cols, "row_scales": rows, "col_scales": cols}
+    if p.zero_bits:
+        places |= {"row_zeros": rows, "col_zeros": cols}
+    for name, count in places.items():
+        if not flat:
+            need(name, getattr(t, name), (torch.int64,), count)
 
 
 def _codes(packed: Tensor, bits: Tensor, width: int) -> Tensor:

@@ -134,7 +134,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed, *parts = ctx.saved_tensors
     scaling, draw, choice, run, separate_branch, dtypes, packing = ctx.more
     if packing is not None:
-        weight = QuantizedWeight(packing, Parts(weight, *parts))
+        weight = QuantizedWeight.made(packing, Parts(weight, *parts))
     need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes
     dx = dW = dA = dB = dbias = dlora_x = v = None

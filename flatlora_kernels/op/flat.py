@@ -21,12 +21,13 @@ Flat = tuple[Tensor | None, list[Tensor | None], str]
 def flat(weight: Weight | None) -> Flat:
     if isinstance(weight, QuantizedWeight):
         codes, *parts = weight.parts
-        return codes, parts, _written(weight.packing)
+        written = _written.__wrapped__ if torch.compiler.is_compiling() else _written
+        return codes, parts, written(weight.packing)
     return weight, [], ""
 
 
 def weight_of(codes: Tensor, parts: Sequence[Tensor | None], packing: str) -> Weight:
-    return QuantizedWeight(_read(packing), Parts(codes, *parts)) if packing else codes  # type: ignore[arg-type]
+    return QuantizedWeight.made(_read(packing), Parts(codes, *parts)) if packing else codes  # type: ignore[arg-type]
 
 
 def shape_of(codes: Tensor, packing: str) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain(p: Product) -> Tensor:
-    """The product without noise, where there is nothing that a vendor's does not do better; of a weight that is a tensor."""
+    """The product without noise, where there is nothing that a vendor's does not do better. The weight is a tensor."""
     a, weight, input_grad, u, lora, bias, scaling = p
     assert isinstance(weight, Tensor)
     if a.dtype == torch.float16 and a.device.type == "cpu":
