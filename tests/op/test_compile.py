@@ -10,6 +10,7 @@ import compare
 import pytest
 import torch
 from compare import problem
+from packed_weights import packed
 from targets import Target
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -169,6 +170,22 @@ def test_dynamic_batch(target: Target, strategy: str | None) -> None:
         for rows in (6, 17, 64):
             part = compare.Problem(**{**vars(p), "x": p.x[:rows].clone(), "grad_y": p.grad_y[:rows]})
             assert_same_bits(gradients(fast, part, seed), gradients(layer, part, seed))
+
+
+@pytest.mark.parametrize("layout", ["nf4_nested", "gptq"])
+def test_packed_weight(target: Target, layout: str) -> None:
+    """Its tensors are the graph's, the rest is a constant of it; whoever holds it."""
+    q = packed(layout, 33, 40, torch.float32, target.device)
+    p = problem(6, 33, 40, device=target.device, rank=4, bias=True)
+
+    class Layer(torch.nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+            return target.linear(**{**inputs, "weight": q}, strategy="panel", **p.options)
+
+    inputs = {**compare.leaves(p), "weight": None}
+    eager = compare.results(Layer()(inputs), inputs, p.grad_y)
+    inputs = {**compare.leaves(p), "weight": None}
+    assert_same_bits(compare.results(compiled(Layer())(inputs), inputs, p.grad_y), eager)
 
 
 def test_under_autocast(target: Target) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from packed_weights import packed
 from targets import Target
 
 from flatlora_kernels.choice import resolve
 
 MIB = 1 << 20
+PACKED = ("nf4_nested", "gptq")
 ROWS, RANK = 64, 16
 # What is not the op's: pages of code touched for the first time, stacks of threads, the allocator's rounding.
 SLACK = 4 * MIB
@@ -45,9 +47,12 @@ def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider
     dtype = getattr(torch, dtype_name)
 
     def layer(N: int, K: int) -> tuple[torch.Tensor, ...]:
-        weight = torch.full((N, K) if layout == "row_major" else (K, N), 0.01, dtype=dtype)
+        weight = torch.full((K, N) if layout == "column_major" else (N, K), 0.01, dtype=dtype)
         x, A, B = (torch.randn(*s, dtype=dtype).requires_grad_() for s in ((ROWS, K), (RANK, K), (N, RANK)))
-        return x, weight if layout == "row_major" else weight.t(), A, B, torch.randn(ROWS, N, dtype=dtype)
+        weight = weight if layout != "column_major" else weight.t()
+        if layout in PACKED:
+            weight = packed(layout, N, K, dtype)
+        return x, weight, A, B, torch.randn(ROWS, N, dtype=dtype)
 
     def step(x, weight, A, B, grad_y):  # type: ignore[no-untyped-def]
         if provider != "perturb":
@@ -128,6 +133,16 @@ def test_small_weight(target: Target, strategy: str) -> None:
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
     found = in_child(target.backend, "float32", 2048, 2048, "row_major", strategy)
+    assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("strategy", resolve.STRATEGIES)
+def test_packed_weight(target: Target, layout: str, strategy: str) -> None:
+    """No more than of a weight of these values, which are never in memory together."""
+    if target.backend == "reference" or target.device != "cpu":
+        pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
+    found = in_child(target.backend, "bfloat16", 8192, 4096, layout, strategy)
     assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
 
 

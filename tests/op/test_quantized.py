@@ -10,6 +10,8 @@ from packed_weights import LAYOUTS, packed
 from targets import Target, randn
 
 import flatlora_kernels as fk
+from flatlora_kernels.core.records import Choice, Draw
+from flatlora_kernels.op.flat import flat
 
 SHAPES = [(24, 64), (33, 40), (7, 35), (130, 200)]  # blocks that cross rows, odd columns, more than a tile
 ids = [f"{n}x{k}" for n, k in SHAPES]
@@ -125,6 +127,55 @@ def test_samples_and_antithetic(target: Target, layout: str, noise: str) -> None
     expected = call(q.dequantize(), target, 12, torch.float32, **options)
     for name, value in got.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_autocast(target: Target) -> None:
+    """Cast as the values would be."""
+    q = packed("nf4", 40, 72, torch.float32, target.device)
+    x = randn(6, 72, device=target.device)
+    draw = {
+        "noise_scale": scale_of(40, target.device),
+        "seed": 3,
+        "backend": target.backend,
+        "strategy": "panel",
+    }
+    with torch.autocast(target.device, torch.bfloat16):
+        got = fk.fused_flat_lora_linear(x, q, **draw)
+        expected = fk.fused_flat_lora_linear(x, q.dequantize(), **draw)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, expected)
+
+
+def test_the_op_is_one_of_torchs() -> None:
+    q = packed("gptq", 24, 40, torch.float32)
+    x, A, B = randn(6, 40), randn(4, 40), randn(24, 4)
+    draw, choice = Draw(scale_of(24, "cpu"), torch.tensor(3)), Choice("panel", "folded", "reference")
+    operands = (x.requires_grad_(), *flat(q), A.requires_grad_(), B.requires_grad_(), None, None, 0.5)
+    torch.library.opcheck(torch.ops.flatlora.linear.default, (*operands, *draw, *choice))
+
+
+def test_state_that_does_not_fit() -> None:
+    """Refused by name, before anything is read."""
+    q = packed("nf4_nested", 16, 64, torch.float32)
+    p, t = q.packing, q.parts
+    for parts, message in (
+        (t._replace(codes=t.codes[:-1]), "codes: expected at least 512 numbers.*got 511"),
+        (t._replace(scale=t.scale[:-1]), "scale: expected 16 numbers, as format 'nf4' has it, got 15"),
+        (t._replace(scale=torch.cat([t.scale, t.scale])), "scale: expected 16 numbers.*got 32"),
+        (t._replace(scale=t.scale.float()), "scale: expected uint8.*got torch.float32"),
+        (t._replace(nested=None), "nested: expected a tensor.*got None"),
+        (t._replace(table=t.table[:8]), "table: expected 16 numbers.*got 8"),
+        (t._replace(offset=t.offset.double()), "offset: expected float32.*got torch.float64"),  # type: ignore[union-attr]
+        (t._replace(codes=t.codes.view(-1, 2).t()), "codes: expected numbers side by side"),
+        (t._replace(table=t.table.to("meta")), "table: expected the device of codes, cpu.*got meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fk.QuantizedWeight(p, parts)
+    with pytest.raises(ValueError, match="row_bits|col_bits: expected at least 64 numbers.*got 63"):
+        g = packed("gptq", 16, 64, torch.float32)
+        fk.QuantizedWeight(g.packing, g.parts._replace(col_bits=g.parts.col_bits[:-1]))  # type: ignore[index]
+    with pytest.raises(ValueError, match="length: expected a part of the 16 of dimension 0, got 9 from 8 on"):
+        q.narrow(0, 8, 9)
 
 
 def test_decodes_to_another_type() -> None:
