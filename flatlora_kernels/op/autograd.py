@@ -20,9 +20,9 @@ from ..backends.shared.products import cast, matmul
 from ..core.quantized import Parts, QuantizedWeight
 from ..core.records import NO_DRAW, Choice, Draw, Operands, Weight
 from . import compute
-from .flat import flat, weight_of
+from .flat import More, flat, weight_of
 
-_OF_OPERANDS, _OF_DRAW = len(Operands._fields) + 2, len(Draw._fields)
+_OF_OPERANDS, _OF_DRAW, _OF_CHOICE = len(Operands._fields), len(Draw._fields), len(Choice._fields)
 
 _TWICE = (
     "flatlora::{}: cannot be differentiated twice; eps is drawn inside the kernel and only first derivatives exist."
@@ -30,10 +30,11 @@ _TWICE = (
 )
 
 
-def records(arguments: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
-    """The last arguments of an op: those of a draw and a choice."""
-    draw = None if arguments[0] is None else Draw._make(arguments[:_OF_DRAW])
-    return draw, Choice._make(arguments[_OF_DRAW:])
+def records(rest: tuple[Any, ...], first: int) -> tuple[tuple[Any, ...], Draw | None, Choice, More]:
+    """Arguments of an op: the `first` ones, those of a draw and a choice, and what is left."""
+    draw_end, choice_end = first + _OF_DRAW, first + _OF_DRAW + _OF_CHOICE
+    draw = None if rest[first] is None else Draw._make(rest[first:draw_end])
+    return rest[:first], draw, Choice._make(rest[draw_end:choice_end]), rest[choice_end:]
 
 
 class _Dispatched:
@@ -42,18 +43,18 @@ class _Dispatched:
     @staticmethod
     def linear(x: Tensor, weight: Weight, *arguments: Any) -> tuple[Tensor, Tensor]:
         *operands, draw, choice = arguments
+        codes, more = flat(weight)
+        drawn = NO_DRAW if draw is None else draw
         with below_autograd():
-            return torch.ops.flatlora.linear(
-                x, *flat(weight), *operands, *(NO_DRAW if draw is None else draw), *choice
-            )
+            return torch.ops.flatlora.linear(x, codes, *operands, *drawn, *choice, *more)
 
     @staticmethod
     def linear_input_grad(grad_y: Tensor, weight: Weight, *arguments: Any) -> Tensor:
         *tensors, draw, choice = arguments
+        codes, more = flat(weight)
+        drawn = NO_DRAW if draw is None else draw
         with below_autograd():
-            return torch.ops.flatlora.linear_input_grad(
-                grad_y, *flat(weight), *tensors, *(NO_DRAW if draw is None else draw), *choice
-            )
+            return torch.ops.flatlora.linear_input_grad(grad_y, codes, *tensors, *drawn, *choice, *more)
 
     @staticmethod
     def adapter_grads(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -192,11 +193,9 @@ def linear(*arguments: Any) -> Tensor:
 
 def of_the_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
-    x, codes, parts, packing, *rest = inputs
-    if _differentiates((x, codes, *rest[:4])):
-        draw, choice = records(inputs[_OF_OPERANDS:])
-        more = rest[4], draw, choice, _Dispatched
-        return LinearFunction.apply(x, weight_of(codes, parts, packing), *rest[:4], more)
+    if _differentiates(inputs[:6]):
+        (x, codes, *tensors, scaling), draw, choice, more = records(inputs, _OF_OPERANDS)
+        return LinearFunction.apply(x, weight_of(codes, more), *tensors, (scaling, draw, choice, _Dispatched))
     with below_autograd():
         return torch.ops.flatlora.linear(*inputs)
 

@@ -1,13 +1,14 @@
-"""A weight as arguments of the ops, which take tensors, lists of them and strings.
+"""A weight as arguments of the ops, which take tensors and strings.
 
-A tensor goes as itself, with no parts and "" for a packing. A packed weight goes as its codes, its other tensors, and
-its `Packing` written out, so that the op's graph has all tensors and a compiled graph keeps the rest as a constant.
+A packed weight goes by its codes where a tensor goes as itself, and at the end of the arguments come its other tensors
+and its `Packing` written out. So the op's graph has all tensors, and a compiled graph keeps the rest as a constant.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,42 +16,45 @@ from torch import Tensor
 from ..core.quantized import Packing, Parts, QuantizedWeight
 from ..core.records import Weight
 
-Flat = tuple[Tensor | None, list[Tensor | None], str]
+# What the ops take at the end of their arguments, as their schemas have it.
+MORE = ", ".join([*(f"Tensor? weight_{name}=None" for name in Parts._fields[1:]), 'str weight_packing=""'])
+More = tuple[Any, ...]
 
 
-def flat(weight: Weight | None) -> Flat:
-    if isinstance(weight, QuantizedWeight):
-        codes, *parts = weight.parts
-        written = _written.__wrapped__ if torch.compiler.is_compiling() else _written
-        return codes, parts, written(weight.packing)
-    return weight, [], ""
+def flat(weight: Weight | None) -> tuple[Tensor | None, More]:
+    """What stands for `weight`, and what else at the end of the arguments."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight, ()
+    codes, *parts = weight.parts
+    written = _written.__wrapped__ if torch.compiler.is_compiling() else _written
+    return codes, (*parts, written(weight.packing))
 
 
-def weight_of(codes: Tensor, parts: Sequence[Tensor | None], packing: str) -> Weight:
-    return QuantizedWeight.made(_read(packing), Parts(codes, *parts)) if packing else codes  # type: ignore[arg-type]
+def weight_of(codes: Tensor, more: More) -> Weight:
+    """Of what an op was given; torch leaves out `more` where all of it is as by default."""
+    if not more or not more[-1]:
+        return codes
+    *parts, packing = more
+    return QuantizedWeight.made(_read(packing), Parts(codes, *parts))
 
 
-def shape_of(codes: Tensor, packing: str) -> tuple[int, int]:
-    if not packing:
+def shape_of(codes: Tensor, more: More) -> tuple[int, int]:
+    if not more or not more[-1]:
         return codes.shape  # type: ignore[return-value]
-    p = _read(packing)
+    p = _read(more[-1])
     return p.N, p.K
 
 
 @functools.lru_cache(maxsize=4096)
 def _written(packing: Packing) -> str:
-    return repr(tuple(_name(v) if isinstance(v, torch.dtype) else v for v in packing))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype)  # "torch.bfloat16"
+    return repr(tuple(str(v) if isinstance(v, torch.dtype) else v for v in packing))
 
 
 @functools.lru_cache(maxsize=4096)
 def _read(packing: str) -> Packing:
-    import ast
+    return Packing._make(map(_value, ast.literal_eval(packing)))
 
-    fields = ast.literal_eval(packing)
-    return Packing(
-        *(getattr(torch, v[6:]) if isinstance(v, str) and v.startswith("torch.") else v for v in fields)
-    )
+
+def _value(written: Any) -> Any:
+    is_type = isinstance(written, str) and written.startswith("torch.")
+    return getattr(torch, written.removeprefix("torch.")) if is_type else written

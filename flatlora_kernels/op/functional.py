@@ -175,8 +175,9 @@ def fused_flat_lora_linear(
         if direct and not _watched():
             y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         else:
-            operands = x, *flat(weight), *Operands(x, weight, lora_A, lora_B, bias, lora_x, scaling)[2:]
-            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice)[0]
+            codes, more = flat(weight)
+            operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
+            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice, *more)[0]
     return y[0] if vector else y
 
 
@@ -355,7 +356,7 @@ def materialize_noise(
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(*flat(None), *draw, _backend_for(out, backend), out)
+    torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
     return out
 
 
@@ -395,7 +396,8 @@ def perturb_weight(
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(*flat(weight), *draw, _backend_for(out, backend), out)
+    codes, more = flat(weight)
+    torch.ops.flatlora.perturb(codes, *draw, _backend_for(out, backend), out, *more)
     return out
 
 
@@ -471,7 +473,8 @@ def _row_sq_norms(
 ) -> Tensor:
     if lora_A is not None:
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
-    arguments = (*flat(weight.detach()), lora_A, lora_B, scaling, backend)
+    codes, more = flat(weight.detach())
+    arguments = (codes, lora_A, lora_B, scaling, backend, *more)
     if _autocasts(weight.device.type):  # a product in 16 bits would miss the precision promised
         with torch.autocast(weight.device.type, enabled=False):
             return torch.ops.flatlora.row_sq_norms(*arguments)

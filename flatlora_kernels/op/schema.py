@@ -22,76 +22,52 @@ from torch import Tensor
 from .. import backends
 from ..core.records import Choice, Draw, Operands, Weight
 from . import autograd, compute
-from .flat import shape_of, weight_of
+from .flat import MORE, shape_of, weight_of
 
-# A weight that is packed goes by its codes, its other tensors, and what its Packing says; see flat.py.
 _TYPES = {
-    Tensor: "Tensor {}",
-    Tensor | None: "Tensor? {}",
-    int: "int {}",
-    float: "float {}",
-    bool: "bool {}",
-    str: "str {}",
-    Weight: "Tensor {}, Tensor?[] {}_parts, str {}_packing",
-}
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str", Weight: "Tensor",
+}  # fmt: skip
 
 
 def _arguments(record: type) -> str:
     """The fields of a record as a schema has them."""
-    return ", ".join(_TYPES[kind].replace("{}", name) for name, kind in get_type_hints(record).items())
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
 
 
 _DRAW, _CHOICE = _arguments(Draw).replace("Tensor ", "Tensor? "), _arguments(Choice)
-_WEIGHT = _TYPES[Weight].replace("{}", "weight")
 _SCHEMAS = (
-    f"linear({_arguments(Operands)}, {_DRAW}, {_CHOICE}) -> (Tensor, Tensor)",
-    f"linear_input_grad(Tensor grad_y, {_WEIGHT}, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}) -> Tensor",
+    f"linear({_arguments(Operands)}, {_DRAW}, {_CHOICE}, {MORE}) -> (Tensor, Tensor)",
+    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}, {MORE}) -> Tensor",
     "adapter_grads(Tensor grad_y, Tensor? u, Tensor? lora_B, float scaling, str backend) -> (Tensor, Tensor)",
-    f"row_sq_norms({_WEIGHT}, Tensor? lora_A, Tensor? lora_B, float scaling, str backend) -> Tensor",
-    f"perturb({_WEIGHT.replace('Tensor weight', 'Tensor? weight')}, {_DRAW}, str backend, Tensor(a!) out) -> ()",
+    f"row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend, {MORE}) -> Tensor",
+    f"perturb(Tensor? weight, {_DRAW}, str backend, Tensor(a!) out, {MORE}) -> ()",
 )
-_OF_OPERANDS = len(Operands._fields) + 2
 _lib = torch.library.Library("flatlora", "DEF")
 for _schema in _SCHEMAS:
     _lib.define(_schema)
 
 
-def _linear(
-    x: Tensor, codes: Tensor, parts: list[Tensor | None], packing: str, *flat: Any
-) -> tuple[Tensor, Tensor]:
-    rest, (draw, choice) = flat[: _OF_OPERANDS - 4], autograd.records(flat[_OF_OPERANDS - 4 :])
-    y, u = compute.linear(x, weight_of(codes, parts, packing), *rest, draw, choice)  # type: ignore[call-arg]
+def _linear(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    operands, draw, choice, more = autograd.records(rest, len(Operands._fields) - 2)
+    y, u = compute.linear(x, weight_of(codes, more), *operands, draw, choice)  # type: ignore[call-arg]
     return y, y.new_empty(0) if u is None else u
 
 
-def _linear_input_grad(
-    grad_y: Tensor,
-    codes: Tensor,
-    parts: list[Tensor | None],
-    packing: str,
-    lora_A: Tensor | None,
-    v: Tensor | None,
-    *flat: Any,
-) -> Tensor:
-    weight = weight_of(codes, parts, packing)
-    return compute.linear_input_grad(grad_y, weight, lora_A, v, *autograd.records(flat))
+def _linear_input_grad(grad_y: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    (lora_A, v), draw, choice, more = autograd.records(rest, 2)
+    return compute.linear_input_grad(grad_y, weight_of(codes, more), lora_A, v, draw, choice)
 
 
 def _row_sq_norms(
-    codes: Tensor,
-    parts: list[Tensor | None],
-    packing: str,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    backend: str,
+    codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str, *more: Any
 ) -> Tensor:
-    return backends.get(backend).row_sq_norms(weight_of(codes, parts, packing), lora_A, lora_B, scaling)
+    return backends.get(backend).row_sq_norms(weight_of(codes, more), lora_A, lora_B, scaling)
 
 
-def _perturb(codes: Tensor | None, parts: list[Tensor | None], packing: str, *flat: Any) -> None:
-    *draw, backend, out = flat
-    weight = None if codes is None else weight_of(codes, parts, packing)
+def _perturb(codes: Tensor | None, *rest: Any) -> None:
+    end = len(Draw._fields)
+    draw, (backend, out, *more) = rest[:end], rest[end:]
+    weight = None if codes is None else weight_of(codes, tuple(more))
     backends.get(backend).perturb(weight, None if draw[0] is None else Draw(*draw), out)
 
 
@@ -106,16 +82,17 @@ for _name, _kernel in (
 
 
 @torch.library.register_fake("flatlora::linear", lib=_lib)
-def _linear_fake(x, weight, parts, packing, lora_A, *rest):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], shape_of(weight, packing)[0]))
+def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
+    more = autograd.records(rest, len(Operands._fields) - 3)[3]
+    y = x.new_empty((*x.shape[:-1], shape_of(weight, more)[0]))
     # prod, because Size.numel() would fix a symbolic size.
     u = x.new_empty(0 if lora_A is None else (math.prod(x.shape[:-1]), lora_A.shape[0]))
     return y, u
 
 
 @torch.library.register_fake("flatlora::linear_input_grad", lib=_lib)
-def _linear_input_grad_fake(grad_y, weight, parts, packing, *rest):  # type: ignore[no-untyped-def]
-    return grad_y.new_empty((*grad_y.shape[:-1], shape_of(weight, packing)[1]))
+def _linear_input_grad_fake(grad_y, weight, *rest):  # type: ignore[no-untyped-def]
+    return grad_y.new_empty((*grad_y.shape[:-1], shape_of(weight, autograd.records(rest, 2)[3])[1]))
 
 
 @torch.library.register_fake("flatlora::adapter_grads", lib=_lib)
@@ -127,8 +104,8 @@ def _adapter_grads_fake(grad_y, u, lora_B, *rest):  # type: ignore[no-untyped-de
 
 
 @torch.library.register_fake("flatlora::row_sq_norms", lib=_lib)
-def _row_sq_norms_fake(weight, parts, packing, *rest):  # type: ignore[no-untyped-def]
-    return weight.new_empty(shape_of(weight, packing)[0], dtype=torch.float32)
+def _row_sq_norms_fake(weight, lora_A, lora_B, scaling, backend, *more):  # type: ignore[no-untyped-def]
+    return weight.new_empty(shape_of(weight, more)[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("flatlora::perturb", lib=_lib)

@@ -150,8 +150,9 @@ def test_the_op_is_one_of_torchs() -> None:
     q = packed("gptq", 24, 40, torch.float32)
     x, A, B = randn(6, 40), randn(4, 40), randn(24, 4)
     draw, choice = Draw(scale_of(24, "cpu"), torch.tensor(3)), Choice("panel", "folded", "reference")
-    operands = (x.requires_grad_(), *flat(q), A.requires_grad_(), B.requires_grad_(), None, None, 0.5)
-    torch.library.opcheck(torch.ops.flatlora.linear.default, (*operands, *draw, *choice))
+    codes, more = flat(q)
+    operands = (x.requires_grad_(), codes, A.requires_grad_(), B.requires_grad_(), None, None, 0.5)
+    torch.library.opcheck(torch.ops.flatlora.linear.default, (*operands, *draw, *choice, *more))
 
 
 def test_state_that_does_not_fit() -> None:
