@@ -99,15 +99,15 @@ void add_squares(const double* w, int64_t stride, const double* A, const double*
     }
 }
 
-// Sum of the squares of a whole contiguous row, for want of an adapter: four sums, because one would wait for its own
+// total += squares of a piece of a contiguous row, for want of an adapter: four sums, because one would wait for its own
 // additions.
+constexpr int64_t kSquarePiece = 64 * W;
 template <class T>
-double row_square(const T* p, int64_t cols) {
-  double total = 0;
+void add_squares(const T* p, int64_t cols, double& total) {
   int64_t k = 0;
-  while (cols - k >= 4 * W) {
+  if (cols >= 4 * W) {
     F squares[4] = {splat(F(), 0.0f), splat(F(), 0.0f), splat(F(), 0.0f), splat(F(), 0.0f)};
-    for (const int64_t end = min64(cols, k + 64 * W); k + 4 * W <= end; k += 4 * W)
+    for (; k + 4 * W <= cols; k += 4 * W)
       for (int i = 0; i < 4; ++i) {
         const F x = load(p + k + i * W);
         squares[i] = fma(x, x, squares[i]);
@@ -115,11 +115,20 @@ double row_square(const T* p, int64_t cols) {
     total += sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
   }
   for (; k < cols; ++k) total += double(to_float(p[k])) * to_float(p[k]);
-  return total;
 }
-inline double row_square(const double* p, int64_t cols) {
-  double total = 0;
+inline void add_squares(const double* p, int64_t cols, double& total) {
   for (int64_t k = 0; k < cols; ++k) total += p[k] * p[k];
+}
+
+// Of a whole contiguous row.
+template <class T>
+double row_square(const Weight<T>& w, int64_t n) {
+  alignas(64) T room[kSquarePiece];
+  double total = 0;
+  for (int64_t k = 0; k < w.K; k += kSquarePiece) {
+    const Weight<T> here = decoded(w, n, 1, k, kSquarePiece, room);
+    add_squares(here.data + n * here.row_stride + k, min64(kSquarePiece, w.K - k), total);
+  }
   return total;
 }
 
@@ -127,14 +136,15 @@ template <class Acc, class T>
 void row_norms_task(const RowNormsArgs& args, int64_t task, void* workspace) {
   const Weight<T> w = make_weight<T>(args.weight, args.N, args.K);
   const int64_t n0 = task * kNormRows, rows = min64(kNormRows, args.N - n0), rank = args.rank;
-  if (rank == 0 && w.col_stride == 1) {
-    for (int64_t n = n0; n < n0 + rows; ++n) args.out[n] = float(row_square(w.data + n * w.row_stride, args.K));
+  if (rank == 0 && (w.col_stride == 1 || w.packed)) {
+    for (int64_t n = n0; n < n0 + rows; ++n) args.out[n] = float(row_square(w, n));
     return;
   }
   Arena arena = {static_cast<char*>(workspace)};
   Acc* A = arena.take<Acc>(rank * kNormCols);
   Acc* B = arena.take<Acc>(kNormRows * rank);
   Acc* packed = arena.take<Acc>(kRows * kNormCols);
+  alignas(64) T room[kRows * kNormCols];
   double total[kNormRows] = {};
   memset(B, 0, size_t(kNormRows * rank) * sizeof(Acc));
   if (rank)
@@ -146,12 +156,13 @@ void row_norms_task(const RowNormsArgs& args, int64_t task, void* workspace) {
       pack(args.lora_A, args.A_dtype, (k0 + k) * args.A_col_stride, args.A_rank_stride, args.A_col_stride, rank,
            max64(0, min64(kNormStrip, cols - k)), kNormStrip, A + k * rank);
     for (int64_t n = 0; n < rows; n += kRows) {
-      const T* tile = w.data + (n0 + n) * w.row_stride + k0 * w.col_stride;
-      if (w.col_stride == 1 && n + kRows <= rows && cols == kNormCols) {
-        add_squares<false>(tile, w.row_stride, A, B + n * rank, rank, cols, total + n);
+      const Weight<T> here = decoded(w, n0 + n, kRows, k0, kNormCols, room);
+      const T* tile = here.data + (n0 + n) * here.row_stride + k0 * here.col_stride;
+      if (here.col_stride == 1 && n + kRows <= rows && cols == kNormCols) {
+        add_squares<false>(tile, here.row_stride, A, B + n * rank, rank, cols, total + n);
       } else {
         memset(packed, 0, size_t(kRows * kNormCols) * sizeof(Acc));
-        pack(tile, w.row_stride, w.col_stride, min64(kRows, rows - n), cols, kNormCols, packed);
+        pack(tile, here.row_stride, here.col_stride, min64(kRows, rows - n), cols, kNormCols, packed);
         if (cols == kNormCols) {
           add_squares<false>(packed, kNormCols, A, B + n * rank, rank, cols, total + n);
         } else {
@@ -209,16 +220,18 @@ void perturb_region_rows(const Weight<T>& w, const Draw& d, int64_t n0, int64_t 
                          int64_t out_stride) {
   constexpr int64_t kCols = kRegionArea / kUnitRows, kLine = 64 / int64_t(sizeof(T));
   Region region;
+  alignas(64) T room[kCols];
   for (int64_t n = n0, next; n < n1; n = next) {
     next = min64(n1, n + kUnitRows - (d.row_offset + n) % 16);
     for (int64_t k = k0; k < k1; k += kCols) {
       const int64_t cols = min64(kCols, k1 - k);
       draw_region(d, n, next - n, k, cols, region);
       for (int64_t m = n; m < next; ++m) {
-        const T* base = w.data ? w.data + m * w.row_stride + k : nullptr;
+        const Weight<T> here = decoded(w, m, 1, k, kCols, room);
+        const T* base = here.data ? here.data + m * here.row_stride + k : nullptr;
         T* to = out + m * out_stride + k;
         for (int64_t c = 0; c < cols; c += kLine) {
-          if (base) __builtin_prefetch(base + 2 * w.row_stride + c, 0, 2);
+          if (w.data) __builtin_prefetch(base + 2 * w.row_stride + c, 0, 2);
           __builtin_prefetch(to + 2 * out_stride + c, 1, 2);
         }
         perturb_row<kSigns>(base, d.factor(m), region.at(d, m, k), cols, to);
@@ -235,25 +248,29 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
   const int64_t n0 = task / tasks_k * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   T* out = static_cast<T*>(args.out);
   const int64_t rs = args.out_row_stride, cs = args.out_col_stride;
-  if (draw.kind != Noise::kGaussian && cs == 1 && (w.data == nullptr || w.col_stride == 1)) {
-    const int64_t end = min64(args.K, begin + kPerturbCols);
+  const int64_t end = min64(args.K, begin + kPerturbCols);
+  if (draw.kind == Noise::kNone && cs == 1 && w.packed)
+    return decode(*w.packed, n0, begin, rows, end - begin, out + n0 * rs + begin, rs);
+  if (draw.kind > Noise::kGaussian && cs == 1 && (w.data == nullptr || w.col_stride == 1)) {
     if (draw.kind == Noise::kNearGaussian)
       return perturb_region_rows<false>(w, draw, n0, n0 + rows, begin, end, out, rs);
     return perturb_region_rows<true>(w, draw, n0, n0 + rows, begin, end, out, rs);
   }
   Region region;
   RowLanes lanes;
-  for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
-    const int64_t cols = min64(kRegionLong, args.K - k0);
+  alignas(64) T room[W * kRegionLong];
+  for (int64_t k0 = begin; k0 < end; k0 += kRegionLong) {
+    const int64_t cols = min64(kRegionLong, end - k0);
     draw_region(draw, n0, rows, k0, cols, region);
     for (int64_t n = 0; n < rows; n += W) {
       make_row_lanes(draw, n0 + n, rows - n, region, lanes);
+      const Weight<T> here = decoded(w, n0 + n, min64(W, rows - n), k0, kRegionLong, room);
       const int64_t tile_rows = min64(W, rows - n);
       for (int64_t k = 0; k < cols; k += W) {
         prefetch_tile(w, n0 + n, k0 + k + 8 * W);
         for (int i = 0; i < tile_rows; ++i) __builtin_prefetch(out + (n0 + n + i) * rs + (k0 + k + 4 * W) * cs, 1, 2);
         F r[W];
-        perturbed_tile<kLanesN>(w, draw, lanes, region, n0 + n, k0 + k, r);
+        perturbed_tile<kLanesN>(here, draw, lanes, region, n0 + n, k0 + k, r);
         const int64_t tile_cols = min64(W, cols - k);
         T* p = out + (n0 + n) * rs + (k0 + k) * cs;
         if (tile_rows == W && tile_cols == W && (kLanesN || cs == 1)) {
@@ -269,11 +286,12 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
 
 void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
   const Weight<float> zero = {nullptr, 0, 0, args.N, args.K};
-  const auto* w = static_cast<const double*>(args.weight.data);
+  const Weight<double> w = make_weight<double>(args.weight, args.N, args.K);
   const Draw draw = make_draw(args.noise, 0, args.dtype);
   const int64_t tasks_k = ceil_div(args.K, kPerturbCols), begin = task % tasks_k * kPerturbCols;
   const int64_t n0 = task / tasks_k * kPerturbRows, rows = min64(kPerturbRows, args.N - n0);
   auto* out = static_cast<double*>(args.out);
+  alignas(64) double room[W * kRegionLong];
   Region region;
   RowLanes lanes;
   for (int64_t k0 = begin; k0 < min64(args.K, begin + kPerturbCols); k0 += kRegionLong) {
@@ -281,6 +299,7 @@ void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
     draw_region(draw, n0, rows, k0, cols, region);
     for (int64_t n = 0; n < rows; n += W) {
       make_row_lanes(draw, n0 + n, rows - n, region, lanes);
+      const Weight<double> here = decoded(w, n0 + n, min64(W, rows - n), k0, kRegionLong, room);
       for (int64_t k = 0; k < cols; k += W) {
         F r[W];
         perturbed_tile<false>(zero, draw, lanes, region, n0 + n, k0 + k, r);
@@ -289,7 +308,7 @@ void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
           store(eps, r[i]);
           for (int64_t j = 0; j < min64(W, cols - k); ++j) {
             const int64_t row = n0 + n + i, col = k0 + k + j;
-            const double base = w ? w[row * args.weight.row_stride + col * args.weight.col_stride] : 0.0;
+            const double base = here.data ? here.data[row * here.row_stride + col * here.col_stride] : 0.0;
             out[row * args.out_row_stride + col * args.out_col_stride] = base + double(eps[j]);
           }
         }

@@ -174,13 +174,15 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
   const int64_t rows = kInputGrad ? steps : s.width, cols = kInputGrad ? s.width : steps;
   Region region;
   RowLanes lanes;
+  alignas(64) T room[W * kRegionLong];
   draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
     make_row_lanes(d, n0 + n, rows - n, region, lanes);
+    const Weight<T> here = decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       F r[W];
-      perturbed_tile<!kInputGrad>(w, d, lanes, region, n0 + n, k0 + k, r);
+      perturbed_tile<!kInputGrad>(here, d, lanes, region, n0 + n, k0 + k, r);
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
       Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
       store_steps(strip, step0 + c, s.strip(), steps - c, r);
@@ -197,9 +199,11 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
   const Weight<float> zero = {nullptr, 0, 0, w.N, w.K};
   Region region;
   RowLanes lanes;
+  alignas(64) double room[W * kRegionLong];
   draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
     make_row_lanes(d, n0 + n, rows - n, region, lanes);
+    const Weight<double> here = decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
     for (int64_t k = 0; k < cols; k += W) {
       F r[W];
       perturbed_tile<false>(zero, d, lanes, region, n0 + n, k0 + k, r);
@@ -208,7 +212,7 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
         store(eps, r[i]);
         for (int64_t j = 0; j < min64(W, cols - k); ++j) {
           const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
-          const double base = w.data ? w.data[(n0 + n + i) * w.row_stride + (k0 + k + j) * w.col_stride] : 0.0;
+          const double base = here.data ? here.data[(n0 + n + i) * here.row_stride + (k0 + k + j) * here.col_stride] : 0.0;
           panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] = base + double(eps[j]);
         }
       }

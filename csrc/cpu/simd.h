@@ -29,6 +29,7 @@ struct float16 {
 
 SIMD float to_float(float x) { return x; }
 SIMD float to_float(int8_t x) { return x; }
+SIMD float to_float(uint8_t x) { return x; }
 SIMD float to_float(bfloat16 x) { return scalar::as_float(uint32_t(x.bits) << 16); }
 SIMD float to_float(float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
@@ -164,6 +165,50 @@ SIMD F load(const float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reint
 SIMD F load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+SIMD F load(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+// Numbers of 8 bits, by way of float16, which has the exponents of both and more; `table` has them all.
+SIMD F load_e4m3(const uint8_t* p, const float*) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7), _mm256_set1_epi16(int16_t(0xbf80)));
+  const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi8(0x7f));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
+  const __m512 f = _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f));
+  return {_mm512_mask_blend_ps(nan, f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)))};
+}
+SIMD F load_e5m2(const uint8_t* p, const float*) {
+  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(x, 8))};
+}
+
+// Tables of 16 numbers in registers: out[i] = table[code i] of the 16 codes of 4 bits in 8 bytes.
+struct FloatTable {
+  __m512 table;
+  explicit SIMD FloatTable(const float* p) : table(_mm512_loadu_ps(p)) {}
+  SIMD void operator()(const uint8_t* codes, bool high_first, float* out) const {
+    const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i high = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m512i words = _mm512_permutexvar_epi32(word, _mm512_castsi128_si512(bytes));
+    // Of an index only the last 4 bits count.
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(words, high_first ? high : low), table));
+  }
+};
+struct HalfTable {
+  __m256i table;
+  explicit SIMD HalfTable(const void* p) : table(_mm256_loadu_si256(static_cast<const __m256i*>(p))) {}
+  SIMD void operator()(const uint8_t* codes, bool high_first, void* out) const {
+    const __m256i word = _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m256i low = _mm256_setr_epi16(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    const __m256i high = _mm256_setr_epi16(4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m256i words = _mm256_permutexvar_epi16(word, _mm256_castsi128_si256(bytes));
+    const __m256i index = _mm256_srlv_epi16(words, high_first ? high : low);
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_permutexvar_epi16(index, table));
+  }
+};
 SIMD F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
 SIMD F load(const bfloat16* p, int n) {
   const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
@@ -326,6 +371,55 @@ SIMD F load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 
+SIMD F load(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+SIMD F load_e4m3(const uint8_t* p, const float*) {
+  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i h = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(int16_t(0xbf80)));
+  const __m128i most = _mm_set1_epi16(0x3f80);
+  const __m256i nan = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(_mm_and_si128(h, most), most));
+  const __m256 f = _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.0f));
+  return {_mm256_or_ps(f, _mm256_castsi256_ps(nan))};
+}
+SIMD F load_e5m2(const uint8_t* p, const float*) {
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_cvtph_ps(_mm_slli_epi16(x, 8))};
+}
+
+struct FloatTable {
+  __m256 first, second;
+  explicit SIMD FloatTable(const float* p) : first(_mm256_loadu_ps(p)), second(_mm256_loadu_ps(p + 8)) {}
+  SIMD void operator()(const uint8_t* codes, bool high_first, float* out) const {
+    const __m256i low = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i high = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    for (int i = 0; i < 2; ++i) {
+      int word;
+      memcpy(&word, codes + 4 * i, 4);
+      const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), high_first ? high : low);
+      const __m256 x = _mm256_permutevar8x32_ps(first, index), y = _mm256_permutevar8x32_ps(second, index);
+      _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
+    }
+  }
+};
+struct HalfTable {
+  __m128i low, high;  // bytes
+  explicit SIMD HalfTable(const void* p) {
+    const __m128i x = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    const __m128i y = _mm_loadu_si128(static_cast<const __m128i*>(p) + 1), byte = _mm_set1_epi16(0xff);
+    low = _mm_packus_epi16(_mm_and_si128(x, byte), _mm_and_si128(y, byte));
+    high = _mm_packus_epi16(_mm_srli_epi16(x, 8), _mm_srli_epi16(y, 8));
+  }
+  SIMD void operator()(const uint8_t* codes, bool high_first, void* out) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), mask = _mm_set1_epi8(15);
+    const __m128i lower = _mm_and_si128(bytes, mask), upper = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    const __m128i index = high_first ? _mm_unpacklo_epi8(upper, lower) : _mm_unpacklo_epi8(lower, upper);
+    const __m128i x = _mm_shuffle_epi8(low, index), y = _mm_shuffle_epi8(high, index);
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm_unpacklo_epi8(x, y));
+    _mm_storeu_si128(static_cast<__m128i*>(out) + 1, _mm_unpackhi_epi8(x, y));
+  }
+};
+
 SIMD void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
 SIMD void store(bfloat16* p, F x) {
   const __m256i i = _mm256_castps_si256(x.v);
@@ -466,6 +560,8 @@ template <class T>
 SIMD F load(const T* p) {
   MAP(F, to_float(p[i]));
 }
+SIMD F load_e4m3(const uint8_t* p, const float* table) { MAP(F, table[p[i]]); }
+SIMD F load_e5m2(const uint8_t* p, const float* table) { MAP(F, table[p[i]]); }
 template <class T>
 SIMD void store(T* p, F x) {
   LANES from_float(x.v[i], p[i]);

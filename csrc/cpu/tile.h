@@ -2,7 +2,7 @@
 // alone: forward, input gradient and perturb take their values from these, so that all see the same bits.
 #pragma once
 
-#include "region.h"
+#include "packed.h"
 
 namespace flatlora {
 namespace FLATLORA_ISA {
@@ -116,11 +116,22 @@ template <class T>
 struct Weight {
   const T* data;
   int64_t row_stride, col_stride, N, K;
+  const PackedArgs* packed = nullptr;
 };
 
 template <class T>
 Weight<T> make_weight(const WeightArgs& w, int64_t N, int64_t K) {
-  return {static_cast<const T*>(w.data), w.row_stride, w.col_stride, N, K};
+  return {static_cast<const T*>(w.data), w.row_stride, w.col_stride, N, K, w.packed};
+}
+
+// The weight itself; or, where it is packed, these rows and columns of it, decoded into `room` (rows * cols).
+template <class T>
+SIMD Weight<T> decoded(const Weight<T>& w, int64_t n0, int64_t rows, int64_t k0, int64_t cols, T* room) {
+  if (w.packed == nullptr) return w;
+  decode(*w.packed, n0, k0, min64(rows, w.N - n0), min64(cols, w.K - k0), room, cols);
+  // It goes on counting from the weight's first.
+  const uintptr_t first = uintptr_t(room) - uintptr_t(n0 * cols + k0) * sizeof(T);
+  return {reinterpret_cast<const T*>(first), cols, 1, w.N, w.K, nullptr};
 }
 
 // take(i, x): row n0 + i, lanes along k; zero outside the weight.
