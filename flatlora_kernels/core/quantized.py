@@ -6,8 +6,8 @@ was packed is, in float32 and rounded after each step as the owner does it,
     v = ((table[code] - zero) * scale) * post,    rounded to `dtype`, then to `target`
 
 with `code` at a bit address and `scale` at an index that are either those of a matrix in rows ("flat"), or sums of a
-number of the row and one of the column, which the tensors `row_bits` to `col_zeros` hold. `QuantizedWeight.decoded` is the oracle that
-every backend is tested against. Readers of other libraries' layers are in `core/formats/`.
+number of the row and one of the column, which the tensors `row_bits` to `col_zeros` hold. `QuantizedWeight.decoded` is
+the oracle that every backend is tested against. Readers of other libraries' layers are in `core/formats/`.
 """
 
 from __future__ import annotations
@@ -120,9 +120,10 @@ class QuantizedWeight:
             if found is not None:
                 return found
         known = "; ".join(name for names in readers.values() for name in names)
-        raise TypeError(
-            f"source: expected a weight in one of the formats {known}; got {type(source).__name__}"
-        )
+        got = type(source).__name__
+        if isinstance(source, torch.nn.Module) and hasattr(source, "weight"):
+            got += f" with a weight of {type(source.weight).__name__}"
+        raise TypeError(f"source: expected a weight in one of the formats {known}; got {got}")
 
     @staticmethod
     def quantize(weight: Tensor, format: str) -> QuantizedWeight:
