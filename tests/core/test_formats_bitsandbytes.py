@@ -44,7 +44,9 @@ def generic(weight: torch.Tensor, state: Any) -> torch.Tensor:
 def test_four_bits(shape: tuple[int, int], kind: str, nested: bool) -> None:
     for dtype in TYPES:
         for block in (32, 64, 128, 256):
-            layer = layer_of(randn(*shape, dtype), blocksize=block, quant_type=kind, compress_statistics=nested)
+            layer = layer_of(
+                randn(*shape, dtype), blocksize=block, quant_type=kind, compress_statistics=nested
+            )
             weight, state = layer.weight, layer.weight.quant_state
             scales = [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if nested else [])]
             own = generic(weight, state)
@@ -81,7 +83,9 @@ def test_repacked_for_cpu(kind: str, nested: bool) -> None:
     codes, absmax = weight.data, state.absmax
     again, back = F._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
     # What it leaves of absmax is rounded once more, or transposed.
-    own = generic(again, F.QuantState(absmax.t().reshape(-1), back.shape, back.code, 32, kind, torch.bfloat16))
+    own = generic(
+        again, F.QuantState(absmax.t().reshape(-1), back.shape, back.code, 32, kind, torch.bfloat16)
+    )
     q = read(layer, own, codes, absmax)
     assert q.parts.codes.data_ptr() == codes.data_ptr() and q.dtype == torch.bfloat16
 
@@ -120,14 +124,23 @@ def test_errors_of_four_bits() -> None:
     absmax = torch.zeros(3)
     for layer, message in [
         (bnb.nn.Linear4bit(32, 8), "quant_state: expected a QuantState.*got None"),
-        (changed("absmax", absmax, False), r"quant_state.absmax: expected 64 numbers of float32, got .*\(3,\)"),
-        (changed("absmax", absmax), r"quant_state.absmax: expected 64 numbers of uint8, got float32 of shape \(3,\)"),
+        (
+            changed("absmax", absmax, False),
+            r"quant_state.absmax: expected 64 numbers of float32, got .*\(3,\)",
+        ),
+        (
+            changed("absmax", absmax),
+            r"quant_state.absmax: expected 64 numbers of uint8, got float32 of shape \(3,\)",
+        ),
         (changed("state2", None), "quant_state.state2: expected the scales of a nested absmax, got None"),
         (changed("offset", None), "quant_state.offset: expected 1 numbers of float32, got None"),
         (changed("shape", (32, 129)), "weight: expected 2064 bytes, got 2048"),
         (changed("quant_type", "af4"), "quant_state.quant_type: expected nf4 or fp4, got af4"),
         (changed("dtype", torch.float64), "quant_state.dtype: expected float32, bfloat16 or float16"),
-        (changed("absmax", absmax.to("meta").repeat(22)[:64], False), "scale: expected a tensor on cpu, got meta"),
+        (
+            changed("absmax", absmax.to("meta").repeat(22)[:64], False),
+            "scale: expected a tensor on cpu, got meta",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             QuantizedWeight.of(layer)
@@ -155,7 +168,9 @@ def test_errors_of_eight_bits() -> None:
         QuantizedWeight.of(layer)
     layer = layer.to("cpu")
     layer.weight.SCB = layer.weight.SCB[1:]
-    with pytest.raises(ValueError, match=r"SCB: expected 32 numbers of float32.*got float32 of shape \(31,\)"):
+    with pytest.raises(
+        ValueError, match=r"SCB: expected 32 numbers of float32.*got float32 of shape \(31,\)"
+    ):
         QuantizedWeight.of(layer)
     layer.weight.SCB = None
     with pytest.raises(ValueError, match="SCB: expected 32 numbers of float32.*got None"):

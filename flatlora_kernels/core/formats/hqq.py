@@ -45,15 +45,15 @@ def read(source: Any) -> QuantizedWeight | None:
     row_bits, col_bits = (
         8 * size * (w * C + c) - bits * s for w, c, s in zip(word, col, section, strict=True)
     )
-    scales = {"scale": meta.get("scale"), "zero": meta.get("zero")}
-    for name, value in scales.items():
-        count = 1 if isinstance(value, Tensor) and value.numel() == 1 else N * K // C if axis == 1 else C
-        scales[name] = flat(f"meta[{name!r}]", value, (dtype,), count)
-    expect("meta['zero']", scales["zero"].numel() == count, f"{count} numbers", scales["zero"].numel())
-    row_scales, col_scales = (0 * n, 0 * k) if scales["scale"].numel() == 1 else row if axis == 1 else col
+    count = N * K // C if axis == 1 else C
+    scale = meta.get("scale")
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        count = 1
+    scale, zero = (flat(f"meta[{name!r}]", meta.get(name), (dtype,), count) for name in ("scale", "zero"))
+    row_scales, col_scales = (0 * n, 0 * k) if count == 1 else row if axis == 1 else col
     packing = Packing(f"hqq{bits}", N, K, dtype, dtype, bits, "uint", difference=dtype)
     parts = Parts(
-        codes, number_table("uint", bits, codes.device), scales["scale"], zero=scales["zero"],
+        codes, number_table("uint", bits, codes.device), scale, zero=zero,
         row_bits=row_bits + bits * (per_word - 1), col_bits=col_bits, row_scales=row_scales, col_scales=col_scales,
     )  # fmt: skip
     return made(packing, parts)
