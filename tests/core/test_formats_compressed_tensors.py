@@ -29,7 +29,7 @@ def layer_of(w: torch.Tensor, activations: dict[str, Any] | None = None, **optio
     (N, K), strategy = w.shape, args.strategy
     rows, cols = {
         "tensor": (N, K), "channel": (1, K), "block": args.block_structure or (0, 0),
-    }.get(strategy.value, (1, args.group_size))  # fmt: skip
+    }.get(str(getattr(strategy, "value", strategy)), (1, args.group_size))  # fmt: skip
     padded = nn.functional.pad(w, (0, -K % cols, 0, -N % rows))
     blocks = padded.view(padded.shape[0] // rows, rows, -1, cols)
     layer = nn.Linear(K, N, bias=False)

@@ -63,7 +63,12 @@ def _plain(source: Any, args: Any) -> QuantizedWeight:
     """fp8 or int8, a byte each."""
     N, K = source.out_features, source.in_features
     number = "int8" if source.weight.dtype == torch.int8 else "e4m3"
-    codes = flat_bytes("weight", source.weight, (source.weight.dtype,), N * K)
+    weight = source.weight.detach()
+    # One of blocks was cut from whole blocks.
+    width = weight.stride(0) if N > 1 else K
+    holds = tuple(weight.shape) == (N, K) and weight.stride(1) == 1 and width >= K
+    expect("weight", holds, f"shape {(N, K)} in rows", f"{described(weight)}, strides {weight.stride()}")
+    codes = weight.as_strided((max(N - 1, 0) * width + K,), (1,)).view(torch.uint8)
     rows, cols = _blocks(source, args)
     across = -(-K // cols)
     count = -(-N // rows) * across
@@ -83,7 +88,7 @@ def _plain(source: Any, args: Any) -> QuantizedWeight:
         zero = flat("weight_zero_point", zero, (source.weight.dtype, *SCALE_TYPES), count).float()
     packing = Packing(
         "mxfp8" if scale_table is not None else "int8" if number == "int8" else "fp8",
-        N, K, dtype, dtype, 8, number, width=K, block_rows=rows, block_cols=cols, scale_stride=across, difference=dtype,
+        N, K, dtype, dtype, 8, number, width=width, block_rows=rows, block_cols=cols, scale_stride=across, difference=dtype,
     )  # fmt: skip
     return made(packing, Parts(codes, number_table(number, 8, codes.device), scale, scale_table, zero=zero))
 

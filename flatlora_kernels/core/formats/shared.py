@@ -56,7 +56,7 @@ def flat(
     expect(
         field, value.is_contiguous(), "a contiguous tensor", f"strides {value.stride() if holds else None}"
     )
-    return value.detach().reshape(-1)
+    return value.detach().as_strided((value.numel(),), (1,))
 
 
 def flat_bytes(field: str, value: Any, types: tuple[torch.dtype, ...], count: int | None = None) -> Tensor:
