@@ -151,15 +151,28 @@ def test_errors_of_four_bits() -> None:
 
 
 def test_saved_after_repacking() -> None:
-    """`state_dict` of a repacked layer undoes it in place, but leaves absmax transposed in bfloat16: its own forward
-    pass is wrong then, bitsandbytes 0.50.2.
+    """`state_dict` of a repacked layer undoes it in place, but leaves absmax transposed in bfloat16, so that its own forward
+    pass is wrong; or, where absmax is packed, of the weight's type, so that its own rounds it twice. bitsandbytes 0.50.2.
     """
-    layer = layer_of(randn(64, 128), quant_type="nf4", compress_statistics=False)
-    weight = layer.weight
-    weight.data, weight.quant_state = F._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    layer.state_dict()
+
+    def saved(dtype: torch.dtype, nested: bool) -> Any:
+        layer = layer_of(randn(64, 128, dtype), quant_type="nf4", compress_statistics=nested)
+        weight = layer.weight
+        weight.data, weight.quant_state = F._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+        layer.state_dict()
+        return layer
+
     with pytest.raises(ValueError, match="quant_state.absmax: expected 128 numbers of float32, got bfloat16"):
-        QuantizedWeight.of(layer)
+        QuantizedWeight.of(saved(torch.float32, False))
+    with pytest.raises(ValueError, match="quant_state.state2.dtype: expected float32 .* got torch.bfloat16"):
+        QuantizedWeight.of(saved(torch.bfloat16, True))
+    layer = saved(torch.float32, True)
+    read(
+        layer,
+        generic(layer.weight, layer.weight.quant_state),
+        layer.weight.data,
+        layer.weight.quant_state.absmax,
+    )
 
 
 def test_errors_of_eight_bits() -> None:
