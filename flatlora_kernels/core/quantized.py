@@ -122,7 +122,9 @@ class QuantizedWeight:
         known = "; ".join(name for names in readers.values() for name in names)
         got = type(source).__name__
         if isinstance(source, torch.nn.Module) and hasattr(source, "weight"):
-            got += f" with a weight of {type(source.weight).__name__}"
+            got += (
+                f" with a weight of {type(source.weight).__name__}, {getattr(source.weight, 'dtype', None)}"
+            )
         raise TypeError(f"source: expected a weight in one of the formats {known}; got {got}")
 
     @staticmethod

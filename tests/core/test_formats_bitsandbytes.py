@@ -151,8 +151,9 @@ def test_errors_of_four_bits() -> None:
 
 
 def test_saved_after_repacking() -> None:
-    """`state_dict` of a repacked layer undoes it in place, but leaves absmax transposed in bfloat16, so that its own forward
-    pass is wrong; or, where absmax is packed, of the weight's type, so that its own rounds it twice. bitsandbytes 0.50.2.
+    """`state_dict` of a repacked layer undoes that in place, but leaves absmax transposed in bfloat16, so that its own
+    forward pass is wrong; or, where absmax is packed, of the weight's type, so that its own rounds it twice.
+    bitsandbytes 0.50.2.
     """
 
     def saved(dtype: torch.dtype, nested: bool) -> Any:

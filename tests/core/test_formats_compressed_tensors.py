@@ -170,6 +170,13 @@ def test_errors() -> None:
             QuantizedWeight.of(layer)
     layer = layer_of(randn(32, 64), num_bits=4, strategy="channel")
     del layer.weight_packed
-    layer.weight = parameter(randn(32, 64))  # as its model's first forward pass leaves it
-    with pytest.raises(ValueError, match="weight: expected a compressed layer.*got float32 of shape"):
+    layer.weight = parameter(randn(32, 64))  # as its model's first forward pass leaves it: a dense layer
+    with pytest.raises(
+        TypeError, match="compressed-tensors.*got Linear with a weight of Parameter, torch.float32"
+    ):
+        QuantizedWeight.of(layer)
+    layer.weight = parameter(torch.zeros(64, 32).to(torch.float8_e4m3fn).t())
+    with pytest.raises(
+        ValueError, match=r"weight: expected shape \(32, 64\) in rows, got .*strides \(1, 32\)"
+    ):
         QuantizedWeight.of(layer)

@@ -122,5 +122,5 @@ def test_another_tensor() -> None:
     weight = Int4Tensor(
         torch.zeros(8, 32, dtype=torch.int8), torch.ones(2, 8), torch.zeros(2, 8), [1, 32], (8, 64)
     )
-    with pytest.raises(TypeError, match="torchao NVFP4Tensor.*got Linear with a weight of Int4Tensor"):
+    with pytest.raises(TypeError, match="torchao NVFP4Tensor.*got Linear with a weight of Int4Tensor, torch"):
         QuantizedWeight.of(layer_of(weight))

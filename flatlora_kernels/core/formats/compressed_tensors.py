@@ -14,23 +14,21 @@ from .shared import SCALE_TYPES, class_of, described, e2m1_table, expect, flat, 
 
 def read(source: Any) -> QuantizedWeight | None:
     scheme = getattr(source, "quantization_scheme", None)
-    if class_of(scheme, "compressed_tensors") != "QuantizationScheme":
+    if class_of(scheme, "compressed_tensors") != "QuantizationScheme" or scheme.weights is None:
         return None
-    args = scheme.weights
-    expect("quantization_scheme.weights", args is not None, "a quantised weight", None)
+    args, weight = scheme.weights, getattr(source, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        return None  # not compressed, or no longer
     expect(
         "weight_g_idx", not hasattr(source, "weight_g_idx"), "groups of neighbours", "an order of activations"
     )
-    four = args.type == "float" and args.num_bits == 4
     if hasattr(source, "weight_packed"):
-        if four:
+        if args.type == "float":
+            expect("num_bits", args.num_bits == 4, "4, where numbers are packed floats", args.num_bits)
             return _fp4(source, args)
-        expect("quantization_scheme.weights.type", args.type == "int", "int, or float of 4 or 8 bits", args)
         return _integers(source, args)
-    weight = getattr(source, "weight", None)
-    types = (torch.float8_e4m3fn, torch.int8)
-    packed = isinstance(weight, Tensor) and weight.dtype in types
-    expect("weight", packed, "a compressed layer: weight_packed, or float8_e4m3fn or int8", described(weight))
+    packed = isinstance(weight, Tensor) and weight.dtype in (torch.float8_e4m3fn, torch.int8)
+    expect("weight", packed, "float8_e4m3fn or int8, or weight_packed", described(weight))
     return _plain(source, args)
 
 
@@ -63,12 +61,7 @@ def _plain(source: Any, args: Any) -> QuantizedWeight:
     """fp8 or int8, a byte each."""
     N, K = source.out_features, source.in_features
     number = "int8" if source.weight.dtype == torch.int8 else "e4m3"
-    weight = source.weight.detach()
-    # One of blocks was cut from whole blocks.
-    width = weight.stride(0) if N > 1 else K
-    holds = tuple(weight.shape) == (N, K) and weight.stride(1) == 1 and width >= K
-    expect("weight", holds, f"shape {(N, K)} in rows", f"{described(weight)}, strides {weight.stride()}")
-    codes = weight.as_strided((max(N - 1, 0) * width + K,), (1,)).view(torch.uint8)
+    codes, width = _rows(source.weight.detach(), N, K)
     rows, cols = _blocks(source, args)
     across = -(-K // cols)
     count = -(-N // rows) * across
@@ -88,9 +81,19 @@ def _plain(source: Any, args: Any) -> QuantizedWeight:
         zero = flat("weight_zero_point", zero, (source.weight.dtype, *SCALE_TYPES), count).float()
     packing = Packing(
         "mxfp8" if scale_table is not None else "int8" if number == "int8" else "fp8",
-        N, K, dtype, dtype, 8, number, width=width, block_rows=rows, block_cols=cols, scale_stride=across, difference=dtype,
+        N, K, dtype, dtype, 8, number, width=width, block_rows=rows, block_cols=cols, scale_stride=across,
+        difference=dtype,
     )  # fmt: skip
     return made(packing, Parts(codes, number_table(number, 8, codes.device), scale, scale_table, zero=zero))
+
+
+def _rows(weight: Tensor, N: int, K: int) -> tuple[Tensor, int]:
+    """Bytes, and how many a row has: of blocks that were filled up, a weight is a part."""
+    width = max(weight.stride(0), K) if weight.dim() == 2 else K
+    there = weight.untyped_storage().nbytes() - weight.storage_offset()
+    holds = tuple(weight.shape) == (N, K) and weight.stride() in ((width, 1), (K, 1)) and N * width <= there
+    expect("weight", holds, f"shape {(N, K)} in rows", f"{described(weight)}, strides {weight.stride()}")
+    return weight.as_strided((N * width,), (1,)).view(torch.uint8), width
 
 
 def _integers(source: Any, args: Any) -> QuantizedWeight:
