@@ -131,9 +131,12 @@ class QuantizedWeight:
             if found is not None:
                 return found
         known = "; ".join(name for names in readers.values() for name in names)
-        raise TypeError(
-            f"source: expected a weight in one of the formats {known}; got {type(source).__name__}"
-        )
+        got = type(source).__name__
+        if isinstance(source, torch.nn.Module) and hasattr(source, "weight"):
+            got += (
+                f" with a weight of {type(source.weight).__name__}, {getattr(source.weight, 'dtype', None)}"
+            )
+        raise TypeError(f"source: expected a weight in one of the formats {known}; got {got}")
 
     @staticmethod
     def quantize(weight: Tensor, format: str) -> QuantizedWeight:

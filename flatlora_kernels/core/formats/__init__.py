@@ -3,6 +3,6 @@
 A new library is a new file here that registers its reader in `core.quantized.readers`.
 """
 
-from . import bitsandbytes, own
+from . import bitsandbytes, compressed_tensors, gptqmodel, hqq, own, torchao, transformers
 
-__all__ = ["bitsandbytes", "own"]
+__all__ = ["bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "own", "torchao", "transformers"]
