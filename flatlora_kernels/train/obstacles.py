@@ -14,6 +14,7 @@ from ..core.quantized import QuantizedWeight
 from ..op import checks
 from .packed import packed_of
 
+_OWNERS = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "torch", "torchao", "transformers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -88,7 +89,7 @@ def _functions(found: Any) -> Iterator[types.FunctionType]:
 def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards.
 
-    A packed weight that can be read is none, whatever forward its owner has.
+    A packed weight that can be read is none, with the forward of a library that packs weights.
     """
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
@@ -98,9 +99,11 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
         packed = packed_of(base) is not None
     except ValueError as error:
         return f"its packed weight cannot be read: {error}"
-    if (not packed and type(base).forward not in forwards) or "forward" in vars(base):
-        dense = getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
-        return f"{type(base).__name__} has a forward of its own" + ("" if dense else f"; {_formats(base)}")
+    own = type(base).forward
+    known = own.__module__.partition(".")[0] in _OWNERS if packed else own in forwards
+    if not known or "forward" in vars(base):
+        told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
+        return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
     if any(getattr(base, hooks) for hooks in HOOKS):
         return "it has hooks, which the fused op would not call"
     if packed:

@@ -66,7 +66,8 @@ def sources(owner: nn.Module) -> tuple[Any, ...]:
         scale = getattr(getattr(owner, "state", None), "SCB", None)
     if scale is not None:
         found.append(scale)
-    found += [getattr(codes, name) for name in getattr(codes, "tensor_data_names", ())]  # torchao
+    for names in ("tensor_data_names", "optional_tensor_data_names"):  # torchao
+        found += [getattr(codes, name) for name in getattr(codes, names, ())]
     meta = getattr(owner, "meta", None)  # HQQ
     if isinstance(meta, dict):
         found += [meta.get("scale"), meta.get("zero")]
@@ -76,14 +77,14 @@ def sources(owner: nn.Module) -> tuple[Any, ...]:
 def compute_type(owner: nn.Module | None, x: Tensor) -> torch.dtype:
     """The type that the product with a packed weight has: its owner's choice, or that of a plain product."""
     own: Any = owner
-    if (
-        hasattr(own, "compute_type_is_set") and not own.compute_type_is_set
-    ):  # bitsandbytes, by the first input
+    bitsandbytes = hasattr(own, "compute_type_is_set")
+    if bitsandbytes and not own.compute_type_is_set:  # by the first input
         own.set_compute_type(x)
         own.compute_type_is_set = True
-    dtype = getattr(own, "compute_dtype", None)
-    if dtype is not None:
-        return dtype
+    if bitsandbytes or hasattr(own, "W_q"):  # gptqmodel's attribute of that name is not what it computes in
+        dtype: torch.dtype | None = own.compute_dtype
+        if dtype is not None:
+            return dtype
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device.type) else x.dtype
 
 
