@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def _int8(linear: nn.Linear, dtype: torch.dtype) -> Any:
 def _hqq(linear: nn.Linear, dtype: torch.dtype) -> Any:
     hqq = pytest.importorskip("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
-    return hqq.HQQLinear(linear, config, del_orig=False, compute_dtype=dtype, device="cpu")
+    return hqq.HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
 
 
 def _torchao(linear: nn.Linear, dtype: torch.dtype) -> Any:

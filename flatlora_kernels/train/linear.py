@@ -194,6 +194,8 @@ class FlatLoraLinear(NoisyLayer):
                 )
             return F.linear(x, self.weight, self.bias)
         weight, lora_A, lora_B, scaling = self._weight_in_use()
+        if isinstance(weight, QuantizedWeight):
+            lora_A, lora_B = self.lora_A, self.lora_B
         lora_x = None
         if self.training:
             lora_A, lora_B = self._with_auxiliary(lora_A, lora_B)
@@ -247,7 +249,10 @@ class FlatLoraLinear(NoisyLayer):
             if owner is not None:
                 self.__dict__["weight"] = self._packed_weight(owner)
                 self.__dict__["bias"] = getattr(owner, "bias", None)
-            return self.weight, self.lora_A, self.lora_B, self.scaling
+            A, B = self.lora_A, self.lora_B
+            if A is not None and B is not None and isinstance(self.weight, QuantizedWeight):
+                A, B = packed.beside(self.weight.dtype, A, B)
+            return self.weight, A, B, self.scaling
 
     def _norm_sources(self) -> tuple[Any, ...]:
         used = self._weight_in_use()
@@ -256,7 +261,7 @@ class FlatLoraLinear(NoisyLayer):
             return used
         owner = self._modules.get("base_layer")
         own = [t for t in weight.parts if t is not None] if owner is None else packed.sources(owner)
-        return *own, *used[1:]
+        return *own, self.lora_A, self.lora_B, self.scaling
 
     @torch.no_grad()
     def merge(self) -> None:
