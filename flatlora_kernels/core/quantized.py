@@ -112,6 +112,9 @@ class QuantizedWeight:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"QuantizedWeight: {name!r} cannot be set, it is immutable")
 
+    def __reduce__(self) -> Any:
+        return QuantizedWeight, (self.packing, self.parts)
+
     def remember(self, packed: Any) -> None:
         """What a compiled library takes in the place of this, made once."""
         object.__setattr__(self, "_packed", packed)

@@ -5,11 +5,15 @@
     controller.attach(optimizer)  # or controller.advance() after each optimizer.step()
 
 Parameters, their names, merging, saving and loading stay PEFT's own: a converted layer is the same module with
-the class `FlatLinear`, whose forward draws noise in training mode.
+the class `FlatLinear`, whose forward draws noise in training mode. PEFT's layers of packed weights (bitsandbytes and
+others) get classes of their own, of which `isinstance(layer, FlatLinear)` is true as well.
 """
 
 from __future__ import annotations
 
+import abc
+import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.quantized import QuantizedWeight
+from ..core.records import Weight
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
+from ..train import packed
 from ..train.controller import NoiseController
 from ..train.convert import check_options, print_noise
 from ..train.layer import NoisyLayer, controller_of
@@ -45,22 +52,12 @@ OPTIONS = ("noise", "samples", "antithetic", "strategy", "noise_accum", "backend
 _NORM_ERROR = 2.0**-18
 
 
-class FlatLinear(NoisyLayer, Linear):
-    """PEFT's LoRA layer of an `nn.Linear` or a `Conv1D`, on the fused op; made by `apply_flat_lora`.
+class FlatLayer(NoisyLayer, LoraLayer):
+    """A LoRA layer of PEFT on the fused op: a mixin before PEFT's own class, see `FlatLinear`."""
 
-    In training mode ``x (W + eps)^T + sum_i scaling_i (dropout_i(x) A_i^T) B_i^T + bias`` over the active adapters
-    i; with DoRA ``m / c * (...)``, ``c`` the row norms of ``W + scaling B A``, so that eps is to m as it is to
-    these norms without DoRA. No noise in eval mode, at sigma = 0, with the adapters disabled or none of them active:
-    then the result is PEFT's up to rounding. Adapters in float32 beside 16 bits are multiplied in 16 bits.
-
-    An adapter of a kind unknown here that comes later is left to PEFT, without noise; a warning says so.
-
-    Raises:
-        RuntimeError: in the forward, where noise is wanted and the layer is merged, its batch mixes adapters
-            (`adapter_names`), or DoRA is active beside another adapter.
-    """
-
+    of_peft: type[LoraLayer]  # the class that it stands before
     noisy_adapters: tuple[str, ...] | None = None  # None = all
+    weight_is_packed: bool = False
     # PEFT's
     base_layer: Any
     lora_A: Any
@@ -73,14 +70,20 @@ class FlatLinear(NoisyLayer, Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._active()
         if self.disable_adapters or not names:
-            return Linear.forward(self, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
         noise = self.noise_arguments(x)
         obstacle = self._obstacle(names, args, kwargs)
         if obstacle:
             if "noise_scale" in noise and obstacle != _unknown_variants(self, names):
                 raise RuntimeError(f"{self.flat_lora_name}: expected no noise, because {obstacle}")
-            return Linear.forward(self, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        if self.weight_is_packed and "noise_scale" not in noise and not self._needs_op():
+            return super().forward(x, *args, **kwargs)
         return self._fused(x, names, noise)
+
+    def _needs_op(self) -> bool:
+        """Whether the owner of a packed weight cannot compute what is wanted without noise."""
+        return (self.training and self.auxiliary is not None) or packed.loses_gradients(self.base_layer)
 
     def _draws(self) -> bool:
         only = self.noisy_adapters
@@ -120,14 +123,31 @@ class FlatLinear(NoisyLayer, Linear):
         return self.describe_noise() + only
 
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
-        base = self.base_layer
-        weight, bias = self._weight(), base.bias
         drops = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in names)
-        if drops and len(names) > 1:  # each has an input of its own
+        dropped = [self._dropped(x, name) for name in names] if drops else []
+        weight, bias = self._weight(), getattr(self.base_layer, "bias", None)
+        if not isinstance(weight, QuantizedWeight):
+            return self._product(x, dropped, weight, bias, names, noise)
+        # As its owner does: in the type that it computes in, whatever autocast says.
+        dtype = packed.compute_type(self.base_layer, x)
+        bias = None if bias is None else bias.to(dtype)
+        with packed.without_autocast(x.device.type):
+            return self._product(x.to(dtype), dropped, weight.to(dtype), bias, names, noise).to(x.dtype)
+
+    def _product(
+        self,
+        x: Tensor,
+        dropped: list[Tensor],
+        weight: Weight,
+        bias: Tensor | None,
+        names: list[str],
+        noise: dict[str, Any],
+    ) -> Tensor:
+        if dropped and len(names) > 1:  # each has an input of its own
             y = fused_flat_lora_linear(x, weight, None, None, bias, **noise)
             dtype = y.dtype
-            for name in names:
-                y = y + self.lora_B[name](self.lora_A[name](self._dropped(x, name))) * self.scaling[name]
+            for name, own in zip(names, dropped, strict=True):
+                y = y + self.lora_B[name](self.lora_A[name](own)) * self.scaling[name]
             return y.to(dtype)
 
         A, B, scaling = self._adapter(names, weight.dtype)
@@ -135,7 +155,7 @@ class FlatLinear(NoisyLayer, Linear):
             if self.lora_B[name].bias is not None:
                 own = self.lora_B[name].bias * self.scaling[name]
                 bias = own if bias is None else bias + own
-        lora_x = self._dropped(x, names[0]).to(x.dtype) if drops else None
+        lora_x = dropped[0].to(x.dtype) if dropped else None
         A_all, B_all = self._with_auxiliary(A, B)
         y = fused_flat_lora_linear(x, weight, A_all, B_all, bias, scaling=scaling, lora_x=lora_x, **noise)
         if names[0] not in self.lora_variant:
@@ -150,7 +170,9 @@ class FlatLinear(NoisyLayer, Linear):
     def _gain(self, name: str, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """DoRA's m / c (N,). c has the precision that PEFT gives it: m is at first such a norm, and m / c is 1."""
         magnitude = self.lora_magnitude_vector[name].weight
-        norms = row_sq_norms(self._weight(), A, B, scaling=self.scaling[name], backend=self.backend).sqrt()
+        weight = self._weight()
+        A, B = packed.beside(weight.dtype, A, B)
+        norms = row_sq_norms(weight, A, B, scaling=self.scaling[name], backend=self.backend).sqrt()
         # PEFT casts x to the adapter's type, and everything else to that of x.
         dtype = self.lora_A[name].weight.dtype if self.cast_input_dtype_enabled else x.dtype
         if dtype.itemsize == 2:
@@ -164,9 +186,14 @@ class FlatLinear(NoisyLayer, Linear):
 
     def _dropped(self, x: Tensor, name: str) -> Tensor:
         # In the adapter's type, as in PEFT: the same numbers are drawn.
-        return self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
+        dtype = self.lora_A[name].weight.dtype
+        if self.of_peft.__name__ in _KEEP_TYPES_UNDER_AUTOCAST and torch.is_autocast_enabled():
+            return self.lora_dropout[name](x).to(dtype)
+        return self.lora_dropout[name](x.to(dtype))
 
-    def _weight(self) -> Tensor:
+    def _weight(self) -> Weight:
+        if self.weight_is_packed:
+            return self._packed_weight(self.base_layer)
         weight = self.base_layer.weight
         return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
@@ -174,17 +201,14 @@ class FlatLinear(NoisyLayer, Linear):
         """A (r, K), B (N, r) and scaling of these adapters as one, in types the op takes beside `dtype`."""
         pairs = []
         for name in names:
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
-            if A.dtype != dtype:
-                common = torch.promote_types(dtype, torch.float32)
-                A, B = A.to(common), B.to(common)
+            A, B = packed.beside(dtype, self.lora_A[name].weight, self.lora_B[name].weight)
             pairs.append((A, B))
         if len(pairs) == 1:
             return *pairs[0], self.scaling[names[0]]
         scaled = [B * self.scaling[name] for (_, B), name in zip(pairs, names, strict=True)]
         return torch.cat([A for A, _ in pairs]), torch.cat(scaled, 1), 1.0
 
-    def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
         # With DoRA without its m / c: the forward multiplies eps by that, too.
         weight = self._weight()
         names = [] if self.merged else [n for n in self._active() if not self.lora_A[n].weight.is_meta]
@@ -193,7 +217,68 @@ class FlatLinear(NoisyLayer, Linear):
     def _norm_sources(self) -> tuple[Any, ...]:
         names = () if self.merged else self._active()
         parts = [(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in names]
-        return (self.base_layer.weight, *(item for part in parts for item in part))
+        base = packed.sources(self.base_layer) if self.weight_is_packed else (self.base_layer.weight,)
+        return (*base, *(item for part in parts for item in part))
+
+
+class FlatLinear(FlatLayer, Linear, metaclass=abc.ABCMeta):
+    """PEFT's LoRA layer of an `nn.Linear` or a `Conv1D`, on the fused op; made by `apply_flat_lora`.
+
+    In training mode ``x (W + eps)^T + sum_i scaling_i (dropout_i(x) A_i^T) B_i^T + bias`` over the active adapters
+    i; with DoRA ``m / c * (...)``, ``c`` the row norms of ``W + scaling B A``, so that eps is to m as it is to
+    these norms without DoRA. No noise in eval mode, at sigma = 0, with the adapters disabled or none of them active:
+    then the result is PEFT's up to rounding. Adapters in float32 beside 16 bits are multiplied in 16 bits.
+
+    A layer whose base has a packed weight is of another class, that of PEFT's own layer with the same behaviour, and
+    counts as an instance of this one. Its product is exact on the decoded weight, also where its owner would round
+    `x` (`Linear8bitLt`, FP8), and in the type that its owner computes in. Without noise PEFT's own forward runs.
+
+    An adapter of a kind unknown here that comes later is left to PEFT, without noise; a warning says so.
+
+    Raises:
+        RuntimeError: in the forward, where noise is wanted and the layer is merged, its batch mixes adapters
+            (`adapter_names`), or DoRA is active beside another adapter.
+    """
+
+    of_peft = Linear
+
+
+# PEFT's LoRA layers of packed weights, with the module in peft.tuners.lora. Some need their owner's library.
+_OF_PACKED = {
+    "Linear4bit": "bnb",
+    "Linear8bitLt": "bnb",
+    "GPTQLoraLinear": "gptq",
+    "AwqLoraLinear": "awq",
+    "HqqLoraLinear": "hqq",
+    "TorchaoLoraLinear": "torchao",
+}
+# Those that cast x to the adapter's type outside autocast alone.
+_KEEP_TYPES_UNDER_AUTOCAST = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "HqqLoraLinear")
+
+
+def _may_be_flat(kind: type[LoraLayer]) -> bool:
+    module = f"peft.tuners.lora.{_OF_PACKED.get(kind.__name__)}"
+    return kind is Linear or kind.__module__ == module
+
+
+@functools.cache
+def _flat_class(kind: type[LoraLayer]) -> type[FlatLayer]:
+    """The class of the layers that were of PEFT's class `kind`; an attribute of this module, so that they pickle."""
+    if kind is Linear:
+        return FlatLinear
+    doc = f"PEFT's `{kind.__name__}` on the fused op, see `FlatLinear`."
+    attributes = {"__module__": __name__, "__doc__": doc, "of_peft": kind}
+    made: type[FlatLayer] = type(f"Flat{kind.__name__}", (FlatLayer, kind), attributes)
+    FlatLinear.register(made)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    kind = name.removeprefix("Flat")
+    if kind == name or kind not in _OF_PACKED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"peft.tuners.lora.{_OF_PACKED[kind]}")
+    return _flat_class(getattr(module, kind))
 
 
 class _ConvertLater:
@@ -253,9 +338,9 @@ def apply_flat_lora(
 ) -> NoiseController:
     """Train the LoRA layers of a PEFT model under weight noise, in place.
 
-    Every LoRA layer of an `nn.Linear` or a `Conv1D` becomes a `FlatLinear`; streams are numbered in order of
-    `named_modules()`. Adapters added later are seen at the next forward of `peft_model`; layers of theirs that cannot
-    be converted are left to PEFT with a warning. A second call converts what has come since, or returns the
+    Every LoRA layer of an `nn.Linear`, a `Conv1D` or a packed weight becomes a `FlatLinear`; streams are numbered in
+    order of `named_modules()`. Adapters added later are seen at the next forward of `peft_model`; layers of theirs that
+    cannot be converted are left to PEFT with a warning. A second call converts what has come since, or returns the
     controller as it is. Conv1D, DoRA, several adapters, initialisations and dropout work as in PEFT.
 
     Args:
@@ -283,7 +368,7 @@ def apply_flat_lora(
     _check_names(options)
     exclude = pattern(exclude_modules)
     _check_excluded(peft_model, exclude)
-    existing = [module for module in peft_model.modules() if isinstance(module, FlatLinear)]
+    existing = [module for module in peft_model.modules() if isinstance(module, FlatLayer)]
     settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
     controller = controller_of(existing, noise_controller, **settings)
     noisy_adapters = _checked_adapters(peft_model, adapters)
@@ -307,7 +392,7 @@ def apply_flat_lora(
     )
     if verbose:
         found = _lora_layers(peft_model).values()
-        noisy = [layer for layer in found if isinstance(layer, FlatLinear)]
+        noisy = [layer for layer in found if isinstance(layer, FlatLayer)]
         print_noise(noisy, controller, left=len(found) - len(noisy))
     return controller
 
@@ -318,14 +403,14 @@ def remove_flat_lora(peft_model: nn.Module) -> None:
     Raises:
         ValueError: there are none.
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, FlatLinear)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FlatLayer)]
     if not layers:
         raise ValueError("peft_model: expected layers made by apply_flat_lora, got none")
     for layer in layers:
         layer._remove_noise()
-        for name in ("flat_lora_name", "noisy_adapters"):
+        for name in ("flat_lora_name", "noisy_adapters", "weight_is_packed"):
             layer.__dict__.pop(name, None)
-        layer.__class__ = Linear
+        layer.__class__ = layer.of_peft
     _remove_hook(peft_model)
 
 
@@ -367,6 +452,10 @@ def custom_modules(
         if within(name, exclude):
             return None  # PEFT goes on to its own layers
         obstacle = _base_obstacle(target)
+        if obstacle is None and packed.packed_of(target) is not None:
+            obstacle = (
+                "its weight is packed, and PEFT has a class of its own for it; apply_flat_lora converts that"
+            )
         if kwargs.get("parameter_name"):
             obstacle = "a bare parameter is adapted (target_parameters)"
         if obstacle:
@@ -394,7 +483,7 @@ def _to_convert(model: nn.Module, exclude: Pattern) -> tuple[dict[str, LoraLayer
     layers, obstacles = {}, {}
     modules = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
     for name, module in _lora_layers(model).items():
-        if isinstance(module, FlatLinear) or within(name, exclude):
+        if isinstance(module, FlatLayer) or within(name, exclude):
             continue
         obstacle = _layer_obstacle(module) or _parent_obstacle(modules, name)
         if obstacle:
@@ -411,11 +500,14 @@ def _make_flat(
     adapters: tuple[str, ...] | None,
     options: dict[str, Any],
 ) -> None:
-    layer.__class__ = FlatLinear
+    kind: Any = type(layer)
+    layer.__class__ = _flat_class(kind)
+    layer.weight_is_packed = packed.packed_of(layer.base_layer) is not None
     try:
         layer._set_up_noise(noise_controller, **options)
     except Exception:
-        layer.__class__ = Linear
+        layer.__class__ = kind
+        del layer.weight_is_packed
         raise
     layer.flat_lora_name, layer.noisy_adapters = name, adapters
 
@@ -456,7 +548,7 @@ def _check_excluded(model: nn.Module, exclude: Pattern) -> None:
                 f"exclude_modules: expected to match LoRA layers or modules around them, got {got}, which matches none"
                 f" of {len(layers)} ({listed(layers)})"
             )
-        converted = [name for name in found if isinstance(layers[name], FlatLinear)]
+        converted = [name for name in found if isinstance(layers[name], FlatLayer)]
         if converted:
             raise ValueError(
                 f"exclude_modules: expected to match LoRA layers without noise, got {got}, which matches"
@@ -465,14 +557,16 @@ def _check_excluded(model: nn.Module, exclude: Pattern) -> None:
 
 
 def _base_obstacle(base: nn.Module) -> str | None:
-    if not isinstance(base, (nn.Linear, Conv1D)):
-        return f"it is neither an nn.Linear nor a Conv1D, its class is {type(base).__name__}"
-    return obstacle_to(base, nn.Linear.forward, Conv1D.forward)
+    obstacle = obstacle_to(base, nn.Linear.forward, Conv1D.forward)
+    if obstacle is None or isinstance(base, (nn.Linear, Conv1D)):
+        return obstacle
+    return f"it is neither an nn.Linear nor a Conv1D ({obstacle}), its class is {type(base).__name__}"
 
 
 def _layer_obstacle(layer: LoraLayer) -> str | None:
-    if type(layer) is not Linear:
-        return f"its class in PEFT is {type(layer).__name__}, not the plain LoRA layer Linear"
+    if not _may_be_flat(type(layer)):
+        kinds = ", ".join(("Linear", *_OF_PACKED))
+        return f"its class in PEFT is {type(layer).__name__}, none of {kinds}"
     if "forward" in vars(layer):
         return "it has a forward of its own, in the place of its class's"
     return _base_obstacle(layer.base_layer) or _unknown_variants(layer, layer.lora_variant)

@@ -14,6 +14,7 @@ from .layer import NoisyLayer, controller_of
 from .linear import FlatLoraLinear
 from .names import listed, matches, pattern
 from .obstacles import bypass_of, obstacle_to, refuse_peft
+from .packed import codes_of, packed_of
 from .state import layer_state, layer_states
 
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
@@ -35,6 +36,8 @@ def apply_flat_lora(
 ) -> NoiseController:
     """Replace the matching `nn.Linear`s of `model` by `FlatLoraLinear`s, in place, and freeze all the rest.
 
+    So are layers of other libraries with a packed weight, see `FlatLoraLinear.from_linear`.
+
     Streams are numbered in order of `model.named_modules()`; linears with one and the same weight (tied) get the
     same stream. A second call adds layers to the first one's: they share its controller and number on. Where all that
     match are replaced already, it returns the controller as it is. A linear that is used in several places stays one
@@ -53,8 +56,8 @@ def apply_flat_lora(
         The controller that all layers share, to be attached to the optimiser or advanced after each of its steps.
 
     Raises:
-        ValueError: no `nn.Linear` below `model` matches; or one that is not plain (a forward of its own, as quantised
-            layers have, a parametrization, hooks, a sharded weight), or whose parent reads its weight past its
+        ValueError: no `nn.Linear` below `model` matches; or one that is not plain (a forward of its own, an unknown
+            packed format, a parametrization, hooks, a sharded weight), or whose parent reads its weight past its
             forward (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, a parent with a forward of its own), so
             that an adapter would have no effect; or settings or options other than those of the layers replaced
             already; or `model` has LoRA layers of PEFT, for which `flatlora_kernels.integrations.peft` is made.
@@ -62,7 +65,7 @@ def apply_flat_lora(
     refuse_peft(model)
     targeted = pattern(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
-    targets = {n: m for n, m in modules.items() if n and isinstance(m, nn.Linear) and matches(n, targeted)}
+    targets = {n: m for n, m in modules.items() if n and matches(n, targeted) and _is_linear(modules, n)}
     existing = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
     settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
     again = [m for n, m in modules.items() if n and isinstance(m, FlatLoraLinear) and matches(n, targeted)]
@@ -93,7 +96,7 @@ def apply_flat_lora(
     replacements: dict[int, FlatLoraLinear] = {}
     for name, linear in targets.items():
         if id(linear) not in replacements:
-            same = tied.setdefault(id(linear.weight), stream)
+            same = tied.setdefault(id(codes_of(linear)), stream)
             layer = FlatLoraLinear.from_linear(linear, noise_controller=controller, stream=same, **options)
             layer.flat_lora_name = name
             replacements[id(linear)] = layer
@@ -109,6 +112,17 @@ def apply_flat_lora(
     if verbose:
         print_noise([m for m in model.modules() if isinstance(m, FlatLoraLinear)], controller)
     return controller
+
+
+def _is_linear(modules: dict[str, nn.Module], name: str) -> bool:
+    """An nn.Linear, or another library's layer with a packed weight; not what belongs to a layer made of one."""
+    module, parent = modules[name], modules[name.rpartition(".")[0]]
+    if isinstance(parent, FlatLoraLinear):
+        return False
+    try:
+        return isinstance(module, nn.Linear) or packed_of(module) is not None
+    except ValueError:  # which obstacle_to tells with the layer's name
+        return True
 
 
 def check_state(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.noise import KINDS
+from ..core.quantized import QuantizedWeight
+from ..core.records import Weight
 from ..op import checks
 from ..op.functional import flat_noise_scale
-from . import watch
+from . import packed, watch
 from .controller import NoiseController
+from .stamps import Stamps, stamps, unchanged
 from .steps import wait_for
 from .streams import beside
 from .undo import constants, undone
@@ -48,13 +50,14 @@ class NoisyLayer(nn.Module):
     flat_lora_name: str = ""  # in the model, for messages
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
-    _scaled: tuple[Any, ...] | None = None  # what _unit_scale was computed from
+    _scaled: Stamps | None = None  # what _unit_scale was computed from
+    _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
     _called: bool = False  # see roles.py
     _bypassed: bool = False
     _captured: bool = False
 
-    def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
         """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from."""
         raise NotImplementedError
 
@@ -66,6 +69,13 @@ class NoisyLayer(nn.Module):
         """Layers in which this is one and the same tensor are tied, and share a stream."""
         parameter: Tensor = self._norm_sources()[0]
         return parameter
+
+    def _packed_weight(self, owner: nn.Module) -> QuantizedWeight:
+        """That of `owner`, as it is now."""
+        reading = packed.read(owner, self._reading)
+        if reading is not self._reading:
+            self.__dict__["_reading"] = reading
+        return reading.weight
 
     def _set_up_noise(
         self,
@@ -176,7 +186,7 @@ class NoisyLayer(nn.Module):
                 f"{type(self).__name__}: expected a whole weight (N, K), got a shard, {type(weight).__name__} of shape"
                 f" {tuple(weight.shape)}; FSDP and tensor parallelism are not supported"
             )
-        if overlap and weight.is_cuda:
+        if overlap and weight.device.type == "cuda":
             with beside(weight.device, "noise_scale") as side:
                 try:
                     self._renew(sigma)
@@ -200,11 +210,11 @@ class NoisyLayer(nn.Module):
                 in_features=1 if self.noise_controller.norm == "row" else None,
                 backend=self.backend,
             )
-        stamps = tuple(map(_stamp, self._norm_sources()))
+        seen = stamps(self._norm_sources())
         # Past nn.Module.__setattr__, which takes 4 us for each. An interrupt before the end leaves the layer stale.
         self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=None)
         self._multiply(sigma)
-        self.__dict__["_scaled"] = stamps
+        self.__dict__["_scaled"] = seen
 
     def _rescale(self, sigma: float | None) -> None:
         """`noise_scale` from the norms known, for this strength. Called within `constants`."""
@@ -228,8 +238,7 @@ class NoisyLayer(nn.Module):
     def _refresh_if_stale(self) -> None:
         if not self.noise_controller.sigma:
             return
-        sources, seen = self._norm_sources(), self._scaled
-        if seen is None or len(seen) != len(sources) or not all(map(_unchanged, sources, seen)):
+        if not unchanged(self._norm_sources(), self._scaled):
             self.refresh_noise_scale()
 
     def _trained_parameters(self) -> list[Tensor]:
@@ -251,7 +260,7 @@ class NoisyLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._wait_until_ready()
-        return {**self.__dict__, "_ready": None, "_scaled": None}
+        return {**self.__dict__, "_ready": None, "_scaled": None, "_reading": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -267,7 +276,7 @@ _SETTINGS = (
     "noise_controller", "noise", "stream", "samples", "antithetic", "strategy", "noise_accum", "backend",
 )  # fmt: skip
 _OWN = (
-    "noise_scale", "_unit_scale", "_ready", "_scaled", "_seed", "auxiliary", "_called", "_bypassed",
+    "noise_scale", "_unit_scale", "_ready", "_scaled", "_reading", "_seed", "auxiliary", "_called", "_bypassed",
     "_captured",
 )  # fmt: skip
 
@@ -380,24 +389,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     with undone(undo):
         model.eval()
         yield
-
-
-def _stamp(source: Any) -> Any:
-    """What tells whether a tensor is the same, with the same values; other sources stand for themselves."""
-    if not isinstance(source, Tensor):
-        return source
-    # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
-    return weakref.ref(source), _version(source), source.data_ptr()
-
-
-def _unchanged(source: Any, seen: Any) -> bool:
-    if not isinstance(source, Tensor):
-        return bool(source == seen)
-    if not isinstance(seen, tuple):
-        return False
-    reference, version, address = seen
-    return reference() is source and version == _version(source) and address == source.data_ptr()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.quantized import Parts, QuantizedWeight
+from ..core.records import Weight
 from ..op import checks
 from ..op.functional import fused_flat_lora_linear
+from . import packed
 from .controller import NoiseController, signed
 from .layer import NoisyLayer, check_noise_options
 from .state import layer_state
@@ -40,7 +43,8 @@ class FlatLoraLinear(NoisyLayer):
 
     Args:
         weight: (N, K) float16, bfloat16, float32 or float64. Shared, not copied, and frozen
-            (`requires_grad = False`), as is `bias`, unless `train_weight`.
+            (`requires_grad = False`), as is `bias`, unless `train_weight`. Or a `QuantizedWeight`; `from_linear` takes
+            the layer that owns one.
         bias: (N,) or None.
         r: rank, >= 0; 0 = no adapter, `lora_A` and `lora_B` are None.
         lora_alpha: `scaling` is ``lora_alpha / r``.
@@ -56,18 +60,23 @@ class FlatLoraLinear(NoisyLayer):
         strategy, noise_accum, backend: as in `fused_flat_lora_linear`.
         dtype: of `lora_A` and `lora_B`; default float32 beside a 16-bit weight, else that of the weight.
         train_weight: `weight` and `bias` train, too (full fine-tuning under weight noise, with r = 0 without an
-            adapter).
+            adapter). Not of a packed weight.
 
     Parameters: `weight` (N, K) and `bias` (N,); `lora_A` (r, K), at first Kaiming-uniform, and
     `lora_B` (N, r), at first zeros.
 
     State dict: these parameters under these names, plus one int64 tensor (base, step, stream) of the noise.
     Loading one moves the controller to that step.
+
+    A packed weight is no parameter: `weight` is the `QuantizedWeight`. A layer that `from_linear` made of another
+    library's keeps that one as `base_layer`, follows it where it moves or repacks its weight, has its `bias`, and in
+    the state dict its entries. Of a bare `QuantizedWeight` the state dict has nothing: its owner saves it. The product
+    has the type that the owner computes in, the result that of `x`. `merge` refuses.
     """
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
         *,
         r: int = 8,
@@ -98,8 +107,17 @@ class FlatLoraLinear(NoisyLayer):
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r if r else 1.0
 
-        self.weight = _parameter(weight, train_weight)
-        self.bias = None if bias is None else _parameter(bias, train_weight)
+        self.base_layer: nn.Module | None = None
+        self.weight: Any
+        if isinstance(weight, QuantizedWeight):
+            if train_weight:
+                raise ValueError(
+                    f"train_weight: expected False for a packed weight, got True with {weight.format}"
+                )
+            self.weight = weight
+        else:
+            self.weight = _parameter(weight, train_weight)
+        self.bias: Tensor | None = None if bias is None else _parameter(bias, train_weight)
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
         checks.parameter_dtype("dtype", dtype, weight)
@@ -128,11 +146,24 @@ class FlatLoraLinear(NoisyLayer):
         """The same layer with an adapter: shares and freezes the weight and bias of `linear`.
 
         Args:
+            linear: an nn.Linear, or a layer with a packed weight that `QuantizedWeight.of` reads.
             options: keyword arguments of `FlatLoraLinear`.
+
+        Raises:
+            TypeError, ValueError: `linear` is another layer, or its packed weight is not consistent.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        layer = cls(linear.weight, linear.bias, **options)
+        weight = packed.packed_of(linear) if isinstance(linear, nn.Module) else None
+        if weight is not None:
+            layer = cls(weight, **options)
+            layer.base_layer = linear.requires_grad_(False)
+            layer.refresh_noise_scale()
+        elif isinstance(linear, nn.Linear):
+            layer = cls(linear.weight, linear.bias, **options)
+        else:
+            raise TypeError(
+                f"linear: expected an nn.Linear, got {type(linear).__name__}, which has no packed weight that"
+                " QuantizedWeight.of reads either"
+            )
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
@@ -151,7 +182,7 @@ class FlatLoraLinear(NoisyLayer):
         return bool(self._base_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), in the type of `x`, which is that of `weight` outside autocast.
+        """(..., K) -> (..., N), in the type of `x`, which is that of `weight` outside autocast, unless it is packed.
 
         Raises:
             RuntimeError: in training mode while merged.
@@ -163,11 +194,15 @@ class FlatLoraLinear(NoisyLayer):
                 )
             return F.linear(x, self.weight, self.bias)
         weight, lora_A, lora_B, scaling = self._weight_in_use()
+        if isinstance(weight, QuantizedWeight):
+            lora_A, lora_B = self.lora_A, self.lora_B
         lora_x = None
         if self.training:
             lora_A, lora_B = self._with_auxiliary(lora_A, lora_B)
             dropout = self._modules["lora_dropout"]
             lora_x = dropout(x) if dropout.p and lora_A is not None else None  # type: ignore[misc]
+        if isinstance(weight, QuantizedWeight):
+            return self._of_packed(x, weight, lora_A, lora_B, lora_x)
         return fused_flat_lora_linear(
             x,
             weight,
@@ -179,14 +214,54 @@ class FlatLoraLinear(NoisyLayer):
             **self.noise_arguments(x),
         )
 
-    def _weight_in_use(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    def _of_packed(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        lora_x: Tensor | None,
+    ) -> Tensor:
+        dtype = packed.compute_type(self.base_layer, x)
+        if lora_A is not None and lora_B is not None:
+            lora_A, lora_B = packed.beside(dtype, lora_A, lora_B)
+        with packed.without_autocast(x.device.type):
+            y = fused_flat_lora_linear(
+                x.to(dtype),
+                weight.to(dtype),
+                lora_A,
+                lora_B,
+                None if self.bias is None else self.bias.to(dtype),
+                scaling=self.scaling,
+                lora_x=None if lora_x is None else lora_x.to(dtype),
+                **self.noise_arguments(x),
+            )
+        return y.to(x.dtype)
+
+    def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
         if self._base_weight:
             return self._base_weight[0], self.lora_A, self.lora_B, self.scaling
         own = self._parameters
         try:  # nn.Module.__getattr__ takes half a microsecond for each
             return own["weight"], own["lora_A"], own["lora_B"], self.scaling  # type: ignore[return-value]
-        except KeyError:  # no adapter, or parametrised
-            return self.weight, self.lora_A, self.lora_B, self.scaling
+        except KeyError:  # no adapter, parametrised, or packed
+            owner = self._modules.get("base_layer")
+            if owner is not None:
+                self.__dict__["weight"] = self._packed_weight(owner)
+                self.__dict__["bias"] = getattr(owner, "bias", None)
+            A, B = self.lora_A, self.lora_B
+            if A is not None and B is not None and isinstance(self.weight, QuantizedWeight):
+                A, B = packed.beside(self.weight.dtype, A, B)
+            return self.weight, A, B, self.scaling
+
+    def _norm_sources(self) -> tuple[Any, ...]:
+        used = self._weight_in_use()
+        weight = used[0]
+        if not isinstance(weight, QuantizedWeight):
+            return used
+        owner = self._modules.get("base_layer")
+        own = [t for t in weight.parts if t is not None] if owner is None else packed.sources(owner)
+        return *own, self.lora_A, self.lora_B, self.scaling
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -197,9 +272,18 @@ class FlatLoraLinear(NoisyLayer):
         size for bfloat16, 2**-11 for float16. The original weight is kept, so that merging takes the memory
         of one more weight (and float32 copies while it runs) and `unmerge` restores every bit. A state dict
         taken while merged holds the original weight. Merging twice changes nothing.
+
+        Raises:
+            RuntimeError: the weight is packed, and the sum would not fit its format.
         """
         if self.merged:
             return
+        if isinstance(self.weight, QuantizedWeight):
+            raise RuntimeError(
+                f"FlatLoraLinear: expected a dense weight to merge into, got one of format {self.weight.format!r}; make"
+                " a dense layer, FlatLoraLinear(layer.weight.dequantize(), layer.bias, ...), and give it lora_A and"
+                " lora_B"
+            )
         compute = torch.promote_types(self.weight.dtype, torch.float32)
         merged = self.weight.to(compute, copy=True)
         if self.lora_A is not None and self.lora_B is not None:
@@ -216,6 +300,11 @@ class FlatLoraLinear(NoisyLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> FlatLoraLinear:
         merged = self.merged
         self.unmerge()
+        weight = self.__dict__.get("weight")
+        if weight is not None and self.base_layer is None:
+            device = fn(weight.parts.codes[:0]).device
+            parts = Parts._make(None if t is None else t.to(device) for t in weight.parts)
+            self.weight = QuantizedWeight(weight.packing, parts)
         super()._apply(fn, recurse)
         if merged:
             self.merge()

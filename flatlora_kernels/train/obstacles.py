@@ -10,8 +10,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..core.quantized import QuantizedWeight
 from ..op import checks
+from .packed import packed_of
 
+_OWNERS = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "torch", "torchao", "transformers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -84,16 +87,37 @@ def _functions(found: Any) -> Iterator[types.FunctionType]:
 
 
 def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
-    """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards."""
+    """Why the fused op cannot stand for ``base(x)``, where it can for modules with one of these forwards.
+
+    A packed weight that can be read is none, with the forward of a library that packs weights.
+    """
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
     if hasattr(base, "_hf_hook"):
         return "accelerate's hook moves its weight (a device_map over several devices, or offload)"
-    if type(base).forward not in forwards or "forward" in vars(base):
-        return f"{type(base).__name__} has a forward of its own"
+    try:
+        packed = packed_of(base) is not None
+    except ValueError as error:
+        return f"its packed weight cannot be read: {error}"
+    own = type(base).forward
+    known = own.__module__.partition(".")[0] in _OWNERS if packed else own in forwards
+    if not known or "forward" in vars(base):
+        told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
+        return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
     if any(getattr(base, hooks) for hooks in HOOKS):
         return "it has hooks, which the fused op would not call"
+    if packed:
+        return None
     weight: Any = base.weight
     if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+        found = f"a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+        return f"its weight is {found}; {_formats(base)}"
     return None
+
+
+def _formats(base: nn.Module) -> str:
+    try:
+        QuantizedWeight.of(base)
+    except TypeError as error:
+        return str(error).removeprefix("source: ")
+    return ""

@@ -1,0 +1,40 @@
+"""What tells whether something made from tensors is still what they would give."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Stamps = tuple[Any, ...]
+
+
+def stamps(sources: Sequence[Any]) -> Stamps:
+    """Of tensors whether they are the same with the same values; other sources stand for themselves."""
+    return tuple(map(_stamp, sources))
+
+
+def unchanged(sources: Sequence[Any], seen: Stamps | None) -> bool:
+    return seen is not None and len(seen) == len(sources) and all(map(_unchanged, sources, seen))
+
+
+def _stamp(source: Any) -> Any:
+    if not isinstance(source, Tensor):
+        return source
+    # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
+    return weakref.ref(source), _version(source), source.data_ptr()
+
+
+def _unchanged(source: Any, seen: Any) -> bool:
+    if not isinstance(source, Tensor):
+        return bool(source == seen)
+    if not isinstance(seen, tuple):
+        return False
+    reference, version, address = seen
+    return reference() is source and version == _version(source) and address == source.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
