@@ -178,7 +178,9 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
   draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
     make_row_lanes(d, n0 + n, rows - n, region, lanes);
-    const Weight<T> here = decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
+    const bool lanes_n = !kInputGrad && d.kind <= Noise::kGaussian;
+    const Weight<T> here = lanes_n ? decoded_columns(w, n0 + n, min64(W, rows - n), k0, cols, room)
+                                   : decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       F r[W];
