@@ -65,9 +65,9 @@ SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
 SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
 #undef MAP
 
-// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
-// e[j] a column, with lanes along n.
-SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
+// take(j, even, odd): columns k + j and k + j + 1 of gaussian eps, with lanes along n.
+template <class Take>
+SIMD void each_two_columns(const Draw& d, const RowLanes& lanes, int64_t k, const Take& take) {
   Beside<W / 8> c[4];
   philox_beside((d.col_offset + uint32_t(k)) >> 3, lanes.rows, d, c);
   for (int b = 0; b < W / 8; ++b)
@@ -77,9 +77,14 @@ SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&
       EACH word.v[i] = join(c[q + i].call[b]);
       EACH scale.v[i] = lanes.scale;
       gaussian_pair(word, scale, even, odd);
-      EACH e[8 * b + 2 * (q + i)] = even.v[i];
-      EACH e[8 * b + 2 * (q + i) + 1] = odd.v[i];
+      EACH take(8 * b + 2 * (q + i), even.v[i], odd.v[i]);
     }
+}
+
+// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
+// e[j] a column, with lanes along n.
+SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
+  each_two_columns(d, lanes, k, [&](int j, F even, F odd) { e[j] = even, e[j + 1] = odd; });
 }
 
 SIMD void near_gaussian_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
