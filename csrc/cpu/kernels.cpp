@@ -264,7 +264,9 @@ void perturb_rows(const PerturbArgs& args, int64_t task) {
     draw_region(draw, n0, rows, k0, cols, region);
     for (int64_t n = 0; n < rows; n += W) {
       make_row_lanes(draw, n0 + n, rows - n, region, lanes);
-      const Weight<T> here = decoded(w, n0 + n, min64(W, rows - n), k0, kRegionLong, room);
+      const bool lanes_n = draw.kind == Noise::kGaussian;  // lanes of the weight are better along n
+      const Weight<T> here = lanes_n ? decoded_columns(w, n0 + n, min64(W, rows - n), k0, cols, room)
+                                     : decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
       const int64_t tile_rows = min64(W, rows - n);
       for (int64_t k = 0; k < cols; k += W) {
         prefetch_tile(w, n0 + n, k0 + k + 8 * W);

@@ -159,11 +159,57 @@ SIMD void store_steps(float* panel, int64_t step, int64_t strip, int64_t steps, 
   for (int i = 0; i < W; ++i)
     if (i < steps) store(panel + (step + i) * strip, r[i]);
 }
+SIMD void store_two_steps(float* panel, int64_t step, int64_t strip, F first, F second) {
+  store(panel + step * strip, first);
+  store(panel + (step + 1) * strip, second);
+}
 #if defined(__AVX512BF16__)
+SIMD void store_two_steps(uint32_t* panel, int64_t step, int64_t strip, F first, F second) {
+  store_pair(panel + step / 2 * strip, first, second);
+}
 SIMD void store_steps(uint32_t* panel, int64_t step, int64_t strip, int64_t steps, F (&r)[W]) {
   for (int i = 0; i < W; i += 2)
     if (i < steps) store_pair(panel + (step + i) / 2 * strip, r[i], i + 1 < steps ? r[i + 1] : splat(F(), 0.0f));
 }
+#endif
+
+// A tile that comes by columns, two at a time, to be stored by rows; for want of a better way by a transpose.
+template <class Panel>
+struct Turned {
+  F columns[W];
+  SIMD void put(int j, F first, F second) { columns[j] = first, columns[j + 1] = second; }
+  SIMD void store_to(Panel* panel, int64_t step, int64_t strip) {
+    transpose(columns);
+    store_steps(panel, step, strip, W, columns);
+  }
+};
+#if defined(__AVX512BF16__)
+// Rounded first: what is turned then are pairs of rows.
+template <>
+struct Turned<uint32_t> {
+  __m512i columns[W / 2];
+  SIMD void put(int j, F first, F second) { columns[j / 2] = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v); }
+  SIMD void store_to(uint32_t* panel, int64_t step, int64_t strip) {
+    const __m512i low = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+    __m512i t[8], s[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(columns[i], columns[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(columns[i], columns[i + 1]);
+    }
+    // s[g + q]: in 128-bit lanes 0 and 2 even and odd columns of pairs q, in lanes 1 and 3 of pairs 4 + q
+    for (int g = 0; g < 8; g += 4)
+      for (int h = 0; h < 2; ++h) {
+        s[g + 2 * h] = _mm512_unpacklo_epi64(t[g + h], t[g + 2 + h]);
+        s[g + 2 * h + 1] = _mm512_unpackhi_epi64(t[g + h], t[g + 2 + h]);
+      }
+    uint32_t* p = panel + step / 2 * strip;
+    for (int q = 0; q < 4; ++q) {
+      _mm512_storeu_si512(p + q * strip, _mm512_permutex2var_epi32(s[q], low, s[4 + q]));
+      _mm512_storeu_si512(p + (4 + q) * strip, _mm512_permutex2var_epi32(s[q], high, s[4 + q]));
+    }
+  }
+};
 #endif
 
 // panel = W + eps at outputs [o0, o0 + width) and contraction [c0, c0 + steps); `stride` steps lie between strips.
@@ -178,13 +224,33 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
   draw_region(d, n0, rows, k0, cols, region);
   for (int64_t n = 0; n < rows; n += W) {
     make_row_lanes(d, n0 + n, rows - n, region, lanes);
-    const Weight<T> here = decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
+    const bool lanes_n = d.kind == Noise::kGaussian || (d.kind == Noise::kNone && !kInputGrad);
+    const Weight<T> here = lanes_n ? decoded_columns(w, n0 + n, min64(W, rows - n), k0, cols, room)
+                                   : decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
+    const bool by_columns =
+        d.kind == Noise::kGaussian && here.row_stride == 1 && here.col_stride != 1 && n + W <= rows;
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
-      F r[W];
-      perturbed_tile<!kInputGrad>(here, d, lanes, region, n0 + n, k0 + k, r);
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
       Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
+      if (by_columns && k + W <= cols) {
+        // Each two columns go as soon as they are drawn: a tile of them would not stay in registers.
+        const T* column = here.data + (n0 + n) + (k0 + k) * here.col_stride;
+        Turned<Panel> turned;
+        each_two_columns(d, lanes, k0 + k, [&](int j, F even, F odd) {
+          even = add(load(column + j * here.col_stride), even);
+          odd = add(load(column + (j + 1) * here.col_stride), odd);
+          if (kInputGrad) {
+            turned.put(j, even, odd);
+          } else {
+            store_two_steps(strip, step0 + c + j, s.strip(), even, odd);
+          }
+        });
+        if (kInputGrad) turned.store_to(strip, step0 + c, s.strip());
+        continue;
+      }
+      F r[W];
+      perturbed_tile<!kInputGrad>(here, d, lanes, region, n0 + n, k0 + k, r);
       store_steps(strip, step0 + c, s.strip(), steps - c, r);
     }
   }

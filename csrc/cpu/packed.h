@@ -62,25 +62,96 @@ struct Codes16<float16> : HalfTable {
 };
 #endif
 
-// One row after another of a packed weight; rows and columns count from the first of what was packed.
+// Index of the block that an index lies in: a division takes longer than a block of values, and most lengths are powers
+// of two.
+struct Blocks {
+  int64_t length;
+  int shift;
+  explicit SIMD Blocks(int64_t n)
+      : length(n), shift(n > 0 && (n & (n - 1)) == 0 ? __builtin_ctzll(uint64_t(n)) : -1) {}
+  SIMD int64_t of(int64_t i) const { return shift >= 0 ? i >> shift : i / length; }
+};
+
+// A packed weight; rows and columns count from the first of what was packed.
 template <class T>
 class Decoder {
  public:
   explicit Decoder(const PackedArgs& args)
-      : p(args), difference(DType(p.difference_dtype)), dtype(DType(p.dtype)), post(float(p.post)) {
+      : p(args),
+        difference(DType(p.difference_dtype)),
+        dtype(DType(p.dtype)),
+        post(float(p.post)),
+        blocks(p.block ? p.block : p.block_cols),
+        nested_blocks(p.nested_block) {
     if (std::is_same_v<T, bfloat16> && dtype == DType::kBFloat16) dtype = DType::kFloat32;  // rounded to it as it is stored
     if (std::is_same_v<T, float16> && dtype == DType::kFloat16) dtype = DType::kFloat32;
     rounds = is_short(difference) || is_short(dtype);
   }
 
   void row(int64_t n, int64_t k, int64_t cols, T* out) {
-    const bool flat = p.row_bits == nullptr && p.zero_bits == 0;
-    if (flat && p.bits == 4) return runs(n, k, cols, out, [&](auto... run) { nibbles(run...); });
-    if (flat && p.bits == 8 && !p.high_first) return runs(n, k, cols, out, [&](auto... run) { bytes(run...); });
+    if (flat() && p.bits == 4) return runs(n, k, cols, out, [&](auto... run) { nibbles(run...); });
+    if (flat() && p.bits == 8 && !p.high_first) return runs(n, k, cols, out, [&](auto... run) { bytes(run...); });
     anywhere(n, k, cols, out);
   }
 
+  // Whether `columns` takes these: codes of 4 bits, eight of one scale in a word of every row.
+  bool has_columns(int64_t k, int64_t cols) const {
+    const int64_t length = blocks.length;
+    return flat() && p.bits == 4 && p.width % 2 == 0 && k % 8 == 0 && cols % 8 == 0 &&
+           (length % 8 == 0 || length >= p.width) && (p.block == 0 || p.width % p.block == 0);
+  }
+  // At most W rows and kMostCols columns, each of W values: what wants lanes along n is spared the transpose of values,
+  // where that of codes takes an eighth.
+  static constexpr int64_t kMostCols = kRegionLong;
+  void columns(int64_t n, int64_t k, int64_t rows, int64_t cols, T* out) {
+    const int64_t first = blocks.of(k), count = blocks.of(k + cols - 1) - first + 1;
+    float scale[(kMostCols / 8 + 1) * W], zero[(kMostCols / 8 + 1) * W];
+    for (int64_t j = 0; rows < W && j < count * W; ++j) scale[j] = 0;
+    const int64_t row_blocks = p.block ? blocks.of(p.width) : 0;
+    int64_t index[W];
+    for (int64_t i = 0; i < rows; ++i) {
+      index[i] = first + (p.block ? (n + i) * row_blocks : (n + i) / p.block_rows * p.scale_stride);
+      for (int64_t j = 0; p.zero && j < count; ++j) zero[j * W + i] = zero_at(index[i] + j);
+    }
+    block_scales(index, rows, 1, count, W, scale);
+    const FloatTable table(p.table);
+    const uint8_t* codes = p.codes + (n * p.width + k) / 2;
+    int64_t end = (first + 1) * blocks.length - k;  // of the block of column c
+    const float *s = scale, *z = zero;
+    for (int64_t c = 0; c < cols;) {
+      const int64_t here = min64(W, (cols - c) / 8);
+      F words[W];
+      for (int i = 0; i < W; ++i)
+        words[i] = i < rows ? load_words_at(codes + (i * p.width + c) / 2, here) : splat(F(), 0.0f);
+      transpose(words);
+      for (int64_t w = 0; w < here; ++w, c += 8) {
+        if (c >= end) end += blocks.length, s += W, z += W;
+        const F block_scale = load(s);
+        if (p.zero || rounds || post != 1.0f) {
+          const F block_zero = p.zero ? load(z) : splat(F(), 0.0f);
+          eight(table, as_int(words[w]), out + c * W, [&](F x) { return value(x, block_zero, block_scale); });
+        } else {
+          eight(table, as_int(words[w]), out + c * W, [&](F x) { return mul(x, block_scale); });
+        }
+      }
+    }
+  }
+
  private:
+  bool flat() const { return p.row_bits == nullptr && p.zero_bits == 0; }
+
+  static SIMD F load_words_at(const uint8_t* p, int64_t n) {
+    if (n < W) return load(reinterpret_cast<const float*>(p), int(n));
+    float words[W];
+    memcpy(words, p, sizeof words);
+    return load(words);
+  }
+  template <int kCode = 0, class Value>
+  SIMD void eight(const FloatTable& table, I word, T* out, const Value& value) const {
+    store_values(out + (kCode ^ int(p.high_first)) * W, value(table.at(shift_right<4 * kCode>(word))));
+    if constexpr (kCode < 7) eight<kCode + 1>(table, word, out, value);
+  }
+
   static bool is_short(DType type) { return type == DType::kBFloat16 || type == DType::kFloat16; }
 
   SIMD F value(F x, F zero, F scale) const {
@@ -95,40 +166,51 @@ class Decoder {
     return to_float(static_cast<const float16*>(numbers)[i]);
   }
   SIMD float zero_at(int64_t i) const { return p.zero ? number_at(p.zero, p.zero_dtype, i) : 0.0f; }
-  SIMD float scale_at(int64_t i) {
-    if (p.scale_table == nullptr) return number_at(p.scale, p.scale_dtype, i);
-    float scale = p.scale_table[static_cast<const uint8_t*>(p.scale)[i]];
-    if (p.nested) {
-      if (i < nested_begin || i >= nested_end) {
-        const int64_t block = i / p.nested_block;
-        nested_begin = block * p.nested_block;
-        nested_end = nested_begin + p.nested_block;
-        nested = p.nested[block];
-      }
-      scale *= nested;
+  // Those of `count` blocks from each of `rows` indices on.
+  SIMD void block_scales(const int64_t* index, int64_t rows, int64_t row_stride, int64_t count, int64_t stride,
+                         float* out) const {
+    const auto each = [&](const auto& scale) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < count; ++j) out[i * row_stride + j * stride] = scale(index[i] + j);
+    };
+    if (p.scale_table) {
+      const auto* codes = static_cast<const uint8_t*>(p.scale);
+      const float offset = p.offset ? *p.offset : 0.0f;
+      if (!p.nested) return each([&](int64_t j) { return add_offset(p.scale_table[codes[j]], offset); });
+      int64_t begin = 0, end = 0;
+      float nested = 0;
+      return each([&](int64_t j) {
+        if (j < begin || j >= end) {
+          const int64_t block = nested_blocks.of(j);
+          nested = p.nested[block];
+          begin = block * p.nested_block;
+          end = begin + p.nested_block;
+        }
+        return add_offset(p.scale_table[codes[j]] * nested, offset);
+      });
     }
-    return p.offset ? scale + *p.offset : scale;
+    each([&](int64_t j) { return number_at(p.scale, p.scale_dtype, j); });
   }
+  SIMD float add_offset(float scale, float offset) const { return p.offset ? scale + offset : scale; }
 
   // run(element, count, scale, zero, out) of each run of columns that share a scale, of what is flat.
   template <class Run>
-  SIMD void runs(int64_t n, int64_t k, int64_t cols, T* out, const Run& run) {
-    int64_t element = n * p.width + k, index, left, length;
-    if (p.block) {
-      length = p.block;
-      index = element / length;
-      left = (index + 1) * length - element;
-    } else {
-      length = p.block_cols;
-      const int64_t first = k / length;
-      index = n / p.block_rows * p.scale_stride + first;
-      left = (first + 1) * length - k;
-    }
+  SIMD void runs(int64_t n, int64_t k, int64_t cols, T* out, const Run& run) const {
+    constexpr int64_t kAtOnce = 16;
+    const int64_t length = blocks.length, from = p.block ? n * p.width + k : k;
+    int64_t element = n * p.width + k, index = blocks.of(from), left = (index + 1) * length - from;
+    if (p.block == 0) index += n / p.block_rows * p.scale_stride;
     while (cols > 0) {
-      const int64_t count = min64(left, cols);
-      run(element, count, scale_at(index), zero_at(index), out);
-      element += count, out += count, cols -= count, ++index;
-      left = length;
+      float scale[kAtOnce];
+      int64_t known = 1;
+      for (int64_t end = left; known < kAtOnce && end < cols; end += length) ++known;
+      block_scales(&index, 1, 0, known, 1, scale);
+      for (int64_t i = 0; i < known; ++i, ++index) {
+        const int64_t count = min64(left, cols);
+        run(element, count, scale[i], zero_at(index), out);
+        element += count, out += count, cols -= count;
+        left = length;
+      }
     }
   }
 
@@ -202,11 +284,11 @@ class Decoder {
         if (p.row_bits) {
           index = p.row_scales[n] + p.col_scales[k + j];
         } else {
-          index = p.block ? element / p.block : n / p.block_rows * p.scale_stride + (k + j) / p.block_cols;
+          index = p.block ? blocks.of(element) : n / p.block_rows * p.scale_stride + blocks.of(k + j);
         }
         if (index != last) {
           last = index;
-          scale = scale_at(index);
+          block_scales(&index, 1, 0, 1, 1, &scale);
           if (p.zero_bits == 0) zero = zero_at(index);
         }
         if (p.zero_bits)
@@ -227,9 +309,9 @@ class Decoder {
 
   const PackedArgs& p;
   DType difference, dtype;
-  float post, nested = 1;
+  float post;
   bool rounds;
-  int64_t nested_begin = 0, nested_end = 0;
+  Blocks blocks, nested_blocks;
 };
 
 // (rows, cols) from (n, k) of the weight.
@@ -238,6 +320,15 @@ __attribute__((noinline)) void decode(const PackedArgs& p, int64_t n, int64_t k,
                                       int64_t stride) {
   Decoder<T> decoder(p);
   for (int64_t i = 0; i < rows; ++i) decoder.row(p.row + n + i, p.col + k, cols, out + i * stride);
+}
+// The same of at most W rows with columns side by side, W values each; false where it has to go by rows.
+template <class T>
+__attribute__((noinline)) bool decode_columns(const PackedArgs& p, int64_t n, int64_t k, int64_t rows, int64_t cols,
+                                              T* out) {
+  Decoder<T> decoder(p);
+  if (!decoder.has_columns(p.col + k, cols)) return false;
+  decoder.columns(p.row + n, p.col + k, rows, cols, out);
+  return true;
 }
 
 }  // namespace FLATLORA_ISA

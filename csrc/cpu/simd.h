@@ -182,18 +182,18 @@ SIMD F load_e5m2(const uint8_t* p, const float*) {
   return {_mm512_cvtph_ps(_mm256_slli_epi16(x, 8))};
 }
 
-// Tables of 16 numbers in registers: out[i] = table[code i] of the 16 codes of 4 bits in 8 bytes.
+// Tables of 16 numbers in registers: at(i) looks up the last 4 bits of each lane, (codes, ..., out) 16 codes of 8 bytes.
 struct FloatTable {
   __m512 table;
   explicit SIMD FloatTable(const float* p) : table(_mm512_loadu_ps(p)) {}
+  SIMD F at(I index) const { return {_mm512_permutexvar_ps(index.v, table)}; }
   SIMD void operator()(const uint8_t* codes, bool high_first, float* out) const {
     const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const __m512i high = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
     const __m512i words = _mm512_permutexvar_epi32(word, _mm512_castsi128_si512(bytes));
-    // Of an index only the last 4 bits count.
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(words, high_first ? high : low), table));
+    _mm512_storeu_ps(out, at({_mm512_srlv_epi32(words, high_first ? high : low)}).v);
   }
 };
 struct HalfTable {
@@ -390,15 +390,17 @@ SIMD F load_e5m2(const uint8_t* p, const float*) {
 struct FloatTable {
   __m256 first, second;
   explicit SIMD FloatTable(const float* p) : first(_mm256_loadu_ps(p)), second(_mm256_loadu_ps(p + 8)) {}
+  SIMD F at(I index) const {
+    const __m256 x = _mm256_permutevar8x32_ps(first, index.v), y = _mm256_permutevar8x32_ps(second, index.v);
+    return {_mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
+  }
   SIMD void operator()(const uint8_t* codes, bool high_first, float* out) const {
     const __m256i low = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i high = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     for (int i = 0; i < 2; ++i) {
       int word;
       memcpy(&word, codes + 4 * i, 4);
-      const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), high_first ? high : low);
-      const __m256 x = _mm256_permutevar8x32_ps(first, index), y = _mm256_permutevar8x32_ps(second, index);
-      _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
+      _mm256_storeu_ps(out + 8 * i, at({_mm256_srlv_epi32(_mm256_set1_epi32(word), high_first ? high : low)}).v);
     }
   }
 };
@@ -562,6 +564,11 @@ SIMD F load(const T* p) {
 }
 SIMD F load_e4m3(const uint8_t* p, const float* table) { MAP(F, table[p[i]]); }
 SIMD F load_e5m2(const uint8_t* p, const float* table) { MAP(F, table[p[i]]); }
+struct FloatTable {
+  const float* table;
+  explicit SIMD FloatTable(const float* p) : table(p) {}
+  SIMD F at(I index) const { MAP(F, table[index.v[i] & 15]); }
+};
 template <class T>
 SIMD void store(T* p, F x) {
   LANES from_float(x.v[i], p[i]);

@@ -65,9 +65,9 @@ SIMD Floats exponent(const Ints& x) { MAP(Floats, exponent(x.v[i])); }
 SIMD Floats flip_sign(const Floats& x, const Ints& word) { MAP(Floats, flip_sign(x.v[i], word.v[i])); }
 #undef MAP
 
-// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
-// e[j] a column, with lanes along n.
-SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
+// take(j, even, odd): columns k + j and k + j + 1 of gaussian eps, with lanes along n.
+template <class Take>
+SIMD void each_two_columns(const Draw& d, const RowLanes& lanes, int64_t k, const Take& take) {
   Beside<W / 8> c[4];
   philox_beside((d.col_offset + uint32_t(k)) >> 3, lanes.rows, d, c);
   for (int b = 0; b < W / 8; ++b)
@@ -77,9 +77,14 @@ SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&
       EACH word.v[i] = join(c[q + i].call[b]);
       EACH scale.v[i] = lanes.scale;
       gaussian_pair(word, scale, even, odd);
-      EACH e[8 * b + 2 * (q + i)] = even.v[i];
-      EACH e[8 * b + 2 * (q + i) + 1] = odd.v[i];
+      EACH take(8 * b + 2 * (q + i), even.v[i], odd.v[i]);
     }
+}
+
+// eps of kWidth rows and kWidth columns from `k` of the weight: e[i] is a row, with lanes along k; or, of gaussian,
+// e[j] a column, with lanes along n.
+SIMD void gaussian_columns(const Draw& d, const RowLanes& lanes, int64_t k, F (&e)[W]) {
+  each_two_columns(d, lanes, k, [&](int j, F even, F odd) { e[j] = even, e[j + 1] = odd; });
 }
 
 SIMD void near_gaussian_rows(const Draw& d, const RowLanes& lanes, const Region& region, int64_t k, F (&e)[W]) {
@@ -124,14 +129,26 @@ Weight<T> make_weight(const WeightArgs& w, int64_t N, int64_t K) {
   return {static_cast<const T*>(w.data), w.row_stride, w.col_stride, N, K, w.packed};
 }
 
+// What lies at `p` as the weight from (n0, k0) on: it goes on counting from the weight's first.
+template <class T>
+SIMD Weight<T> part(const Weight<T>& w, const T* p, int64_t n0, int64_t k0, int64_t row_stride, int64_t col_stride) {
+  const uintptr_t first = uintptr_t(p) - uintptr_t(n0 * row_stride + k0 * col_stride) * sizeof(T);
+  return {reinterpret_cast<const T*>(first), row_stride, col_stride, w.N, w.K, nullptr};
+}
+
 // The weight itself; or, where it is packed, these rows and columns of it, decoded into `room` (rows * cols).
 template <class T>
 SIMD Weight<T> decoded(const Weight<T>& w, int64_t n0, int64_t rows, int64_t k0, int64_t cols, T* room) {
   if (w.packed == nullptr) return w;
   decode(*w.packed, n0, k0, min64(rows, w.N - n0), min64(cols, w.K - k0), room, cols);
-  // It goes on counting from the weight's first.
-  const uintptr_t first = uintptr_t(room) - uintptr_t(n0 * cols + k0) * sizeof(T);
-  return {reinterpret_cast<const T*>(first), cols, 1, w.N, w.K, nullptr};
+  return part(w, room, n0, k0, cols, 1);
+}
+// The same of at most W rows, by columns (`room` is W * cols) where that is as good.
+template <class T>
+SIMD Weight<T> decoded_columns(const Weight<T>& w, int64_t n0, int64_t rows, int64_t k0, int64_t cols, T* room) {
+  if (w.packed && decode_columns(*w.packed, n0, k0, min64(rows, w.N - n0), min64(cols, w.K - k0), room))
+    return part(w, room, n0, k0, 1, W);
+  return decoded(w, n0, rows, k0, cols, room);
 }
 
 // take(i, x): row n0 + i, lanes along k; zero outside the weight.
