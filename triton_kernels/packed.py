@@ -320,3 +320,12 @@ def decoded(
     else:
         v = tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
         return round_to(tl.reshape(v, [word.shape[0], 8 * word.shape[1]]), PACKED.target)
+
+
+@triton.jit
+def weight_of(loaded, packed, table, PACKED: tl.constexpr, DRAW: tl.constexpr):
+    """The tile of what a product's loop has loaded: a weight as it is, or what `load_blocks` brought; `held`."""
+    if PACKED is None:
+        return loaded
+    else:
+        return decoded(loaded[0], loaded[1], loaded[2], packed, table, PACKED, DRAW.arithmetic, DRAW.paired)

@@ -237,6 +237,12 @@ def _from_pairs(x):
 
 
 @triton.jit
+def let_go(w, DRAW: tl.constexpr):
+    """A tile that was `held`, as it is."""
+    return _from_pairs(w) if DRAW.paired else w
+
+
+@triton.jit
 def _twice(x):
     """A pair of the same bfloat16, which the float32 x is."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -336,9 +342,6 @@ def perturb_tile(
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
     BLOCK_N: tl.constexpr = w.shape[0]
     BLOCK_K: tl.constexpr = w.shape[1] * (2 if DRAW.paired else 1)
-    if DRAW.noise == "none":
-        w = _from_pairs(w) if DRAW.paired else w
-        return w, w
     blocks = (tl.cast(first_col, tl.uint32) >> 3) + tl.arange(0, BLOCK_K // 8).to(tl.uint32)
     stream = tl.cast(stream, tl.uint32)
     rows = rows.to(tl.uint32)

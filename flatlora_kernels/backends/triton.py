@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.quantized import Packing
+from ..core.quantized import Packing, QuantizedWeight
 from ..core.records import Draw, Product, Weight
-from .shared import products
+from .shared import panel, products
 from .shared.workspace import workspace_limit
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,7 +59,7 @@ def unavailable() -> str | None:
 
 def fuses_packed(packing: Packing) -> bool:
     """See `backends`."""
-    return False
+    return importlib.util.find_spec("triton") is not None and _kernel("packed").fuses(packing)
 
 
 def describe() -> str:
@@ -76,7 +76,12 @@ def _kernel(name: str) -> Any:
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
-    if draw is None or p.empty:
+    if isinstance(p.weight, QuantizedWeight):
+        if p.empty:  # of a weight that takes no memory
+            return products.plain(p._replace(weight=p.a.new_zeros(()).expand(p.weight.shape)))
+        if draw is None or not _kernel("packed").packed_facts(p.weight).by_blocks:  # at an odd address
+            return panel.product(perturb, p, draw)
+    elif draw is None or p.empty:
         return products.plain(p)
     return _kernel("product").product(p, draw, noise_accum, workspace_limit(p.weight))[0]
 
