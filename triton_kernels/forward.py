@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import CHANGING
-from .packed import load_blocks, lookup, weight_of
+from .packed import load_blocks, lookup, scales_of, weight_of
 from .tile import (
     dot,
     held,
@@ -30,7 +30,7 @@ def _load_weight(
 ):
     """Columns k + `cols` of the weight, `held`, or its packed blocks; zeros beyond its edge."""
     if PACKED is not None:
-        return load_blocks(packed, rows, k + cols, cols < K - k, not CUT.even, PACKED)
+        return load_blocks(packed, 0, rows, k, cols, cols < K - k, not CUT.even, PACKED)
     else:
         tile += tl.cast(k, tl.int64) * stride_wk
         if CUT.even:
@@ -157,7 +157,7 @@ def _linear_forward_kernel(
     if CUT.carry:
         w = _load_weight(w_tile, packed, begin, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
         w, rest = perturb_tile(
-            weight_of(w, packed, table, PACKED, DRAW),
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW),
             scale,
             rows,
             first_row,
@@ -181,6 +181,7 @@ def _linear_forward_kernel(
             # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
             next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
             next_w = _load_weight(w_tile, packed, next_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+        ready = scales_of(this_w, packed, PACKED)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank
             if not CUT.even:
@@ -192,7 +193,7 @@ def _linear_forward_kernel(
             if DRAW.apart:
                 acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
-            weight_of(this_w, packed, table, PACKED, DRAW),
+            weight_of(ready, table, PACKED, DRAW),
             scale,
             rows,
             first_row,

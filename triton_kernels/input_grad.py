@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import CHANGING
-from .packed import load_blocks, lookup, weight_of
+from .packed import load_blocks, lookup, scales_of, weight_of
 from .tile import (
     dot,
     held,
@@ -37,7 +37,7 @@ def _load_tile(
     else:
         scale = tl.load(noise_scale, mask=inside, other=0)
     if PACKED is not None:
-        return load_blocks(packed, n + rows, cols, inside & (cols < K), not CUT.even, PACKED), scale
+        return load_blocks(packed, n, rows, 0, cols, inside & (cols < K), not CUT.even, PACKED), scale
     else:
         weight += tl.cast(n, tl.int64) * stride_wn
         if CUT.even:
@@ -155,7 +155,7 @@ def _linear_input_grad_kernel(
             CUT,
         )
         w, rest = perturb_tile(
-            weight_of(w, packed, table, PACKED, DRAW), scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
             DTYPE, DRAW,
         )  # fmt: skip
     if AHEAD:
@@ -210,13 +210,14 @@ def _linear_input_grad_kernel(
                 DRAW,
                 CUT,
             )
+        ready = scales_of(this_w, packed, PACKED)
         y_n = load_step(grad_y, y_tile, n, first_m, y_cols, N, stride_yn, CUT)
         if CUT.carry:
             acc = dot(y_n, in_order(w, DRAW), acc, PRECISION)
             if DRAW.apart:
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
-            weight_of(this_w, packed, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
+            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
             seed, DTYPE, DRAW,
         )  # fmt: skip
         if AHEAD:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .philox import in_turn
 from .tile import INTERPRETED, round_to
@@ -117,19 +118,26 @@ def _codes_at(codes, bits, last, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _scale_index(packed, n, k, PACKED: tl.constexpr):
-    """Of rows n and columns k of what was packed, int64."""
+def _scale_index(packed, rows, n, cols, k, PACKED: tl.constexpr):
+    """Of rows n + `rows` and columns k + `cols` of what was packed, int64.
+
+    n and k are scalars, and what does not depend on them is by itself, so that a loop computes it once.
+    """
     if PACKED.block > 0:
-        return ((n * packed.width + k).to(tl.uint64) // PACKED.block).to(tl.int64)
+        index = (rows.to(tl.int64) * packed.width + cols) + (n.to(tl.int64) * packed.width + k)
+        return (index.to(tl.uint64) // PACKED.block).to(tl.int64)
     else:
-        index = (n.to(tl.uint64) // PACKED.block_rows).to(tl.int64) * packed.scale_stride
+        if PACKED.block_rows > 1:
+            index = ((rows + n).to(tl.uint32) // PACKED.block_rows).to(tl.int64) * packed.scale_stride
+        else:
+            index = rows.to(tl.int64) * packed.scale_stride + n.to(tl.int64) * packed.scale_stride
         if PACKED.block_cols > 0:
-            index = index + (k.to(tl.uint64) // PACKED.block_cols).to(tl.int64)
+            index = index + ((cols + k).to(tl.uint32) // PACKED.block_cols).to(tl.int64)
         return index
 
 
 @triton.jit
-def _scale_of(scale, nested, packed):
+def scale_of(scale, nested, packed):
     """float32 of what lies at a scale's index."""
     if packed.scale_table is None:
         scale = scale.to(tl.float32)
@@ -155,14 +163,15 @@ def _nested_at(packed, index, PACKED: tl.constexpr):
 @triton.jit
 def values_at(packed, rows, cols, PACKED: tl.constexpr):
     """float32 of rows `rows` and columns `cols` of the view, which lie inside it and broadcast."""
-    n = rows.to(tl.int64) + packed.row
-    k = cols.to(tl.int64) + packed.col
+    n = rows + packed.row
+    k = cols + packed.col
     if packed.row_bits is None:
-        i = n * packed.width + k
+        i = n.to(tl.int64) * packed.width + k
         bits = i * PACKED.bits
         if PACKED.high_first:
             bits = (i ^ 1) * PACKED.bits
-        index = _scale_index(packed, n, k, PACKED)
+        nought = tl.cast(0, tl.int32)
+        index = _scale_index(packed, n, nought, k, nought, PACKED)
     else:
         bits = tl.load(packed.row_bits + n) + tl.load(packed.col_bits + k)
         index = tl.load(packed.row_scales + n) + tl.load(packed.col_scales + k)
@@ -174,7 +183,7 @@ def values_at(packed, rows, cols, PACKED: tl.constexpr):
     elif packed.zero is not None:
         v = v - tl.load(packed.zero + index).to(tl.float32)
     v = round_to(v, PACKED.difference).to(tl.float32)
-    v = v * _scale_of(tl.load(packed.scale + index), _nested_at(packed, index, PACKED), packed)
+    v = v * scale_of(tl.load(packed.scale + index), _nested_at(packed, index, PACKED), packed)
     if PACKED.post != 1.0:
         v = v * PACKED.post
     return round_to(v, PACKED.own).to(tl.float32)
@@ -201,6 +210,22 @@ LOOKUP_PTX = tl.constexpr(
     )
     + " }"
 )
+# The four e4m3 of a word, by way of float16, which holds them exactly.
+_E4M3_PTX = tl.constexpr(
+    """{
+    .reg .b16 low, high, a, b;
+    .reg .b32 pair;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 pair, low;
+    mov.b32 {a, b}, pair;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.rn.f16x2.e4m3x2 pair, high;
+    mov.b32 {a, b}, pair;
+    cvt.f32.f16 $2, a;
+    cvt.f32.f16 $3, b;
+    }"""
+)
 _PAIR_PTX = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 
 
@@ -215,16 +240,20 @@ def lookup(packed, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(packed, rows, blocks, inside, MASKED: tl.constexpr, PACKED: tl.constexpr):
-    """Codes, scales and their nested scales of eight columns each; (R, 1) rows of the view, (1 or R, C) first columns.
+def load_blocks(packed, n, rows, k, blocks, inside, MASKED: tl.constexpr, PACKED: tl.constexpr):
+    """Codes, scales and their nested scales of eight columns each: rows n + `rows` (R, 1) of the view, and columns
+    from k + `blocks` (1 or R, C) on, multiples of 8; n and k are scalars.
 
     inside: where they are read, with MASKED; elsewhere the values are finite.
     """
-    n = rows.to(tl.int64) + packed.row
-    k = blocks + packed.col
+    rows += packed.row
+    cols = blocks + packed.col
     WORD: tl.constexpr = tl.uint32 if PACKED.bits == 4 else tl.uint64
-    codes = packed.codes.to(tl.pointer_type(WORD)) + (n * (packed.width // 8) + k // 8)
-    index = _scale_index(packed, n, k.to(tl.int64), PACKED)
+    width = packed.width // 8
+    n, k = tl.cast(n, tl.int32), tl.cast(k, tl.int32)
+    codes = packed.codes.to(tl.pointer_type(WORD)) + (rows.to(tl.int64) * width + cols // 8)
+    codes += n.to(tl.int64) * width + k // 8
+    index = _scale_index(packed, rows, n, cols, k, PACKED)
     if MASKED:
         word = tl.load(codes, mask=inside, other=0)
         scale = tl.load(packed.scale + index, mask=inside, other=0)
@@ -251,19 +280,29 @@ def _number(word, PLACE: tl.constexpr, PACKED: tl.constexpr):
         return ((top >> 16) & 0xFF00).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
+@triton.constexpr_function
+def _converts_e4m3(arithmetic):
+    return arithmetic == "ptx" and not INTERPRETED.value and cuda_capability_geq(8, 9)
+
+
+@triton.jit
+def _four(word, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """float32 of the bytes of words of 32 bits."""
+    if PACKED.number == "e4m3" and _converts_e4m3(ARITHMETIC):
+        return tl.inline_asm_elementwise(
+            _E4M3_PTX, "=&f,=&f,=&f,=&f,r", [word], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return _number(word, 0, PACKED), _number(word, 1, PACKED), _number(word, 2, PACKED), _number(word, 3, PACKED)
+
+
 @triton.jit
 def _eight(word, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
     """float32 of the eight codes of words."""
     if PACKED.bits == 8:
-        low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-        v0, v1, v2, v3 = (
-            _number(low, 0, PACKED),
-            _number(low, 1, PACKED),
-            _number(low, 2, PACKED),
-            _number(low, 3, PACKED),
-        )
-        v4, v5 = _number(high, 0, PACKED), _number(high, 1, PACKED)
-        v6, v7 = _number(high, 2, PACKED), _number(high, 3, PACKED)
+        v0, v1, v2, v3 = _four(word.to(tl.uint32), PACKED, ARITHMETIC)
+        v4, v5, v6, v7 = _four((word >> 32).to(tl.uint32), PACKED, ARITHMETIC)
     elif ARITHMETIC == "ptx" and not INTERPRETED:
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
             LOOKUP_PTX, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f", [word, table],
@@ -297,11 +336,8 @@ def _pair(left, right):
 
 
 @triton.jit
-def decoded(
-    word, scale, nested, packed, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr, PAIRED: tl.constexpr
-):
-    """The tile of what `load_blocks` brought, (R, 8 C) in the weight's type; PAIRED: as `tile.held` has it."""
-    scale = _scale_of(scale, nested, packed)
+def decoded(word, scale, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr, PAIRED: tl.constexpr):
+    """The tile of words and their scales in float32, (R, 8 C) in the weight's type; PAIRED: as `tile.held` has it."""
     v0, v1, v2, v3, v4, v5, v6, v7 = _eight(word, table, PACKED, ARITHMETIC)
     v0, v1, v2, v3 = (
         _scaled(v0, scale, PACKED),
@@ -323,9 +359,18 @@ def decoded(
 
 
 @triton.jit
-def weight_of(loaded, packed, table, PACKED: tl.constexpr, DRAW: tl.constexpr):
-    """The tile of what a product's loop has loaded: a weight as it is, or what `load_blocks` brought; `held`."""
+def scales_of(loaded, packed, PACKED: tl.constexpr):
+    """What a product's loop has loaded, with its scales looked up: that is a load again, to be begun early."""
     if PACKED is None:
         return loaded
     else:
-        return decoded(loaded[0], loaded[1], loaded[2], packed, table, PACKED, DRAW.arithmetic, DRAW.paired)
+        return loaded[0], scale_of(loaded[1], loaded[2], packed)
+
+
+@triton.jit
+def weight_of(loaded, table, PACKED: tl.constexpr, DRAW: tl.constexpr):
+    """The tile of the weight, `held`, of what `scales_of` gives."""
+    if PACKED is None:
+        return loaded
+    else:
+        return decoded(loaded[0], loaded[1], table, PACKED, DRAW.arithmetic, DRAW.paired)

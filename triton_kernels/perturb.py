@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
-from .packed import decoded, load_blocks, lookup, operand, packed_facts, values_at
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
 from .tile import held, let_go, perturb_tile, round_to, sample_of, weight_blocks, weight_cols, weight_rows
 
 
@@ -53,7 +53,8 @@ def _perturb_kernel(
     DTYPE: tl.constexpr = out.dtype.element_ty
     rows = first_n + weight_rows(BLOCK_N, DRAW)
     cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
-    n = tl.minimum(rows, N - 1).to(tl.int64)
+    n32 = tl.minimum(rows, N - 1)
+    n = n32.to(tl.int64)
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
     scale = None
     if DRAW.noise != "none":
@@ -79,11 +80,11 @@ def _perturb_kernel(
             if PACKED is not None:
                 if PACKED.by_blocks:
                     word, q_scale, nested = load_blocks(
-                        packed, n, k + blocks, blocks < K - k, not EVEN, PACKED
+                        packed, 0, n32, k, blocks, blocks < K - k, not EVEN, PACKED
                     )
-                    w = decoded(word, q_scale, nested, packed, table, PACKED, ARITHMETIC, DRAW.paired)
+                    w = decoded(word, scale_of(q_scale, nested, packed), table, PACKED, ARITHMETIC, DRAW.paired)
                 else:
-                    w = round_to(values_at(packed, n, tl.minimum(k + cols, K - 1), PACKED), DTYPE)
+                    w = round_to(values_at(packed, n32, tl.minimum(k + cols, K - 1), PACKED), DTYPE)
             elif not HAS_WEIGHT:
                 w = tl.zeros([rows.shape[0], cols.shape[1]], DTYPE)
             elif EVEN:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block
-from .packed import decoded, load_blocks, lookup, operand, packed_facts, values_at
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
 from .tile import dot, round_to, to_float
 
 
@@ -63,7 +63,8 @@ def _row_sq_norms_kernel(
     K = K // MULTIPLE * MULTIPLE
     stride_wn = stride_wn // MULTIPLE * MULTIPLE
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    n32 = tl.minimum(offs_n, N - 1)
+    n = n32.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     if PACKED is None:
         w_tile = weight + offs_k[None, :].to(tl.int64) * stride_wk + n[:, None] * stride_wn
@@ -77,12 +78,12 @@ def _row_sq_norms_kernel(
         if PACKED is not None:
             if PACKED.by_blocks:
                 word, scale, nested = load_blocks(
-                    packed, n[:, None], k + blocks, blocks < K - k, not EVEN, PACKED
+                    packed, 0, n32[:, None], k, blocks, blocks < K - k, not EVEN, PACKED
                 )
-                w = decoded(word, scale, nested, packed, table, PACKED, ARITHMETIC, False)
+                w = decoded(word, scale_of(scale, nested, packed), table, PACKED, ARITHMETIC, False)
             else:
                 cols = tl.minimum(k + offs_k[None, :], K - 1)
-                w = round_to(values_at(packed, n[:, None], cols, PACKED), PACKED.target)
+                w = round_to(values_at(packed, n32[:, None], cols, PACKED), PACKED.target)
             if not EVEN:
                 w = tl.where(offs_k[None, :] < K - k, w, 0)
         elif EVEN:
