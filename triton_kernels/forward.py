@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import CHANGING
+from .packed import load_blocks, lookup, scales_of, weight_of
 from .tile import (
     dot,
     held,
@@ -17,19 +18,25 @@ from .tile import (
     round_to,
     sample_of,
     step_at,
+    weight_blocks,
     weight_cols,
     weight_rows,
 )
 
 
 @triton.jit
-def _load_weight(tile, k, cols, stride_wk, K, DRAW: tl.constexpr, CUT: tl.constexpr):
-    """Columns k + `cols` of the weight, `held`; zeros beyond its edge."""
-    tile += tl.cast(k, tl.int64) * stride_wk
-    if CUT.even:
-        return held(tl.load(tile), DRAW)
+def _load_weight(
+    tile, packed, k, rows, cols, stride_wk, K, PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr
+):
+    """Columns k + `cols` of the weight, `held`, or its packed blocks; zeros beyond its edge."""
+    if PACKED is not None:
+        return load_blocks(packed, 0, rows, k, cols, cols < K - k, not CUT.even, PACKED)
     else:
-        return held(tl.load(tile, mask=cols < K - k, other=0), DRAW)
+        tile += tl.cast(k, tl.int64) * stride_wk
+        if CUT.even:
+            return held(tl.load(tile), DRAW)
+        else:
+            return held(tl.load(tile, mask=cols < K - k, other=0), DRAW)
 
 
 @triton.jit
@@ -46,7 +53,8 @@ def _load_B(lora_B, n, r, rank, stride_bn, stride_br, DTYPE: tl.constexpr, BLOCK
 )
 def _linear_forward_kernel(
     x,  # (M, K), or its descriptor
-    weight,  # (N, K)
+    weight,  # (N, K), or None
+    packed,  # packed.Operand, or None
     u,  # (M, r), contiguous; with MAKES_U written, and with CUT.split float32 parts of it (splits, M, r)
     lora_A,  # (r, K), with MAKES_U
     lora_B,  # (N, r)
@@ -75,6 +83,7 @@ def _linear_forward_kernel(
     stride_br,
     stride_bias,
     stride_scale,
+    PACKED: tl.constexpr,  # packed.Packed, or None
     DRAW: tl.constexpr,  # tile.Drawn
     CUT: tl.constexpr,  # tile.Cut
     HAS_BIAS: tl.constexpr,
@@ -86,7 +95,8 @@ def _linear_forward_kernel(
     BLOCK_R: tl.constexpr = CUT.block_r
     MULTIPLE: tl.constexpr = CUT.multiple
     PRECISION: tl.constexpr = CUT.precision
-    DTYPE: tl.constexpr = weight.dtype.element_ty
+    DTYPE: tl.constexpr = weight.dtype.element_ty if PACKED is None else PACKED.target
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
     group, first_m, last_m, first_n = place(M, rows_per_sample, N, BLOCK_N, CUT)
     split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
@@ -126,8 +136,13 @@ def _linear_forward_kernel(
         u_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
     w_rows = tl.minimum(first_n + weight_rows(BLOCK_N, DRAW), N - 1)
-    w_cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
-    w_tile = weight + w_cols.to(tl.int64) * stride_wk + w_rows.to(tl.int64) * stride_wn
+    w_tile, table = None, None
+    if PACKED is None:
+        w_cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
+        w_tile = weight + w_cols.to(tl.int64) * stride_wk + w_rows.to(tl.int64) * stride_wn
+    else:
+        w_cols = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
+        table = lookup(packed, PACKED, ARITHMETIC)
     scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
     rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
     first_row = tl.cast(first_n, tl.int64) + row_offset
@@ -140,22 +155,33 @@ def _linear_forward_kernel(
     # loaded a step before that, or they would wait for it.
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
-        w = _load_weight(w_tile, begin, w_cols, stride_wk, K, DRAW, CUT)
+        w = _load_weight(w_tile, packed, begin, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
         w, rest = perturb_tile(
-            w, scale, rows, first_row, begin + col_offset, stream_id, sample, negate, seed, DTYPE, DRAW
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW),
+            scale,
+            rows,
+            first_row,
+            begin + col_offset,
+            stream_id,
+            sample,
+            negate,
+            seed,
+            DTYPE,
+            DRAW,
         )
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
-        this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, DRAW, CUT)
+        this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
     for k in tl.range(begin, end, BLOCK_K):
         if not AHEAD:
             this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CUT.carry else k
-            this_w = _load_weight(w_tile, this_k, w_cols, stride_wk, K, DRAW, CUT)
+            this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
         x_k = load_step(x, x_tile, k, first_m, x_cols, K, stride_xk, CUT)
         if AHEAD:
             # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
             next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
-            next_w = _load_weight(w_tile, next_k, w_cols, stride_wk, K, DRAW, CUT)
+            next_w = _load_weight(w_tile, packed, next_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+        ready = scales_of(this_w, packed, PACKED)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank
             if not CUT.even:
@@ -167,7 +193,17 @@ def _linear_forward_kernel(
             if DRAW.apart:
                 acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
-            this_w, scale, rows, first_row, this_k + col_offset, stream_id, sample, negate, seed, DTYPE, DRAW
+            weight_of(ready, table, PACKED, DRAW),
+            scale,
+            rows,
+            first_row,
+            this_k + col_offset,
+            stream_id,
+            sample,
+            negate,
+            seed,
+            DTYPE,
+            DRAW,
         )
         if AHEAD:
             this_k, this_w = next_k, next_w

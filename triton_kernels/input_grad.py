@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import CHANGING
+from .packed import load_blocks, lookup, scales_of, weight_of
 from .tile import (
     dot,
     held,
@@ -17,6 +18,7 @@ from .tile import (
     round_to,
     sample_of,
     step_at,
+    weight_blocks,
     weight_cols,
     weight_rows,
 )
@@ -24,17 +26,24 @@ from .tile import (
 
 @triton.jit
 def _load_tile(
-    weight, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K, DRAW: tl.constexpr, CUT: tl.constexpr
-):
-    """Rows n + `rows` of the weight, `held`, and their noise_scale; zeros beyond its edges."""
-    weight += tl.cast(n, tl.int64) * stride_wn
+    weight, packed, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K,
+    PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """Rows n + `rows` of the weight, `held`, or their packed blocks, and their noise_scale; zeros beyond its edges."""
     noise_scale += tl.cast(n, tl.int64) * stride_scale
+    inside = rows < N - n
     if CUT.even:
-        return held(tl.load(weight), DRAW), tl.load(noise_scale)
+        scale = tl.load(noise_scale)
     else:
-        inside = rows < N - n
-        w = tl.load(weight, mask=inside & (cols < K), other=0)
-        return held(w, DRAW), tl.load(noise_scale, mask=inside, other=0)
+        scale = tl.load(noise_scale, mask=inside, other=0)
+    if PACKED is not None:
+        return load_blocks(packed, n, rows, 0, cols, inside & (cols < K), not CUT.even, PACKED), scale
+    else:
+        weight += tl.cast(n, tl.int64) * stride_wn
+        if CUT.even:
+            return held(tl.load(weight), DRAW), scale
+        else:
+            return held(tl.load(weight, mask=inside & (cols < K), other=0), DRAW), scale
 
 
 @triton.jit(
@@ -43,7 +52,8 @@ def _load_tile(
 )
 def _linear_input_grad_kernel(
     grad_y,  # (M, N), or its descriptor
-    weight,  # (N, K)
+    weight,  # (N, K), or None
+    packed,  # packed.Operand, or None
     v,  # (M, r), contiguous; scaling dY lora_B
     lora_A,  # (r, K)
     noise_scale,  # (N,)
@@ -66,6 +76,7 @@ def _linear_input_grad_kernel(
     stride_ar,
     stride_ak,
     stride_scale,
+    PACKED: tl.constexpr,  # packed.Packed, or None
     DRAW: tl.constexpr,  # tile.Drawn
     CUT: tl.constexpr,  # tile.Cut
 ):
@@ -75,7 +86,8 @@ def _linear_input_grad_kernel(
     BLOCK_R: tl.constexpr = CUT.block_r
     MULTIPLE: tl.constexpr = CUT.multiple
     PRECISION: tl.constexpr = CUT.precision
-    DTYPE: tl.constexpr = weight.dtype.element_ty
+    DTYPE: tl.constexpr = weight.dtype.element_ty if PACKED is None else PACKED.target
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
     group, first_m, last_m, first_k = place(M, rows_per_sample, K, BLOCK_K, CUT)
     split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
@@ -111,9 +123,14 @@ def _linear_input_grad_kernel(
         y_tile = grad_y + m[:, None] * stride_ym + y_cols.to(tl.int64) * stride_yn
 
     w_rows = weight_rows(BLOCK_N, DRAW)
-    w_cols = first_k + weight_cols(BLOCK_N, BLOCK_K, DRAW)
     first_col = tl.cast(first_k, tl.int64) + col_offset
-    w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
+    w_tile, table = None, None
+    if PACKED is None:
+        w_cols = first_k + weight_cols(BLOCK_N, BLOCK_K, DRAW)
+        w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
+    else:
+        w_cols = first_k + weight_blocks(BLOCK_N, BLOCK_K, DRAW)
+        table = lookup(packed, PACKED, ARITHMETIC)
     scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
     sample, negate = sample_of(group, sample_offset, DRAW)
     seed = tl.load(seed)
@@ -123,35 +140,84 @@ def _linear_input_grad_kernel(
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
         w, scale = _load_tile(
-            w_tile, scale_tile, begin, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
+            w_tile,
+            packed,
+            scale_tile,
+            begin,
+            w_rows,
+            w_cols,
+            stride_wn,
+            stride_scale,
+            N,
+            K,
+            PACKED,
+            DRAW,
+            CUT,
         )
         w, rest = perturb_tile(
-            w, scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
             DTYPE, DRAW,
         )  # fmt: skip
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
         this_w, scale = _load_tile(
-            w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
+            w_tile,
+            packed,
+            scale_tile,
+            this_n,
+            w_rows,
+            w_cols,
+            stride_wn,
+            stride_scale,
+            N,
+            K,
+            PACKED,
+            DRAW,
+            CUT,
         )
     for n in tl.range(begin, end, BLOCK_N):
         if AHEAD:
             next_n = step_at(n + 2 * BLOCK_N, end, BLOCK_N)
             next_w, next_scale = _load_tile(
-                w_tile, scale_tile, next_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
+                w_tile,
+                packed,
+                scale_tile,
+                next_n,
+                w_rows,
+                w_cols,
+                stride_wn,
+                stride_scale,
+                N,
+                K,
+                PACKED,
+                DRAW,
+                CUT,
             )
         else:
             this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CUT.carry else n
             this_w, scale = _load_tile(
-                w_tile, scale_tile, this_n, w_rows, w_cols, stride_wn, stride_scale, N, K, DRAW, CUT
+                w_tile,
+                packed,
+                scale_tile,
+                this_n,
+                w_rows,
+                w_cols,
+                stride_wn,
+                stride_scale,
+                N,
+                K,
+                PACKED,
+                DRAW,
+                CUT,
             )
+        ready = scales_of(this_w, packed, PACKED)
         y_n = load_step(grad_y, y_tile, n, first_m, y_cols, N, stride_yn, CUT)
         if CUT.carry:
             acc = dot(y_n, in_order(w, DRAW), acc, PRECISION)
             if DRAW.apart:
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
-            this_w, scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
+            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
             seed, DTYPE, DRAW,
         )  # fmt: skip
         if AHEAD:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..core.quantized import QuantizedWeight
 from . import configs
+from .packed import packed_facts
 from .tile import Drawn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,10 +60,20 @@ _thread = threading.local()
 _stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
-def facts(*tensors: Tensor | None) -> tuple[Any, ...]:
+def facts(*tensors: Any) -> tuple[Any, ...]:
     """All of a call's tensors that its tiles and its machine code depend on; the first of them is not None."""
     found: list[Any] = [tensors[0].device.index]
-    found += [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
+    for t in tensors:
+        if isinstance(t, QuantizedWeight):
+            found += (
+                t.packing,
+                *(
+                    p if p is None else (p.dtype, len(p) if p.dim() else 0, p.data_ptr() % 16)
+                    for p in t.parts
+                ),
+            )
+        else:
+            found.append(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16))
     return tuple(found)
 
 
@@ -94,6 +106,12 @@ def instead(do: Callable[[Any, dict[str, Any], Callable[[], Any]], None]) -> Ite
             yield
     finally:
         _thread.instead = before
+
+
+def _address(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.data_ptr()
+    return tuple(map(_address, a)) if isinstance(a, tuple) else a
 
 
 class Kernel:
@@ -134,7 +152,7 @@ class Kernel:
                 self.run = compiled[self.grid]
         else:
             # Addresses: of a tensor the launcher asks the driver whether a GPU can read it.
-            addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in changing]
+            addresses = [_address(a) for a in changing]
             self.run(*addresses, *self.rest, stream=_stream_of(self.index))
 
     def _instead(self, do: Callable[..., None], changing: tuple[Any, ...]) -> None:
@@ -181,15 +199,18 @@ def draw_facts(draw: Any) -> tuple[Any, ...]:
     return draw.noise, draw.antithetic, aligned[draw.noise], draw.tile_bits
 
 
-def drawn(draw: Any, machine: Machine, weight: Tensor, noise_accum: str = "folded") -> Drawn:
+def drawn(draw: Any, machine: Machine, weight: Any, noise_accum: str = "folded") -> Drawn:
+    """draw None: nothing is drawn."""
     paired = machine.arithmetic == "ptx" and weight.dtype == torch.bfloat16 and by_eight(weight)
-    noise, antithetic, aligned, tile_bits = draw_facts(draw)
+    noise, antithetic, aligned, tile_bits = ("none", False, True, 0) if draw is None else draw_facts(draw)
     apart = noise_accum == "split"
     return Drawn(noise, antithetic, aligned, tile_bits, machine.arithmetic, paired, apart)
 
 
-def by_eight(tensor: Tensor) -> bool:
+def by_eight(tensor: Any) -> bool:
     """Eight elements of a row can be loaded at once."""
+    if isinstance(tensor, QuantizedWeight):
+        return tensor.shape[1] % 8 == 0 and packed_facts(tensor).by_blocks
     aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or tensor.shape[0] == 1)
     return tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0 and aligned
 

@@ -1,4 +1,4 @@
-"""out = W + eps, or eps, in one pass."""
+"""out = W + eps, eps, or a packed W, in one pass."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
-from .tile import held, perturb_tile, sample_of, weight_cols, weight_rows
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
+from .tile import held, let_go, perturb_tile, round_to, sample_of, weight_blocks, weight_cols, weight_rows
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=["seed"])
 def _perturb_kernel(
     weight,  # (N, K), or None
+    packed,  # packed.Operand, or None
     noise_scale,  # (N,)
     seed,
     out,  # (N, K)
@@ -31,6 +34,7 @@ def _perturb_kernel(
     stride_on,
     stride_ok,
     HAS_WEIGHT: tl.constexpr,
+    PACKED: tl.constexpr,  # packed.Packed, or None
     DRAW: tl.constexpr,
     EVEN: tl.constexpr,  # TOGETHER * BLOCK_K divides K
     MULTIPLE: tl.constexpr,  # as in the forward kernel
@@ -49,9 +53,16 @@ def _perturb_kernel(
     DTYPE: tl.constexpr = out.dtype.element_ty
     rows = first_n + weight_rows(BLOCK_N, DRAW)
     cols = weight_cols(BLOCK_N, BLOCK_K, DRAW)
-    n = tl.minimum(rows, N - 1).to(tl.int64)
-    scale = tl.load(noise_scale + n * stride_scale)
-    seed = tl.load(seed)
+    n32 = tl.minimum(rows, N - 1)
+    n = n32.to(tl.int64)
+    ARITHMETIC: tl.constexpr = DRAW.arithmetic
+    scale = None
+    if DRAW.noise != "none":
+        scale = tl.load(noise_scale + n * stride_scale)
+        seed = tl.load(seed)
+    if PACKED is not None and PACKED.by_blocks:
+        blocks = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
+        table = lookup(packed, PACKED, ARITHMETIC)
     sample, negate = sample_of(sample_offset, 0, DRAW)
     row_offset = tl.cast(row_offset, tl.int64)
     first_col = tl.cast(col_offset, tl.int64)
@@ -66,39 +77,55 @@ def _perturb_kernel(
         for part in tl.static_range(TOGETHER):
             k = first_k + part * BLOCK_K
             k_long = tl.cast(k, tl.int64)
-            if not HAS_WEIGHT:
+            if PACKED is not None:
+                if PACKED.by_blocks:
+                    word, q_scale, nested = load_blocks(
+                        packed, 0, n32, k, blocks, blocks < K - k, not EVEN, PACKED
+                    )
+                    w = decoded(word, scale_of(q_scale, nested, packed), table, PACKED, ARITHMETIC, DRAW.paired)
+                else:
+                    w = round_to(values_at(packed, n32, tl.minimum(k + cols, K - 1), PACKED), DTYPE)
+            elif not HAS_WEIGHT:
                 w = tl.zeros([rows.shape[0], cols.shape[1]], DTYPE)
             elif EVEN:
                 w = tl.load(w_tile + k_long * stride_wk)
             else:
                 w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
-            w, _ = perturb_tile(
-                held(w, DRAW), scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample,
-                negate, seed, DTYPE, DRAW,
-            )  # fmt: skip
+            if PACKED is None or not PACKED.by_blocks:
+                w = held(w, DRAW)
+            if DRAW.noise == "none":
+                w = let_go(w, DRAW)
+            else:
+                w, _ = perturb_tile(
+                    w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample,
+                    negate, seed, DTYPE, DRAW,
+                )  # fmt: skip
             tl.store(out_tile + k_long * stride_ok, w, mask=inside if EVEN else inside & (cols < K - k))
 
 
-def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
+def _prepare(weight: Any, draw: Any, out: Tensor) -> Kernel:
     N, K = out.shape
     machine = machine_of(out)
     regular = by_eight(out) and (weight is None or by_eight(weight))
     config = configs.PERTURB if regular else configs.PERTURB_RAGGED
-    if regular and draw.noise == "near_gaussian":
+    noise = "none" if draw is None else draw.noise
+    dense = None if isinstance(weight, QuantizedWeight) else weight
+    if regular and noise == "near_gaussian":
         config = configs.PERTURB_UNITS
-    if not regular and draw.noise == "hadamard":
+    if not regular and noise == "hadamard":
         config = configs.PERTURB_RAGGED_WALSH
     if machine.architecture == "interpreter":
         config = configs.PERTURB_INTERPRETER
     rest = {
         "N": N,
         "K": K,
-        "stride_wn": 0 if weight is None else weight.stride(0),
-        "stride_wk": 0 if weight is None else weight.stride(1),
-        "stride_scale": draw.noise_scale.stride(0),
+        "stride_wn": 0 if dense is None else dense.stride(0),
+        "stride_wk": 0 if dense is None else dense.stride(1),
+        "stride_scale": 0 if draw is None else draw.noise_scale.stride(0),
         "stride_on": out.stride(0),
         "stride_ok": out.stride(1),
-        "HAS_WEIGHT": weight is not None,
+        "HAS_WEIGHT": dense is not None,
+        "PACKED": None if dense is weight else packed_facts(weight),
         "DRAW": drawn(draw, machine, out if weight is None else weight),
         "EVEN": K % (config.together * config.block_k) == 0,
         "MULTIPLE": 8 if regular else 1,
@@ -112,10 +139,18 @@ def _prepare(weight: Tensor | None, draw: Any, out: Tensor) -> Kernel:
     return Kernel(_perturb_kernel, grid, out, rest, {"num_warps": config.num_warps})
 
 
-def perturb(weight: Tensor | None, draw: Any, out: Tensor) -> None:
-    """out = weight + eps, or eps where `weight` is None; both (N, K), N, K > 0, of one type."""
-    kernel = prepared(_prepare, (*facts(out, weight, draw.noise_scale), *draw_facts(draw)), weight, draw, out)
-    kernel(
-        weight, draw.noise_scale, draw.seed, out,
-        draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset,
-    )  # fmt: skip
+def perturb(weight: Any, draw: Any, out: Tensor) -> None:
+    """out = weight + eps, or eps where `weight` is None, or a packed weight where `draw` is; both (N, K), N, K > 0, of
+    one type."""
+    packed = None
+    if draw is None:
+        key, noise = facts(out, weight), (None, None, 0, 0, 0, 0)
+    else:
+        key = (*facts(out, weight, draw.noise_scale), *draw_facts(draw))
+        noise = (
+            draw.noise_scale, draw.seed, draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset
+        )  # fmt: skip
+    kernel = prepared(_prepare, key, weight, draw, out)
+    if isinstance(weight, QuantizedWeight):
+        weight, packed = None, operand(weight)
+    kernel(weight, packed, *noise[:2], out, *noise[2:])

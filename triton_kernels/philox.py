@@ -251,7 +251,7 @@ def hadamard(
 
 
 @triton.jit
-def _in_turn(w0, w1, w2, w3):
+def in_turn(w0, w1, w2, w3):
     """(R, 4 C) of four tensors (R, C): their values in turn."""
     return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [w0.shape[0], 4 * w0.shape[1]])
 
@@ -264,7 +264,7 @@ def near_gaussian_words(pairs, units, stream, sample, seed, ARITHMETIC: tl.const
     """
     l0, l1, l2, l3 = philox(units, pairs, stream, sample, seed, ARITHMETIC)
     r0, r1, r2, r3 = philox(units + 1, pairs, stream, sample, seed, ARITHMETIC)
-    return _in_turn(l0, l1, l2, l3), _in_turn(r0, r1, r2, r3)
+    return in_turn(l0, l1, l2, l3), in_turn(r0, r1, r2, r3)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.quantized import QuantizedWeight
 from . import configs
 from .forward import _linear_forward_kernel
 from .input_grad import _linear_input_grad_kernel
@@ -25,11 +26,12 @@ from .launch import (
     prepared,
     rank_block,
 )
+from .packed import operand, packed_facts
 from .split import add_splits
 from .tile import Cut
 
 
-def makes_u(x: Tensor, weight: Tensor, rank: int, samples: int) -> bool:
+def makes_u(x: Tensor, weight: Any, rank: int, samples: int) -> bool:
     """Whether the forward had better make u itself: so few rows that a launch saved is more than A read again."""
     few = 0 < x.shape[0] <= configs.U_ROWS * samples and 0 < weight.numel() <= configs.U_WEIGHT
     if not (few and 0 < rank <= configs.U_RANK):
@@ -47,6 +49,7 @@ def _prepare(
 ) -> tuple[Plan, Kernel]:
     N, K = p.weight.shape
     rank = 0 if p.lora is None else p.lora.shape[1]
+    packs = isinstance(p.weight, QuantizedWeight)
     cut = plan(p, draw.samples, noise_accum, workspace, precision)
     config = cut.config
     block_n, block_k = config.block_out, config.block_in
@@ -59,8 +62,9 @@ def _prepare(
         "rank": rank,
         "rows_per_sample": cut.rows_per_sample,
         "steps_per_split": cut.steps_per_split,
-        **_strides(p.weight, "stride_wn", "stride_wk"),
+        **_strides(None if packs else p.weight, "stride_wn", "stride_wk"),
         **_strides(draw.noise_scale, "stride_scale"),
+        "PACKED": packed_facts(p.weight) if packs else None,
         "DRAW": drawn(draw, cut.machine, p.weight, noise_accum),
         "CUT": Cut(
             block_m=config.block_m,
@@ -113,14 +117,18 @@ def product(
     if lora_A is not None:
         u = a.new_empty((M, lora_A.shape[0]))
         u_partial = u if splits == 1 else a.new_empty((splits, *u.shape), dtype=torch.float32)
+    packed = None
+    if isinstance(weight, QuantizedWeight):
+        weight, packed = None, operand(weight)
     first = a if cut.box is None else descriptor(a, cut.box)
     noise = (draw.stream, draw.sample_offset, draw.row_offset, draw.col_offset)
     if input_grad:
-        kernel(first, weight, u, lora, draw.noise_scale, draw.seed, partial, *noise)
+        kernel(first, weight, packed, u, lora, draw.noise_scale, draw.seed, partial, *noise)
     else:
         kernel(
             first,
             weight,
+            packed,
             u_partial,
             lora_A,
             lora,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block
-from .tile import dot, to_float
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
+from .tile import dot, round_to, to_float
 
 
 @triton.jit
@@ -31,7 +35,8 @@ def _load_A(lora_A, r, cols, rank, K, stride_ar, stride_ak, EVEN: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["scaling"])
 def _row_sq_norms_kernel(
-    weight,  # (N, K)
+    weight,  # (N, K), or None
+    packed,  # packed.Operand, or None
     lora_A,  # (r, K)
     lora_B,  # (N, r)
     out,  # (N,) float32
@@ -45,6 +50,7 @@ def _row_sq_norms_kernel(
     stride_ak,
     stride_bn,
     stride_br,
+    PACKED: tl.constexpr,  # packed.Packed, or None
     ARITHMETIC: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_R: tl.constexpr,  # 0 = no adapter
@@ -57,14 +63,30 @@ def _row_sq_norms_kernel(
     K = K // MULTIPLE * MULTIPLE
     stride_wn = stride_wn // MULTIPLE * MULTIPLE
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    n32 = tl.minimum(offs_n, N - 1)
+    n = n32.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    w_tile = weight + offs_k[None, :].to(tl.int64) * stride_wk + n[:, None] * stride_wn
+    if PACKED is None:
+        w_tile = weight + offs_k[None, :].to(tl.int64) * stride_wk + n[:, None] * stride_wn
+    elif PACKED.by_blocks:
+        blocks = 8 * tl.arange(0, BLOCK_K // 8)[None, :]
+        table = lookup(packed, PACKED, ARITHMETIC)
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if BLOCK_R > 0 and not LONG_R:
         B = _load_B(lora_B, n, 0, rank, stride_bn, stride_br, BLOCK_R)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN:
+        if PACKED is not None:
+            if PACKED.by_blocks:
+                word, scale, nested = load_blocks(
+                    packed, 0, n32[:, None], k, blocks, blocks < K - k, not EVEN, PACKED
+                )
+                w = decoded(word, scale_of(scale, nested, packed), table, PACKED, ARITHMETIC, False)
+            else:
+                cols = tl.minimum(k + offs_k[None, :], K - 1)
+                w = round_to(values_at(packed, n32[:, None], cols, PACKED), PACKED.target)
+            if not EVEN:
+                w = tl.where(offs_k[None, :] < K - k, w, 0)
+        elif EVEN:
             w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk)
         else:
             w = tl.load(w_tile + tl.cast(k, tl.int64) * stride_wk, mask=offs_k[None, :] < K - k, other=0)
@@ -87,9 +109,11 @@ def _row_sq_norms_kernel(
     tl.store(out + offs_n, tl.sum(squares, axis=1), mask=offs_n < N)
 
 
-def _prepare(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Kernel:
+def _prepare(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None) -> Kernel:
     N, K = weight.shape
     rank = 0 if lora_A is None else lora_A.shape[0]
+    packs = isinstance(weight, QuantizedWeight)
+    like = weight.parts.codes if packs else weight
     config = configs.ROW_NORMS
     if rank:
         long = rank > rank_block(rank) or lora_A.dtype == torch.float32
@@ -98,13 +122,14 @@ def _prepare(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Ke
         "N": N,
         "K": K,
         "rank": rank,
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
+        "stride_wn": 0 if packs else weight.stride(0),
+        "stride_wk": 0 if packs else weight.stride(1),
         "stride_ar": 0 if lora_A is None else lora_A.stride(0),
         "stride_ak": 0 if lora_A is None else lora_A.stride(1),
         "stride_bn": 0 if lora_B is None else lora_B.stride(0),
         "stride_br": 0 if lora_B is None else lora_B.stride(1),
-        "ARITHMETIC": machine_of(weight).arithmetic,
+        "PACKED": packed_facts(weight) if packs else None,
+        "ARITHMETIC": machine_of(like).arithmetic,
         "EVEN": K % config.block_k == 0,
         "BLOCK_R": rank_block(rank),
         "LONG_R": rank > rank_block(rank),
@@ -114,12 +139,15 @@ def _prepare(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Ke
         "BLOCK_K": config.block_k,
     }
     grid = (triton.cdiv(N, config.block_n),)
-    return Kernel(_row_sq_norms_kernel, grid, weight, rest, {"num_warps": config.num_warps})
+    return Kernel(_row_sq_norms_kernel, grid, like, rest, {"num_warps": config.num_warps})
 
 
-def row_sq_norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
-    """(N,) float32 of weight (N, K), lora_A (r, K) and lora_B (N, r); the latter two of one type, or None."""
+def row_sq_norms(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+    """(N,) float32 of weight (N, K), packed or not, lora_A (r, K) and lora_B (N, r), both of one type or None."""
     out = weight.new_empty(weight.shape[0], dtype=torch.float32)
     kernel = prepared(_prepare, facts(weight, lora_A, lora_B), weight, lora_A, lora_B)
-    kernel(weight, lora_A, lora_B, out, scaling)
+    packed = None
+    if isinstance(weight, QuantizedWeight):
+        weight, packed = None, operand(weight)
+    kernel(weight, packed, lora_A, lora_B, out, scaling)
     return out

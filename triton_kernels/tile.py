@@ -53,7 +53,7 @@ class Cut:
 
 
 # The interpreter multiplies bfloat16 as if it were integers, and cuts where it should round.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Two bfloat16 of one register; the compiler's own conversion takes three instructions. The first result is written
 # before the operand is read for the last time.
@@ -86,7 +86,7 @@ def held(w, DRAW: tl.constexpr):
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """float32 to `DTYPE`, to the nearest."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32)
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
@@ -96,7 +96,7 @@ def round_to(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == tl.float32 and PRECISION == "ieee":
         # Summed from zero in each step: one chain of multiply-adds through the whole contraction lost five times as
@@ -144,7 +144,7 @@ def loads_ahead():
     """Whether loops that carry a tile load the weight one step earlier still: on Hopper, whose tensor cores would wait
     for it. That takes registers, which sm_80 and sm_120 do not have, and instructions, which nothing shows to pay on
     sm_100 and AMD."""
-    return _INTERPRETED.value or (cuda_capability_geq(9) and not cuda_capability_geq(10))
+    return INTERPRETED.value or (cuda_capability_geq(9) and not cuda_capability_geq(10))
 
 
 @triton.jit
@@ -194,6 +194,15 @@ def weight_cols(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DRAW: tl.constexpr
 
 
 @triton.jit
+def weight_blocks(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DRAW: tl.constexpr):
+    """The first of each eight columns of `weight_cols`, which are eight in a row."""
+    if DRAW.noise == "near_gaussian" and DRAW.aligned:
+        return 16 * tl.arange(0, BLOCK_K // 16)[None, :] + tl.arange(0, 2 * BLOCK_N)[:, None] // BLOCK_N * 8
+    else:
+        return 8 * tl.arange(0, BLOCK_K // 8)[None, :]
+
+
+@triton.jit
 def _rounded(x, DTYPE: tl.constexpr, DRAW: tl.constexpr):
     """x rounded, and where noise stays apart what that leaves, rounded as well."""
     high = round_to(x, DTYPE)
@@ -225,6 +234,12 @@ def _from_pairs(x):
     low = x.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (x >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.join(low, high), [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def let_go(w, DRAW: tl.constexpr):
+    """A tile that was `held`, as it is."""
+    return _from_pairs(w) if DRAW.paired else w
 
 
 @triton.jit

@@ -1,0 +1,376 @@
+"""Values of a packed weight (flatlora_kernels/core/quantized.py) inside a kernel: the one place that knows formats.
+
+`values_at` takes every `Packing`, at any rows and columns, an element at a time. Where `PACKED.by_blocks`, the codes of
+eight columns are one word: `load_blocks` brings it with its scale, `decoded` makes a tile of the words.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+from .philox import in_turn
+from .tile import INTERPRETED, round_to
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """All of a packing that machine code depends on: the constant `PACKED`; None = the weight is not packed."""
+
+    bits: int
+    number: str
+    high_first: bool
+    block: int  # flat scales whose blocks may cross rows; else 0, and they are a matrix
+    block_rows: int
+    block_cols: int  # 0 = one block has all columns
+    nested_block: int  # 0 = `nested` is one number
+    post: float
+    zero_bits: int
+    zero_plus: int
+    difference: tl.dtype
+    own: tl.dtype  # of its owner's dequantisation
+    target: tl.dtype
+    by_blocks: bool
+
+
+class Operand(NamedTuple):
+    """A packed weight as kernels take it: the parameter `packed`, which selects no machine code by its values."""
+
+    codes: Any
+    table: Any
+    scale: Any
+    scale_table: Any
+    nested: Any
+    offset: Any
+    zero: Any
+    row_bits: Any
+    col_bits: Any
+    row_scales: Any
+    col_scales: Any
+    row_zeros: Any
+    col_zeros: Any
+    row: int  # the view's first, and first column
+    col: int
+    width: int
+    scale_stride: int
+    last: int  # byte of codes, and of zeros
+    last_zero: int
+
+
+@functools.lru_cache(1024)
+def _facts(p: Any, flat: bool, plain: bool, aligned: bool) -> tuple[Packed, int]:
+    """`Packed`, and the stride of scales. plain: without zeros. aligned: the codes are, to eight bytes."""
+    block, rows, cols, stride = p.block, p.block_rows, p.block_cols, p.scale_stride
+    if block and p.width % block == 0:
+        block, rows, cols, stride = 0, 1, p.block, p.width // p.block
+    if not block and p.col + p.K <= cols:
+        cols = 0
+    known = p.bits == 4 or p.number != "table"
+    by_blocks = flat and plain and aligned and known and p.bits in (4, 8)
+    by_blocks = by_blocks and p.width % 8 == p.col % 8 == block % 8 == cols % 8 == 0
+    found = Packed(
+        p.bits, p.number, p.high_first, block, rows, cols,
+        p.nested_block if p.nested_block < 1 << 31 else 0, p.post, p.zero_bits, p.zero_plus,
+        _TYPES[p.difference], _TYPES.get(p.dtype, tl.float32), _TYPES[p.target], by_blocks,
+    )  # fmt: skip
+    return found, stride
+
+
+def fuses(p: Any) -> bool:
+    """Whether fused products take this packing: words of eight columns, decoded in registers."""
+    flat = p.width > 0
+    plain = p.zero_bits == 0 and p.difference == torch.float32
+    return flat and plain and _facts(p, True, True, True)[0].by_blocks
+
+
+def packed_facts(weight: Any) -> Packed:
+    p, t = weight.packing, weight.parts
+    return _facts(p, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)[0]
+
+
+def operand(weight: Any) -> Operand:
+    p, t = weight.packing, weight.parts
+    stride = _facts(p, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)[1]
+    return Operand(
+        *t, p.row, p.col, p.width, stride, t.codes.numel() - 1, 0 if t.zero is None else t.zero.numel() - 1
+    )
+
+
+# --- An element at a time ---
+
+
+@triton.jit
+def _codes_at(codes, bits, last, WIDTH: tl.constexpr):
+    """Codes of WIDTH bits at these bit addresses; bytes are little-endian."""
+    byte = bits >> 3
+    word = tl.load(codes + byte).to(tl.int32)
+    if WIDTH == 3:  # may lie in two bytes
+        word = word | (tl.load(codes + tl.minimum(byte + 1, last)).to(tl.int32) << 8)
+    return (word >> (bits & 7).to(tl.int32)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def _scale_index(packed, rows, n, cols, k, PACKED: tl.constexpr):
+    """Of rows n + `rows` and columns k + `cols` of what was packed, int64.
+
+    n and k are scalars, and what does not depend on them is by itself, so that a loop computes it once.
+    """
+    if PACKED.block > 0:
+        index = (rows.to(tl.int64) * packed.width + cols) + (n.to(tl.int64) * packed.width + k)
+        return (index.to(tl.uint64) // PACKED.block).to(tl.int64)
+    else:
+        if PACKED.block_rows > 1:
+            index = ((rows + n).to(tl.uint32) // PACKED.block_rows).to(tl.int64) * packed.scale_stride
+        else:
+            index = rows.to(tl.int64) * packed.scale_stride + n.to(tl.int64) * packed.scale_stride
+        if PACKED.block_cols > 0:
+            index = index + ((cols + k).to(tl.uint32) // PACKED.block_cols).to(tl.int64)
+        return index
+
+
+@triton.jit
+def scale_of(scale, nested, packed):
+    """float32 of what lies at a scale's index."""
+    if packed.scale_table is None:
+        scale = scale.to(tl.float32)
+    else:
+        scale = tl.load(packed.scale_table + scale.to(tl.int32))
+        if packed.nested is not None:
+            scale = scale * nested
+        if packed.offset is not None:
+            scale = scale + tl.load(packed.offset)
+    return scale
+
+
+@triton.jit
+def _nested_at(packed, index, PACKED: tl.constexpr):
+    if packed.nested is None:
+        return None
+    elif PACKED.nested_block == 0:
+        return tl.load(packed.nested)
+    else:
+        return tl.load(packed.nested + (index.to(tl.uint64) // PACKED.nested_block).to(tl.int64))
+
+
+@triton.jit
+def values_at(packed, rows, cols, PACKED: tl.constexpr):
+    """float32 of rows `rows` and columns `cols` of the view, which lie inside it and broadcast."""
+    n = rows + packed.row
+    k = cols + packed.col
+    if packed.row_bits is None:
+        i = n.to(tl.int64) * packed.width + k
+        bits = i * PACKED.bits
+        if PACKED.high_first:
+            bits = (i ^ 1) * PACKED.bits
+        nought = tl.cast(0, tl.int32)
+        index = _scale_index(packed, n, nought, k, nought, PACKED)
+    else:
+        bits = tl.load(packed.row_bits + n) + tl.load(packed.col_bits + k)
+        index = tl.load(packed.row_scales + n) + tl.load(packed.col_scales + k)
+    v = tl.load(packed.table + _codes_at(packed.codes, bits, packed.last, PACKED.bits))
+    if PACKED.zero_bits > 0:
+        places = tl.load(packed.row_zeros + n) + tl.load(packed.col_zeros + k)
+        zero = _codes_at(packed.zero, places, packed.last_zero, PACKED.zero_bits) + PACKED.zero_plus
+        v = v - zero.to(tl.float32)
+    elif packed.zero is not None:
+        v = v - tl.load(packed.zero + index).to(tl.float32)
+    v = round_to(v, PACKED.difference).to(tl.float32)
+    v = v * scale_of(tl.load(packed.scale + index), _nested_at(packed, index, PACKED), packed)
+    if PACKED.post != 1.0:
+        v = v * PACKED.post
+    return round_to(v, PACKED.own).to(tl.float32)
+
+
+# --- Eight columns at a time ---
+
+# The value of a 16-entry table that this lane holds, and of a word the values that its eight codes have. The index of a
+# shuffle is the low four bits, so that codes need no mask.
+_OF_LANE_PTX = tl.constexpr(
+    """{
+    .reg .b32 lane;
+    .reg .b64 at;
+    mov.u32 lane, %laneid;
+    and.b32 lane, lane, 15;
+    mad.wide.u32 at, lane, 4, $1;
+    ld.global.nc.b32 $0, [at];
+    }"""
+)
+LOOKUP_PTX = tl.constexpr(
+    "{ .reg .b32 code; shfl.sync.idx.b32 $0, $9, $8, 0x100f, -1;"
+    + "".join(
+        f" shr.u32 code, $8, {4 * i}; shfl.sync.idx.b32 ${i}, $9, code, 0x100f, -1;" for i in range(1, 8)
+    )
+    + " }"
+)
+# The four e4m3 of a word, by way of float16, which holds them exactly.
+_E4M3_PTX = tl.constexpr(
+    """{
+    .reg .b16 low, high, a, b;
+    .reg .b32 pair;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 pair, low;
+    mov.b32 {a, b}, pair;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.rn.f16x2.e4m3x2 pair, high;
+    mov.b32 {a, b}, pair;
+    cvt.f32.f16 $2, a;
+    cvt.f32.f16 $3, b;
+    }"""
+)
+_PAIR_PTX = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+
+
+@triton.jit
+def lookup(packed, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """What `decoded` looks codes up in: on NVIDIA the lanes of a warp, which hold a value each."""
+    if PACKED.bits == 4 and ARITHMETIC == "ptx" and not INTERPRETED:
+        address = packed.table.to(tl.int64)
+        return tl.inline_asm_elementwise(_OF_LANE_PTX, "=f,l", [address], tl.float32, is_pure=True, pack=1)
+    else:
+        return packed.table
+
+
+@triton.jit
+def load_blocks(packed, n, rows, k, blocks, inside, MASKED: tl.constexpr, PACKED: tl.constexpr):
+    """Codes, scales and their nested scales of eight columns each: rows n + `rows` (R, 1) of the view, and columns
+    from k + `blocks` (1 or R, C) on, multiples of 8; n and k are scalars.
+
+    inside: where they are read, with MASKED; elsewhere the values are finite.
+    """
+    rows += packed.row
+    cols = blocks + packed.col
+    WORD: tl.constexpr = tl.uint32 if PACKED.bits == 4 else tl.uint64
+    width = packed.width // 8
+    n, k = tl.cast(n, tl.int32), tl.cast(k, tl.int32)
+    codes = packed.codes.to(tl.pointer_type(WORD)) + (rows.to(tl.int64) * width + cols // 8)
+    codes += n.to(tl.int64) * width + k // 8
+    index = _scale_index(packed, rows, n, cols, k, PACKED)
+    if MASKED:
+        word = tl.load(codes, mask=inside, other=0)
+        scale = tl.load(packed.scale + index, mask=inside, other=0)
+    else:
+        word = tl.load(codes)
+        scale = tl.load(packed.scale + index)
+    return word, scale, _nested_at(packed, index, PACKED)
+
+
+@triton.jit
+def _number(word, PLACE: tl.constexpr, PACKED: tl.constexpr):
+    """float32 of byte PLACE of a word of 32 bits."""
+    top = word << (24 - 8 * PLACE)
+    if PACKED.number == "int8":
+        return (top.to(tl.int32, bitcast=True) >> 24).to(tl.float32)
+    elif PACKED.number == "uint":
+        return (top >> 24).to(tl.float32)
+    elif PACKED.number == "e4m3":
+        small = ((top & 0x80000000) | ((top >> 4) & 0x07F00000)).to(tl.float32, bitcast=True)
+        value = small * 1.329227995784916e36  # 2^120, because the exponent of this is too small by so much
+        return tl.where((top & 0x7F000000) == 0x7F000000, float("nan"), value)
+    else:
+        tl.static_assert(PACKED.number == "e5m2")
+        return ((top >> 16) & 0xFF00).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.constexpr_function
+def _converts_e4m3(arithmetic):
+    return arithmetic == "ptx" and not INTERPRETED.value and cuda_capability_geq(8, 9)
+
+
+@triton.jit
+def _four(word, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """float32 of the bytes of words of 32 bits."""
+    if PACKED.number == "e4m3" and _converts_e4m3(ARITHMETIC):
+        return tl.inline_asm_elementwise(
+            _E4M3_PTX, "=&f,=&f,=&f,=&f,r", [word], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return _number(word, 0, PACKED), _number(word, 1, PACKED), _number(word, 2, PACKED), _number(word, 3, PACKED)
+
+
+@triton.jit
+def _eight(word, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """float32 of the eight codes of words."""
+    if PACKED.bits == 8:
+        v0, v1, v2, v3 = _four(word.to(tl.uint32), PACKED, ARITHMETIC)
+        v4, v5, v6, v7 = _four((word >> 32).to(tl.uint32), PACKED, ARITHMETIC)
+    elif ARITHMETIC == "ptx" and not INTERPRETED:
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            LOOKUP_PTX, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f", [word, table],
+            (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        v0, v1 = tl.load(table + (word & 15)), tl.load(table + ((word >> 4) & 15))
+        v2, v3 = tl.load(table + ((word >> 8) & 15)), tl.load(table + ((word >> 12) & 15))
+        v4, v5 = tl.load(table + ((word >> 16) & 15)), tl.load(table + ((word >> 20) & 15))
+        v6, v7 = tl.load(table + ((word >> 24) & 15)), tl.load(table + (word >> 28))
+    if PACKED.bits == 4 and PACKED.high_first:
+        return v1, v0, v3, v2, v5, v4, v7, v6
+    else:
+        return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _scaled(v, scale, PACKED: tl.constexpr):
+    v = v * scale
+    if PACKED.post != 1.0:
+        v = v * PACKED.post
+    if PACKED.own != PACKED.target:
+        v = round_to(v, PACKED.own).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _pair(left, right):
+    return tl.inline_asm_elementwise(_PAIR_PTX, "=r,f,f", [left, right], tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def decoded(word, scale, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr, PAIRED: tl.constexpr):
+    """The tile of words and their scales in float32, (R, 8 C) in the weight's type; PAIRED: as `tile.held` has it."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = _eight(word, table, PACKED, ARITHMETIC)
+    v0, v1, v2, v3 = (
+        _scaled(v0, scale, PACKED),
+        _scaled(v1, scale, PACKED),
+        _scaled(v2, scale, PACKED),
+        _scaled(v3, scale, PACKED),
+    )
+    v4, v5, v6, v7 = (
+        _scaled(v4, scale, PACKED),
+        _scaled(v5, scale, PACKED),
+        _scaled(v6, scale, PACKED),
+        _scaled(v7, scale, PACKED),
+    )
+    if PAIRED:
+        return in_turn(_pair(v0, v1), _pair(v2, v3), _pair(v4, v5), _pair(v6, v7))
+    else:
+        v = tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
+        return round_to(tl.reshape(v, [word.shape[0], 8 * word.shape[1]]), PACKED.target)
+
+
+@triton.jit
+def scales_of(loaded, packed, PACKED: tl.constexpr):
+    """What a product's loop has loaded, with its scales looked up: that is a load again, to be begun early."""
+    if PACKED is None:
+        return loaded
+    else:
+        return loaded[0], scale_of(loaded[1], loaded[2], packed)
+
+
+@triton.jit
+def weight_of(loaded, table, PACKED: tl.constexpr, DRAW: tl.constexpr):
+    """The tile of the weight, `held`, of what `scales_of` gives."""
+    if PACKED is None:
+        return loaded
+    else:
+        return decoded(loaded[0], loaded[1], table, PACKED, DRAW.arithmetic, DRAW.paired)
