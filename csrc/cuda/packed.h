@@ -91,99 +91,103 @@ FLATLORA_DEVICE float packed_value(const Packed& packed, int64_t n, int64_t k) {
   return rounded_to(p.dtype, v);
 }
 
-// --- Rows of 4 or 8 bits whose chunks are whole words with one scale ---
+// --- Rows of 4 or 8 bits whose chunks are 4 or 8 whole bytes with one scale ---
 
 struct PackedRows {
   const uint8_t* codes;  // of the view's first element
-  int64_t row_bytes, bits;
-  uint32_t first, second;  // selectors that put the codes of a word in the order of columns
+  int64_t row_bytes, bits, high_first;
   const float* table;
-  const void* scale;
-  int64_t row, col, scale_dtype, scale_stride, row_shift, col_shift, nested_shift;
+  const uint8_t* scale;
+  uint32_t row, col, scale_stride, row_shift, col_shift, nested_shift;
+  uint32_t size_shift, scales;  // of a scale in bytes; as many of them as the view may read
+  int64_t scale_dtype, dtype;
   const float *scale_table, *nested, *offset;
-  int64_t dtype;
   float post;
 };
 
-// What a chunk is made of, as it comes from memory.
+// What a chunk is made of.
 struct PackedChunk {
   uint32_t codes[2];
-  uint32_t scale;  // bits
+  uint32_t scale;  // its bits are the low ones
   float nested;
 };
 
-// `table` and, behind it, `scale_table` in shared memory.
-constexpr int kPackedTable = 1024, kPackedTables = 2 * kPackedTable;
+// Of the code, or for 4 bits of a byte's two codes in the order of their columns.
+constexpr int kPackedTable = 2048;
 
-// Before any thread decodes.
-FLATLORA_DEVICE void load_tables(const PackedRows& p, gpu::Shared tables, int threads) {
+// Before any thread decodes, and a barrier behind it.
+template <int kBits>
+FLATLORA_DEVICE void load_table(const PackedRows& p, gpu::Shared table, int threads) {
   FLATLORA_NO_UNROLL
-  for (int i = gpu::thread(); i < 1 << int(p.bits); i += threads)
-    gpu::store_shared(tables + 4 * i, gpu::load_global<float>(p.table + i));
-  if (p.scale_table != nullptr) {
-    FLATLORA_NO_UNROLL
-    for (int i = gpu::thread(); i < 256; i += threads)
-      gpu::store_shared(tables + kPackedTable + 4 * i, gpu::load_global<float>(p.scale_table + i));
+  for (int i = gpu::thread(); i < 256; i += threads) {
+    if constexpr (kBits == 8) {
+      gpu::store_shared(table + 4 * i, gpu::load_global<uint32_t>(p.table + i));
+    } else {
+      const int low = i & 15, high = i >> 4;
+      const uint32_t first = gpu::load_global<uint32_t>(p.table + (p.high_first ? high : low));
+      const uint32_t second = gpu::load_global<uint32_t>(p.table + (p.high_first ? low : high));
+      gpu::store_shared(table + 8 * i, gpu::Words<2>{{first, second}});
+    }
   }
 }
 
-// The index of the scale of element (n, k) of the view.
-FLATLORA_DEVICE int64_t scale_index(const PackedRows& p, int64_t n, int64_t k) {
-  return ((n + p.row) >> p.row_shift) * p.scale_stride + ((k + p.col) >> p.col_shift);
+FLATLORA_DEVICE uint32_t scale_row(const PackedRows& p, uint32_t n) {
+  return ((n + p.row) >> p.row_shift) * p.scale_stride;
 }
-FLATLORA_DEVICE void load_scale(PackedChunk& c, const PackedRows& p, int64_t index) {
-  c.nested = 1.0f;
-  if (p.scale_dtype == int64_t(DType::kByte)) {
-    c.scale = gpu::load_global<uint8_t>(static_cast<const uint8_t*>(p.scale) + index);
-    if (p.nested != nullptr) c.nested = gpu::load_global<float>(p.nested + (index >> p.nested_shift));
-  } else if (p.scale_dtype == int64_t(DType::kFloat32)) {
-    c.scale = gpu::load_global<uint32_t>(static_cast<const float*>(p.scale) + index);
-  } else {
-    c.scale = gpu::load_global<uint16_t>(static_cast<const uint16_t*>(p.scale) + index);
-  }
-}
-FLATLORA_DEVICE float scale_of(const PackedChunk& c, const PackedRows& p, gpu::Shared tables) {
-  if (p.scale_dtype == int64_t(DType::kByte)) {
-    const float scale = gpu::load_shared<float>(tables + kPackedTable + 4 * c.scale) * c.nested;
-    return p.offset == nullptr ? scale : scale + gpu::load_global<float>(p.offset);
-  }
-  if (p.scale_dtype == int64_t(DType::kFloat32)) return as_float(c.scale);
-  if (p.scale_dtype == int64_t(DType::kBFloat16)) return as_float(c.scale << 16);
-  return gpu::f16_to_float(uint16_t(c.scale));
-}
+FLATLORA_DEVICE uint32_t scale_col(const PackedRows& p, uint32_t k) { return (k + p.col) >> p.col_shift; }
 
-// From `codes`, which `bits` says are one word or two.
-FLATLORA_DEVICE void load_codes(PackedChunk& c, const PackedRows& p, const uint8_t* codes) {
-  if (p.bits == 4) {
-    c.codes[0] = gpu::load_global<uint32_t>(codes);
-    c.codes[1] = 0;
-  } else {
+// The chunk at `codes`, in registers.
+template <int kBits>
+FLATLORA_DEVICE PackedChunk load_packed(const PackedRows& p, const uint8_t* codes, uint32_t index) {
+  PackedChunk c = {};
+  if constexpr (kBits == 8) {
     const auto words = gpu::load_global<gpu::Words<2>>(codes);
     c.codes[0] = words.v[0];
     c.codes[1] = words.v[1];
+  } else {
+    c.codes[0] = gpu::load_global<uint32_t>(codes);
   }
+  const uint8_t* const scale = p.scale + (uint64_t(index) << p.size_shift);
+  if (p.size_shift == 0) {
+    c.scale = gpu::load_global<uint8_t>(scale);
+    if (p.nested != nullptr) c.nested = gpu::load_global<float>(p.nested + (index >> p.nested_shift));
+  } else {
+    c.scale = p.size_shift == 2 ? gpu::load_global<uint32_t>(scale) : gpu::load_global<uint16_t>(scale);
+  }
+  return c;
 }
 
-template <class T>
-FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu::Shared tables) {
-  const float scale = scale_of(c, p, tables);
-  uint32_t codes[2] = {c.codes[0], c.codes[1]};  // a byte each
-  if (p.bits == 4) {
-    const uint32_t low = c.codes[0] & 0x0f0f0f0fu, high = c.codes[0] >> 4 & 0x0f0f0f0fu;
-    codes[0] = gpu::byte_permute(low, high, p.first);
-    codes[1] = gpu::byte_permute(low, high, p.second);
-  }
+FLATLORA_DEVICE float scale_of(const PackedChunk& c, const PackedRows& p) {
+  if (p.size_shift == 2) return as_float(c.scale);
+  if (p.size_shift == 1)
+    return p.scale_dtype == int64_t(DType::kBFloat16) ? as_float(c.scale << 16) : gpu::f16_to_float(uint16_t(c.scale));
+  float scale = gpu::load_global<float>(p.scale_table + (c.scale & 0xff));
+  if (p.nested != nullptr) scale = scale * c.nested;
+  if (p.offset != nullptr) scale = scale + gpu::load_global<float>(p.offset);
+  return scale;
+}
+
+// kRounds: values have a type of their own before T.
+template <class T, int kBits, bool kRounds>
+FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu::Shared table) {
+  const float scale = scale_of(c, p);
   float v[8];
   FLATLORA_UNROLL
-  for (int j = 0; j < 8; ++j) {
-    const uint32_t word = codes[j / 4], at = (j % 4 == 0 ? word << 2 : word >> (8 * (j % 4) - 2)) & 0x3fcu;
-    v[j] = gpu::load_shared<float>(tables | at) * scale;
+  for (int j = 0; j < kBits; ++j) {  // bytes
+    const uint32_t at = c.codes[j / 4] >> (8 * (j % 4)) & 0xff;
+    if constexpr (kBits == 8) {
+      v[j] = gpu::load_shared<float>(table + 4 * at) * scale;
+    } else {
+      const auto pair = gpu::load_shared<gpu::Words<2>>(table + 8 * at);
+      v[2 * j] = as_float(pair.v[0]) * scale;
+      v[2 * j + 1] = as_float(pair.v[1]) * scale;
+    }
   }
-  if (p.post != 1.0f) {
+  if (kBits == 8 && p.post != 1.0f) {
     FLATLORA_UNROLL
     for (int j = 0; j < 8; ++j) v[j] = v[j] * p.post;
   }
-  if (p.dtype != int64_t(DType::kFloat32)) {
+  if (kRounds && p.dtype != int64_t(DType::kFloat32)) {
     FLATLORA_UNROLL
     for (int j = 0; j < 8; ++j) v[j] = rounded_to(p.dtype, v[j]);
   }
@@ -207,38 +211,41 @@ inline Packed packed_of(const PackedArgs& args) {
 }
 
 // Whether the chunks of (N, K) are as PackedRows has them, in a call of the type `dtype`.
-inline bool packed_rows(const PackedArgs& p, int64_t K, int64_t dtype, PackedRows* rows) {
+inline bool packed_rows(const PackedArgs& p, int64_t N, int64_t K, int64_t dtype, PackedRows* rows) {
+  const auto aligned = [](const void* data, int64_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; };
   if (p.row_bits != nullptr || p.zero != nullptr || (p.bits != 4 && p.bits != 8)) return false;
-  if (p.width % 8 || p.col % 8 || K % 8 || reinterpret_cast<uintptr_t>(p.codes) % uintptr_t(p.bits)) return false;
+  if (p.width % 8 || p.col % 8 || K % 8 || !aligned(p.codes, p.bits) || !aligned(p.scale, 4)) return false;
+  if (p.bits == 4 && p.post != 1.0) return false;
+  if (p.block && p.width % p.block) return false;  // blocks cross rows
+  const int64_t row_shift = p.block ? 0 : shift_of(p.block_rows), block = p.block ? p.block : p.block_cols;
+  const int64_t col_shift = block >= p.width ? 31 : shift_of(block);
+  const int64_t nested_shift = p.nested == nullptr ? 0 : shift_of(p.nested_block);
+  if (row_shift < 0 || col_shift < 3 || nested_shift < 0) return false;
+  const int64_t scale_stride = p.block ? p.width / p.block : p.scale_stride;
+  const int64_t scales = ((p.row + N - 1) >> row_shift) * scale_stride + ((p.col + K - 1) >> col_shift) + 1;
+  if (scales > INT32_MAX || p.row + N > INT32_MAX || p.col + K > INT32_MAX) return false;
   PackedRows r = {};
-  int64_t row_block = p.block_rows, col_block = p.block_cols;
-  r.scale_stride = p.scale_stride;
-  if (p.block) {
-    if (p.width % p.block) return false;  // blocks cross rows
-    row_block = 1;
-    col_block = p.block;
-    r.scale_stride = p.width / p.block;
-  }
-  r.row_shift = shift_of(row_block);
-  r.col_shift = col_block >= p.width ? 62 : shift_of(col_block);
-  r.nested_shift = p.nested == nullptr ? 0 : shift_of(p.nested_block);
-  if (r.row_shift < 0 || r.col_shift < 3 || r.nested_shift < 0) return false;
   r.codes = p.codes + (p.row * p.width + p.col) * p.bits / 8;
   r.row_bytes = p.width * p.bits / 8;
   r.bits = p.bits;
-  r.first = p.high_first ? 0x1504u : 0x5140u;
-  r.second = p.high_first ? 0x3726u : 0x7362u;
+  r.high_first = p.high_first;
   r.table = p.table;
-  r.scale = p.scale;
-  r.row = p.row;
-  r.col = p.col;
+  r.scale = static_cast<const uint8_t*>(p.scale);
+  r.row = uint32_t(p.row);
+  r.col = uint32_t(p.col);
+  r.scale_stride = uint32_t(scale_stride);
+  r.row_shift = uint32_t(row_shift < 31 ? row_shift : 31);
+  r.col_shift = uint32_t(col_shift < 31 ? col_shift : 31);
+  r.nested_shift = uint32_t(nested_shift < 31 ? nested_shift : 31);
+  r.size_shift = p.scale_dtype == int64_t(DType::kByte) ? 0 : p.scale_dtype == int64_t(DType::kFloat32) ? 2 : 1;
+  r.scales = uint32_t(scales);
   r.scale_dtype = p.scale_dtype;
+  // What the type of the call rounds to anyway needs no step of its own.
+  r.dtype = p.dtype == dtype ? int64_t(DType::kFloat32) : p.dtype;
   r.scale_table = p.scale_table;
   r.nested = p.nested;
   r.offset = p.offset;
   r.post = float(p.post);
-  // What the type of the call rounds to anyway needs no step of its own.
-  r.dtype = p.dtype == dtype ? int64_t(DType::kFloat32) : p.dtype;
   *rows = r;
   return true;
 }

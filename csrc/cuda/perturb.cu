@@ -45,8 +45,11 @@ gpu::Error run_packed(const PerturbArgs& args, const Gpu& gpu) {
   if constexpr (sizeof(T) == 2) {
     PackedRowsJob job = {job_of<T>(args), {}};
     if (patches_fit(args.noise) && whole_chunks<T>(args, args.out, args.out_row_stride, args.out_col_stride) &&
-        packed_rows(packed, args.K, args.dtype, &job.packed))
-      return launch<kind, true>(perturb_packed_rows_kernel<T, kind>, job, gpu, kPackedTables);
+        packed_rows(packed, args.N, args.K, args.dtype, &job.packed)) {
+      const auto kernel =
+          packed.bits == 4 ? perturb_packed_rows_kernel<T, kind, 4> : perturb_packed_rows_kernel<T, kind, 8>;
+      return launch<kind, true>(kernel, job, gpu, kPackedTable);
+    }
   }
   const PackedJob job = {job_of<T>(args), packed_of(packed)};
   return launch<kind, false>(perturb_packed_kernel<T, kind>, job, gpu);

@@ -147,40 +147,37 @@ struct PerturbMemory<T, false> {
 struct PackedRowsJob : PerturbJob {
   PackedRows packed;
 };
-template <class T>
+template <class T, int kBits>
 struct PackedRowsMemory {
   using Raw = PackedChunk;
   const PackedRows& packed;
-  gpu::Shared tables;
+  gpu::Shared table;
   const uint8_t* from;
   char* to;
-  uint32_t from_bytes, to_bytes;
-  int64_t row, col;  // of the view
+  uint32_t from_bytes, to_bytes, row, col;
 
   FLATLORA_DEVICE PackedRowsMemory(const PackedRowsJob& job, int64_t n, int64_t k)
       : packed(job.packed),
-        tables(gpu::shared_base()),
-        from(job.packed.codes + n * job.packed.row_bytes + k / 8 * job.packed.bits),
+        table(gpu::shared_base()),
+        from(job.packed.codes + n * job.packed.row_bytes + k / 8 * kBits),
         to(static_cast<char*>(job.args.out) + n * job.to_bytes + k * int64_t(sizeof(T))),
         from_bytes(uint32_t(job.packed.row_bytes)),
         to_bytes(job.to_bytes),
-        row(n),
-        col(k) {}
+        row(uint32_t(n)),
+        col(uint32_t(k)) {}
   FLATLORA_DEVICE static bool has_weight(const PackedRowsJob&) { return true; }
   FLATLORA_DEVICE Raw read(uint32_t down, int right, int) const {
-    PackedChunk c;
-    load_codes(c, packed, from + uint64_t(from_bytes) * down + right / 8 * int(packed.bits));
-    load_scale(c, packed, scale_index(packed, row + down, col + right));
-    return c;
+    return load_packed<kBits>(packed, from + uint64_t(from_bytes) * down + right / 8 * kBits,
+                              scale_row(packed, row + down) + scale_col(packed, col + uint32_t(right)));
   }
-  FLATLORA_DEVICE Chunk<T> value(const Raw& c) const { return decoded<T>(c, packed, tables); }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& c) const { return decoded<T, kBits, true>(c, packed, table); }
   FLATLORA_DEVICE void store(uint32_t down, int right, int, const Chunk<T>& w) const {
     store_chunk<T>(to + uint64_t(to_bytes) * down + right * int(sizeof(T)), w);
   }
   FLATLORA_DEVICE void advance(int columns) {
-    from += columns / 8 * int(packed.bits);
+    from += columns / 8 * kBits;
     to += columns * int(sizeof(T));
-    col += columns;
+    col += uint32_t(columns);
   }
 };
 
@@ -316,12 +313,12 @@ perturb_kernel(PerturbJob job) {
   perturb_rows<T, kind, kVector, PerturbMemory<T, kVector>>(job);
 }
 
-template <class T, Noise kind>
+template <class T, Noise kind, int kBits>
 FLATLORA_KERNEL(kPerturbThreads, 2)
 perturb_packed_rows_kernel(const FLATLORA_GRID_CONSTANT PackedRowsJob job) {
-  load_tables(job.packed, gpu::shared_base(), kPerturbThreads);
+  load_table<kBits>(job.packed, gpu::shared_base(), kPerturbThreads);
   gpu::sync_threads();
-  perturb_rows<T, kind, true, PackedRowsMemory<T>>(job);
+  perturb_rows<T, kind, true, PackedRowsMemory<T, kBits>>(job);
 }
 
 template <class T, Noise kind>
