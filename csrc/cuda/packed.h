@@ -99,8 +99,8 @@ struct PackedRows {
   const float* table;
   const uint8_t* scale;
   uint32_t row, col, scale_stride, row_shift, col_shift, nested_shift;
-  uint32_t size_shift, scales;  // of a scale in bytes; as many of them as the view may read
-  int64_t scale_dtype, dtype;
+  uint32_t scales, scale_bytes;  // as many as the view may read; of one: 1 = looked up, 2 = bfloat16, 4 = float32
+  uint32_t rounds;               // to the other type of 16 bits first
   const float *scale_table, *nested, *offset;
   float post;
 };
@@ -108,7 +108,7 @@ struct PackedRows {
 // What a chunk is made of.
 struct PackedChunk {
   uint32_t codes[2];
-  uint32_t scale;  // its bits are the low ones
+  uint32_t scale;  // where it is looked up its low byte, else a float32's bits
   float nested;
 };
 
@@ -136,8 +136,17 @@ FLATLORA_DEVICE uint32_t scale_row(const PackedRows& p, uint32_t n) {
 }
 FLATLORA_DEVICE uint32_t scale_col(const PackedRows& p, uint32_t k) { return (k + p.col) >> p.col_shift; }
 
-// The chunk at `codes`, in registers.
-template <int kBits>
+// What is added to every scale that is looked up; -0 changes none.
+FLATLORA_DEVICE float scale_offset(const PackedRows& p) {
+  return p.offset == nullptr ? -0.0f : gpu::load_global<float>(p.offset);
+}
+FLATLORA_DEVICE float scale_of(const PackedChunk& c, const PackedRows& p, bool looked_up, float offset) {
+  if (!looked_up) return as_float(c.scale);
+  return gpu::load_global<float>(p.scale_table + (c.scale & 0xff)) * c.nested + offset;
+}
+
+// The chunk at `codes` and its scale. kScaleBytes: 1, or 4 for 2 as well.
+template <int kBits, int kScaleBytes>
 FLATLORA_DEVICE PackedChunk load_packed(const PackedRows& p, const uint8_t* codes, uint32_t index) {
   PackedChunk c = {};
   if constexpr (kBits == 8) {
@@ -147,30 +156,18 @@ FLATLORA_DEVICE PackedChunk load_packed(const PackedRows& p, const uint8_t* code
   } else {
     c.codes[0] = gpu::load_global<uint32_t>(codes);
   }
-  const uint8_t* const scale = p.scale + (uint64_t(index) << p.size_shift);
-  if (p.size_shift == 0) {
+  const uint8_t* const scale = p.scale + uint64_t(index) * (kScaleBytes == 1 ? 1 : p.scale_bytes);
+  if constexpr (kScaleBytes == 1) {
     c.scale = gpu::load_global<uint8_t>(scale);
-    if (p.nested != nullptr) c.nested = gpu::load_global<float>(p.nested + (index >> p.nested_shift));
+    c.nested = p.nested == nullptr ? 1.0f : gpu::load_global<float>(p.nested + (index >> p.nested_shift));
   } else {
-    c.scale = p.size_shift == 2 ? gpu::load_global<uint32_t>(scale) : gpu::load_global<uint16_t>(scale);
+    c.scale = p.scale_bytes == 4 ? gpu::load_global<uint32_t>(scale) : gpu::load_global<uint16_t>(scale) << 16;
   }
   return c;
 }
 
-FLATLORA_DEVICE float scale_of(const PackedChunk& c, const PackedRows& p) {
-  if (p.size_shift == 2) return as_float(c.scale);
-  if (p.size_shift == 1)
-    return p.scale_dtype == int64_t(DType::kBFloat16) ? as_float(c.scale << 16) : gpu::f16_to_float(uint16_t(c.scale));
-  float scale = gpu::load_global<float>(p.scale_table + (c.scale & 0xff));
-  if (p.nested != nullptr) scale = scale * c.nested;
-  if (p.offset != nullptr) scale = scale + gpu::load_global<float>(p.offset);
-  return scale;
-}
-
-// kRounds: values have a type of their own before T.
-template <class T, int kBits, bool kRounds>
-FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu::Shared table) {
-  const float scale = scale_of(c, p);
+template <class T, int kBits>
+FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu::Shared table, float scale) {
   float v[8];
   FLATLORA_UNROLL
   for (int j = 0; j < kBits; ++j) {  // bytes
@@ -187,9 +184,10 @@ FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu:
     FLATLORA_UNROLL
     for (int j = 0; j < 8; ++j) v[j] = v[j] * p.post;
   }
-  if (kRounds && p.dtype != int64_t(DType::kFloat32)) {
+  if (p.rounds) {
+    using Other = std::conditional_t<std::is_same_v<T, gpu::bf16>, gpu::f16, gpu::bf16>;
     FLATLORA_UNROLL
-    for (int j = 0; j < 8; ++j) v[j] = rounded_to(p.dtype, v[j]);
+    for (int j = 0; j < 8; j += 2) unpack(Other{}, pack(Other{}, v[j], v[j + 1]), v[j], v[j + 1]);
   }
   Chunk<T> w;
   FLATLORA_UNROLL
@@ -214,8 +212,9 @@ inline Packed packed_of(const PackedArgs& args) {
 inline bool packed_rows(const PackedArgs& p, int64_t N, int64_t K, int64_t dtype, PackedRows* rows) {
   const auto aligned = [](const void* data, int64_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; };
   if (p.row_bits != nullptr || p.zero != nullptr || (p.bits != 4 && p.bits != 8)) return false;
+  if (p.scale_dtype == int64_t(DType::kFloat16)) return false;
   if (p.width % 8 || p.col % 8 || K % 8 || !aligned(p.codes, p.bits) || !aligned(p.scale, 4)) return false;
-  if (p.bits == 4 && p.post != 1.0) return false;
+  if (p.bits == 4 ? p.post != 1.0 : p.scale_dtype == int64_t(DType::kByte)) return false;
   if (p.block && p.width % p.block) return false;  // blocks cross rows
   const int64_t row_shift = p.block ? 0 : shift_of(p.block_rows), block = p.block ? p.block : p.block_cols;
   const int64_t col_shift = block >= p.width ? 31 : shift_of(block);
@@ -237,11 +236,9 @@ inline bool packed_rows(const PackedArgs& p, int64_t N, int64_t K, int64_t dtype
   r.row_shift = uint32_t(row_shift < 31 ? row_shift : 31);
   r.col_shift = uint32_t(col_shift < 31 ? col_shift : 31);
   r.nested_shift = uint32_t(nested_shift < 31 ? nested_shift : 31);
-  r.size_shift = p.scale_dtype == int64_t(DType::kByte) ? 0 : p.scale_dtype == int64_t(DType::kFloat32) ? 2 : 1;
+  r.scale_bytes = p.scale_dtype == int64_t(DType::kByte) ? 1 : p.scale_dtype == int64_t(DType::kFloat32) ? 4 : 2;
   r.scales = uint32_t(scales);
-  r.scale_dtype = p.scale_dtype;
-  // What the type of the call rounds to anyway needs no step of its own.
-  r.dtype = p.dtype == dtype ? int64_t(DType::kFloat32) : p.dtype;
+  r.rounds = p.dtype != dtype && (p.dtype == int64_t(DType::kBFloat16) || p.dtype == int64_t(DType::kFloat16));
   r.scale_table = p.scale_table;
   r.nested = p.nested;
   r.offset = p.offset;

@@ -147,11 +147,12 @@ struct PerturbMemory<T, false> {
 struct PackedRowsJob : PerturbJob {
   PackedRows packed;
 };
-template <class T, int kBits>
+template <class T, int kBits, int kScaleBytes>
 struct PackedRowsMemory {
   using Raw = PackedChunk;
   const PackedRows& packed;
   gpu::Shared table;
+  float offset;
   const uint8_t* from;
   char* to;
   uint32_t from_bytes, to_bytes, row, col;
@@ -159,6 +160,7 @@ struct PackedRowsMemory {
   FLATLORA_DEVICE PackedRowsMemory(const PackedRowsJob& job, int64_t n, int64_t k)
       : packed(job.packed),
         table(gpu::shared_base()),
+        offset(kScaleBytes == 1 ? scale_offset(job.packed) : 0.0f),
         from(job.packed.codes + n * job.packed.row_bytes + k / 8 * kBits),
         to(static_cast<char*>(job.args.out) + n * job.to_bytes + k * int64_t(sizeof(T))),
         from_bytes(uint32_t(job.packed.row_bytes)),
@@ -167,10 +169,12 @@ struct PackedRowsMemory {
         col(uint32_t(k)) {}
   FLATLORA_DEVICE static bool has_weight(const PackedRowsJob&) { return true; }
   FLATLORA_DEVICE Raw read(uint32_t down, int right, int) const {
-    return load_packed<kBits>(packed, from + uint64_t(from_bytes) * down + right / 8 * kBits,
-                              scale_row(packed, row + down) + scale_col(packed, col + uint32_t(right)));
+    return load_packed<kBits, kScaleBytes>(packed, from + uint64_t(from_bytes) * down + right / 8 * kBits,
+                                           scale_row(packed, row + down) + scale_col(packed, col + uint32_t(right)));
   }
-  FLATLORA_DEVICE Chunk<T> value(const Raw& c) const { return decoded<T, kBits, true>(c, packed, table); }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& c) const {
+    return decoded<T, kBits>(c, packed, table, scale_of(c, packed, kScaleBytes == 1, offset));
+  }
   FLATLORA_DEVICE void store(uint32_t down, int right, int, const Chunk<T>& w) const {
     store_chunk<T>(to + uint64_t(to_bytes) * down + right * int(sizeof(T)), w);
   }
@@ -313,12 +317,12 @@ perturb_kernel(PerturbJob job) {
   perturb_rows<T, kind, kVector, PerturbMemory<T, kVector>>(job);
 }
 
-template <class T, Noise kind, int kBits>
+template <class T, Noise kind, int kBits, int kScaleBytes>
 FLATLORA_KERNEL(kPerturbThreads, 2)
 perturb_packed_rows_kernel(const FLATLORA_GRID_CONSTANT PackedRowsJob job) {
   load_table<kBits>(job.packed, gpu::shared_base(), kPerturbThreads);
   gpu::sync_threads();
-  perturb_rows<T, kind, true, PackedRowsMemory<T, kBits>>(job);
+  perturb_rows<T, kind, true, PackedRowsMemory<T, kBits, kScaleBytes>>(job);
 }
 
 template <class T, Noise kind>
