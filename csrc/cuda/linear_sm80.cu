@@ -77,10 +77,11 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
 }  // namespace
 
 bool linear_sm80_takes(const LinearArgs& args) {
+  const PackedArgs* const packed = args.weight.packed;
   PackedRows rows;
-  return args.weight.packed == nullptr || (args.dtype == int64_t(DType::kBFloat16) &&
-                                           packed_rows(*args.weight.packed, args.N, args.K, args.dtype, &rows) &&
-                                           rows.row_bytes < (int64_t(1) << 32) / 256);
+  return packed == nullptr ||
+         (args.dtype == int64_t(DType::kBFloat16) && packed_rows(*packed, args.N, args.K, args.dtype, &rows) &&
+          rows.scale_bytes != 2 && !rows.rounds && rows.row_bytes < (int64_t(1) << 32) / 256);
 }
 
 int64_t linear_sm80_workspace(const LinearArgs& args, const Gpu& gpu) {

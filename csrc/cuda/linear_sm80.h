@@ -135,7 +135,7 @@ struct LinearTile {
                                     : scale_row(job.packed, uint32_t(first_out) + uint32_t(row));
       }
     }
-    if constexpr (kBits != 0) scale_offset = flatlora::scale_offset(job.packed);
+    if constexpr (kBits == 4) scale_offset = flatlora::scale_offset(job.packed);
     if constexpr (!kInputGrad) {
       set_rows(rows, draw, uint32_t(first_out) + w_row);
       FLATLORA_UNROLL
@@ -224,8 +224,10 @@ struct LinearTile {
   // Of packed rows: the place of a chunk gets its codes, and from its third word on the word that has its scale and the
   // scale's own scale.
   FLATLORA_DEVICE uint32_t scale_at(uint32_t at, int i) const {
-    if constexpr (kInputGrad) return scale_row(job.packed, at + w_row + uint32_t(Own::row(i))) + scale_index[i];
-    return scale_index[i] + scale_col(job.packed, at + (w_chunk + uint32_t(Own::col(i))) * 8);
+    if constexpr (kInputGrad)
+      return scale_row(job.packed, at + w_row + uint32_t(Own::row(i))) + scale_index[i];
+    else
+      return scale_index[i] + scale_col(job.packed, at + (w_chunk + uint32_t(Own::col(i))) * 8);
   }
   template <bool kEdge>
   FLATLORA_DEVICE void copy_packed(int64_t at, uint32_t slot) {
@@ -245,32 +247,40 @@ struct LinearTile {
           index = 0;
         }
       }
-      const uint32_t byte = index * p.scale_bytes & ~3u;
-      if constexpr (kEdge) valid = inside ? int(smaller(p.scales * p.scale_bytes - byte, 4)) : 0;
+      const uint32_t byte = kBits == 8 || p.scale_bytes == 4 ? 4 * index : index & ~3u;
+      if constexpr (kEdge) valid = inside ? int(smaller(int64_t(p.scales) * p.scale_bytes - byte, 4)) : 0;
       gpu::cp_async<kBits>(to, from, inside ? kBits : 0);
       gpu::cp_async<4>(to + 8, p.scale + byte, valid);
-      if (p.nested != nullptr) gpu::cp_async<4>(to + 12, p.nested + (index >> p.nested_shift), inside ? 4 : 0);
+      if (kBits == 4 && p.nested != nullptr)
+        gpu::cp_async<4>(to + 12, p.nested + (index >> p.nested_shift), inside ? 4 : 0);
     }
   }
   FLATLORA_DEVICE gpu::Shared table() const { return stages + kStages * kStageBytes; }
   FLATLORA_DEVICE void decode(Chunk<T>& w, uint32_t at, int i) const {
     const PackedRows& p = job.packed;
-    PackedChunk c = {{w.v[0], w.v[1]}, w.v[2], p.nested == nullptr ? 1.0f : as_float(w.v[3])};
-    if (p.scale_bytes == 1)
-      c.scale >>= 8 * (scale_at(at, i) & 3);
-    else if (p.scale_bytes == 2)
-      c.scale = scale_at(at, i) & 1 ? c.scale & 0xffff0000u : c.scale << 16;
-    w = decoded<T, kBits>(c, p, table(), scale_of(c, p, p.scale_bytes == 1, scale_offset));
+    float scale = as_float(w.v[2]);
+    if (kBits == 4 && p.scale_bytes == 1) {
+      const uint32_t byte = gpu::byte_permute(w.v[2], 0, 0x4440u | (scale_at(at, i) & 3));
+      const PackedChunk c = {{}, byte, p.nested == nullptr ? 1.0f : as_float(w.v[3])};
+      scale = scale_of(c, p, true, scale_offset);
+    }
+    w = decoded<T, kBits, false>({{w.v[0], w.v[1]}, 0, 0.0f}, p, table(), scale);
   }
 
   FLATLORA_DEVICE void copy_edge(int64_t at, uint32_t slot) {
-    const char* const nothing = static_cast<const char*>(kBits == 0 ? job.args.weight.data : job.args.a);
+    const char* const nothing = static_cast<const char*>(job.args.a);
     const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
     FLATLORA_UNROLL
     for (int i = 0; i < kACopies; ++i)
       gpu::cp_async<16>(a_stage(slot) + a_place + i * kARowStep * kRowBytes, a_valid ? a_from + a_offset[i] : nothing,
                         a_valid);
-    if constexpr (kBits != 0) return copy_packed<true>(at, slot);
+    if constexpr (kBits == 0)
+      copy_weights_edge(at, slot);
+    else
+      copy_packed<true>(at, slot);
+  }
+  FLATLORA_DEVICE void copy_weights_edge(int64_t at, uint32_t slot) {
+    const char* const nothing = static_cast<const char*>(job.args.weight.data);
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       FLATLORA_UNROLL
@@ -296,7 +306,13 @@ struct LinearTile {
       gather_piece(a_stage(slot) + a_place + uint32_t(i * kARowStep) * kRowBytes, args.a, args.a_row_stride,
                    args.a_col_stride, first_m + row, last_m, at + a_piece * kPerPiece, end);
     }
-    if constexpr (kBits != 0) return copy_packed<true>(at, slot);
+    if constexpr (kBits == 0)
+      gather_weights(at, slot);
+    else
+      copy_packed<true>(at, slot);
+  }
+  FLATLORA_DEVICE void gather_weights(int64_t at, uint32_t slot) {
+    const LinearArgs& args = job.args;
     const int64_t first_row = kInputGrad ? at : first_out, first_col = kInputGrad ? first_out : at;
     FLATLORA_NO_UNROLL
     for (int i = 0; i < 4; ++i) {

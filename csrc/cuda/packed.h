@@ -166,7 +166,8 @@ FLATLORA_DEVICE PackedChunk load_packed(const PackedRows& p, const uint8_t* code
   return c;
 }
 
-template <class T, int kBits>
+// kRounds: there may be a type to be rounded to before T.
+template <class T, int kBits, bool kRounds>
 FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu::Shared table, float scale) {
   float v[8];
   FLATLORA_UNROLL
@@ -184,7 +185,7 @@ FLATLORA_DEVICE Chunk<T> decoded(const PackedChunk& c, const PackedRows& p, gpu:
     FLATLORA_UNROLL
     for (int j = 0; j < 8; ++j) v[j] = v[j] * p.post;
   }
-  if (p.rounds) {
+  if (kRounds && p.rounds) {
     using Other = std::conditional_t<std::is_same_v<T, gpu::bf16>, gpu::f16, gpu::bf16>;
     FLATLORA_UNROLL
     for (int j = 0; j < 8; j += 2) unpack(Other{}, pack(Other{}, v[j], v[j + 1]), v[j], v[j + 1]);

@@ -173,7 +173,7 @@ struct PackedRowsMemory {
                                            scale_row(packed, row + down) + scale_col(packed, col + uint32_t(right)));
   }
   FLATLORA_DEVICE Chunk<T> value(const Raw& c) const {
-    return decoded<T, kBits>(c, packed, table, scale_of(c, packed, kScaleBytes == 1, offset));
+    return decoded<T, kBits, true>(c, packed, table, scale_of(c, packed, kScaleBytes == 1, offset));
   }
   FLATLORA_DEVICE void store(uint32_t down, int right, int, const Chunk<T>& w) const {
     store_chunk<T>(to + uint64_t(to_bytes) * down + right * int(sizeof(T)), w);

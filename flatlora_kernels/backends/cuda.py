@@ -133,9 +133,18 @@ def fuses_packed(packing: Packing) -> bool:
 def _fuses_parts(weight: QuantizedWeight) -> bool:
     """The same of what `Packing` does not tell."""
     t = weight.parts
-    scales = (torch.float32, torch.bfloat16, torch.uint8) if weight.packing.bits == 4 else (torch.float32, torch.bfloat16)
+    scales = (torch.float32, torch.uint8) if weight.packing.bits == 4 else (torch.float32,)
     aligned = t.codes.data_ptr() % 8 == 0 and t.scale.data_ptr() % 4 == 0
     return t.zero is None and t.row_bits is None and t.scale.dtype in scales and aligned
+
+
+def _plain(p: Product) -> Tensor:
+    """The product without noise, or of nothing."""
+    if isinstance(p.weight, Tensor):
+        return products.plain(p)
+    if p.empty:
+        return products.plain(p._replace(weight=p.weight.dequantize()))
+    return panel.product(perturb, p, None)
 
 
 def describe() -> str:
@@ -184,7 +193,7 @@ def _call(device: torch.device, function: str, packed: bytes) -> None:
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
     if draw is None or p.empty:
-        return products.plain(p)
+        return _plain(p)
     if isinstance(p.weight, QuantizedWeight) and noise_accum == "folded" and not _fuses_parts(p.weight):
         return panel.product(perturb, p, draw)
     y = p.a.new_empty((p.a.shape[0], p.outputs))
