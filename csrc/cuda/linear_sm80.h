@@ -55,6 +55,7 @@ struct LinearTile {
   const char *a_from, *w_from;
   uint32_t a_offset[kACopies], w_offset[4];
   uint32_t scale_index[kBits == 0 ? 1 : 4];  // forward: of each chunk's row; input grad: of its columns
+  uint32_t scale_low;  // forward: the low bytes of these, which cost less to keep than to find again
   float scale_offset;
   uint32_t a_place, w_place;
   Draw draw;
@@ -135,7 +136,12 @@ struct LinearTile {
                                     : scale_row(job.packed, uint32_t(first_out) + uint32_t(row));
       }
     }
-    if constexpr (kBits == 4) scale_offset = flatlora::scale_offset(job.packed);
+    if constexpr (kBits == 4) {
+      scale_offset = flatlora::scale_offset(job.packed);
+      scale_low = 0;
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) scale_low |= (scale_index[i] & 0xff) << 8 * i;
+    }
     if constexpr (!kInputGrad) {
       set_rows(rows, draw, uint32_t(first_out) + w_row);
       FLATLORA_UNROLL
@@ -221,14 +227,16 @@ struct LinearTile {
       w_from += kInputGrad ? kTile.k * job.packed.row_bytes : kTile.k / 8 * kBits;
   }
 
-  // Of packed rows: the place of a chunk gets its codes, and from its third word on the word that has its scale and the
-  // scale's own scale.
+  // --- Of packed rows ---
+
+  // The index of chunk i's scale, in the step at `at`.
   FLATLORA_DEVICE uint32_t scale_at(uint32_t at, int i) const {
     if constexpr (kInputGrad)
       return scale_row(job.packed, at + w_row + uint32_t(Own::row(i))) + scale_index[i];
     else
       return scale_index[i] + scale_col(job.packed, at + (w_chunk + uint32_t(Own::col(i))) * 8);
   }
+  // The place of a chunk gets its codes, and from its third word on the word that has its scale, and the scale's own.
   template <bool kEdge>
   FLATLORA_DEVICE void copy_packed(int64_t at, uint32_t slot) {
     const PackedRows& p = job.packed;
@@ -256,11 +264,14 @@ struct LinearTile {
     }
   }
   FLATLORA_DEVICE gpu::Shared table() const { return stages + kStages * kStageBytes; }
+  // What was copied for chunk i becomes its values.
   FLATLORA_DEVICE void decode(Chunk<T>& w, uint32_t at, int i) const {
     const PackedRows& p = job.packed;
     float scale = as_float(w.v[2]);
     if (kBits == 4 && p.scale_bytes == 1) {
-      const uint32_t byte = gpu::byte_permute(w.v[2], 0, 0x4440u | (scale_at(at, i) & 3));
+      const uint32_t col = scale_col(p, at + (w_chunk + uint32_t(Own::col(i))) * 8);
+      const uint32_t index = kInputGrad ? scale_at(at, i) : (scale_low >> 8 * i) + col;
+      const uint32_t byte = gpu::rotate_right(w.v[2], int(8 * index));
       const PackedChunk c = {{}, byte, p.nested == nullptr ? 1.0f : as_float(w.v[3])};
       scale = scale_of(c, p, true, scale_offset);
     }

@@ -6,6 +6,11 @@ namespace {
 
 using T = gpu::bf16;
 
+// Beside the stages: what a block can have, see configs.h.
+static_assert(kTiles[kMiddle].shared_bytes(2) + kPackedTable + 1024 <= 99 << 10);
+static_assert(kTiles[kLarge].shared_bytes(2) + kPackedTable + 1024 <= 163 << 10);
+static_assert(kTiles[kAny].shared_bytes(2) + kTiles[kAny].rest_bytes(2) + kPackedTable + 1024 <= 99 << 10);
+
 template <bool kInputGrad, Noise kNoise, int kBits>
 gpu::Error launch_config(Config config, const gpu::Launch& how, const PackedLinearJob& job) {
   if (job.args.split_noise)

@@ -8,7 +8,7 @@
 
 namespace flatlora {
 
-// 8 elements of type T as bits: see Chunk. A value's bits, rounded to T.
+// An element of type T as it lies in memory, and that of `v` rounded to T.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 template <class T>
@@ -223,7 +223,7 @@ inline bool packed_rows(const PackedArgs& p, int64_t N, int64_t K, int64_t dtype
   if (row_shift < 0 || col_shift < 3 || nested_shift < 0) return false;
   const int64_t scale_stride = p.block ? p.width / p.block : p.scale_stride;
   const int64_t scales = ((p.row + N - 1) >> row_shift) * scale_stride + ((p.col + K - 1) >> col_shift) + 1;
-  if (scales > INT32_MAX || p.row + N > INT32_MAX || p.col + K > INT32_MAX) return false;
+  if (scales > INT32_MAX / 4 || p.row + N > INT32_MAX || p.col + K > INT32_MAX) return false;
   PackedRows r = {};
   r.codes = p.codes + (p.row * p.width + p.col) * p.bits / 8;
   r.row_bytes = p.width * p.bits / 8;

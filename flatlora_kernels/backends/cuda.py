@@ -120,7 +120,8 @@ def fuses_packed(packing: Packing) -> bool:
         p.target == torch.bfloat16
         and p.dtype in (torch.bfloat16, torch.float32)
         and p.bits in (4, 8)
-        and width > 0 == (width % 8 or p.col % 8 or p.K % 8)  # wide, and whole chunks
+        and width > 0
+        and not (width % 8 or p.col % 8 or p.K % 8)
         and not (p.block and width % p.block)
         and rows & (rows - 1) == 0
         and (cols >= width or (cols >= 8 and cols & (cols - 1) == 0))
