@@ -92,6 +92,7 @@ class Kernels(Emulator):
     def __init__(self, path: Path) -> None:
         super().__init__(ctypes.CDLL(str(path)))
         self.library.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
+        self.library.flatlora_cuda_error.restype = ctypes.c_char_p
 
     def _check(self, error: int) -> None:
         if error:
@@ -124,6 +125,8 @@ class Kernels(Emulator):
             return arguments.GPU.pack(0, 0, *where, tf32, config, splits, 0, 0, 0)
 
         needed = self.library.flatlora_cuda_linear_workspace(packed, gpu(None))
+        if needed < 0:
+            raise RuntimeError(self.library.flatlora_cuda_error(-needed).decode())
         parts = torch.full((needed // 4,), torch.nan) if needed else None
         self._check(self.library.flatlora_cuda_linear(packed, gpu(parts)))
         return y, None if parts is None else parts.view(-1, *y.shape)

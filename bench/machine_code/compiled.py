@@ -177,13 +177,17 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
         full = full.replace("_kernel", "")
         if full.startswith("linear_sm80"):  # the last argument: split noise
             full = full.replace(", false>", ">").replace(", true>", ", apart>")
+        elif full.startswith("linear_packed_sm80"):  # and behind it the bits of a code
+            full = re.sub(
+                r", (?:false|(true)), (\d)>", lambda m: f", {m[2]} bits{', apart' * bool(m[1])}>", full
+            )
         short[name] = full
     return short
 
 
 def regular(name: str) -> bool:
     """Not one of the kernels for any layout and offset: `perturb` without vectors, the third tile of linear_sm80."""
-    any_layout = name.startswith("linear_sm80") and name.endswith((" 2>", " 2, apart>"))
+    any_layout = re.match(r"perturb_packed<|linear_(packed_)?sm80<\w+, \w+, \w+, 2[,>]", name)
     return not name.endswith("false>") and not any_layout
 
 

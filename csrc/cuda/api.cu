@@ -121,8 +121,11 @@ gpu::Error call(const Args& args, const Gpu& given, Kernel kernel) {
 }
 
 // hadamard's product is `transform`.
-constexpr int kNotFused = 200000;
-bool fuses(const NoiseArgs& noise) { return static_cast<Noise>(noise.kind) != Noise::kHadamard; }
+constexpr int kNotFused = 200000, kNotPacked = 200001;
+int refused(const LinearArgs& args) {
+  if (static_cast<Noise>(args.noise.kind) == Noise::kHadamard) return kNotFused;
+  return linear_sm80_takes(args) ? 0 : kNotPacked;
+}
 
 constexpr int64_t kSm90Configs = 1000;  // `config` of linear_sm90 begins here
 
@@ -156,13 +159,16 @@ EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {
 
 // Of an error that one of the functions here returned.
 EXPORT const char* flatlora_cuda_error(int32_t error) {
-  return error == flatlora::kNotFused ? "the fused product has no noise of kind 'hadamard'"
-                                      : flatlora::error_text(error);
+  switch (error) {
+    case flatlora::kNotFused: return "the fused product has no noise of kind 'hadamard'";
+    case flatlora::kNotPacked: return "the fused product does not take a weight that is packed like this";
+    default: return flatlora::error_text(error);
+  }
 }
 
 // Bytes, or minus an error.
 EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
-  if (!flatlora::fuses(args->noise)) return -int64_t(flatlora::kNotFused);
+  if (const int error = flatlora::refused(*args)) return -int64_t(error);
   flatlora::Gpu gpu;
   if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
   if (const int error = flatlora::enter(gpu)) return -int64_t(error);
@@ -171,7 +177,7 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
 }
 
 EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {
-  if (!flatlora::fuses(args->noise)) return flatlora::kNotFused;
+  if (const int error = flatlora::refused(*args)) return error;
   return flatlora::call(*args, *gpu, [](const flatlora::LinearArgs& args, flatlora::Gpu& gpu) {
     return flatlora::use_sm90(args, &gpu) ? flatlora::linear_sm90(args, gpu) : flatlora::linear_sm80(args, gpu);
   });

@@ -17,7 +17,8 @@ struct Gpu {
   int64_t architecture, processors, shared_limit;  // 80, 90, ...; api.cu
 };
 
-// Fused product for sm_80 and later; linear_sm80.h.
+// Fused product for sm_80 and later; linear_sm80.h. Not of every packed W.
+bool linear_sm80_takes(const LinearArgs&);
 int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&);  // bytes
 gpu::Error linear_sm80(const LinearArgs&, const Gpu&);
 

@@ -10,13 +10,14 @@ template <>
 gpu::Error launch_linear_sm80<gpu::f16>(Config, const gpu::Launch&, const LinearJob&);
 template <>
 gpu::Error launch_linear_sm80<float>(Config, const gpu::Launch&, const LinearJob&);
+gpu::Error launch_linear_packed_sm80(Config, const gpu::Launch&, const PackedLinearJob&);
 
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
-  LinearJob job;
+  PackedLinearJob job;
   Config config;
   gpu::Launch how;
 };
@@ -30,7 +31,8 @@ bool can_copy(const void* data, int64_t rows, int64_t row_stride, int64_t col_st
 
 Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   Plan plan = {};
-  LinearJob& job = plan.job;
+  PackedLinearJob& job = plan.job;
+  const PackedArgs* const packed = args.weight.packed;
   const int element = args.dtype == int64_t(DType::kFloat32) ? 4 : 2;
   job.args = args;
   job.outputs = args.input_grad ? args.K : args.N;
@@ -39,13 +41,18 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   const bool apart = args.split_noise && element == 2, small = apart || element == 4;
   job.tf32 = gpu.tf32 && !args.split_noise;  // W + eps in full float32 keeps the noise
   job.any = !begins_whole(args.noise);
-  job.copies = can_copy(args.a, args.M, args.a_row_stride, args.a_col_stride, element) &&
-               can_copy(args.weight.data, args.N, args.weight.row_stride, args.weight.col_stride, element) &&
+  const bool w_copies =
+      packed == nullptr ? can_copy(args.weight.data, args.N, args.weight.row_stride, args.weight.col_stride, element)
+                        : packed_rows(*packed, args.N, args.K, args.dtype, &job.packed) &&
+                              job.packed.scales * job.packed.scale_bytes % 4 == 0;  // whole words
+  job.copies = can_copy(args.a, args.M, args.a_row_stride, args.a_col_stride, element) && w_copies &&
                args.noise.scale_stride == 1 && !job.any;
   const int64_t part_bytes = args.M * job.outputs * 4;
   const Extent extent = {args.noise.samples, job.rows_per_sample, job.outputs, job.length, workspace / part_bytes};
   Choice choice = choose(element, extent, job.copies, small, gpu.processors, gpu.shared_limit);
-  if (gpu.config >= 0 && gpu.config < kConfigs && job.copies && (!small || gpu.config >= kAny))
+  if (packed != nullptr && choice.config == kFewRows) choice = choose_parts(kAny, extent, gpu.processors);
+  if (gpu.config >= 0 && gpu.config < kConfigs && job.copies && (!small || gpu.config >= kAny) &&
+      (packed == nullptr || gpu.config != kFewRows))
     choice = choose_parts(static_cast<Config>(gpu.config), extent, gpu.processors);
   plan.config = choice.config;
   const Tile& tile = kTiles[plan.config];
@@ -60,13 +67,22 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
 
   plan.how.blocks = tiles * job.parts;
   plan.how.threads = tile.threads();
-  plan.how.shared_bytes = tile.shared_bytes(element) + (apart ? tile.rest_bytes(element) : 0);
+  plan.how.shared_bytes =
+      tile.shared_bytes(element) + (apart ? tile.rest_bytes(element) : 0) + (packed == nullptr ? 0 : kPackedTable);
   plan.how.stream = gpu.stream;
   plan.how.cluster = 1;
   return plan;
 }
 
 }  // namespace
+
+bool linear_sm80_takes(const LinearArgs& args) {
+  const PackedArgs* const packed = args.weight.packed;
+  PackedRows rows;
+  return packed == nullptr ||
+         (args.dtype == int64_t(DType::kBFloat16) && packed_rows(*packed, args.N, args.K, args.dtype, &rows) &&
+          rows.scale_bytes != 2 && !rows.rounds && rows.row_bytes < (int64_t(1) << 32) / 256);
+}
 
 int64_t linear_sm80_workspace(const LinearArgs& args, const Gpu& gpu) {
   const LinearJob job = plan_of(args, gpu, args.workspace_limit).job;
@@ -80,7 +96,8 @@ gpu::Error linear_sm80(const LinearArgs& args, const Gpu& gpu) {
   const auto run = is_bf16  ? launch_linear_sm80<gpu::bf16>
                    : is_f16 ? launch_linear_sm80<gpu::f16>
                             : launch_linear_sm80<float>;
-  const gpu::Error error = run(plan.config, plan.how, plan.job);
+  const gpu::Error error = args.weight.packed == nullptr ? run(plan.config, plan.how, plan.job)
+                                                         : launch_linear_packed_sm80(plan.config, plan.how, plan.job);
   return error || plan.job.parts == 1 ? error : add_parts(plan.job, gpu);
 }
 

@@ -2,11 +2,13 @@
 //
 // A block owns a tile of y. Tiles of `a` and of W come by asynchronous copies through a ring of stages. While the
 // tensor cores multiply stage i, each thread adds noise to the patch of W that it copied to stage i + 1: nobody else
-// touches them before the barrier that ends the step, so the pass needs none of its own.
+// touches them before the barrier that ends the step, so the pass needs none of its own. Where W is packed, codes and
+// scales come to the places of the values and become these in registers, before the noise.
 #pragma once
 
 #include "configs.h"
 #include "linear_job.h"
+#include "packed.h"
 
 namespace flatlora {
 
@@ -17,9 +19,15 @@ FLATLORA_DEVICE uint32_t place(uint32_t row_bytes, uint32_t row, uint32_t piece)
   return row * row_bytes + ((piece ^ (piece >> 3 & 1) ^ swizzle(row)) << 4);
 }
 
+struct PackedLinearJob : LinearJob {
+  PackedRows packed;
+};
+
 // kApart: a stage has a third tile, of what rounding W + eps leaves, by which `a` is multiplied as well.
-template <class T, bool kInputGrad, Noise kNoise, int kConfig, bool kApart = false>
+// kBits: of a code where W is packed, else 0.
+template <class T, bool kInputGrad, Noise kNoise, int kConfig, bool kApart = false, int kBits = 0>
 struct LinearTile {
+  using Job = std::conditional_t<kBits == 0, LinearJob, PackedLinearJob>;
   static constexpr Tile kTile = kTiles[kConfig];
   static constexpr int kElement = sizeof(T), kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr int kPerPiece = 16 / kElement, kChunkPieces = kElement / 2;  // a chunk is 8 elements
@@ -37,7 +45,7 @@ struct LinearTile {
   static constexpr int kAPieces = kRowBytes / 16, kARowStep = kThreads / kAPieces, kACopies = kTile.m / kARowStep;
   static_assert(kWRows / Own::kRows * kWPatches == kThreads, "each thread perturbs a patch");
 
-  const LinearJob& job;
+  const Job& job;
   gpu::Shared stages;
   int64_t first_m, last_m, first_out;
   int64_t begin, end;  // of the contraction, in this part
@@ -46,6 +54,9 @@ struct LinearTile {
   uint32_t a_piece, a_row, w_chunk, w_row;
   const char *a_from, *w_from;
   uint32_t a_offset[kACopies], w_offset[4];
+  uint32_t scale_index[kBits == 0 ? 1 : 4];  // forward: of each chunk's row; input grad: of its columns
+  uint32_t scale_low;  // forward: the low bytes of these, which cost less to keep than to find again
+  float scale_offset;
   uint32_t a_place, w_place;
   Draw draw;
   PatchRows<kNoise, T> rows;
@@ -54,7 +65,7 @@ struct LinearTile {
   float acc[kMI][kNI][4];
   float stage_sum[kElement == 4 ? kMI : 1][kElement == 4 ? kNI : 1][4];
 
-  FLATLORA_DEVICE explicit LinearTile(const LinearJob& j) : job(j) {}
+  FLATLORA_DEVICE explicit LinearTile(const Job& j) : job(j) {}
 
   FLATLORA_DEVICE gpu::Shared a_stage(uint32_t slot) const { return stages + slot; }
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
@@ -102,7 +113,12 @@ struct LinearTile {
     const int64_t w_row_stride = args.weight.row_stride;
     const int64_t w_first = kInputGrad ? begin * w_row_stride + first_out : first_out * w_row_stride + begin;
     a_from = static_cast<const char*>(args.a) + (first_m * args.a_row_stride + begin) * kElement;
-    w_from = static_cast<const char*>(args.weight.data) + w_first * kElement;
+    if constexpr (kBits == 0) {
+      w_from = static_cast<const char*>(args.weight.data) + w_first * kElement;
+    } else {
+      const int64_t row = kInputGrad ? begin : first_out, col = kInputGrad ? first_out : begin;
+      w_from = reinterpret_cast<const char*>(job.packed.codes) + row * job.packed.row_bytes + col / 8 * kBits;
+    }
     scale_from = args.noise.scale + (begin + w_row) * args.noise.scale_stride;
     const uint32_t a_stride = uint32_t(args.a_row_stride) * kElement, w_stride = uint32_t(w_row_stride) * kElement;
     // Rows beyond the edge are those of the last one again; they are not stored.
@@ -112,7 +128,19 @@ struct LinearTile {
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int64_t row = kInputGrad ? w_row + Own::row(i) : smaller(w_row + Own::row(i), job.outputs - first_out - 1);
-      w_offset[i] = uint32_t(row) * w_stride + (w_chunk + Own::col(i)) * 8 * kElement;
+      if constexpr (kBits == 0) {
+        w_offset[i] = uint32_t(row) * w_stride + (w_chunk + Own::col(i)) * 8 * kElement;
+      } else {
+        w_offset[i] = uint32_t(row) * uint32_t(job.packed.row_bytes) + (w_chunk + Own::col(i)) * kBits;
+        scale_index[i] = kInputGrad ? scale_col(job.packed, uint32_t(first_out) + (w_chunk + Own::col(i)) * 8)
+                                    : scale_row(job.packed, uint32_t(first_out) + uint32_t(row));
+      }
+    }
+    if constexpr (kBits == 4) {
+      scale_offset = flatlora::scale_offset(job.packed);
+      scale_low = 0;
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) scale_low |= (scale_index[i] & 0xff) << 8 * i;
     }
     if constexpr (!kInputGrad) {
       set_rows(rows, draw, uint32_t(first_out) + w_row);
@@ -180,24 +208,90 @@ struct LinearTile {
       FLATLORA_UNROLL
       for (int i = 0; i < kACopies; ++i)
         gpu::cp_async<16>(a_stage(slot) + a_place + i * kARowStep * kRowBytes, a_from + a_offset[i]);
-      FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      if constexpr (kBits == 0) {
         FLATLORA_UNROLL
-        for (int p = 0; p < kChunkPieces; ++p)
-          gpu::cp_async<16>(w_at(w_stage(slot), i, p), w_from + w_offset[i] + 16 * p);
+        for (int i = 0; i < 4; ++i) {
+          FLATLORA_UNROLL
+          for (int p = 0; p < kChunkPieces; ++p)
+            gpu::cp_async<16>(w_at(w_stage(slot), i, p), w_from + w_offset[i] + 16 * p);
+        }
+      } else {
+        copy_packed<false>(at, slot);
       }
     }
     gpu::cp_async_commit();
     a_from += kTile.k * kElement;
-    w_from += kTile.k * kElement * (kInputGrad ? job.args.weight.row_stride : 1);
+    if constexpr (kBits == 0)
+      w_from += kTile.k * kElement * (kInputGrad ? job.args.weight.row_stride : 1);
+    else
+      w_from += kInputGrad ? kTile.k * job.packed.row_bytes : kTile.k / 8 * kBits;
   }
+
+  // --- Of packed rows ---
+
+  // The index of chunk i's scale, in the step at `at`.
+  FLATLORA_DEVICE uint32_t scale_at(uint32_t at, int i) const {
+    if constexpr (kInputGrad)
+      return scale_row(job.packed, at + w_row + uint32_t(Own::row(i))) + scale_index[i];
+    else
+      return scale_index[i] + scale_col(job.packed, at + (w_chunk + uint32_t(Own::col(i))) * 8);
+  }
+  // The place of a chunk gets its codes, and from its third word on the word that has its scale, and the scale's own.
+  template <bool kEdge>
+  FLATLORA_DEVICE void copy_packed(int64_t at, uint32_t slot) {
+    const PackedRows& p = job.packed;
+    FLATLORA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const gpu::Shared to = w_at(w_stage(slot), i, 0);
+      const char* from = w_from + w_offset[i];
+      uint32_t index = scale_at(uint32_t(at), i);
+      int valid = 4;
+      bool inside = true;
+      if constexpr (kEdge) {
+        const int64_t col = (w_chunk + Own::col(i)) * 8;
+        inside = kInputGrad ? first_out + col < job.outputs && at + w_row + Own::row(i) < end : at + col < end;
+        if (!inside) {
+          from = reinterpret_cast<const char*>(p.codes);
+          index = 0;
+        }
+      }
+      const uint32_t byte = kBits == 8 || p.scale_bytes == 4 ? 4 * index : index & ~3u;
+      if constexpr (kEdge) valid = inside ? int(smaller(int64_t(p.scales) * p.scale_bytes - byte, 4)) : 0;
+      gpu::cp_async<kBits>(to, from, inside ? kBits : 0);
+      gpu::cp_async<4>(to + 8, p.scale + byte, valid);
+      if (kBits == 4 && p.nested != nullptr)
+        gpu::cp_async<4>(to + 12, p.nested + (index >> p.nested_shift), inside ? 4 : 0);
+    }
+  }
+  FLATLORA_DEVICE gpu::Shared table() const { return stages + kStages * kStageBytes; }
+  // What was copied for chunk i becomes its values.
+  FLATLORA_DEVICE void decode(Chunk<T>& w, uint32_t at, int i) const {
+    const PackedRows& p = job.packed;
+    float scale = as_float(w.v[2]);
+    if (kBits == 4 && p.scale_bytes == 1) {
+      const uint32_t col = scale_col(p, at + (w_chunk + uint32_t(Own::col(i))) * 8);
+      const uint32_t index = kInputGrad ? scale_at(at, i) : (scale_low >> 8 * i) + col;
+      const uint32_t byte = gpu::rotate_right(w.v[2], int(8 * index));
+      const PackedChunk c = {{}, byte, p.nested == nullptr ? 1.0f : as_float(w.v[3])};
+      scale = scale_of(c, p, true, scale_offset);
+    }
+    w = decoded<T, kBits, false>({{w.v[0], w.v[1]}, 0, 0.0f}, p, table(), scale);
+  }
+
   FLATLORA_DEVICE void copy_edge(int64_t at, uint32_t slot) {
-    const char* const nothing = static_cast<const char*>(job.args.weight.data);
+    const char* const nothing = static_cast<const char*>(job.args.a);
     const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
     FLATLORA_UNROLL
     for (int i = 0; i < kACopies; ++i)
       gpu::cp_async<16>(a_stage(slot) + a_place + i * kARowStep * kRowBytes, a_valid ? a_from + a_offset[i] : nothing,
                         a_valid);
+    if constexpr (kBits == 0)
+      copy_weights_edge(at, slot);
+    else
+      copy_packed<true>(at, slot);
+  }
+  FLATLORA_DEVICE void copy_weights_edge(int64_t at, uint32_t slot) {
+    const char* const nothing = static_cast<const char*>(job.args.weight.data);
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       FLATLORA_UNROLL
@@ -223,6 +317,13 @@ struct LinearTile {
       gather_piece(a_stage(slot) + a_place + uint32_t(i * kARowStep) * kRowBytes, args.a, args.a_row_stride,
                    args.a_col_stride, first_m + row, last_m, at + a_piece * kPerPiece, end);
     }
+    if constexpr (kBits == 0)
+      gather_weights(at, slot);
+    else
+      copy_packed<true>(at, slot);
+  }
+  FLATLORA_DEVICE void gather_weights(int64_t at, uint32_t slot) {
+    const LinearArgs& args = job.args;
     const int64_t first_row = kInputGrad ? at : first_out, first_col = kInputGrad ? first_out : at;
     FLATLORA_NO_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -278,6 +379,7 @@ struct LinearTile {
     gpu::Shared stage;
     PatchBlocks<kNoise> blocks;
     Chunk<T> w[4], rest[kApart ? 4 : 1];
+    uint32_t at;  // of the contraction
   };
   static constexpr int kStride = kSteps / 4;  // turns for a chunk
 
@@ -303,6 +405,11 @@ struct LinearTile {
   FLATLORA_DEVICE void noise_turn(Pass& pass, int turn) {
     if (turn % kStride != 0) return;
     const int row = turn / kStride;
+    if constexpr (kBits != 0) {
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i)
+        if (kNoise == Noise::kGaussian ? i == row : row == 1) decode(pass.w[i], pass.at, i);
+    }
     if constexpr (kNoise == Noise::kGaussian) {
       const RowKey key[1] = {rows.key[row]};
       uint32_t words[1][4];
@@ -597,6 +704,7 @@ struct LinearTile {
     const bool more = !kEdge || at + kTile.k < end;  // a step whose noise is to be drawn
     pass.stage = w_stage(next);
     pass.blocks = blocks_at(at + kTile.k);
+    pass.at = uint32_t(at + kTile.k);
     set_step(at + kTile.k);
     load_scales<kEdge>(at + 2 * kTile.k);
     FLATLORA_UNROLL
@@ -625,10 +733,15 @@ struct LinearTile {
     load_scales<true>(begin);
     if (begin == 0 && job.args.rank > 0) adapter(kLastSlot);
 
+    if constexpr (kBits != 0) {
+      load_table<kBits>(job.packed, table(), kThreads);
+      gpu::sync_threads();
+    }
     Pass pass;
     gpu::cp_async_wait<kStages - 2>();
     pass.stage = w_stage(0);
     pass.blocks = blocks_at(begin);
+    pass.at = uint32_t(begin);
     set_step(begin);
     load_scales<true>(begin + kTile.k);
     all_noise(pass);
@@ -651,6 +764,12 @@ template <class T, bool kInputGrad, Noise kNoise, int kConfig, bool kApart = fal
 FLATLORA_KERNEL(kTiles[kConfig].threads(), kTiles[kConfig].blocks)
 linear_sm80_kernel(const FLATLORA_GRID_CONSTANT LinearJob job) {
   LinearTile<T, kInputGrad, kNoise, kConfig, kApart>(job).run();
+}
+
+template <class T, bool kInputGrad, Noise kNoise, int kConfig, bool kApart, int kBits>
+FLATLORA_KERNEL(kTiles[kConfig].threads(), kTiles[kConfig].blocks)
+linear_packed_sm80_kernel(const FLATLORA_GRID_CONSTANT PackedLinearJob job) {
+  LinearTile<T, kInputGrad, kNoise, kConfig, kApart, kBits>(job).run();
 }
 
 // Of one type, in the file named after it.

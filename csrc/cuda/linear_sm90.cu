@@ -92,11 +92,11 @@ bool linear_sm90_takes(const LinearArgs& args, const Gpu& gpu) {
   // A thread may have all 16 rows of a call.
   const bool rademacher = static_cast<Noise>(args.noise.kind) == Noise::kRademacher;
   const bool whole = rademacher ? args.noise.row_offset % 16 == 0 : begins_whole(args.noise);
-  return args.dtype != int64_t(DType::kFloat32) && !args.split_noise && (rows > 64 || gpu.config >= 0) &&
-         args.M < kMost && length < kMost && args.a_col_stride == 1 && aligned(args.a) && a_stride % 8 == 0 &&
-         a_stride >= length && args.weight.col_stride == 1 && aligned(args.weight.data) &&
-         args.weight.row_stride % 8 == 0 && args.weight.row_stride >= 0 && args.weight.row_stride < kMost / 128 &&
-         args.K % 8 == 0 && args.noise.scale_stride == 1 &&
+  return args.weight.packed == nullptr && args.dtype != int64_t(DType::kFloat32) && !args.split_noise &&
+         (rows > 64 || gpu.config >= 0) && args.M < kMost && length < kMost && args.a_col_stride == 1 &&
+         aligned(args.a) && a_stride % 8 == 0 && a_stride >= length && args.weight.col_stride == 1 &&
+         aligned(args.weight.data) && args.weight.row_stride % 8 == 0 && args.weight.row_stride >= 0 &&
+         args.weight.row_stride < kMost / 128 && args.K % 8 == 0 && args.noise.scale_stride == 1 &&
          (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && whole;
 }
 

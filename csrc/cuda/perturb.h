@@ -1,15 +1,12 @@
-// W + eps, or eps, in one pass.
+// W + eps, or eps, in one pass; of a packed W also W alone.
 #pragma once
 
-#include "noise.h"
+#include "packed.h"
 
 namespace flatlora {
 
 constexpr int kPerturbThreads = 256;
 constexpr int kPerturbSteps = 4;
-
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
 // Drops the first element and appends another.
 template <class T>
@@ -86,13 +83,14 @@ struct PerturbJob {
   uint32_t from_bytes, to_bytes;  // from row to row, where chunks are whole
 };
 
-// Where the chunks of a thread lie.
+// Where the chunks of a thread lie: `read` begins to load one, of which `value` makes the values.
 template <class T, bool kVector>
 struct PerturbMemory;
 
 // Whole chunks, and less than 2^32 bytes from row to row.
 template <class T>
 struct PerturbMemory<T, true> {
+  using Raw = Chunk<T>;
   const char* from;
   char* to;
   uint32_t from_bytes, to_bytes;  // from row to row
@@ -102,9 +100,11 @@ struct PerturbMemory<T, true> {
         to(static_cast<char*>(job.args.out) + n * job.to_bytes + k * int64_t(sizeof(T))),
         from_bytes(job.from_bytes),
         to_bytes(job.to_bytes) {}
-  FLATLORA_DEVICE Chunk<T> load(uint32_t row, int col, int) const {
+  FLATLORA_DEVICE static bool has_weight(const PerturbJob& job) { return job.args.weight.data != nullptr; }
+  FLATLORA_DEVICE Raw read(uint32_t row, int col, int) const {
     return load_chunk<T>(from + uint64_t(from_bytes) * row + col * int(sizeof(T)));
   }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& w) const { return w; }
   FLATLORA_DEVICE void store(uint32_t row, int col, int, const Chunk<T>& w) const {
     store_chunk<T>(to + uint64_t(to_bytes) * row + col * int(sizeof(T)), w);
   }
@@ -116,6 +116,7 @@ struct PerturbMemory<T, true> {
 
 template <class T>
 struct PerturbMemory<T, false> {
+  using Raw = Chunk<T>;
   const T* from;
   T* to;
   int64_t from_row, from_col, to_row, to_col;
@@ -128,9 +129,11 @@ struct PerturbMemory<T, false> {
         from_col(job.args.weight.col_stride),
         to_row(job.args.out_row_stride),
         to_col(job.args.out_col_stride) {}
-  FLATLORA_DEVICE Chunk<T> load(uint32_t row, int col, int left) const {
+  FLATLORA_DEVICE static bool has_weight(const PerturbJob& job) { return job.args.weight.data != nullptr; }
+  FLATLORA_DEVICE Raw read(uint32_t row, int col, int left) const {
     return gather_chunk<T>(from + row * from_row + col * from_col, from_col, left);
   }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& w) const { return w; }
   FLATLORA_DEVICE void store(uint32_t row, int col, int left, const Chunk<T>& w) const {
     scatter_chunk<T>(to + row * to_row + col * to_col, to_col, left, w);
   }
@@ -140,11 +143,89 @@ struct PerturbMemory<T, false> {
   }
 };
 
-// kVector: as PerturbMemory has it, and rows and columns begin where the noise's patches may.
-template <class T, Noise kind, bool kVector>
-FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 && kind == Noise::kRademacher ? 1 : 2))
-perturb_kernel(PerturbJob job) {
+// Of packed rows, whole chunks as above.
+struct PackedRowsJob : PerturbJob {
+  PackedRows packed;
+};
+template <class T, int kBits, int kScaleBytes>
+struct PackedRowsMemory {
+  using Raw = PackedChunk;
+  const PackedRows& packed;
+  gpu::Shared table;
+  float offset;
+  const uint8_t* from;
+  char* to;
+  uint32_t from_bytes, to_bytes, row, col;
+
+  FLATLORA_DEVICE PackedRowsMemory(const PackedRowsJob& job, int64_t n, int64_t k)
+      : packed(job.packed),
+        table(gpu::shared_base()),
+        offset(kScaleBytes == 1 ? scale_offset(job.packed) : 0.0f),
+        from(job.packed.codes + n * job.packed.row_bytes + k / 8 * kBits),
+        to(static_cast<char*>(job.args.out) + n * job.to_bytes + k * int64_t(sizeof(T))),
+        from_bytes(uint32_t(job.packed.row_bytes)),
+        to_bytes(job.to_bytes),
+        row(uint32_t(n)),
+        col(uint32_t(k)) {}
+  FLATLORA_DEVICE static bool has_weight(const PackedRowsJob&) { return true; }
+  FLATLORA_DEVICE Raw read(uint32_t down, int right, int) const {
+    return load_packed<kBits, kScaleBytes>(packed, from + uint64_t(from_bytes) * down + right / 8 * kBits,
+                                           scale_row(packed, row + down) + scale_col(packed, col + uint32_t(right)));
+  }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& c) const {
+    return decoded<T, kBits, true>(c, packed, table, scale_of(c, packed, kScaleBytes == 1, offset));
+  }
+  FLATLORA_DEVICE void store(uint32_t down, int right, int, const Chunk<T>& w) const {
+    store_chunk<T>(to + uint64_t(to_bytes) * down + right * int(sizeof(T)), w);
+  }
+  FLATLORA_DEVICE void advance(int columns) {
+    from += columns / 8 * kBits;
+    to += columns * int(sizeof(T));
+    col += uint32_t(columns);
+  }
+};
+
+// Of any layout.
+struct PackedJob : PerturbJob {
+  Packed packed;
+};
+template <class T>
+struct PackedMemory {
+  using Raw = Chunk<T>;
+  const Packed& packed;
+  T* to;
+  int64_t to_row, to_col, row, col;
+
+  FLATLORA_DEVICE PackedMemory(const PackedJob& job, int64_t n, int64_t k)
+      : packed(job.packed),
+        to(static_cast<T*>(job.args.out) + n * job.args.out_row_stride + k * job.args.out_col_stride),
+        to_row(job.args.out_row_stride),
+        to_col(job.args.out_col_stride),
+        row(n),
+        col(k) {}
+  FLATLORA_DEVICE static bool has_weight(const PackedJob&) { return true; }
+  FLATLORA_DEVICE Raw read(uint32_t down, int right, int left) const {
+    Chunk<T> w = {};
+    FLATLORA_NO_UNROLL
+    for (int j = 0; j < 8; ++j)
+      push<T>(w, j < left ? bits_of<T>(packed_value(packed, row + down, col + right + j)) : 0);
+    return w;
+  }
+  FLATLORA_DEVICE Chunk<T> value(const Raw& w) const { return w; }
+  FLATLORA_DEVICE void store(uint32_t down, int right, int left, const Chunk<T>& w) const {
+    scatter_chunk<T>(to + down * to_row + right * to_col, to_col, left, w);
+  }
+  FLATLORA_DEVICE void advance(int columns) {
+    to += columns * to_col;
+    col += columns;
+  }
+};
+
+// What a thread does. kVector: chunks are whole, and rows and columns begin where the noise's patches may.
+template <class T, Noise kind, bool kVector, class Memory, class Job>
+FLATLORA_DEVICE void perturb_rows(const Job& job) {
   const PerturbArgs& args = job.args;
+  constexpr bool kDraws = kind != Noise::kNone;
   using Shape = PerturbShape<kind, kVector>;
   using Own = Patch<kind>;
   constexpr int kPatches = Shape::kPatches, kMost = 1 << 30;
@@ -152,49 +233,55 @@ perturb_kernel(PerturbJob job) {
   const int64_t k = item % Shape::spans(args.K) * (kPerturbSteps * Shape::kStep) + gpu::lane() * (8 * Own::kCols);
   if (n >= args.N) return;
   const int rows_left = args.N - n < kMost ? int(args.N - n) : kMost;
-  const int rows_from = args.weight.data == nullptr ? 0 : rows_left;
+  const int rows_from = Memory::has_weight(job) ? rows_left : 0;
   int left = args.K - k < kMost ? int(args.K - k) : kMost;  // columns
   constexpr int kColumns = kPerturbSteps * Shape::kStep;
   const int last = left > kColumns ? left - kColumns : 0;
-  Draw draw = draw_of(args.noise, 0);
+  Draw draw = {};
+  if constexpr (kDraws) draw = draw_of(args.noise, 0);
   uint32_t block = draw.first_block + uint32_t(k / 8);
   draw.first_block = 0;  // blocks are those of the whole weight
   const auto row_at = [](int p, int i) { return 4 * p + Own::row(i); };
   Factor<kind, T> factor[kPatches][4];
   FLATLORA_UNROLL
-  for (int i = 0; i < 4 * kPatches; ++i) {
+  for (int i = 0; kDraws && i < 4 * kPatches; ++i) {
     const int row = row_at(i / 4, i % 4);
     const float* scale = args.noise.scale + (n + row) * args.noise.scale_stride;
     factor[i / 4][i % 4] =
         row < rows_left ? factor_of<kind, T>(draw, gpu::load_global<float>(scale)) : Factor<kind, T>(0);
   }
-  PerturbMemory<T, kVector> memory(job, n, k);
+  Memory memory(job, n, k);
   const int bits = int(args.noise.tile_bits);
   const uint32_t row = draw.first_row + uint32_t(n);
   PatchRows<kind, T> rows;
   WalshRows walsh;
-  if constexpr (kind != Noise::kHadamard)
+  if constexpr (kDraws && kind != Noise::kHadamard)
     set_rows(rows, draw, uint32_t(n));
-  else if constexpr (kVector)
+  else if constexpr (kDraws && kVector)
     walsh = walsh_rows(draw, row, bits, 8 * block);
   FLATLORA_NO_UNROLL
   while (left > last) {
     PatchBlocks<kind> blocks;
     uint32_t signs[1][4];
-    if constexpr (kind != Noise::kHadamard) blocks = set_blocks<kind>(draw, block);
+    if constexpr (kDraws && kind != Noise::kHadamard) blocks = set_blocks<kind>(draw, block);
     if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
     FLATLORA_UNROLL
     for (int p = 0; p < kPatches; ++p) {
-      Chunk<T> w[4] = {};
+      typename Memory::Raw raw[4] = {};
       FLATLORA_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int col = 8 * Own::col(i);
         if (row_at(p, i) < rows_from && (col == 0 || col < left))
-          w[i] = memory.load(uint32_t(row_at(p, i)), col, left - col);
+          raw[i] = memory.read(uint32_t(row_at(p, i)), col, left - col);
       }
+      Chunk<T> w[4];
       FLATLORA_UNROLL
-      for (int i = 0; i < 4; ++i) rows.factor[i] = factor[p][i];
-      if constexpr (kind == Noise::kHadamard) {
+      for (int i = 0; i < 4; ++i) {
+        w[i] = memory.value(raw[i]);
+        if constexpr (kDraws) rows.factor[i] = factor[p][i];
+      }
+      if constexpr (!kDraws) {
+      } else if constexpr (kind == Noise::kHadamard) {
         const uint32_t column = 8 * block;
         uint32_t word = 0;
         if constexpr (kVector) {
@@ -222,6 +309,26 @@ perturb_kernel(PerturbJob job) {
     block += Shape::kStep / 8;
     left -= Shape::kStep;
   }
+}
+
+template <class T, Noise kind, bool kVector>
+FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 && kind == Noise::kRademacher ? 1 : 2))
+perturb_kernel(PerturbJob job) {
+  perturb_rows<T, kind, kVector, PerturbMemory<T, kVector>>(job);
+}
+
+template <class T, Noise kind, int kBits, int kScaleBytes>
+FLATLORA_KERNEL(kPerturbThreads, 2)
+perturb_packed_rows_kernel(const FLATLORA_GRID_CONSTANT PackedRowsJob job) {
+  load_table<kBits>(job.packed, gpu::shared_base(), kPerturbThreads);
+  gpu::sync_threads();
+  perturb_rows<T, kind, true, PackedRowsMemory<T, kBits, kScaleBytes>>(job);
+}
+
+template <class T, Noise kind>
+FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 && kind == Noise::kRademacher ? 1 : 2))
+perturb_packed_kernel(const FLATLORA_GRID_CONSTANT PackedJob job) {
+  perturb_rows<T, kind, false, PackedMemory<T>>(job);
 }
 
 }  // namespace flatlora

@@ -17,7 +17,7 @@ gpu::Error run(const RowNormsArgs& args, const Gpu& gpu) {
   gpu::Launch how = {};
   how.stream = gpu.stream;
   how.cluster = 1;
-  if (args.rank == 0 && in_steps_of<T>(16, args)) {
+  if (args.rank == 0 && args.weight.packed == nullptr && in_steps_of<T>(16, args)) {
     how.blocks = (args.N + kNormThreads / 32 - 1) / (kNormThreads / 32);
     how.threads = kNormThreads;
     return gpu::launch(row_norms_kernel<T>, how, args);
@@ -25,6 +25,8 @@ gpu::Error run(const RowNormsArgs& args, const Gpu& gpu) {
   how.blocks = (args.N + kNormRows - 1) / kNormRows;
   how.threads = kNormTileThreads;
   how.shared_bytes = NormShared::kBytes;
+  if (args.weight.packed != nullptr)
+    return gpu::launch(row_norms_packed_kernel, how, args, packed_of(*args.weight.packed));
   const bool vector = in_steps_of<T>(4 * int(sizeof(T)), args);
   return gpu::launch(vector ? row_norms_tile_kernel<T, true> : row_norms_tile_kernel<T, false>, how, args);
 }

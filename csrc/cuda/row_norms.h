@@ -2,7 +2,7 @@
 // that nothing cancels.
 #pragma once
 
-#include "noise.h"
+#include "packed.h"
 
 namespace flatlora {
 
@@ -93,10 +93,22 @@ FLATLORA_DEVICE void load_four(float (&w)[4], const T* p, int64_t stride, int64_
   }
 }
 
-// Each thread has two rows and four columns of the tile.
-template <class T, bool kVector>
-FLATLORA_KERNEL(kNormTileThreads, 2)
-row_norms_tile_kernel(RowNormsArgs args) {
+// The same of a packed W, in two rows.
+FLATLORA_DEVICE void load_four(float (&w)[2][4], const Packed& packed, int64_t dtype, int64_t n, int64_t last,
+                               int64_t k, int64_t valid) {
+  FLATLORA_NO_UNROLL
+  for (int j = 0; j < 8; ++j) {  // through the last place: addresses of all would fill the registers
+    const int64_t row = n + j / 4 < last ? n + j / 4 : last;
+    const float v = j % 4 < valid ? rounded_to(dtype, packed_value(packed, row, k + j % 4)) : 0.0f;
+    FLATLORA_UNROLL
+    for (int i = 0; i < 7; ++i) w[i / 4][i % 4] = w[(i + 1) / 4][(i + 1) % 4];
+    w[1][3] = v;
+  }
+}
+
+// Each thread has two rows and four columns of the tile, which `load` gives for their first row and column.
+template <bool kVector, class Load>
+FLATLORA_DEVICE void row_norms_tile(const RowNormsArgs& args, Load load) {
   const gpu::Shared shared = gpu::shared_base();
   const int64_t first = gpu::block() * kNormRows, n = first + 2 * gpu::warp();
   const int column = 4 * gpu::lane();
@@ -105,13 +117,7 @@ row_norms_tile_kernel(RowNormsArgs args) {
   FLATLORA_NO_UNROLL
   for (int64_t k = 0; k < args.K; k += kNormCols) {
     float w[2][4];
-    FLATLORA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = n + i < args.N ? n + i : args.N - 1;
-      const T* p = static_cast<const T*>(args.weight.data) + row * args.weight.row_stride +
-                   (k + column) * args.weight.col_stride;
-      load_four<T, kVector>(w[i], p, args.weight.col_stride, args.K - k - column);
-    }
+    load(w, n, k + column);
     float product[2][4] = {};
     FLATLORA_NO_UNROLL
     for (int64_t r = 0; r < args.rank; r += kNormRank) {
@@ -157,6 +163,29 @@ row_norms_tile_kernel(RowNormsArgs args) {
     const float sum = sum_over<32>(sums[i]);
     if (gpu::lane() == 0 && n + i < args.N) gpu::store_global(args.out + n + i, sum);
   }
+}
+
+template <class T, bool kVector>
+FLATLORA_KERNEL(kNormTileThreads, 2)
+row_norms_tile_kernel(RowNormsArgs args) {
+  row_norms_tile<kVector>(args, [&args](float (&w)[2][4], int64_t n, int64_t k) {
+    FLATLORA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = n + i < args.N ? n + i : args.N - 1;
+      const T* p = static_cast<const T*>(args.weight.data) + row * args.weight.row_stride + k * args.weight.col_stride;
+      load_four<T, kVector>(w[i], p, args.weight.col_stride, args.K - k);
+    }
+  });
+}
+
+// Of all types.
+FLATLORA_KERNEL(kNormTileThreads, 2)
+row_norms_packed_kernel(const FLATLORA_GRID_CONSTANT RowNormsArgs args, const FLATLORA_GRID_CONSTANT Packed packed) {
+  row_norms_tile<false>(args, [&](float (&w)[2][4], int64_t n, int64_t k) {
+    FLATLORA_UNROLL
+    for (int i = 0; i < 8; ++i) w[i / 4][i % 4] = 0.0f;
+    load_four(w, packed, args.dtype, n, args.N - 1, k, args.K - k);
+  });
 }
 
 }  // namespace flatlora

@@ -1,6 +1,7 @@
 // Which memory a call's kernels may touch: its tensors, and nothing else.
 #pragma once
 
+#include <algorithm>
 #include <mutex>
 
 #include "../cuda/kernels.h"
@@ -61,6 +62,35 @@ class Tensors {
   }
   static void weight(const WeightArgs& w, int64_t dtype, int64_t N, int64_t K) {
     matrix(w.data, dtype, N, w.row_stride, K, w.col_stride);
+    if (w.packed != nullptr) packed(*w.packed, N, K);
+  }
+  static void packed(const PackedArgs& p, int64_t N, int64_t K) {
+    const auto most = [&](const int64_t* rows, const int64_t* cols) {  // the largest sum, and both may be read
+      gpu::allow_memory(rows, 8 * (p.row + N), false);
+      gpu::allow_memory(cols, 8 * (p.col + K), false);
+      return *std::max_element(rows + p.row, rows + p.row + N) + *std::max_element(cols + p.col, cols + p.col + K);
+    };
+    const auto size = [](int64_t dtype) {
+      return dtype == int64_t(DType::kByte) ? 1 : dtype == int64_t(DType::kFloat32) ? 4 : 2;
+    };
+    const int64_t row = p.row + N - 1, col = p.col + K - 1;
+    int64_t index;
+    if (p.row_bits != nullptr) {
+      most(p.row_bits, p.col_bits);
+      index = most(p.row_scales, p.col_scales);
+    } else {
+      index = p.block ? (row * p.width + col) / p.block : row / p.block_rows * p.scale_stride + col / p.block_cols;
+    }
+    gpu::allow_memory(p.codes, p.bytes, false);
+    gpu::allow_memory(p.table, int64_t(4) << p.bits, false);
+    gpu::allow_memory(p.scale, size(p.scale_dtype) * (index + 1), false);
+    if (p.scale_table != nullptr) gpu::allow_memory(p.scale_table, 4 * 256, false);
+    if (p.nested != nullptr) gpu::allow_memory(p.nested, 4 * (index / p.nested_block + 1), false);
+    if (p.offset != nullptr) gpu::allow_memory(p.offset, 4, false);
+    if (p.zero_bits)
+      gpu::allow_memory(p.zero, (most(p.row_zeros, p.col_zeros) + p.zero_bits + 7) / 8, false);
+    else if (p.zero != nullptr)
+      gpu::allow_memory(p.zero, size(p.zero_dtype) * (index + 1), false);
   }
   static void noise(const NoiseArgs& noise, int64_t N) {
     matrix(noise.scale, int64_t(DType::kFloat32), 1, 0, N, noise.scale_stride);

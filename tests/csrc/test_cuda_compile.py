@@ -86,6 +86,10 @@ def test_values_that_a_call_serves() -> None:
         ("perturb<f16, rademacher, false>", 32),
         ("perturb<f16, hadamard, true>", 32),
         ("perturb<f16, hadamard, false>", 8),
+        ("perturb_packed_rows<bf16, rademacher, 4, 1>", 128),
+        ("perturb_packed<bf16, rademacher>", 32),
+        ("perturb_packed<bf16, hadamard>", 8),
+        ("linear_packed_sm80<bf16, true, rademacher, 0, 4 bits>", 32),
         ("transform<bf16, 12, true>", 16),
         ("transform_small<bf16>", 1),
     ):
@@ -177,6 +181,16 @@ def test_names_are_those_of_the_source() -> None:
     for number, noise in ((1, "gaussian"), (2, "rademacher"), (3, "near_gaussian"), (4, "hadamard")):
         other = mangled.replace("NoiseE1", f"NoiseE{number}")
         assert compiled.short_names([other]) == {other: f"perturb<bf16, {noise}, true>"}
+
+
+def test_names_of_packed_products() -> None:
+    arguments = "INS_3gpu4bf16ELb0ELNS_5NoiseE1ELi2ELb{}ELi4EEEvNS_15PackedLinearJobE"
+    mangled = "_ZN8flatlora25linear_packed_sm80_kernel" + arguments
+    for apart, name in ((0, "gaussian, 2, 4 bits>"), (1, "gaussian, 2, 4 bits, apart>")):
+        full = mangled.format(apart)
+        assert compiled.short_names([full]) == {full: f"linear_packed_sm80<bf16, false, {name}"}
+        assert not compiled.regular(compiled.short_names([full])[full])
+    assert compiled.regular("linear_packed_sm80<bf16, false, gaussian, 1, 4 bits>")
 
 
 def test_every_source_is_compiled_for_every_target() -> None:
