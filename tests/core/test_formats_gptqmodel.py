@@ -71,6 +71,17 @@ def test_awq(bits: int) -> None:
             check(layer, own)
 
 
+def test_kernels_for_a_gpu() -> None:
+    """The same words; the CUDA kernel of AWQ cannot be made here."""
+    from gptqmodel.nn_modules.qlinear.gemm_awq_triton import AwqGEMMTritonLinear
+    from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+    layer = layer_of(TritonV2Linear, 64, 96)
+    check(layer, layer.dequantize_weight())
+    layer = layer_of(AwqGEMMTritonLinear, 64, 96)
+    check(layer, dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size))
+
+
 def test_errors() -> None:
     def changed(field: str, value: Any, cls: Any = TorchLinear, **options: Any) -> Any:
         layer = layer_of(cls, 64, 96, **options)

@@ -104,7 +104,6 @@ def _integers(source: Any, args: Any) -> QuantizedWeight:
     codes = flat_bytes("weight_packed", source.weight_packed, (torch.int32,), N * words)
     rows, cols = _blocks(source, args)
     across = -(-K // cols)
-    expect("quantization_scheme.weights.strategy", rows in (1, N), "tensor, channel or group", args.strategy)
     scale = flat("weight_scale", source.weight_scale, SCALE_TYPES, -(-N // rows) * across)
     dtype = scale.dtype
     packing = Packing(f"int{bits}", N, K, dtype, dtype, bits, difference=dtype)

@@ -79,7 +79,7 @@ def _gptq(source: Any, bits: int) -> QuantizedWeight:
 def _awq(source: Any, bits: int) -> QuantizedWeight:
     """Words of rows, of codes and of zeros."""
     K = source.in_features
-    group = source.group_size if source.group_size > 0 else K
+    group = source.group_size
     groups = -(-K // group)
     N, _, scales, word = _common(source, bits, groups)
     words = -(-N * bits // word)

@@ -24,7 +24,7 @@ def class_of(source: Any, package: str) -> str:
 
 def own_weight(source: Any) -> Any:
     """The weight of a linear layer, or what is none itself."""
-    return source.weight if isinstance(source, nn.Linear) else source
+    return getattr(source, "weight", None) if isinstance(source, nn.Linear) else source
 
 
 def expect(field: str, holds: bool, expected: str, got: object) -> None:
