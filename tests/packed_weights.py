@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from flatlora_kernels import QuantizedWeight
-from flatlora_kernels.core.formats.own import NF4
+from flatlora_kernels.core.formats.own import E2M1, NF4
 from flatlora_kernels.core.quantized import Packing, Parts, number_table
 
 
@@ -90,10 +90,33 @@ def _halves(bits: int) -> Callable[[int, int, torch.dtype], QuantizedWeight]:
     return make
 
 
+def _zeros(N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
+    """torchao: int8 with a zero for each row, as floats."""
+    q = _int8_rows(N, K, dtype)
+    zero = torch.randint(-9, 9, (N,), generator=_generator(N, K)).float()
+    return QuantizedWeight(q.packing._replace(post=1.0), q.parts._replace(zero=zero))
+
+
+def _swizzled(N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
+    """NVFP4 whose scales lie in another order, so that places of all are sums."""
+    g, blocks = _generator(N, K), -(-K // 16)
+    rows, k = torch.arange(N), torch.arange(K)
+    packing = Packing("nvfp4", N, K, dtype, dtype, 4, nested_block=1 << 62)
+    parts = Parts(
+        _bytes(N * -(-K // 2), g), torch.tensor(E2M1),
+        torch.randint(0, 120, (N * blocks,), generator=g, dtype=torch.uint8),
+        number_table("e4m3", 8, torch.device("cpu")), torch.tensor([0.02]),
+        row_bits=rows * (-(-K // 2) * 8), col_bits=4 * k, row_scales=rows, col_scales=k // 16 * N,
+    )  # fmt: skip
+    return QuantizedWeight(packing, parts)
+
+
 LAYOUTS: dict[str, Callable[[int, int, torch.dtype], QuantizedWeight]] = {
     **{name: _own(name) for name in ("nf4", "int8", "fp8", "fp8_block", "mxfp4", "nvfp4")},
     "nf4_nested": _nested,
     "int8_rows": _int8_rows,
+    "int8_zeros": _zeros,
+    "nvfp4_swizzled": _swizzled,
     "gptq": _words,
     "hqq4": _halves(4),
     "hqq3": _halves(3),
