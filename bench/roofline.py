@@ -33,6 +33,7 @@ PAGE = "docs/internals/performance.md"
 DOC = Path(__file__).parent.parent / PAGE
 RESULTS = Path(__file__).parent / "results"
 SIZE, RANK = 4096, 16
+NF4 = 0.5 + 1 / 64  # bytes of a value; the second part is the scale of its block, a byte
 ROWS = (16, 256, 2048, 8192)
 CHIPS = tuple(c for c in cost.CHIPS if c.name in ("A100 SXM 80 GB", "H100 SXM", "B200 SXM"))
 UNITS = ("tensor", "issue", "draw", "shared", "l2", "memory", "step", "launch")
@@ -292,8 +293,11 @@ def residuals(chip: Chip) -> str:
     return markdown(["kernels", "noise", "rank", "", *(f"M = {M}" for M in sizes)], body)
 
 
-def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
+def step(chip: Chip, M: int, noise: str, code: float = 0.0) -> tuple[Cost, Cost]:
     """Forward and backward of a LoRA layer: ours, and PEFT's without noise (all in bfloat16, no dropout).
+
+    code: bytes of a value where the weight is packed; PEFT's base layer then writes the values out before either
+    product.
 
     PEFT, lora/layer.py, Linear.forward: x W^T, x A^T, u B^T, times scaling, added to the first. Backward: dY times
     scaling, then by B, and its transpose by u; dY W; v A and its sum with that; v^T x. Five and seven launches, as seen
@@ -313,9 +317,11 @@ def step(chip: Chip, M: int, noise: str) -> tuple[Cost, Cost]:
     forward = [product(N, K), product(r, K, held), product(N, r), passes(1, 1), passes(2, 1)]
     backward = [passes(1, 0), product(r, N, held), product(r, M, held, rows=N), product(K, N), product(K, r)]
     backward += [passes(2, 1), product(K, M, 0, rows=r)]
-    peft = cost.total(chip, forward + backward)
+    weight = call(noise, M)._replace(code=code)
+    unpacked = 2 * [cost.dequantize_pass(chip, weight)] if code else []
+    peft = cost.total(chip, unpacked + forward + backward)
 
-    ours = [fastest(chip, call(noise, M, d)) for d in ("forward", "input_grad")]
+    ours = [fastest(chip, call(noise, M, d)._replace(code=code)) for d in ("forward", "input_grad")]
     # v and dB by products.adapter_grads, dA by autograd.py.
     gradients = [product(r, N), product(r, M, held, rows=N), product(K, M, 0, rows=r)]
     rest = cost.total(chip, gradients)
@@ -334,6 +340,19 @@ def steps(chip: Chip) -> str:
         micro = [both((1e6 * s for s in seconds), ".0f") for seconds in cells]
         body.append([str(M), *micro, both((s / peft for s in ours), ".2f")])
     return markdown(["M", "x W^T and dY W alone", "PEFT, no noise", "ours", "ours / PEFT"], body)
+
+
+def packed() -> str:
+    """NF4 in blocks of 64: ours with noise over QLoRA without, forward and backward of a layer."""
+    body = []
+    for chip in CHIPS:
+        for noise in ("gaussian", "near_gaussian", "rademacher"):
+            ratios = []
+            for M in ROWS:
+                ours, qlora = step(chip, M, noise, NF4)
+                ratios.append(f"{ours.seconds / qlora.seconds:.2f}")
+            body.append([chip.name, noise, *ratios])
+    return markdown(["GPU", "noise", *(f"M = {M}" for M in ROWS)], body)
 
 
 def measured_chip(budget: float) -> Chip:
@@ -407,6 +426,8 @@ def gpu_report() -> str:
         kinds(),
         f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds",
         steps(h100),
+        f"{_PREDICTED}: forward and backward of a layer on NF4 with noise, over QLoRA's without",
+        packed(),
         f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100",
         amounts(h100),
     ]

@@ -44,6 +44,7 @@ from .counts import (
     CPU_UNPACK,
     CUDA,
     CUDA_TILES,
+    DECODE,
     DRAWN,
     HADAMARD_PERTURB,
     MAKES_U,
@@ -52,6 +53,7 @@ from .counts import (
     NEAR_GAUSSIAN_PERTURB,
     NEAR_GAUSSIAN_PRODUCT,
     OVERLAP,
+    OWNER_DECODE,
     PERTURB,
     RAMP,
     REACHED,
@@ -85,6 +87,12 @@ class Call(NamedTuple):
     K: int
     rank: int = 0
     samples: int = 1
+    code: float = 0.0  # bytes of a value of a packed weight, its share of scales included; 0 = not packed
+
+    @property
+    def stored(self) -> float:
+        """Bytes of a value of the weight in memory."""
+        return self.code or float(self.size)
 
     @property
     def outputs(self) -> int:
@@ -109,9 +117,10 @@ class Call(NamedTuple):
         return min(WORKSPACE, self.N * self.K * self.size // 4)
 
     def choose(self, counts: Counts) -> float:
+        decode = DECODE if self.code else 0.0
         if self.noise == "near_gaussian":
-            return NEAR_GAUSSIAN_PRODUCT
-        return counts[2 * (self.direction == "input_grad") + (self.noise == "rademacher")]
+            return NEAR_GAUSSIAN_PRODUCT + decode
+        return counts[2 * (self.direction == "input_grad") + (self.noise == "rademacher")] + decode
 
 
 class Cost(NamedTuple):
@@ -202,7 +211,8 @@ def _tiled(
     # Tensor cores of sm_100 read the half of the second operand that the other block has.
     n = tile.n // 2 if vendor and tile.by == "tcgen05" else tile.n
     filled = grid / (max(_ceil(grid, chip.processors), tile.at_a_time) * chip.processors)
-    moved = call.samples * call.N * call.K + call.M * (call.length + call.outputs + call.rank * (not vendor))
+    weight = call.samples * call.N * call.K * (2.0 if vendor else call.stored)
+    moved = weight + 2.0 * call.M * (call.length + call.outputs + call.rank * (not vendor))
     # What the copy engine writes does not hold up the vendor's products.
     staged = 0.0 if vendor else tile.m + n * (tile.passes + products - 1)
     start = START * 64 / tile.k / tile.at_a_time
@@ -214,7 +224,7 @@ def _tiled(
         drawing=values and values / DRAWN[call.noise],
         shared=2.0 * tile.k * (of_product * _operands(tile, n) + of_noise * staged),
         l2=2.0 * tile.k * of_noise * (tile.m + tile.n / tile.high) + sums,
-        memory=2.0 * moved,
+        memory=moved,
         steps=float(of_noise * _cycles(tile, call)),
         filled=filled * steps / (steps + start),
     )  # fmt: skip
@@ -273,17 +283,17 @@ def product(
 
 def perturb_pass(chip: Chip, backend: str, call: Call, values: int, to_memory: bool = True) -> Work:
     """W + eps in one pass, to memory or to what L2 holds."""
-    size = call.size * values
+    size, read = call.size * values, call.stored * values
     gaussian, rademacher = PERTURB[backend][chip.architecture]
     instructions = {
         "gaussian": gaussian, "rademacher": rademacher, "near_gaussian": NEAR_GAUSSIAN_PERTURB,
         "hadamard": HADAMARD_PERTURB,
     }  # fmt: skip
     return Work(
-        slots=values * instructions[call.noise] / 32,
+        slots=values * (instructions[call.noise] + DECODE * (call.code > 0)) / 32,
         drawing=values / DRAWN[call.noise],
-        l2=2.0 * size,
-        memory=float(size + to_memory * (size - resident(chip, size))),
+        l2=read + size,
+        memory=float(read + to_memory * (size - resident(chip, size))),
         overlap=OVERLAP,
     )
 
@@ -341,7 +351,7 @@ def _fused(chip: Chip, backend: str, call: Call) -> tuple[Work, int]:
             work = work._replace(**{unit: getattr(work, unit) + amount for unit, amount in more.items()})
         return work._replace(overlap=_overlap(tile), stall=STALL), parts
     small = call.noise_accum == "split"  # has the small tiles alone
-    if arch == "sm90" and call.rows > 64 and not small:
+    if arch == "sm90" and call.rows > 64 and not small and not call.code:  # linear_sm90.h takes no packed weight
         best, parts = _sm90_choice(chip, call)
         return _tiled(chip, SM90_TILES[best], call, parts, call.choose(CUDA["sm90a"][best])), parts
     rows = slice(3, 4) if call.rows <= 16 else slice(2, 3) if call.rows <= 64 or small else slice(2)
@@ -456,6 +466,16 @@ def cost(chip: Chip, backend: str, strategy: str, call: Call) -> Cost:
         return _cpu(chip, strategy, call)
     kernels, workspace = works(chip, backend, strategy, call)
     return total(chip, kernels, workspace)
+
+
+def dequantize_pass(chip: Chip, call: Call) -> Work:
+    """What the owner of a packed weight does before its product: all values to memory."""
+    values, size = call.N * call.K, call.size * call.N * call.K
+    return Work(
+        slots=values * OWNER_DECODE / 32,
+        l2=call.stored * values + size,
+        memory=call.stored * values + size - resident(chip, size),
+    )
 
 
 def plain(chip: Chip, call: Call) -> Cost:

@@ -589,3 +589,19 @@ def test_float32_of_few_rows_reads_the_weight_and_little_else() -> None:
         cost.cost(chip, b, "fused", calls[1]).seconds < cost.cost(chip, b, "panel", calls[1]).seconds
         for b in ("cuda", "triton")
     )
+
+
+def test_packed_weight_is_read_as_it_is_stored() -> None:
+    """Its codes, not its values; more instructions; and on Hopper by the kernel that takes it."""
+    h100 = next(c for c in cost.CHIPS if c.name == "H100 SXM")
+    dense = cost.Call("forward", "gaussian", "folded", "bfloat16", 2048, 4096, 4096)
+    nf4 = dense._replace(code=0.5)
+    values = 4096 * 4096
+    passes = [cost.perturb_pass(h100, "cuda", c, values) for c in (dense, nf4)]
+    assert passes[0].memory - passes[1].memory == 1.5 * values
+    assert passes[1].slots > passes[0].slots
+    (a, *_), (b, *_) = (cost.works(h100, "cuda", "fused", c)[0] for c in (dense, nf4))
+    assert a.memory - b.memory == 1.5 * values
+    assert a.steps and not b.steps
+    owner = cost.dequantize_pass(h100, nf4)
+    assert owner.memory == 2.5 * values - cost.resident(h100, 2 * values)
