@@ -256,6 +256,22 @@ def test_bitsandbytes_repacks_in_place(kind: str) -> None:
     agree(run(flat), run(with_noise(dense_twin(flat), flat)))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao", "gptq", "fp8"])
+def test_compiles(kind: str) -> None:
+    """One graph, for every step; advance shows it a weight that was replaced."""
+    _, flat = pair(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(flat, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        agree(run(compiled), {f"_orig_mod.{n}" if "lora_" in n else n: v for n, v in run(flat).items()})
+        flat.controller.advance()
+    if kind == "nf4":
+        layer = flat_layers(flat)["up"].base_layer
+        layer.weight = quantised(kind, nn.Linear(64, 128)).weight
+        flat.controller.advance()
+        agree({"y": run(compiled)["y"]}, {"y": run(flat)["y"]})
+
+
 def test_bitsandbytes_chooses_its_type_by_the_first_input() -> None:
     _, flat = pair("nf4", dtype=None)
     layer = flat_layers(flat)["up"].base_layer
