@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft_models import agree, flat_layers, scramble, with_noise  # noqa: E402
 
-from flatlora_kernels import QuantizedWeight  # noqa: E402
+from flatlora_kernels import QuantizedWeight, flatness  # noqa: E402
 from flatlora_kernels.integrations import peft as integration  # noqa: E402
 from flatlora_kernels.integrations.peft import FlatLinear, apply_flat_lora, remove_flat_lora  # noqa: E402
 
@@ -201,6 +201,31 @@ def test_types_and_autocast(kind: str) -> None:
         near(run(flat), torch.float32, 8 * torch.finfo(dtype).eps)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         near(run(flat), torch.float32, 16 * 2.0**-8)
+
+
+def test_autocast_leaves_the_owners_type() -> None:
+    _, flat = pair("nf4")
+    layer, x = flat_layers(flat)["up"], _x()
+    want = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), want)
+
+
+def test_flatness() -> None:
+    """Along the noise of the op; what moves the weights themselves refuses packed ones."""
+    peft, flat = pair("nf4")
+    x = _x()
+    steps = (-0.2, 0.0, 0.2)
+    got = flatness.line(flat, lambda: flat(x).square().sum(), steps)
+    apply_flat_lora(peft, sigma=0.3, verbose=False)
+    want = flatness.line(peft, lambda: peft(x).square().sum(), steps)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
+    before = bits(flat)
+    with pytest.raises(
+        ValueError, match="expected dense weights, which plane moves, got one of format 'nf4' in 'up'"
+    ):
+        flatness.plane(flat, lambda: flat(x).square().sum(), (0.1,))
+    assert all(map(torch.equal, bits(flat), before))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "hqq"])
