@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.quantized import QuantizedWeight
 from ..op.functional import flat_noise_scale, perturb_weight
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 
@@ -129,8 +130,18 @@ def plane(
     """The loss at ``W' + s c + t d`` as ``[s][t]``, c and d two directions as in `line`.
 
     Unlike the rest of this module it makes, for each s, a copy of the layers' weights: the op adds one noise at a time.
+
+    Raises:
+        ValueError: a layer has a packed weight, which cannot be moved.
     """
     layers = layers_of(model)
+    for layer in layers:
+        weight = layer._weight_in_use()[0]
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"model: expected dense weights, which plane moves, got one of format {weight.format!r} in"
+                f" {layer.flat_lora_name!r}; line and flatness take packed ones"
+            )
     rows = []
     with eval_mode(model), torch.no_grad():
         unit = {layer: _row_scale(layer) for layer in layers}

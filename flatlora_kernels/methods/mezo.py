@@ -69,7 +69,7 @@ class MeZO(Method):
         self._in_op = {}  # by weight: a tied one is updated once
         for layer in self._noisy:
             group = trained[id(layer._base_parameter())][1]
-            matrix = layer._weight_in_use()[0].detach()
+            matrix: Any = layer._weight_in_use()[0].detach()  # trains, so that it is no packed one
             self._in_op[id(layer._base_parameter())] = _Trained(
                 matrix, group, layer.stream, layer.noise, layer.backend
             )

@@ -249,7 +249,8 @@ class FlatLoraLinear(NoisyLayer):
             if owner is not None:
                 self.__dict__["weight"] = self._packed_weight(owner)
                 self.__dict__["bias"] = getattr(owner, "bias", None)
-            A, B = self.lora_A, self.lora_B
+            A: Tensor | None = self.lora_A
+            B: Tensor | None = self.lora_B
             if A is not None and B is not None and isinstance(self.weight, QuantizedWeight):
                 A, B = packed.beside(self.weight.dtype, A, B)
             return self.weight, A, B, self.scaling

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft_models import agree, flat_layers, scramble, with_noise  # noqa: E402
 
-from flatlora_kernels import QuantizedWeight  # noqa: E402
+from flatlora_kernels import QuantizedWeight, flatness  # noqa: E402
 from flatlora_kernels.integrations import peft as integration  # noqa: E402
 from flatlora_kernels.integrations.peft import FlatLinear, apply_flat_lora, remove_flat_lora  # noqa: E402
 
@@ -203,6 +203,31 @@ def test_types_and_autocast(kind: str) -> None:
         near(run(flat), torch.float32, 16 * 2.0**-8)
 
 
+def test_autocast_leaves_the_owners_type() -> None:
+    _, flat = pair("nf4")
+    layer, x = flat_layers(flat)["up"], _x()
+    want = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), want)
+
+
+def test_flatness() -> None:
+    """Along the noise of the op; what moves the weights themselves refuses packed ones."""
+    peft, flat = pair("nf4")
+    x = _x()
+    steps = (-0.2, 0.0, 0.2)
+    got = flatness.line(flat, lambda: flat(x).square().sum(), steps)
+    apply_flat_lora(peft, sigma=0.3, verbose=False)
+    want = flatness.line(peft, lambda: peft(x).square().sum(), steps)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
+    before = bits(flat)
+    with pytest.raises(
+        ValueError, match="expected dense weights, which plane moves, got one of format 'nf4' in 'up'"
+    ):
+        flatness.plane(flat, lambda: flat(x).square().sum(), (0.1,))
+    assert all(map(torch.equal, bits(flat), before))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "hqq"])
 def test_merging(kind: str) -> None:
     """PEFT's merge and unmerge, which pack again; the record and the norms follow."""
@@ -254,6 +279,22 @@ def test_bitsandbytes_repacks_in_place(kind: str) -> None:
     assert not getattr(weight.quant_state, "packing_format_for_cpu", False)
     flat.controller.target_sigma = 0.3
     agree(run(flat), run(with_noise(dense_twin(flat), flat)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao", "gptq", "fp8"])
+def test_compiles(kind: str) -> None:
+    """One graph, for every step; advance shows it a weight that was replaced."""
+    _, flat = pair(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(flat, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        agree(run(compiled), {f"_orig_mod.{n}" if "lora_" in n else n: v for n, v in run(flat).items()})
+        flat.controller.advance()
+    if kind == "nf4":
+        layer = flat_layers(flat)["up"].base_layer
+        layer.weight = quantised(kind, nn.Linear(64, 128)).weight
+        flat.controller.advance()
+        agree({"y": run(compiled)["y"]}, {"y": run(flat)["y"]})
 
 
 def test_bitsandbytes_chooses_its_type_by_the_first_input() -> None:

@@ -61,6 +61,7 @@ def test_from_linear(kind: str) -> None:
     owner = packed(kind)
     layer = trained(FlatLoraLinear.from_linear(owner.train(), **OPTIONS))
     assert layer.base_layer is owner and isinstance(layer.weight, QuantizedWeight)
+    assert layer.bias is owner.bias is not None
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     dense = dense_of(layer)
     agree(run(layer), run(dense))
@@ -85,7 +86,9 @@ def test_weight_without_a_layer(format: str) -> None:
     agree(run(other), run(layer))
     layer.double()
     assert torch.equal(layer.weight.dequantize(), q.dequantize())
-    agree(run(layer, torch.float64), run(dense_of(other).double(), torch.float64))
+    dense = dense_of(other).double()
+    agree(run(layer, torch.float64), run(dense, torch.float64))
+    agree(run(layer.eval(), torch.float64), run(dense.eval(), torch.float64), 1e-9)
     layer.to("meta")
     assert layer.weight.device.type == layer.lora_A.device.type == "meta"
 
