@@ -227,8 +227,7 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
     const bool lanes_n = d.kind == Noise::kGaussian || (d.kind == Noise::kNone && !kInputGrad);
     const Weight<T> here = lanes_n ? decoded_columns(w, n0 + n, min64(W, rows - n), k0, cols, room)
                                    : decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
-    const bool by_columns =
-        d.kind == Noise::kGaussian && here.row_stride == 1 && here.col_stride != 1 && n + W <= rows;
+    const bool by_columns = d.kind == Noise::kGaussian && here.row_stride == 1 && here.col_stride != 1 && n + W <= rows;
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
@@ -278,7 +277,8 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
         store(eps, r[i]);
         for (int64_t j = 0; j < min64(W, cols - k); ++j) {
           const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
-          const double base = here.data ? here.data[(n0 + n + i) * here.row_stride + (k0 + k + j) * here.col_stride] : 0.0;
+          const double base =
+              here.data ? here.data[(n0 + n + i) * here.row_stride + (k0 + k + j) * here.col_stride] : 0.0;
           panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] = base + double(eps[j]);
         }
       }
