@@ -212,6 +212,24 @@ struct Turned<uint32_t> {
 };
 #endif
 
+// A tile of gaussian noise on a weight given by columns. Each two columns go as soon as they are drawn: all would not
+// stay in registers.
+template <bool kInputGrad, class Panel, class T>
+__attribute__((noinline)) void fill_by_columns(const T* columns, int64_t stride, const Draw& d, const RowLanes& lanes,
+                                               int64_t k, int64_t step, int64_t strip, Panel* panel) {
+  Turned<Panel> turned;
+  each_two_columns(d, lanes, k, [&](int j, F even, F odd) {
+    even = add(load(columns + j * stride), even);
+    odd = add(load(columns + (j + 1) * stride), odd);
+    if (kInputGrad) {
+      turned.put(j, even, odd);
+    } else {
+      store_two_steps(panel, step + j, strip, even, odd);
+    }
+  });
+  if (kInputGrad) turned.store_to(panel, step, strip);
+}
+
 // panel = W + eps at outputs [o0, o0 + width) and contraction [c0, c0 + steps); `stride` steps lie between strips.
 template <bool kInputGrad, class Panel, class T>
 void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_t c0, int64_t steps, int64_t step0,
@@ -233,19 +251,8 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
       Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
       if (by_columns && k + W <= cols) {
-        // Each two columns go as soon as they are drawn: a tile of them would not stay in registers.
-        const T* column = here.data + (n0 + n) + (k0 + k) * here.col_stride;
-        Turned<Panel> turned;
-        each_two_columns(d, lanes, k0 + k, [&](int j, F even, F odd) {
-          even = add(load(column + j * here.col_stride), even);
-          odd = add(load(column + (j + 1) * here.col_stride), odd);
-          if (kInputGrad) {
-            turned.put(j, even, odd);
-          } else {
-            store_two_steps(strip, step0 + c + j, s.strip(), even, odd);
-          }
-        });
-        if (kInputGrad) turned.store_to(strip, step0 + c, s.strip());
+        const T* columns = here.data + (n0 + n) + (k0 + k) * here.col_stride;
+        fill_by_columns<kInputGrad>(columns, here.col_stride, d, lanes, k0 + k, step0 + c, s.strip(), strip);
         continue;
       }
       F r[W];

@@ -121,6 +121,8 @@ class Decoder {
     for (int64_t c = 0; c < cols;) {
       const int64_t here = min64(W, (cols - c) / 8);
       F words[W];
+      // Pieces of rows are too short for the hardware's prefetcher.
+      for (int i = 0; i < W; ++i) __builtin_prefetch(codes + (i * p.width + c) / 2 + 128);
       for (int i = 0; i < W; ++i)
         words[i] = i < rows ? load_words_at(codes + (i * p.width + c) / 2, here) : splat(F(), 0.0f);
       transpose(words);
