@@ -99,8 +99,8 @@ void add_squares(const double* w, int64_t stride, const double* A, const double*
     }
 }
 
-// total += squares of a piece of a contiguous row, for want of an adapter: four sums, because one would wait for its own
-// additions.
+// total += squares of a piece of a contiguous row, for want of an adapter: four sums, because one would wait for its
+// own additions.
 constexpr int64_t kSquarePiece = 64 * W;
 template <class T>
 void add_squares(const T* p, int64_t cols, double& total) {
@@ -311,7 +311,8 @@ void perturb_rows_float64(const PerturbArgs& args, int64_t task) {
           for (int64_t j = 0; j < min64(W, cols - k); ++j) {
             const int64_t row = n0 + n + i, col = k0 + k + j;
             const double base = here.data ? here.data[row * here.row_stride + col * here.col_stride] : 0.0;
-            out[row * args.out_row_stride + col * args.out_col_stride] = base + double(eps[j]);
+            double* to = out + row * args.out_row_stride + col * args.out_col_stride;
+            *to = draw.kind == Noise::kNone ? base : base + double(eps[j]);  // -0.0 stays one
           }
         }
       }

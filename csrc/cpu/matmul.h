@@ -212,6 +212,24 @@ struct Turned<uint32_t> {
 };
 #endif
 
+// A tile of gaussian noise on a weight given by columns. Each two columns go as soon as they are drawn: all would not
+// stay in registers.
+template <bool kInputGrad, class Panel, class T>
+__attribute__((noinline)) void fill_by_columns(const T* columns, int64_t stride, const Draw& d, const RowLanes& lanes,
+                                               int64_t k, int64_t step, int64_t strip, Panel* panel) {
+  Turned<Panel> turned;
+  each_two_columns(d, lanes, k, [&](int j, F even, F odd) {
+    even = add(load(columns + j * stride), even);
+    odd = add(load(columns + (j + 1) * stride), odd);
+    if (kInputGrad) {
+      turned.put(j, even, odd);
+    } else {
+      store_two_steps(panel, step + j, strip, even, odd);
+    }
+  });
+  if (kInputGrad) turned.store_to(panel, step, strip);
+}
+
 // panel = W + eps at outputs [o0, o0 + width) and contraction [c0, c0 + steps); `stride` steps lie between strips.
 template <bool kInputGrad, class Panel, class T>
 void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_t c0, int64_t steps, int64_t step0,
@@ -227,26 +245,14 @@ void fill_region(const Weight<T>& w, const Draw& d, Strips s, int64_t o0, int64_
     const bool lanes_n = d.kind == Noise::kGaussian || (d.kind == Noise::kNone && !kInputGrad);
     const Weight<T> here = lanes_n ? decoded_columns(w, n0 + n, min64(W, rows - n), k0, cols, room)
                                    : decoded(w, n0 + n, min64(W, rows - n), k0, cols, room);
-    const bool by_columns =
-        d.kind == Noise::kGaussian && here.row_stride == 1 && here.col_stride != 1 && n + W <= rows;
+    const bool by_columns = d.kind == Noise::kGaussian && here.row_stride == 1 && here.col_stride != 1 && n + W <= rows;
     for (int64_t k = 0; k < cols; k += W) {
       prefetch_tile(w, n0 + n + (kInputGrad ? 2 * W : 0), k0 + k + (kInputGrad ? 0 : 8 * W));
       const int64_t o = kInputGrad ? k : n, c = kInputGrad ? n : k;
       Panel* strip = panel + o / s.strip() * (stride / pack) * s.strip() + o % s.strip();
       if (by_columns && k + W <= cols) {
-        // Each two columns go as soon as they are drawn: a tile of them would not stay in registers.
-        const T* column = here.data + (n0 + n) + (k0 + k) * here.col_stride;
-        Turned<Panel> turned;
-        each_two_columns(d, lanes, k0 + k, [&](int j, F even, F odd) {
-          even = add(load(column + j * here.col_stride), even);
-          odd = add(load(column + (j + 1) * here.col_stride), odd);
-          if (kInputGrad) {
-            turned.put(j, even, odd);
-          } else {
-            store_two_steps(strip, step0 + c + j, s.strip(), even, odd);
-          }
-        });
-        if (kInputGrad) turned.store_to(strip, step0 + c, s.strip());
+        const T* columns = here.data + (n0 + n) + (k0 + k) * here.col_stride;
+        fill_by_columns<kInputGrad>(columns, here.col_stride, d, lanes, k0 + k, step0 + c, s.strip(), strip);
         continue;
       }
       F r[W];
@@ -278,7 +284,8 @@ void fill_region(const Weight<double>& w, const Draw& d, Strips s, int64_t o0, i
         store(eps, r[i]);
         for (int64_t j = 0; j < min64(W, cols - k); ++j) {
           const int64_t o = kInputGrad ? k + j : n + i, c = step0 + (kInputGrad ? n + i : k + j);
-          const double base = here.data ? here.data[(n0 + n + i) * here.row_stride + (k0 + k + j) * here.col_stride] : 0.0;
+          const double base =
+              here.data ? here.data[(n0 + n + i) * here.row_stride + (k0 + k + j) * here.col_stride] : 0.0;
           panel[o / s.strip() * stride * s.strip() + c * s.strip() + o % s.strip()] = base + double(eps[j]);
         }
       }

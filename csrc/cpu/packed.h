@@ -67,8 +67,7 @@ struct Codes16<float16> : HalfTable {
 struct Blocks {
   int64_t length;
   int shift;
-  explicit SIMD Blocks(int64_t n)
-      : length(n), shift(n > 0 && (n & (n - 1)) == 0 ? __builtin_ctzll(uint64_t(n)) : -1) {}
+  explicit SIMD Blocks(int64_t n) : length(n), shift(n > 0 && (n & (n - 1)) == 0 ? __builtin_ctzll(uint64_t(n)) : -1) {}
   SIMD int64_t of(int64_t i) const { return shift >= 0 ? i >> shift : i / length; }
 };
 
@@ -83,7 +82,8 @@ class Decoder {
         post(float(p.post)),
         blocks(p.block ? p.block : p.block_cols),
         nested_blocks(p.nested_block) {
-    if (std::is_same_v<T, bfloat16> && dtype == DType::kBFloat16) dtype = DType::kFloat32;  // rounded to it as it is stored
+    // A value is rounded to T as it is stored.
+    if (std::is_same_v<T, bfloat16> && dtype == DType::kBFloat16) dtype = DType::kFloat32;
     if (std::is_same_v<T, float16> && dtype == DType::kFloat16) dtype = DType::kFloat32;
     rounds = is_short(difference) || is_short(dtype);
   }
@@ -121,6 +121,8 @@ class Decoder {
     for (int64_t c = 0; c < cols;) {
       const int64_t here = min64(W, (cols - c) / 8);
       F words[W];
+      // Pieces of rows are too short for the hardware's prefetcher.
+      for (int i = 0; i < W; ++i) __builtin_prefetch(codes + (i * p.width + c) / 2 + 128);
       for (int i = 0; i < W; ++i)
         words[i] = i < rows ? load_words_at(codes + (i * p.width + c) / 2, here) : splat(F(), 0.0f);
       transpose(words);
@@ -291,8 +293,7 @@ class Decoder {
           block_scales(&index, 1, 0, 1, 1, &scale);
           if (p.zero_bits == 0) zero = zero_at(index);
         }
-        if (p.zero_bits)
-          zero = float(code_at(p.zero, p.row_zeros[n] + p.col_zeros[k + j], p.zero_bits) + p.zero_plus);
+        if (p.zero_bits) zero = float(code_at(p.zero, p.row_zeros[n] + p.col_zeros[k + j], p.zero_bits) + p.zero_plus);
         scales[j] = scale;
         zeros[j] = zero;
       }

@@ -182,7 +182,7 @@ SIMD F load_e5m2(const uint8_t* p, const float*) {
   return {_mm512_cvtph_ps(_mm256_slli_epi16(x, 8))};
 }
 
-// Tables of 16 numbers in registers: at(i) looks up the last 4 bits of each lane, (codes, ..., out) 16 codes of 8 bytes.
+// Tables of 16 numbers in registers: at(i) looks up the last 4 bits of each lane, the operator 16 codes of 8 bytes.
 struct FloatTable {
   __m512 table;
   explicit SIMD FloatTable(const float* p) : table(_mm512_loadu_ps(p)) {}

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from packed_weights import LAYOUTS, packed
 from targets import DTYPES, generator, randn
 from torch import Tensor
 
 from flatlora_kernels.backends import cpu
 from flatlora_kernels.core.noise import KINDS, epsilon, tile_bits
+from flatlora_kernels.core.quantized import Packing, Parts, QuantizedWeight, number_table
 from flatlora_kernels.core.records import Draw, Product
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -180,3 +182,82 @@ def test_transform_of_infinity_and_nan(level: str) -> None:
     assert torch.equal(y[0], torch.inf * epsilon(d, K, torch.float32)[:, 7].sign())
     assert y[1].isfinite().all()
     assert y[2].isnan().all()
+
+
+def flat(bits: int, N: int, K: int, dtype: torch.dtype, number: str = "table", **how: Any) -> QuantizedWeight:
+    """Random codes in rows, every one of them among those of 8 bits; zeros of the type that `difference` names."""
+    g = generator(N + K)
+    how = {"width": K, **how}
+    packing = Packing("flat", N, K, how.pop("own", dtype), dtype, bits, number, **how)
+    codes = torch.arange((N * K * bits + 7) // 8).mul(37).to(torch.uint8)
+    if number == "table":
+        table = torch.randn(2**bits, generator=g)
+    else:
+        table = number_table(number, bits, torch.device("cpu"))
+    blocks = N * K // packing.block + 1 if packing.block else N * (K // packing.block_cols + 1)
+    scale = torch.rand(blocks, generator=g)
+    zero = torch.randn(blocks, generator=g).to(packing.difference) if "difference" in how else None
+    return QuantizedWeight(packing, Parts(codes, table, scale, zero=zero))
+
+
+HALF = {"difference": torch.float16, "own": torch.float16, "post": 0.7}
+# Of more rows than a vector has lanes and more columns than a region; blocks in step with the rows and not.
+PACKED = {
+    "4 bits, zeros": lambda dtype: flat(4, 37, 320, dtype, block=16, **HALF),
+    "4 bits, high first": lambda dtype: flat(4, 37, 320, dtype, block=64, high_first=True),
+    "4 bits, of columns": lambda dtype: flat(4, 37, 320, dtype, block_rows=3, block_cols=40, scale_stride=8, **HALF),
+    "4 bits, odd": lambda dtype: flat(4, 19, 331, dtype, block=20, high_first=True),
+    "8 bits, zeros": lambda dtype: flat(8, 19, 331, dtype, "uint", block_cols=25, scale_stride=14, **HALF),
+    "8 bits, table": lambda dtype: flat(8, 19, 331, dtype, block=32),
+    "2 bits": lambda dtype: flat(2, 19, 331, dtype, block=24),
+    "3 bits": lambda dtype: flat(3, 19, 331, dtype, block_rows=2, block_cols=30, scale_stride=12),
+    "e4m3": lambda dtype: flat(8, 19, 331, dtype, "e4m3", block=128),
+    "e5m2": lambda dtype: flat(8, 19, 331, dtype, "e5m2", block=128),
+    **{name: lambda dtype, name=name: packed(name, 37, 320, dtype) for name in LAYOUTS},
+}  # fmt: skip
+
+
+def same_bits(got: Tensor, expected: Tensor) -> bool:
+    """A NaN is that of any bits."""
+    nan = expected.isnan()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    equal = got.contiguous().view(integers) == expected.contiguous().view(integers)
+    return bool(torch.where(nan, got.isnan(), equal).all())
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_weight_has_the_bits_of_the_oracle(level: str, dtype: torch.dtype, layout: str) -> None:
+    whole = PACKED[layout](dtype)
+    for q in (whole, whole.narrow(0, 2, 17).narrow(1, 16, 296), whole.narrow(1, 5, 23)):
+        expected, (N, K) = q.decoded(), q.shape
+        for out in (torch.empty(N, K, dtype=dtype), torch.empty(K, N, dtype=dtype).t()):
+            cpu.perturb(q, None, out)
+            assert same_bits(out, expected), (q.shape, out.stride())
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("noise", [None, *KINDS])
+def test_packed_weight_as_its_values(level: str, noise: str | None, layout: str) -> None:
+    for dtype in DTYPES:
+        q = PACKED[layout](dtype)
+        q = QuantizedWeight(q.packing, q.parts._replace(table=q.parts.table.nan_to_num(1.0, 1.0, -1.0)))
+        if q.packing.number in ("e4m3", "e5m2"):  # NaN and infinity of the rule are of no use here
+            q = QuantizedWeight(q.packing, q.parts._replace(codes=q.parts.codes & 0x3F))
+        w, (N, K) = q.decoded(), q.shape
+        d = None if noise is None else draw(N, (N, K), noise=noise, row_offset=3, col_offset=16)
+        if d is not None:
+            for out in (torch.empty(N, K, dtype=dtype), torch.empty(K, N, dtype=dtype).t()):
+                cpu.perturb(q, d, out)
+                expected = torch.empty_like(out)
+                cpu.perturb(w, d, expected)
+                assert torch.equal(out, expected), (dtype, out.stride())
+        for input_grad in (False, True):
+            for M in (3, 40):
+                a = randn(M, N if input_grad else K, dtype=dtype)
+                for split in ("folded", "split"):
+                    y = cpu.product(Product(a, q, input_grad), d, split)
+                    assert torch.equal(y, cpu.product(Product(a, w, input_grad), d, split)), (dtype, M)
+        assert torch.equal(cpu.row_sq_norms(q, None, None, 1.0), cpu.row_sq_norms(w, None, None, 1.0))
+        A, B = randn(3, K), randn(N, 3)
+        assert torch.equal(cpu.row_sq_norms(q, A, B, 0.5), cpu.row_sq_norms(w, A, B, 0.5))
