@@ -26,7 +26,7 @@ from .tile import (
 
 @triton.jit
 def _load_tile(
-    weight, packed, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K,
+    weight, packed, noise_scale, n, rows, first_k, cols, stride_wn, stride_scale, N, K,
     PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Rows n + `rows` of the weight, `held`, or their packed blocks, and their noise_scale; zeros beyond its edges."""
@@ -37,7 +37,7 @@ def _load_tile(
     else:
         scale = tl.load(noise_scale, mask=inside, other=0)
     if PACKED is not None:
-        return load_blocks(packed, n, rows, 0, cols, inside & (cols < K), not CUT.even, PACKED), scale
+        return load_blocks(packed, n, rows, first_k, cols, N, K, not CUT.even, PACKED), scale
     else:
         weight += tl.cast(n, tl.int64) * stride_wn
         if CUT.even:
@@ -129,7 +129,7 @@ def _linear_input_grad_kernel(
         w_cols = first_k + weight_cols(BLOCK_N, BLOCK_K, DRAW)
         w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
     else:
-        w_cols = first_k + weight_blocks(BLOCK_N, BLOCK_K, DRAW)
+        w_cols = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
         table = lookup(packed, PACKED, ARITHMETIC)
     scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
     sample, negate = sample_of(group, sample_offset, DRAW)
@@ -145,6 +145,7 @@ def _linear_input_grad_kernel(
             scale_tile,
             begin,
             w_rows,
+            first_k,
             w_cols,
             stride_wn,
             stride_scale,
@@ -166,6 +167,7 @@ def _linear_input_grad_kernel(
             scale_tile,
             this_n,
             w_rows,
+            first_k,
             w_cols,
             stride_wn,
             stride_scale,
@@ -184,6 +186,7 @@ def _linear_input_grad_kernel(
                 scale_tile,
                 next_n,
                 w_rows,
+                first_k,
                 w_cols,
                 stride_wn,
                 stride_scale,
@@ -201,6 +204,7 @@ def _linear_input_grad_kernel(
                 scale_tile,
                 this_n,
                 w_rows,
+                first_k,
                 w_cols,
                 stride_wn,
                 stride_scale,
