@@ -156,8 +156,8 @@ def _linear_input_grad_kernel(
             CUT,
         )
         w, rest = perturb_tile(
-            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
-            DTYPE, DRAW,
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows,
+            row_offset + begin, first_col, stream_id, sample, negate, seed, DTYPE, DRAW,
         )  # fmt: skip
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
@@ -221,8 +221,8 @@ def _linear_input_grad_kernel(
             if DRAW.apart:
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
-            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
-            seed, DTYPE, DRAW,
+            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col,
+            stream_id, sample, negate, seed, DTYPE, DRAW,
         )  # fmt: skip
         if AHEAD:
             this_n, this_w, scale = next_n, next_w, next_scale

@@ -75,7 +75,7 @@ def _facts(p: Any, flat: bool, plain: bool, aligned: bool) -> tuple[Packed, int]
     block, rows, cols, stride = p.block, p.block_rows, p.block_cols, p.scale_stride
     if block and p.width % block == 0:
         block, rows, cols, stride = 0, 1, p.block, p.width // p.block
-    if not block and p.col + p.K <= cols:
+    if block or p.col + p.K <= cols:
         cols = 0
     known = p.bits == 4 or p.number != "table"
     by_blocks = flat and plain and aligned and known and p.bits in (4, 8)
@@ -232,9 +232,10 @@ _OF_LANE_PTX = tl.constexpr(
     }"""
 )
 LOOKUP_PTX = tl.constexpr(
-    "{ .reg .b32 code; shfl.sync.idx.b32 $0, $9, $8, 0x100f, -1;"
+    "{ .reg .b32 code; shfl.sync.idx.b32 $0, $9, $8, 0x100f, 0xffffffff;"
     + "".join(
-        f" shr.u32 code, $8, {4 * i}; shfl.sync.idx.b32 ${i}, $9, code, 0x100f, -1;" for i in range(1, 8)
+        f" shr.u32 code, $8, {4 * i}; shfl.sync.idx.b32 ${i}, $9, code, 0x100f, 0xffffffff;"
+        for i in range(1, 8)
     )
     + " }"
 )
