@@ -423,22 +423,22 @@ def test_packed_products_with_the_arithmetic_of(architecture: str, layout: str, 
             assert torch.equal(TRITON.module.product(p, draw, "folded"), expected), noise
 
 
-def test_packed_tiles(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layout of scales against each tile of sm_90: one to several blocks of scales across a tile, and parts of
-    one; a shard that begins within a block; sums that are split."""
+@pytest.mark.parametrize(
+    ("block_in", "layout"), [(64, "nf4"), (128, "nf4"), (64, "fp8_block"), (128, "mxfp4")]
+)
+def test_packed_tiles(block_in: int, layout: str, on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to several blocks of scales across a tile, and a part of one; a shard that begins within a block; sums that
+    are split."""
     on("interpreter", 40)
     draw = Draw(torch.rand(72), torch.tensor(9))
-    for block_in in (64, 128):
-        config = configs.Config(16, 64, block_in, 1, 1, carry=block_in == 64)
-        only(monkeypatch, "forward", config)
-        only(monkeypatch, "input_grad", config._replace(block_out=block_in, block_in=64))
-        launch.forget()
-        for layout in ("nf4", "mxfp4", "fp8_block"):
-            whole = packed_weights.packed(layout, 80, 384, torch.float32).narrow(0, 8, 72)
-            for q in (whole, whole.narrow(1, 24, 200)):
-                for p in (Product(randn(5, q.shape[1]), q), Product(randn(5, 72), q, True)):
-                    expected = TRITON.module.product(p._replace(weight=q.dequantize()), draw, "folded")
-                    assert torch.equal(TRITON.module.product(p, draw, "folded"), expected), (layout, block_in)
+    config = configs.Config(16, 64, block_in, 1, 1, carry=block_in == 64)
+    only(monkeypatch, "forward", config)
+    only(monkeypatch, "input_grad", config._replace(block_out=block_in, block_in=64))
+    whole = packed_weights.packed(layout, 80, 256, torch.float32).narrow(0, 8, 72)
+    for q in (whole, whole.narrow(1, 24, 200)):
+        for p in (Product(randn(5, q.shape[1]), q), Product(randn(5, 72), q, True)):
+            expected = TRITON.module.product(p._replace(weight=q.dequantize()), draw, "folded")
+            assert torch.equal(TRITON.module.product(p, draw, "folded"), expected)
 
 
 def test_codes_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
