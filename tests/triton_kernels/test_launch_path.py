@@ -102,7 +102,7 @@ def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) ->
     constants = ("PACKED", "DRAW", "CUT", "stride_wn")
     for layout in ("nf4", "int8", "fp8", "nf4_nested", "mxfp4"):
         run(layout, x, packed(layout, 64, 72, torch.bfloat16), draw)
-    run("a shard of columns", x[:, :40], packed("nf4", 64, 80, torch.bfloat16).narrow(1, 8, 40), draw)
+    run("a shard of columns", x[:, :40], packed("nf4", 64, 128, torch.bfloat16).narrow(1, 8, 40), draw)
     kinds = {name: tuple(a[c] for c in constants) for name, a in seen.items()}
     assert kinds.pop("again") == kinds["first"]
     run("in rows of a unit", x, weight, draw._replace(noise="near_gaussian", row_offset=8))
@@ -173,7 +173,7 @@ def test_host_time(driver: nodriver.NoDriver, monkeypatch: pytest.MonkeyPatch) -
     rest = (0, "gaussian", 1, 0, False, 0, 0, 0, "fused", "folded", "triton")
     op = median_us(
         lambda: torch.ops.flatlora.linear(
-            x, weight, None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
+            x, weight, [], "", None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
         )
     )
     print(
