@@ -30,20 +30,19 @@ def _load_tile(
     PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Rows n + `rows` of the weight, `held`, or their packed blocks, and their noise_scale; zeros beyond its edges."""
-    noise_scale += tl.cast(n, tl.int64) * stride_scale
-    inside = rows < N - n
-    if CUT.even:
-        scale = tl.load(noise_scale)
-    else:
-        scale = tl.load(noise_scale, mask=inside, other=0)
     if PACKED is not None:
-        return load_blocks(packed, n, rows, first_k, cols, N, K, not CUT.even, PACKED), scale
+        w = load_blocks(packed, n, rows, first_k, cols, N, K, not CUT.even, PACKED)
     else:
         weight += tl.cast(n, tl.int64) * stride_wn
         if CUT.even:
-            return held(tl.load(weight), DRAW), scale
+            w = held(tl.load(weight), DRAW)
         else:
-            return held(tl.load(weight, mask=inside & (cols < K), other=0), DRAW), scale
+            w = held(tl.load(weight, mask=(rows < N - n) & (cols < K), other=0), DRAW)
+    noise_scale += tl.cast(n, tl.int64) * stride_scale
+    if CUT.even:
+        return w, tl.load(noise_scale)
+    else:
+        return w, tl.load(noise_scale, mask=rows < N - n, other=0)
 
 
 @triton.jit(
