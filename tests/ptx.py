@@ -104,6 +104,12 @@ def run(text: str, outputs: int, *inputs: Array, error: Mapping[str, int] = NO_E
         name = opcode.split(".")[0]
         if opcode == "prmt.b32":
             result = _permute_bytes(values[0], values[1], int(names[2], 0))
+        elif opcode == "shfl.sync.idx.b32":  # whose lanes lie along the last axis, in segments of 16
+            assert names[2:] == ["0x100f", "0xffffffff"] and shape[-1] == 32
+            lane = np.arange(32) & 16 | values[1] & 15
+            result = np.take_along_axis(np.broadcast_to(values[0], shape), lane, -1)
+        elif opcode == "shr.u32":
+            result = values[0] >> values[1]
         elif opcode == "shl.b32":
             result = values[0] << values[1]
         elif opcode == "and.b32":

@@ -26,11 +26,11 @@ from .tile import (
 
 @triton.jit
 def _load_weight(
-    tile, packed, k, rows, cols, stride_wk, K, PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr
+    tile, packed, k, rows, cols, stride_wk, N, K, PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr
 ):
-    """Columns k + `cols` of the weight, `held`, or its packed blocks; zeros beyond its edge."""
+    """Columns k + `cols` of the weight, `held`, or its packed blocks of them; zeros beyond its edge."""
     if PACKED is not None:
-        return load_blocks(packed, 0, rows, k, cols, cols < K - k, not CUT.even, PACKED)
+        return load_blocks(packed, 0, rows, k, cols, N, K, not CUT.even, PACKED)
     else:
         tile += tl.cast(k, tl.int64) * stride_wk
         if CUT.even:
@@ -155,7 +155,7 @@ def _linear_forward_kernel(
     # loaded a step before that, or they would wait for it.
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
-        w = _load_weight(w_tile, packed, begin, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+        w = _load_weight(w_tile, packed, begin, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
         w, rest = perturb_tile(
             weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW),
             scale,
@@ -171,16 +171,16 @@ def _linear_forward_kernel(
         )
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
-        this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+        this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
     for k in tl.range(begin, end, BLOCK_K):
         if not AHEAD:
             this_k = step_at(k + BLOCK_K, end, BLOCK_K) if CUT.carry else k
-            this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+            this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
         x_k = load_step(x, x_tile, k, first_m, x_cols, K, stride_xk, CUT)
         if AHEAD:
             # Behind the wait for x: before it, the compiler begins to use this weight ahead of the product.
             next_k = step_at(k + 2 * BLOCK_K, end, BLOCK_K)
-            next_w = _load_weight(w_tile, packed, next_k, w_rows, w_cols, stride_wk, K, PACKED, DRAW, CUT)
+            next_w = _load_weight(w_tile, packed, next_k, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
         ready = scales_of(this_w, packed, PACKED)
         if MAKES_U:
             inside_A = offs_r[:, None] < rank

@@ -26,24 +26,23 @@ from .tile import (
 
 @triton.jit
 def _load_tile(
-    weight, packed, noise_scale, n, rows, cols, stride_wn, stride_scale, N, K,
+    weight, packed, noise_scale, n, rows, first_k, cols, stride_wn, stride_scale, N, K,
     PACKED: tl.constexpr, DRAW: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Rows n + `rows` of the weight, `held`, or their packed blocks, and their noise_scale; zeros beyond its edges."""
-    noise_scale += tl.cast(n, tl.int64) * stride_scale
-    inside = rows < N - n
-    if CUT.even:
-        scale = tl.load(noise_scale)
-    else:
-        scale = tl.load(noise_scale, mask=inside, other=0)
     if PACKED is not None:
-        return load_blocks(packed, n, rows, 0, cols, inside & (cols < K), not CUT.even, PACKED), scale
+        w = load_blocks(packed, n, rows, first_k, cols, N, K, not CUT.even, PACKED)
     else:
         weight += tl.cast(n, tl.int64) * stride_wn
         if CUT.even:
-            return held(tl.load(weight), DRAW), scale
+            w = held(tl.load(weight), DRAW)
         else:
-            return held(tl.load(weight, mask=inside & (cols < K), other=0), DRAW), scale
+            w = held(tl.load(weight, mask=(rows < N - n) & (cols < K), other=0), DRAW)
+    noise_scale += tl.cast(n, tl.int64) * stride_scale
+    if CUT.even:
+        return w, tl.load(noise_scale)
+    else:
+        return w, tl.load(noise_scale, mask=rows < N - n, other=0)
 
 
 @triton.jit(
@@ -129,7 +128,7 @@ def _linear_input_grad_kernel(
         w_cols = first_k + weight_cols(BLOCK_N, BLOCK_K, DRAW)
         w_tile = weight + w_rows.to(tl.int64) * stride_wn + w_cols.to(tl.int64) * stride_wk
     else:
-        w_cols = first_k + weight_blocks(BLOCK_N, BLOCK_K, DRAW)
+        w_cols = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
         table = lookup(packed, PACKED, ARITHMETIC)
     scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
     sample, negate = sample_of(group, sample_offset, DRAW)
@@ -145,6 +144,7 @@ def _linear_input_grad_kernel(
             scale_tile,
             begin,
             w_rows,
+            first_k,
             w_cols,
             stride_wn,
             stride_scale,
@@ -155,8 +155,8 @@ def _linear_input_grad_kernel(
             CUT,
         )
         w, rest = perturb_tile(
-            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows, row_offset + begin, first_col, stream_id, sample, negate, seed,
-            DTYPE, DRAW,
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows,
+            row_offset + begin, first_col, stream_id, sample, negate, seed, DTYPE, DRAW,
         )  # fmt: skip
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
@@ -166,6 +166,7 @@ def _linear_input_grad_kernel(
             scale_tile,
             this_n,
             w_rows,
+            first_k,
             w_cols,
             stride_wn,
             stride_scale,
@@ -184,6 +185,7 @@ def _linear_input_grad_kernel(
                 scale_tile,
                 next_n,
                 w_rows,
+                first_k,
                 w_cols,
                 stride_wn,
                 stride_scale,
@@ -201,6 +203,7 @@ def _linear_input_grad_kernel(
                 scale_tile,
                 this_n,
                 w_rows,
+                first_k,
                 w_cols,
                 stride_wn,
                 stride_scale,
@@ -217,8 +220,8 @@ def _linear_input_grad_kernel(
             if DRAW.apart:
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
         w, rest = perturb_tile(
-            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col, stream_id, sample, negate,
-            seed, DTYPE, DRAW,
+            weight_of(ready, table, PACKED, DRAW), scale, row_offset + this_n + w_rows, row_offset + this_n, first_col,
+            stream_id, sample, negate, seed, DTYPE, DRAW,
         )  # fmt: skip
         if AHEAD:
             this_n, this_w, scale = next_n, next_w, next_scale

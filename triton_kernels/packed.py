@@ -31,6 +31,7 @@ class Packed:
     block: int  # flat scales whose blocks may cross rows; else 0, and they are a matrix
     block_rows: int
     block_cols: int  # 0 = one block has all columns
+    begins_block: bool  # the view's first column does
     nested_block: int  # 0 = `nested` is one number
     post: float
     zero_bits: int
@@ -60,6 +61,9 @@ class Operand(NamedTuple):
     row: int  # the view's first, and first column
     col: int
     width: int
+    words: (
+        int  # of a row, by blocks: twice their number and one, or the compiler would load several to a thread
+    )
     scale_stride: int
     last: int  # byte of codes, and of zeros
     last_zero: int
@@ -71,13 +75,13 @@ def _facts(p: Any, flat: bool, plain: bool, aligned: bool) -> tuple[Packed, int]
     block, rows, cols, stride = p.block, p.block_rows, p.block_cols, p.scale_stride
     if block and p.width % block == 0:
         block, rows, cols, stride = 0, 1, p.block, p.width // p.block
-    if not block and p.col + p.K <= cols:
+    if block or p.col + p.K <= cols:
         cols = 0
     known = p.bits == 4 or p.number != "table"
     by_blocks = flat and plain and aligned and known and p.bits in (4, 8)
     by_blocks = by_blocks and p.width % 8 == p.col % 8 == block % 8 == cols % 8 == 0
     found = Packed(
-        p.bits, p.number, p.high_first, block, rows, cols,
+        p.bits, p.number, p.high_first, block, rows, cols, cols > 0 and p.col % cols == 0,
         p.nested_block if p.nested_block < 1 << 31 else 0, p.post, p.zero_bits, p.zero_plus,
         _TYPES[p.difference], _TYPES.get(p.dtype, tl.float32), _TYPES[p.target], by_blocks,
     )  # fmt: skip
@@ -100,7 +104,14 @@ def operand(weight: Any) -> Operand:
     p, t = weight.packing, weight.parts
     stride = _facts(p, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)[1]
     return Operand(
-        *t, p.row, p.col, p.width, stride, t.codes.numel() - 1, 0 if t.zero is None else t.zero.numel() - 1
+        *t,
+        p.row,
+        p.col,
+        p.width,
+        p.width // 8 * 2 + 1,
+        stride,
+        t.codes.numel() - 1,
+        0 if t.zero is None else t.zero.numel() - 1,
     )
 
 
@@ -118,27 +129,49 @@ def _codes_at(codes, bits, last, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _scale_index(packed, rows, n, cols, k, PACKED: tl.constexpr):
-    """Of rows n + `rows` and columns k + `cols` of what was packed, int64.
+def _scale_row(packed, rows, n, PACKED: tl.constexpr):
+    """Where the scales of rows n + `rows` begin, int64. n is a scalar; what does not depend on it is by itself, so that
+    a loop computes it once."""
+    if PACKED.block_rows > 1:
+        return ((rows + n).to(tl.uint32) // PACKED.block_rows).to(tl.int64) * packed.scale_stride
+    else:
+        return rows.to(tl.int64) * packed.scale_stride + n.to(tl.int64) * packed.scale_stride
 
-    n and k are scalars, and what does not depend on them is by itself, so that a loop computes it once.
-    """
+
+@triton.jit
+def _scale_index(packed, rows, n, cols, k, PACKED: tl.constexpr):
+    """Of rows n + `rows` and columns k + `cols` of what was packed, int64."""
     if PACKED.block > 0:
         index = (rows.to(tl.int64) * packed.width + cols) + (n.to(tl.int64) * packed.width + k)
         return (index.to(tl.uint64) // PACKED.block).to(tl.int64)
     else:
-        if PACKED.block_rows > 1:
-            index = ((rows + n).to(tl.uint32) // PACKED.block_rows).to(tl.int64) * packed.scale_stride
-        else:
-            index = rows.to(tl.int64) * packed.scale_stride + n.to(tl.int64) * packed.scale_stride
+        index = _scale_row(packed, rows, n, PACKED)
         if PACKED.block_cols > 0:
             index = index + ((cols + k).to(tl.uint32) // PACKED.block_cols).to(tl.int64)
         return index
 
 
 @triton.jit
-def scale_of(scale, nested, packed):
-    """float32 of what lies at a scale's index."""
+def _load_scales(packed, index, inside, MASKED: tl.constexpr, PACKED: tl.constexpr):
+    """What lies at a scale's index, and its nested scale, or the same again; zeros outside `inside`."""
+    if MASKED:
+        scale = tl.load(packed.scale + index, mask=inside, other=0)
+    else:
+        scale = tl.load(packed.scale + index)
+    if packed.nested is None:
+        return scale, scale
+    elif PACKED.nested_block == 0:
+        return scale, tl.load(packed.nested)
+    elif MASKED:
+        index = (index.to(tl.uint64) // PACKED.nested_block).to(tl.int64)
+        return scale, tl.load(packed.nested + index, mask=inside, other=0)
+    else:
+        return scale, tl.load(packed.nested + (index.to(tl.uint64) // PACKED.nested_block).to(tl.int64))
+
+
+@triton.jit
+def _scale_of(scale, nested, packed):
+    """float32 of what `_load_scales` gives."""
     if packed.scale_table is None:
         scale = scale.to(tl.float32)
     else:
@@ -151,18 +184,12 @@ def scale_of(scale, nested, packed):
 
 
 @triton.jit
-def _nested_at(packed, index, PACKED: tl.constexpr):
-    if packed.nested is None:
-        return None
-    elif PACKED.nested_block == 0:
-        return tl.load(packed.nested)
-    else:
-        return tl.load(packed.nested + (index.to(tl.uint64) // PACKED.nested_block).to(tl.int64))
-
-
-@triton.jit
 def values_at(packed, rows, cols, PACKED: tl.constexpr):
     """float32 of rows `rows` and columns `cols` of the view, which lie inside it and broadcast."""
+    BITS: tl.constexpr = PACKED.bits
+    ZERO_BITS: tl.constexpr = PACKED.zero_bits
+    DIFFERENCE: tl.constexpr = PACKED.difference
+    OWN: tl.constexpr = PACKED.own
     n = rows + packed.row
     k = cols + packed.col
     if packed.row_bits is None:
@@ -175,18 +202,19 @@ def values_at(packed, rows, cols, PACKED: tl.constexpr):
     else:
         bits = tl.load(packed.row_bits + n) + tl.load(packed.col_bits + k)
         index = tl.load(packed.row_scales + n) + tl.load(packed.col_scales + k)
-    v = tl.load(packed.table + _codes_at(packed.codes, bits, packed.last, PACKED.bits))
+    v = tl.load(packed.table + _codes_at(packed.codes, bits, packed.last, BITS))
     if PACKED.zero_bits > 0:
         places = tl.load(packed.row_zeros + n) + tl.load(packed.col_zeros + k)
-        zero = _codes_at(packed.zero, places, packed.last_zero, PACKED.zero_bits) + PACKED.zero_plus
+        zero = _codes_at(packed.zero, places, packed.last_zero, ZERO_BITS) + PACKED.zero_plus
         v = v - zero.to(tl.float32)
     elif packed.zero is not None:
         v = v - tl.load(packed.zero + index).to(tl.float32)
-    v = round_to(v, PACKED.difference).to(tl.float32)
-    v = v * scale_of(tl.load(packed.scale + index), _nested_at(packed, index, PACKED), packed)
+    v = round_to(v, DIFFERENCE).to(tl.float32)
+    scale, nested = _load_scales(packed, index, True, False, PACKED)
+    v = v * _scale_of(scale, nested, packed)
     if PACKED.post != 1.0:
         v = v * PACKED.post
-    return round_to(v, PACKED.own).to(tl.float32)
+    return round_to(v, OWN).to(tl.float32)
 
 
 # --- Eight columns at a time ---
@@ -204,9 +232,10 @@ _OF_LANE_PTX = tl.constexpr(
     }"""
 )
 LOOKUP_PTX = tl.constexpr(
-    "{ .reg .b32 code; shfl.sync.idx.b32 $0, $9, $8, 0x100f, -1;"
+    "{ .reg .b32 code; shfl.sync.idx.b32 $0, $9, $8, 0x100f, 0xffffffff;"
     + "".join(
-        f" shr.u32 code, $8, {4 * i}; shfl.sync.idx.b32 ${i}, $9, code, 0x100f, -1;" for i in range(1, 8)
+        f" shr.u32 code, $8, {4 * i}; shfl.sync.idx.b32 ${i}, $9, code, 0x100f, 0xffffffff;"
+        for i in range(1, 8)
     )
     + " }"
 )
@@ -239,28 +268,59 @@ def lookup(packed, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
         return packed.table
 
 
-@triton.jit
-def load_blocks(packed, n, rows, k, blocks, inside, MASKED: tl.constexpr, PACKED: tl.constexpr):
-    """Codes, scales and their nested scales of eight columns each: rows n + `rows` (R, 1) of the view, and columns
-    from k + `blocks` (1 or R, C) on, multiples of 8; n and k are scalars.
+@triton.constexpr_function
+def _scales_across(packed, words, units):
+    """How many blocks of scales a row of so many words has, where they begin as the words do; else 0."""
+    across = words * (16 if units else 8)
+    size = packed.block_cols
+    if packed.block or not size or not packed.begins_block or (units and size % 16):
+        return 0
+    if size % across == 0:
+        return 1
+    return across // size if across % size == 0 else 0
 
-    inside: where they are read, with MASKED; elsewhere the values are finite.
+
+@triton.jit
+def load_blocks(packed, n, rows, k, blocks, N, K, MASKED: tl.constexpr, PACKED: tl.constexpr):
+    """Codes, scales and their nested scales of eight columns each: rows n + `rows` (R, 1) of the view, and columns
+    from k + 8 * `blocks` (1 or R, C) on; n and k are scalars, and k a multiple of what `blocks` cover.
+
+    MASKED: some may lie beyond N and K; there the values are finite.
     """
-    rows += packed.row
-    cols = blocks + packed.col
+    R: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = blocks.shape[1]
     WORD: tl.constexpr = tl.uint32 if PACKED.bits == 4 else tl.uint64
-    width = packed.width // 8
+    UNITS: tl.constexpr = blocks.shape[0] > 1
+    ACROSS: tl.constexpr = _scales_across(PACKED, C, UNITS)
+    rows_inside = rows < N - n
+    inside = rows_inside & (8 * blocks < K - k)
+    rows += packed.row
+    k += packed.col
+    words = packed.words >> 1
     n, k = tl.cast(n, tl.int32), tl.cast(k, tl.int32)
-    codes = packed.codes.to(tl.pointer_type(WORD)) + (rows.to(tl.int64) * width + cols // 8)
-    codes += n.to(tl.int64) * width + k // 8
-    index = _scale_index(packed, rows, n, cols, k, PACKED)
+    codes = packed.codes.to(tl.pointer_type(WORD)) + (blocks + rows.to(tl.int64) * words)
+    codes += n.to(tl.int64) * words + k // 8
     if MASKED:
         word = tl.load(codes, mask=inside, other=0)
-        scale = tl.load(packed.scale + index, mask=inside, other=0)
     else:
         word = tl.load(codes)
-        scale = tl.load(packed.scale + index)
-    return word, scale, _nested_at(packed, index, PACKED)
+    if ACROSS > 0:  # each is loaded once, in a layout that follows that of the words
+        SIZE: tl.constexpr = PACKED.block_cols
+        first, across = k // SIZE, tl.arange(0, ACROSS)[None, :]
+        index = _scale_row(packed, rows, n, PACKED) + across + first.to(tl.int64)
+        known = rows_inside & (across < packed.scale_stride - first)
+        scale, nested = _load_scales(packed, index, known, MASKED, PACKED)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [R, ACROSS, C // ACROSS]), [R, C])
+        if packed.nested is None:
+            nested = scale
+        elif PACKED.nested_block > 0:
+            nested = tl.reshape(tl.broadcast_to(nested[:, :, None], [R, ACROSS, C // ACROSS]), [R, C])
+    else:
+        index = _scale_index(packed, rows, n, 8 * blocks, k, PACKED)
+        if PACKED.block_cols > 0 or PACKED.block > 0:
+            rows_inside = inside
+        scale, nested = _load_scales(packed, index, rows_inside, MASKED, PACKED)
+    return word, scale, nested
 
 
 @triton.jit
@@ -294,7 +354,12 @@ def _four(word, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
             pack=1,
         )  # fmt: skip
     else:
-        return _number(word, 0, PACKED), _number(word, 1, PACKED), _number(word, 2, PACKED), _number(word, 3, PACKED)
+        return (
+            _number(word, 0, PACKED),
+            _number(word, 1, PACKED),
+            _number(word, 2, PACKED),
+            _number(word, 3, PACKED),
+        )
 
 
 @triton.jit
@@ -322,11 +387,12 @@ def _eight(word, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr):
 
 @triton.jit
 def _scaled(v, scale, PACKED: tl.constexpr):
+    OWN: tl.constexpr = PACKED.own
     v = v * scale
     if PACKED.post != 1.0:
         v = v * PACKED.post
     if PACKED.own != PACKED.target:
-        v = round_to(v, PACKED.own).to(tl.float32)
+        v = round_to(v, OWN).to(tl.float32)
     return v
 
 
@@ -338,6 +404,7 @@ def _pair(left, right):
 @triton.jit
 def decoded(word, scale, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr, PAIRED: tl.constexpr):
     """The tile of words and their scales in float32, (R, 8 C) in the weight's type; PAIRED: as `tile.held` has it."""
+    TARGET: tl.constexpr = PACKED.target
     v0, v1, v2, v3, v4, v5, v6, v7 = _eight(word, table, PACKED, ARITHMETIC)
     v0, v1, v2, v3 = (
         _scaled(v0, scale, PACKED),
@@ -355,7 +422,7 @@ def decoded(word, scale, table, PACKED: tl.constexpr, ARITHMETIC: tl.constexpr, 
         return in_turn(_pair(v0, v1), _pair(v2, v3), _pair(v4, v5), _pair(v6, v7))
     else:
         v = tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
-        return round_to(tl.reshape(v, [word.shape[0], 8 * word.shape[1]]), PACKED.target)
+        return round_to(tl.reshape(v, [word.shape[0], 8 * word.shape[1]]), TARGET)
 
 
 @triton.jit
@@ -364,7 +431,7 @@ def scales_of(loaded, packed, PACKED: tl.constexpr):
     if PACKED is None:
         return loaded
     else:
-        return loaded[0], scale_of(loaded[1], loaded[2], packed)
+        return loaded[0], _scale_of(loaded[1], loaded[2], packed)
 
 
 @triton.jit
@@ -373,4 +440,6 @@ def weight_of(loaded, table, PACKED: tl.constexpr, DRAW: tl.constexpr):
     if PACKED is None:
         return loaded
     else:
-        return decoded(loaded[0], loaded[1], table, PACKED, DRAW.arithmetic, DRAW.paired)
+        ARITHMETIC: tl.constexpr = DRAW.arithmetic
+        PAIRED: tl.constexpr = DRAW.paired
+        return decoded(loaded[0], loaded[1], table, PACKED, ARITHMETIC, PAIRED)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
-from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scales_of, values_at
 from .tile import held, let_go, perturb_tile, round_to, sample_of, weight_blocks, weight_cols, weight_rows
 
 
@@ -56,6 +56,7 @@ def _perturb_kernel(
     n32 = tl.minimum(rows, N - 1)
     n = n32.to(tl.int64)
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
+    PAIRED: tl.constexpr = DRAW.paired
     scale = None
     if DRAW.noise != "none":
         scale = tl.load(noise_scale + n * stride_scale)
@@ -79,10 +80,9 @@ def _perturb_kernel(
             k_long = tl.cast(k, tl.int64)
             if PACKED is not None:
                 if PACKED.by_blocks:
-                    word, q_scale, nested = load_blocks(
-                        packed, 0, n32, k, blocks, blocks < K - k, not EVEN, PACKED
-                    )
-                    w = decoded(word, scale_of(q_scale, nested, packed), table, PACKED, ARITHMETIC, DRAW.paired)
+                    loaded = load_blocks(packed, 0, n32, k, blocks, N, K, not EVEN, PACKED)
+                    word, block_scale = scales_of(loaded, packed, PACKED)
+                    w = decoded(word, block_scale, table, PACKED, ARITHMETIC, PAIRED)
                 else:
                     w = round_to(values_at(packed, n32, tl.minimum(k + cols, K - 1), PACKED), DTYPE)
             elif not HAS_WEIGHT:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block
-from .packed import decoded, load_blocks, lookup, operand, packed_facts, scale_of, values_at
+from .packed import decoded, load_blocks, lookup, operand, packed_facts, scales_of, values_at
 from .tile import dot, round_to, to_float
 
 
@@ -69,21 +69,21 @@ def _row_sq_norms_kernel(
     if PACKED is None:
         w_tile = weight + offs_k[None, :].to(tl.int64) * stride_wk + n[:, None] * stride_wn
     elif PACKED.by_blocks:
-        blocks = 8 * tl.arange(0, BLOCK_K // 8)[None, :]
+        blocks = tl.arange(0, BLOCK_K // 8)[None, :]
         table = lookup(packed, PACKED, ARITHMETIC)
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if BLOCK_R > 0 and not LONG_R:
         B = _load_B(lora_B, n, 0, rank, stride_bn, stride_br, BLOCK_R)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if PACKED is not None:
+            TARGET: tl.constexpr = PACKED.target
             if PACKED.by_blocks:
-                word, scale, nested = load_blocks(
-                    packed, 0, n32[:, None], k, blocks, blocks < K - k, not EVEN, PACKED
-                )
-                w = decoded(word, scale_of(scale, nested, packed), table, PACKED, ARITHMETIC, False)
+                loaded = load_blocks(packed, 0, n32[:, None], k, blocks, N, K, not EVEN, PACKED)
+                word, block_scale = scales_of(loaded, packed, PACKED)
+                w = decoded(word, block_scale, table, PACKED, ARITHMETIC, False)
             else:
                 cols = tl.minimum(k + offs_k[None, :], K - 1)
-                w = round_to(values_at(packed, n32[:, None], cols, PACKED), PACKED.target)
+                w = round_to(values_at(packed, n32[:, None], cols, PACKED), TARGET)
             if not EVEN:
                 w = tl.where(offs_k[None, :] < K - k, w, 0)
         elif EVEN:

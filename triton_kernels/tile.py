@@ -195,11 +195,11 @@ def weight_cols(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DRAW: tl.constexpr
 
 @triton.jit
 def weight_blocks(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DRAW: tl.constexpr):
-    """The first of each eight columns of `weight_cols`, which are eight in a row."""
+    """An eighth of the first of each eight columns of `weight_cols`, which are eight in a row."""
     if DRAW.noise == "near_gaussian" and DRAW.aligned:
-        return 16 * tl.arange(0, BLOCK_K // 16)[None, :] + tl.arange(0, 2 * BLOCK_N)[:, None] // BLOCK_N * 8
+        return 2 * tl.arange(0, BLOCK_K // 16)[None, :] + tl.arange(0, 2 * BLOCK_N)[:, None] // BLOCK_N
     else:
-        return 8 * tl.arange(0, BLOCK_K // 8)[None, :]
+        return tl.arange(0, BLOCK_K // 8)[None, :]
 
 
 @triton.jit

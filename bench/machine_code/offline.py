@@ -58,6 +58,13 @@ _BUDGETS = {
     **{("perturb", target, "gaussian"): 15.2 for target in _MAIN[:3]},
     **{("row_sq_norms", target, "none"): 5.5 for target in _MAIN[:3]},
 }
+# The same of NF4, which is decoded in registers. 27 instructions of eight elements look them up, scale and round them.
+_NF4_BUDGETS = {
+    ("forward", "sm90", "gaussian"): 19.2,
+    ("input_grad", "sm90", "gaussian"): 20.9,
+    ("forward", "sm90", "rademacher"): 9.9,
+    ("input_grad", "sm90", "rademacher"): 11.0,
+}
 _MANY = 8192  # rows of x
 
 
@@ -85,7 +92,13 @@ _VARIANTS = {
     "apart": "split noise",
     "u": "makes u",
     "dX": "input gradient",
+    "nf4": "NF4",
+    "nested": "NF4 with nested scales",
+    "int8": "int8",
+    "fp8": "fp8",
+    "gptq": "GPTQ",
 }
+_PACKED = ("nf4", "nested", "int8", "fp8", "gptq")
 
 
 class Row(NamedTuple):
@@ -141,6 +154,7 @@ def cases() -> list[Case]:
                 found += [many._replace(rank=64), half._replace(rows=16, noise="rademacher")]
                 found.append(half._replace(rows=16, noise="near_gaussian"))
                 found.append(half._replace(rows=16, N=1 << 15, K=1 << 15))  # so wide that it is not split
+        found += _packed_cases(architecture)
         if architecture in ("sm90", "sm100"):  # the others leave it to the vendor's products
             grads = Case("adapter_grads", architecture, "bfloat16", _MANY, noise="none")
             found += [grads, grads._replace(rank=32)]
@@ -157,6 +171,24 @@ def cases() -> list[Case]:
     # Takes the tiles of sm_80, with less shared memory.
     found += [Case(kernel, "sm120", "bfloat16", _MANY) for kernel in _PRODUCTS]
     return list(dict.fromkeys(found))
+
+
+def _packed_cases(architecture: str) -> list[Case]:
+    """Products of NF4 with each noise, on sm_90 of the other formats too; what is decoded an element at a time."""
+    found = []
+    for kernel in _PRODUCTS:
+        many = Case(kernel, architecture, "bfloat16", _MANY, variant="nf4")
+        found.append(many)
+        if architecture in ("sm80", "sm90"):
+            found += [many._replace(noise=noise) for noise in ("rademacher", "near_gaussian")]
+        if architecture == "sm90":
+            found += [many._replace(rows=16), many._replace(variant="nested")]
+            found += [many._replace(variant=format, noise="rademacher") for format in ("int8", "fp8")]
+    perturb = Case("perturb", architecture, "bfloat16", variant="nf4")
+    if architecture != "sm100":
+        norms = Case("row_sq_norms", architecture, "bfloat16", rank=0, noise="none", variant="nf4")
+        found += [perturb, perturb._replace(variant="gptq"), norms]
+    return found
 
 
 def _transforms(architecture: str) -> list[Case]:
@@ -285,7 +317,7 @@ def call(case: Case) -> None:
         return elements[int(odd) :].view(rows, cols)
 
     M, N, K, r = case.rows, case.N, case.K, case.rank
-    weight = matrix(N, K)
+    weight = _packed(case.variant, N, K, dtype) if case.variant in _PACKED else matrix(N, K)
     draw = Draw(
         torch.empty(N, dtype=torch.float32, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),
@@ -318,9 +350,43 @@ def call(case: Case) -> None:
         )
         transform.transform(a, draw, input_grad, out, True)
     elif case.kernel == "perturb":
-        perturb.perturb(None if case.variant == "noise" else weight, draw, weight)
+        perturb.perturb(None if case.variant == "noise" else weight, draw, matrix(N, K))
     else:
         row_norms.row_sq_norms(weight, A, B, 2.0)
+
+
+def _packed(format: str, N: int, K: int, dtype: Any) -> Any:
+    """A packed weight without memory."""
+    import torch
+
+    from flatlora_kernels.core.quantized import Packing, Parts, QuantizedWeight
+
+    def made(count: int, dtype: Any = torch.float32) -> Any:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    if format in ("nf4", "nested"):
+        packing = Packing("nf4", N, K, dtype, dtype, 4, width=K, high_first=True, block=64)
+        parts = Parts(made(N * K // 2, torch.uint8), made(16), made(N * K // 64))
+        if format == "nested":
+            packing = packing._replace(nested_block=256)
+            parts = parts._replace(
+                scale=made(N * K // 64, torch.uint8), scale_table=made(256), nested=made(N * K >> 14),
+                offset=made(1)[0],
+            )  # fmt: skip
+    elif format == "gptq":
+        rows, cols = made(N, torch.int64), made(K, torch.int64)
+        packing = Packing(
+            "gptq", N, K, torch.float16, dtype, 4, "uint", zero_bits=4, zero_plus=1, difference=torch.float16
+        )
+        parts = Parts(
+            made(N * K // 2, torch.uint8), made(16), made(N * K // 128, torch.float16), None, None, None,
+            made(N * K >> 8, torch.uint8), rows, cols, rows, cols, rows, cols,
+        )  # fmt: skip
+    else:
+        number = {"int8": "int8", "fp8": "e4m3"}[format]
+        packing = Packing(format, N, K, dtype, dtype, 8, number, width=K, block_cols=K)
+        parts = Parts(made(N * K, torch.uint8), made(256), made(N))
+    return QuantizedWeight(packing, parts)
 
 
 def _work(only: str, listings: str, architectures: str) -> tuple[str, list[Row], list[str]]:
@@ -459,7 +525,9 @@ def _problems(row: Row, arguments: dict[str, Any]) -> list[str]:
             found.append(f"expected {wanted} in the main loop, got {row.tensor}")
         # Split near_gaussian has one in the input gradient of Triton 3.6.
         units_apart = row.noise == "near_gaussian" and _VARIANTS["apart"] in row.case
-        if (row.exposed or 0) > units_apart and arguments["CARRY"] and row.rows > 128 and _regular(row):
+        # Packed scales, too, are waited for once.
+        allowed = units_apart or _packs(row)
+        if (row.exposed or 0) > allowed and arguments["CARRY"] and row.rows > 128 and _regular(row):
             found.append(f"{row.exposed} waits for a global load while no warp-group product runs")
     limit = budget(row)
     if limit is not None and row.instr > limit:
@@ -472,12 +540,19 @@ def _regular(row: Row) -> bool:
     return not any(_VARIANTS[variant] in row.case for variant in ("odd", "masks", "columns"))
 
 
+def _packs(row: Row) -> bool:
+    return any(row.case.endswith(_VARIANTS[variant]) for variant in _PACKED)
+
+
 def budget(row: Row) -> float | None:
     """Instructions per element of W that no table may exceed."""
     few = row.kernel in _PRODUCTS and row.rows <= 128
     adapter = row.kernel == "row_sq_norms" and "no adapter" not in row.case
     if few or adapter or row.dtype != "bfloat16" or not _regular(row) or _VARIANTS["apart"] in row.case:
         return None
+    if _packs(row):
+        nf4 = row.case.endswith(_VARIANTS["nf4"])
+        return _NF4_BUDGETS.get((row.kernel, row.target, row.noise)) if nf4 else None
     return _BUDGETS.get((row.kernel, row.target, row.noise))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import nodriver
 import pytest
 import torch
+from packed_weights import packed
 from targets import INTERPRETED, REQUIRED, randn
 from torch import Tensor
 
@@ -62,6 +63,24 @@ def test_a_call_passes_its_own_tensors_and_numbers(driver: nodriver.NoDriver) ->
     assert launched[2] == launched[0] + 2
 
 
+def test_a_packed_weight_passes_its_parts(driver: nodriver.NoDriver) -> None:
+    """Views of one weight share their kernel where nothing of it differs, and each call passes its own."""
+    for _ in range(2):
+        x, _, draw = operands(16, 64, 64)
+        weight = packed("nf4_nested", 64, 64, torch.bfloat16)
+        for start in (16, 32):
+            y = TRITON.product(
+                Product(x, weight.narrow(0, start, 16)),
+                draw._replace(noise_scale=draw.noise_scale[:16]),
+                "folded",
+            )
+            t = weight.parts
+            given = [p.data_ptr() for p in (x, t.codes, t.table, t.scale, t.scale_table, t.nested, t.offset)]
+            assert driver.values(8)[:7] == given
+            assert driver.values(8)[7] & 0xFFFFFFFF == start
+            assert y.shape == (16, 16)
+
+
 def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) -> None:
     """Each of these differs from all others in what the code depends on."""
     x, weight, draw = operands(16, 64, 72)
@@ -80,7 +99,10 @@ def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) ->
     run("columns", x, randn(72, 64, dtype=torch.bfloat16).t(), draw)
     run("shifted", torch.empty(16 * 72 + 1, dtype=torch.bfloat16)[1:].view(16, 72), weight, draw)
     run("again", x.clone(), weight, draw)
-    constants = ("DRAW", "CUT", "stride_wn")
+    constants = ("PACKED", "DRAW", "CUT", "stride_wn")
+    for layout in ("nf4", "int8", "fp8", "nf4_nested", "mxfp4"):
+        run(layout, x, packed(layout, 64, 72, torch.bfloat16), draw)
+    run("a shard of columns", x[:, :40], packed("nf4", 64, 128, torch.bfloat16).narrow(1, 8, 40), draw)
     kinds = {name: tuple(a[c] for c in constants) for name, a in seen.items()}
     assert kinds.pop("again") == kinds["first"]
     run("in rows of a unit", x, weight, draw._replace(noise="near_gaussian", row_offset=8))
@@ -151,7 +173,7 @@ def test_host_time(driver: nodriver.NoDriver, monkeypatch: pytest.MonkeyPatch) -
     rest = (0, "gaussian", 1, 0, False, 0, 0, 0, "fused", "folded", "triton")
     op = median_us(
         lambda: torch.ops.flatlora.linear(
-            x, weight, None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
+            x, weight, [], "", None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
         )
     )
     print(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed_weights
 import ptx
 import pytest
 import torch
@@ -34,6 +35,7 @@ from flatlora_kernels.triton_kernels import (  # noqa: E402
     adapter_grads,
     configs,
     launch,
+    packed,
     perturb,
     philox,
     product,
@@ -388,6 +390,84 @@ def test_products_of_each_noise_with_the_arithmetic_of(architecture: str, noise:
         torch.testing.assert_close(y, expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+def test_a_warp_looks_up_its_codes() -> None:
+    """The one instruction sequence of packed weights that the interpreter does not run."""
+    table = torch.randn(16)
+    words = torch.randint(0, 1 << 32, (5, 32), generator=torch.Generator().manual_seed(0))
+    held = np.tile(table.numpy().view(np.uint32), 2)
+    found = ptx.run(packed.LOOKUP_PTX.value, 8, words.numpy().astype(np.uint32), held)
+    for i, values in enumerate(found):
+        expected = table[words >> 4 * i & 15].numpy()
+        assert np.array_equal(np.ascontiguousarray(values).view(np.float32), expected), i
+
+
+@pytest.mark.parametrize("layout", ["nf4_nested", "int8", "fp8_block", "nvfp4"])
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_packed_products_with_the_arithmetic_of(architecture: str, layout: str, on: Any) -> None:
+    """Values of pairs or not, in tiles that are carried and in whole units: those of the same call on the values."""
+    on(architecture)
+    scale = torch.rand(72)
+    for noise, shape in (
+        ("gaussian", (20, 72, 104)),
+        ("near_gaussian", (70, 72, 136)),
+        ("rademacher", (3, 72, 96)),
+    ):
+        M, N, K = shape
+        q = packed_weights.packed(layout, N, K, torch.bfloat16)
+        draw = Draw(scale, torch.tensor(9), noise=noise)
+        for p in (
+            Product(randn(M, K, dtype=torch.bfloat16), q),
+            Product(randn(M, N, dtype=torch.bfloat16), q, True),
+        ):
+            expected = TRITON.module.product(p._replace(weight=q.dequantize()), draw, "folded")
+            assert torch.equal(TRITON.module.product(p, draw, "folded"), expected), noise
+
+
+@pytest.mark.parametrize(
+    ("block_in", "layout"), [(64, "nf4"), (128, "nf4"), (64, "fp8_block"), (128, "mxfp4")]
+)
+def test_packed_tiles(block_in: int, layout: str, on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to several blocks of scales across a tile, and a part of one; a shard that begins within a block; sums that
+    are split."""
+    on("interpreter", 40)
+    draw = Draw(torch.rand(72), torch.tensor(9))
+    config = configs.Config(16, 64, block_in, 1, 1, carry=block_in == 64)
+    only(monkeypatch, "forward", config)
+    only(monkeypatch, "input_grad", config._replace(block_out=block_in, block_in=64))
+    whole = packed_weights.packed(layout, 80, 256, torch.float32).narrow(0, 8, 72)
+    for q in (whole, whole.narrow(1, 24, 200)):
+        for p in (Product(randn(5, q.shape[1]), q), Product(randn(5, 72), q, True)):
+            expected = TRITON.module.product(p._replace(weight=q.dequantize()), draw, "folded")
+            assert torch.equal(TRITON.module.product(p, draw, "folded"), expected)
+
+
+def test_codes_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go by panels, and are decoded an element at a time."""
+    q = packed_weights.packed("nf4", 40, 64, torch.float32)
+    codes = torch.empty(q.parts.codes.numel() + 1, dtype=torch.uint8)[1:].copy_(q.parts.codes)
+    odd = fk.QuantizedWeight(q.packing, q.parts._replace(codes=codes))
+    draw = Draw(torch.rand(40), torch.tensor(9))
+    p = Product(randn(3, 64), q, u=randn(3, 2), lora=randn(40, 2))
+    assert TRITON.module.product_and_u(p._replace(weight=odd, u=None), randn(2, 64), draw, "folded") is None
+    expected = TRITON.module.product(p, draw, "folded")
+    torch.testing.assert_close(TRITON.module.product(p._replace(weight=odd), draw, "folded"), expected)
+    expected = torch.empty(40, 64)
+    for weight in (q, odd):
+        TRITON.module.perturb(weight, draw, expected if weight is q else (out := torch.empty(40, 64)))
+    assert torch.equal(out, expected)
+
+
+def test_fp8_holds_no_number() -> None:
+    """Both of its NaN, in words of eight columns and by the element."""
+    for K in (256, 255):
+        q = packed_weights.packed("fp8", 1, K, torch.float32)
+        q.parts.codes.copy_(torch.arange(K).to(torch.uint8))
+        out = torch.empty(1, K)
+        TRITON.module.perturb(q, None, out)
+        torch.testing.assert_close(out, q.dequantize(), rtol=0, atol=0, equal_nan=True)
+        assert out.isnan().sum() == K // 128
+
+
 TRANSFORMS = [  # bits, M, N, K, row and column offset, samples
     (0, 3, 1, 9, 0, 0, 1),
     (2, 4, 5, 12, 3, 8, 2),
@@ -485,6 +565,14 @@ def stay_inside() -> None:
             fk.row_sq_norms(W, A, B, backend="triton")
             fk.row_sq_norms(W, backend="triton")
             fk.perturb_weight(W, guarded(scale), seed=1, noise=noise, out=guarded(p.weight), backend="triton")
+            for layout in packed_weights.LAYOUTS if noise == "gaussian" else ():
+                q = packed_weights.packed(layout, *W.shape, torch.bfloat16)
+                parts = (t if t is None else guarded(t) for t in q.parts)
+                q = fk.QuantizedWeight(q.packing, type(q.parts)(*parts))
+                fk.row_sq_norms(q, A, B, backend="triton")
+                x = guarded(p.x).requires_grad_()
+                y = fk.fused_flat_lora_linear(x, q, noise_scale=guarded(scale), seed=3, backend="triton")
+                y.backward(guarded(p.grad_y))
     for input_grad in (False, True):
         a, scale = guarded(randn(5, 67, dtype=torch.bfloat16)), guarded(torch.rand(67))
         draw = Draw(scale, torch.tensor(3), noise="hadamard", tile_bits=6)
