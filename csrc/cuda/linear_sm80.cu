@@ -44,7 +44,7 @@ Plan plan_of(const LinearArgs& args, const Gpu& gpu, int64_t workspace) {
   const bool w_copies =
       packed == nullptr ? can_copy(args.weight.data, args.N, args.weight.row_stride, args.weight.col_stride, element)
                         : packed_rows(*packed, args.N, args.K, args.dtype, &job.packed) &&
-                              job.packed.scales * job.packed.scale_bytes % 4 == 0;  // whole words
+                              (job.packed.scales << job.packed.scale_shift) % 4 == 0;  // whole words
   job.copies = can_copy(args.a, args.M, args.a_row_stride, args.a_col_stride, element) && w_copies &&
                args.noise.scale_stride == 1 && !job.any;
   const int64_t part_bytes = args.M * job.outputs * 4;
@@ -81,7 +81,7 @@ bool linear_sm80_takes(const LinearArgs& args) {
   PackedRows rows;
   return packed == nullptr ||
          (args.dtype == int64_t(DType::kBFloat16) && packed_rows(*packed, args.N, args.K, args.dtype, &rows) &&
-          rows.scale_bytes != 2 && !rows.rounds && rows.row_bytes < (int64_t(1) << 32) / 256);
+          rows.scale_shift != 1 && !rows.rounds && rows.row_bytes < (int64_t(1) << 32) / 256);
 }
 
 int64_t linear_sm80_workspace(const LinearArgs& args, const Gpu& gpu) {

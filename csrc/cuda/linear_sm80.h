@@ -255,8 +255,8 @@ struct LinearTile {
           index = 0;
         }
       }
-      const uint32_t byte = kBits == 8 || p.scale_bytes == 4 ? 4 * index : index & ~3u;
-      if constexpr (kEdge) valid = inside ? int(smaller(int64_t(p.scales) * p.scale_bytes - byte, 4)) : 0;
+      const uint32_t byte = kBits == 8 ? 4 * index : index << p.scale_shift & ~3u;
+      if constexpr (kEdge) valid = inside ? int(smaller((int64_t(p.scales) << p.scale_shift) - byte, 4)) : 0;
       gpu::cp_async<kBits>(to, from, inside ? kBits : 0);
       gpu::cp_async<4>(to + 8, p.scale + byte, valid);
       if (kBits == 4 && p.nested != nullptr)
@@ -268,7 +268,7 @@ struct LinearTile {
   FLATLORA_DEVICE void decode(Chunk<T>& w, uint32_t at, int i) const {
     const PackedRows& p = job.packed;
     float scale = as_float(w.v[2]);
-    if (kBits == 4 && p.scale_bytes == 1) {
+    if (kBits == 4 && p.scale_shift == 0) {
       const uint32_t col = scale_col(p, at + (w_chunk + uint32_t(Own::col(i))) * 8);
       const uint32_t index = kInputGrad ? scale_at(at, i) : (scale_low >> 8 * i) + col;
       const uint32_t byte = gpu::rotate_right(w.v[2], int(8 * index));
@@ -279,7 +279,7 @@ struct LinearTile {
   }
 
   FLATLORA_DEVICE void copy_edge(int64_t at, uint32_t slot) {
-    const char* const nothing = static_cast<const char*>(job.args.a);
+    const char* const nothing = static_cast<const char*>(kBits == 0 ? job.args.weight.data : job.args.a);
     const int a_valid = bytes_before(end, at + a_piece * kPerPiece);
     FLATLORA_UNROLL
     for (int i = 0; i < kACopies; ++i)

@@ -99,7 +99,8 @@ struct PackedRows {
   const float* table;
   const uint8_t* scale;
   uint32_t row, col, scale_stride, row_shift, col_shift, nested_shift;
-  uint32_t scales, scale_bytes;  // as many as the view may read; of one: 1 = looked up, 2 = bfloat16, 4 = float32
+  uint32_t scales,
+      scale_shift;  // as many as the view may read; log2 of bytes: 0 = looked up, 1 = bfloat16, 2 = float32
   uint32_t rounds;               // to the other type of 16 bits first
   const float *scale_table, *nested, *offset;
   float post;
@@ -156,12 +157,12 @@ FLATLORA_DEVICE PackedChunk load_packed(const PackedRows& p, const uint8_t* code
   } else {
     c.codes[0] = gpu::load_global<uint32_t>(codes);
   }
-  const uint8_t* const scale = p.scale + uint64_t(index) * (kScaleBytes == 1 ? 1 : p.scale_bytes);
+  const uint8_t* const scale = p.scale + (uint64_t(index) << (kScaleBytes == 1 ? 0 : p.scale_shift));
   if constexpr (kScaleBytes == 1) {
     c.scale = gpu::load_global<uint8_t>(scale);
     c.nested = p.nested == nullptr ? 1.0f : gpu::load_global<float>(p.nested + (index >> p.nested_shift));
   } else {
-    c.scale = p.scale_bytes == 4 ? gpu::load_global<uint32_t>(scale) : gpu::load_global<uint16_t>(scale) << 16;
+    c.scale = p.scale_shift == 2 ? gpu::load_global<uint32_t>(scale) : gpu::load_global<uint16_t>(scale) << 16;
   }
   return c;
 }
@@ -237,7 +238,7 @@ inline bool packed_rows(const PackedArgs& p, int64_t N, int64_t K, int64_t dtype
   r.row_shift = uint32_t(row_shift < 31 ? row_shift : 31);
   r.col_shift = uint32_t(col_shift < 31 ? col_shift : 31);
   r.nested_shift = uint32_t(nested_shift < 31 ? nested_shift : 31);
-  r.scale_bytes = p.scale_dtype == int64_t(DType::kByte) ? 1 : p.scale_dtype == int64_t(DType::kFloat32) ? 4 : 2;
+  r.scale_shift = p.scale_dtype == int64_t(DType::kByte) ? 0 : p.scale_dtype == int64_t(DType::kFloat32) ? 2 : 1;
   r.scales = uint32_t(scales);
   r.rounds = p.dtype != dtype && (p.dtype == int64_t(DType::kBFloat16) || p.dtype == int64_t(DType::kFloat16));
   r.scale_table = p.scale_table;

@@ -47,7 +47,7 @@ gpu::Error run_packed(const PerturbArgs& args, const Gpu& gpu) {
     if (patches_fit(args.noise) && whole_chunks<T>(args, args.out, args.out_row_stride, args.out_col_stride) &&
         packed_rows(packed, args.N, args.K, args.dtype, &job.packed)) {
       const auto kernel = packed.bits == 8              ? perturb_packed_rows_kernel<T, kind, 8, 4>
-                          : job.packed.scale_bytes == 1 ? perturb_packed_rows_kernel<T, kind, 4, 1>
+                          : job.packed.scale_shift == 0 ? perturb_packed_rows_kernel<T, kind, 4, 1>
                                                         : perturb_packed_rows_kernel<T, kind, 4, 4>;
       return launch<kind, true>(kernel, job, gpu, kPackedTable);
     }

@@ -442,6 +442,7 @@ template <>
 gpu::Error launch_linear_sm80<gpu::f16>(Config, const gpu::Launch&, const LinearJob&) { return 1; }
 template <>
 gpu::Error launch_linear_sm80<float>(Config, const gpu::Launch&, const LinearJob&) { return 1; }
+gpu::Error launch_linear_packed_sm80(Config, const gpu::Launch&, const PackedLinearJob&) { return 1; }
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
 gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
 gpu::Error transform(const TransformArgs&, const Gpu&) { return 1; }

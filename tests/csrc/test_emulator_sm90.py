@@ -190,6 +190,7 @@ gpu::Error clusters_sm90(int, const gpu::Launch& how, int64_t processors, int64_
   *count = processors / how.cluster;
   return 0;
 }
+bool linear_sm80_takes(const LinearArgs&) { return true; }
 int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
 gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
