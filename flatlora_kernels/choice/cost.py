@@ -351,7 +351,9 @@ def _fused(chip: Chip, backend: str, call: Call) -> tuple[Work, int]:
             work = work._replace(**{unit: getattr(work, unit) + amount for unit, amount in more.items()})
         return work._replace(overlap=_overlap(tile), stall=STALL), parts
     small = call.noise_accum == "split"  # has the small tiles alone
-    if arch == "sm90" and call.rows > 64 and not small and not call.code:  # linear_sm90.h takes no packed weight
+    if (
+        arch == "sm90" and call.rows > 64 and not small and not call.code
+    ):  # linear_sm90.h takes no packed weight
         best, parts = _sm90_choice(chip, call)
         return _tiled(chip, SM90_TILES[best], call, parts, call.choose(CUDA["sm90a"][best])), parts
     rows = slice(3, 4) if call.rows <= 16 else slice(2, 3) if call.rows <= 64 or small else slice(2)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.autocast import without_autocast
 from ..core.quantized import QuantizedWeight
 from ..core.records import Weight
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
@@ -131,7 +132,7 @@ class FlatLayer(NoisyLayer, LoraLayer):
         # As its owner does: in the type that it computes in, whatever autocast says.
         dtype = packed.compute_type(self.base_layer, x)
         bias = None if bias is None else bias.to(dtype)
-        with packed.without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             return self._product(x.to(dtype), dropped, weight.to(dtype), bias, names, noise).to(x.dtype)
 
     def _product(

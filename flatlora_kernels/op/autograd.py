@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
 from ..backends.shared.products import cast, matmul
+from ..core.autocast import autocasts, without_autocast
 from ..core.quantized import Parts, QuantizedWeight
 from ..core.records import NO_DRAW, Choice, Draw, Operands, Weight
 from . import compute
@@ -123,6 +124,9 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, _grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 7
+        if autocasts(grad_y.device.type):  # it would cast what torch multiplies, and what it multiplies into
+            with without_autocast(grad_y.device.type):
+                return LinearFunction.backward(ctx, grad_y, None)
         if not torch.is_grad_enabled():
             return *_gradients(ctx, grad_y), None
         # create_graph=True: fine until somebody differentiates the result

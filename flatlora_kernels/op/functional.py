@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import backends
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
+from ..core.autocast import autocasts, without_autocast
 from ..core.noise import KINDS, tile_bits
 from ..core.quantized import QuantizedWeight
 from ..core.records import NO_DRAW, Draw, Operands, Weight
@@ -89,7 +90,7 @@ def fused_flat_lora_linear(
     Gradients flow to `x`, `weight`, `lora_A`, `lora_B`, `bias` and `lora_x`, each only where needed; `noise_scale`,
     `sigma` and eps are constants. Source: Li et al., Flat-LoRA, ICML 2025, arXiv 2409.14396, eq. (7) to (9).
     """
-    if isinstance(x, Tensor) and _autocasts(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device.type):
         device_type = x.device.type
         x, weight, lora_A, lora_B, bias, lora_x = _autocast(
             torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias, lora_x
@@ -251,7 +252,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     given = bound.arguments
     x, weight, sigma = given["x"], given["weight"], given["sigma"]
     dtype = x.dtype
-    if _autocasts(x.device.type):
+    if autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         if isinstance(weight, QuantizedWeight) or weight.is_meta:
             weight = weight.to(dtype)
@@ -426,7 +427,7 @@ def noise_product(
         x: (..., K). noise_scale: (N,) float32.
     """
     checks.noise_product(x, noise_scale)
-    with torch.autocast(x.device.type, enabled=False) if _autocasts(x.device.type) else _NOTHING:
+    with without_autocast(x.device.type):
         return fused_flat_lora_linear(
             x,
             x.new_zeros(()).expand(noise_scale.shape[0], x.shape[-1]),  # takes no memory
@@ -443,11 +444,6 @@ def noise_product(
             strategy=strategy,
             backend=backend,
         )
-
-
-def _autocasts(device_type: str) -> bool:
-    # torch knows no autocast for meta.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
@@ -475,10 +471,8 @@ def _row_sq_norms(
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
     codes, more = flat(weight.detach())
     arguments = (codes, lora_A, lora_B, scaling, backend, *more)
-    if _autocasts(weight.device.type):  # a product in 16 bits would miss the precision promised
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.ops.flatlora.row_sq_norms(*arguments)
-    return torch.ops.flatlora.row_sq_norms(*arguments)
+    with without_autocast(weight.device.type):  # a product in 16 bits would miss the precision promised
+        return torch.ops.flatlora.row_sq_norms(*arguments)
 
 
 def _noise_scale(

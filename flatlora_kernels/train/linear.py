@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.autocast import without_autocast
 from ..core.quantized import Parts, QuantizedWeight
 from ..core.records import Weight
 from ..op import checks
@@ -225,7 +226,7 @@ class FlatLoraLinear(NoisyLayer):
         dtype = packed.compute_type(self.base_layer, x)
         if lora_A is not None and lora_B is not None:
             lora_A, lora_B = packed.beside(dtype, lora_A, lora_B)
-        with packed.without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             y = fused_flat_lora_linear(
                 x.to(dtype),
                 weight.to(dtype),

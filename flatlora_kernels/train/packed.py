@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..core.autocast import autocasts
 from ..core.quantized import QuantizedWeight, readers
 from .stamps import Stamps, stamps, unchanged
 
@@ -85,13 +85,7 @@ def compute_type(owner: nn.Module | None, x: Tensor) -> torch.dtype:
         dtype: torch.dtype | None = own.compute_dtype
         if dtype is not None:
             return dtype
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device.type) else x.dtype
-
-
-def without_autocast(device_type: str) -> Any:
-    if _autocasts(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 
 def beside(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +100,3 @@ def loses_gradients(owner: nn.Module) -> bool:
     """Whether the owner's own product has no gradient: bitsandbytes' on a weight that it has repacked for a CPU."""
     state = getattr(owner._parameters.get("weight"), "quant_state", None)
     return torch.is_grad_enabled() and bool(getattr(state, "packing_format_for_cpu", False))
-
-
-def _autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)

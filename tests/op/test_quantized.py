@@ -146,6 +146,31 @@ def test_autocast(target: Target) -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("strategy", ["fused", "panel"])
+def test_backward_under_autocast(target: Target, strategy: str) -> None:
+    """What torch multiplies there is not cast either."""
+    q = packed("nf4", 40, 72, torch.float32, target.device)
+    options = {"noise_scale": scale_of(40, target.device), "strategy": strategy}
+    x = randn(6, 72, seed=1, device=target.device).requires_grad_()
+    y = fk.fused_flat_lora_linear(x, q, seed=7, backend=target.backend, **options)
+    with torch.autocast(target.device, torch.bfloat16):
+        y.backward(randn(6, 40, seed=5, device=target.device))
+    y = fk.fused_flat_lora_linear(x, q, seed=7, backend=target.backend, **options)
+    (plain,) = torch.autograd.grad(y, x, randn(6, 40, seed=5, device=target.device))
+    assert torch.equal(x.grad, plain)
+
+
+def test_nothing_to_multiply(target: Target) -> None:
+    for N, K, M in ((24, 40, 0), (0, 40, 3), (24, 0, 3)):
+        q = packed("nf4", N, K, torch.float32, target.device)
+        for draw in ({"noise_scale": scale_of(N, target.device), "seed": 1}, {}):
+            x = randn(M, K, device=target.device).requires_grad_()
+            y = fk.fused_flat_lora_linear(x, q, backend=target.backend, **draw)
+            assert y.shape == (M, N) and not y.any()
+            y.sum().backward()
+            assert x.grad.shape == (M, K) and (K == 0 or N > 0 or not x.grad.any())
+
+
 def test_the_op_is_one_of_torchs() -> None:
     q = packed("gptq", 24, 40, torch.float32)
     x, A, B = randn(6, 40), randn(4, 40), randn(24, 4)

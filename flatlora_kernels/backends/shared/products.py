@@ -49,9 +49,11 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain(p: Product) -> Tensor:
-    """The product without noise, where there is nothing that a vendor's does not do better. The weight is a tensor."""
+    """The product without noise, where there is nothing that a vendor's does not do better."""
     a, weight, input_grad, u, lora, bias, scaling = p
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):  # of a packed one where there is nothing to multiply
+        y = a.new_zeros(len(a), p.outputs)
+        return y if bias is None else y + cast(bias, a.dtype)
     if a.dtype == torch.float16 and a.device.type == "cpu":
         y = matmul(a, weight if input_grad else weight.t())
         y = y if bias is None else bias.to(a.dtype) + y
