@@ -43,7 +43,7 @@ class Packed:
 
 
 class Operand(NamedTuple):
-    """A packed weight as kernels take it: the parameter `packed`. `launch.facts` says what of it selects machine code."""
+    """A packed weight as kernels take it: the parameter `packed`. See `launch.facts` for what selects machine code."""
 
     codes: Any
     table: Any
