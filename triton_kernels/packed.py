@@ -39,11 +39,11 @@ class Packed:
     difference: tl.dtype
     own: tl.dtype  # of its owner's dequantisation
     target: tl.dtype
-    by_blocks: bool
+    by_blocks: bool  # eight columns are a word, with one scale
 
 
 class Operand(NamedTuple):
-    """A packed weight as kernels take it: the parameter `packed`, which selects no machine code by its values."""
+    """A packed weight as kernels take it: the parameter `packed`. See `launch.facts` for what selects machine code."""
 
     codes: Any
     table: Any
@@ -61,9 +61,8 @@ class Operand(NamedTuple):
     row: int  # the view's first, and first column
     col: int
     width: int
-    words: (
-        int  # of a row, by blocks: twice their number and one, or the compiler would load several to a thread
-    )
+    # Words of a row, by blocks, twice and one more: an odd number, or the compiler would load several to a thread.
+    words: int
     scale_stride: int
     last: int  # byte of codes, and of zeros
     last_zero: int
@@ -83,7 +82,7 @@ def _facts(p: Any, flat: bool, plain: bool, aligned: bool) -> tuple[Packed, int]
     found = Packed(
         p.bits, p.number, p.high_first, block, rows, cols, cols > 0 and p.col % cols == 0,
         p.nested_block if p.nested_block < 1 << 31 else 0, p.post, p.zero_bits, p.zero_plus,
-        _TYPES[p.difference], _TYPES.get(p.dtype, tl.float32), _TYPES[p.target], by_blocks,
+        _TYPES[p.difference], _TYPES.get(p.dtype, tl.float32), _TYPES.get(p.target), by_blocks,
     )  # fmt: skip
     return found, stride
 
@@ -95,24 +94,19 @@ def fuses(p: Any) -> bool:
     return flat and plain and _facts(p, True, True, True)[0].by_blocks
 
 
+def _facts_of(weight: Any) -> tuple[Packed, int]:
+    t = weight.parts
+    return _facts(weight.packing, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)
+
+
 def packed_facts(weight: Any) -> Packed:
-    p, t = weight.packing, weight.parts
-    return _facts(p, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)[0]
+    return _facts_of(weight)[0]
 
 
 def operand(weight: Any) -> Operand:
-    p, t = weight.packing, weight.parts
-    stride = _facts(p, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)[1]
-    return Operand(
-        *t,
-        p.row,
-        p.col,
-        p.width,
-        p.width // 8 * 2 + 1,
-        stride,
-        t.codes.numel() - 1,
-        0 if t.zero is None else t.zero.numel() - 1,
-    )
+    p, t, stride = weight.packing, weight.parts, _facts_of(weight)[1]
+    last_zero = 0 if t.zero is None else t.zero.numel() - 1
+    return Operand(*t, p.row, p.col, p.width, p.width // 8 * 2 + 1, stride, t.codes.numel() - 1, last_zero)
 
 
 # --- An element at a time ---
