@@ -318,7 +318,7 @@ perturb_kernel(PerturbJob job) {
 }
 
 template <class T, Noise kind, int kBits, int kScaleBytes>
-FLATLORA_KERNEL(kPerturbThreads, 2)
+FLATLORA_KERNEL(kPerturbThreads, (kind == Noise::kRademacher ? 1 : 2))
 perturb_packed_rows_kernel(const FLATLORA_GRID_CONSTANT PackedRowsJob job) {
   load_table<kBits>(job.packed, gpu::shared_base(), kPerturbThreads);
   gpu::sync_threads();
@@ -326,7 +326,7 @@ perturb_packed_rows_kernel(const FLATLORA_GRID_CONSTANT PackedRowsJob job) {
 }
 
 template <class T, Noise kind>
-FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 && kind == Noise::kRademacher ? 1 : 2))
+FLATLORA_KERNEL(kPerturbThreads, (sizeof(T) == 4 ? 1 : 2))
 perturb_packed_kernel(const FLATLORA_GRID_CONSTANT PackedJob job) {
   perturb_rows<T, kind, false, PackedMemory<T>>(job);
 }
