@@ -116,8 +116,8 @@ class Call(NamedTuple):
         """Bytes, as `workspace.workspace_limit`."""
         return min(WORKSPACE, self.N * self.K * self.size // 4)
 
-    def choose(self, counts: Counts) -> float:
-        decode = DECODE if self.code else 0.0
+    def choose(self, counts: Counts, backend: str = "cuda") -> float:
+        decode = DECODE[backend] if self.code else 0.0
         if self.noise == "near_gaussian":
             return NEAR_GAUSSIAN_PRODUCT + decode
         return counts[2 * (self.direction == "input_grad") + (self.noise == "rademacher")] + decode
@@ -290,7 +290,7 @@ def perturb_pass(chip: Chip, backend: str, call: Call, values: int, to_memory: b
         "hadamard": HADAMARD_PERTURB,
     }  # fmt: skip
     return Work(
-        slots=values * (instructions[call.noise] + DECODE * (call.code > 0)) / 32,
+        slots=values * (instructions[call.noise] + DECODE[backend] * (call.code > 0)) / 32,
         drawing=values / DRAWN[call.noise],
         l2=read + size,
         memory=float(read + to_memory * (size - resident(chip, size))),
@@ -342,7 +342,7 @@ def _fused(chip: Chip, backend: str, call: Call) -> tuple[Work, int]:
         parts, steps = configs.splits(config, tiles, call.length, part, call.workspace, chip.processors)
         m, by = config.block_m, "mma" if config.block_m < 64 else BY[arch]
         tile = Tile(m, config.block_out, config.block_in, config.num_warps, by, config.per_processor)
-        count = call.choose(TRITON[arch][m <= 16])
+        count = call.choose(TRITON[arch][m <= 16], backend)
         work = _tiled(chip, tile, call, parts, count, drawn=(steps + config.carry) / steps)
         if makes_u(backend, call):  # in every block
             macs = work.flops / 2 / tile.n * call.rank

@@ -56,9 +56,9 @@ PERTURB: dict[str, dict[str, tuple[float, float]]] = {  # gaussian, rademacher
 NEAR_GAUSSIAN_PRODUCT = 9.0
 NEAR_GAUSSIAN_PERTURB = 5.8
 HADAMARD_PERTURB = 7.3
-# Of a packed weight: more of them for a value of 4 bits, in product loops and in `perturb`, about the mean of what the
-# pages have; and all of them of a pass that writes the values, taken to be as many as such a pass of ours has.
-DECODE = 2.5
+# Of a packed weight on sm_90: more of them for a value of 4 bits, in product loops and in `perturb`, as the pages have
+# them for NF4; and all of them of the owner's pass that writes the values, an estimate.
+DECODE = {"triton": 3.5, "cuda": 6.5}
 OWNER_DECODE = 4.0
 # Of the transform, counted in csrc/cuda/transform.h for sm_90 (25.1 with tiles of 4096): instructions of a thread for
 # each value and stage of additions, and for each value beside them (signs, three passes through registers with shared

@@ -308,7 +308,7 @@ def _check(p: Packing, t: Parts) -> None:
         )
     if flat and p.width < cols:
         raise wrong("packing.width", p.width, f"at least {cols}, where this view ends")
-    scales = 1
+    scales = 0 if flat else 1
     if flat and p.N and p.K:
         last = (rows - 1) * p.width + cols - 1
         if p.block:

@@ -194,7 +194,7 @@ def flat(bits: int, N: int, K: int, dtype: torch.dtype, number: str = "table", *
         table = torch.randn(2**bits, generator=g)
     else:
         table = number_table(number, bits, torch.device("cpu"))
-    blocks = N * K // packing.block + 1 if packing.block else N * (K // packing.block_cols + 1)
+    blocks = -(-N * K // packing.block) if packing.block else N * (K // packing.block_cols + 1)
     scale = torch.rand(blocks, generator=g)
     zero = torch.randn(blocks, generator=g).to(packing.difference) if "difference" in how else None
     return QuantizedWeight(packing, Parts(codes, table, scale, zero=zero))
