@@ -87,19 +87,13 @@ def _facts(p: Any, flat: bool, plain: bool, aligned: bool) -> tuple[Packed, int]
     return found, stride
 
 
-def fuses(p: Any) -> bool:
-    """Whether fused products take this packing: words of eight columns, decoded in registers."""
-    flat = p.width > 0
-    plain = p.zero_bits == 0 and p.difference == torch.float32
-    return flat and plain and _facts(p, True, True, True)[0].by_blocks
-
-
 def _facts_of(weight: Any) -> tuple[Packed, int]:
     t = weight.parts
     return _facts(weight.packing, t.row_bits is None, t.zero is None, t.codes.data_ptr() % 8 == 0)
 
 
 def packed_facts(weight: Any) -> Packed:
+    """Where `by_blocks`, fused products take it, too."""
     return _facts_of(weight)[0]
 
 

@@ -10,7 +10,7 @@ Every module of this folder is a backend and has the same members:
     product                  what core/records.py calls so, with noise or without
     row_sq_norms, perturb
     FUSES                    the kinds of noise that its `product` takes; of the others it has `perturb` and `transform`
-    fuses_packed(packing)    whether its `product` takes a weight of this `Packing`; the two above take any
+    fuses_packed(weight)     whether its `product` with noise takes this packed weight; the two above take any
     transform                the product of "hadamard" noise alone
     product_and_u            optional: the forward's product, and u of the adapter in the same kernel
     adapter_grads            optional: its own way to the gradients of the adapter
@@ -73,7 +73,7 @@ def fuses(name: str, noise: str) -> bool:
 
 def fuses_packed(name: str, weight: Weight) -> bool:
     """Whether `name` has strategy "fused" for this weight, packed or not."""
-    return not isinstance(weight, QuantizedWeight) or get(name).fuses_packed(weight.packing)
+    return not isinstance(weight, QuantizedWeight) or get(name).fuses_packed(weight)
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.noise import KINDS
-from ..core.quantized import Packing
+from ..core.quantized import QuantizedWeight
 from ..core.records import Draw, Product, Weight
 from .shared import arguments, library
 
@@ -87,7 +87,7 @@ def unavailable() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-def fuses_packed(packing: Packing) -> bool:
+def fuses_packed(weight: QuantizedWeight) -> bool:
     """See `backends`."""
     return True
 

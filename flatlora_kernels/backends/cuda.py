@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.quantized import Packing, QuantizedWeight
+from ..core.quantized import QuantizedWeight
 from ..core.records import Draw, Product, Weight
-from .shared import arguments, library, panel, products
+from .shared import arguments, library, products
 
 _ARCHITECTURE = {"1": 80, "80": 80, "90": 90}.get(os.environ.get("FLATLORA_EMULATE", ""))
 _EMULATED = _ARCHITECTURE is not None
@@ -112,9 +112,10 @@ def unavailable() -> str | None:
     return None
 
 
-def fuses_packed(packing: Packing) -> bool:
+def fuses_packed(weight: QuantizedWeight) -> bool:
     """See `backends`. Of bfloat16 alone; rows of 4 and 8 bits, where 8 columns are whole bytes with one scale."""
-    p = packing
+    p, t = weight.packing, weight.parts
+    scales = (torch.float32, torch.uint8) if p.bits == 4 else (torch.float32,)
     rows, cols, width = (1, p.block, p.width) if p.block else (p.block_rows, p.block_cols, p.width)
     return (
         p.target == torch.bfloat16
@@ -127,25 +128,11 @@ def fuses_packed(packing: Packing) -> bool:
         and (cols >= width or (cols >= 8 and cols & (cols - 1) == 0))
         and p.nested_block & (p.nested_block - 1) == 0
         and (p.post == 1.0 or p.bits == 8)
-        and not p.zero_bits
+        and t.zero is None
+        and t.row_bits is None
+        and t.scale.dtype in scales
+        and t.codes.data_ptr() % 8 == t.scale.data_ptr() % 4 == 0
     )
-
-
-def _fuses_parts(weight: QuantizedWeight) -> bool:
-    """The same of what `Packing` does not tell."""
-    t = weight.parts
-    scales = (torch.float32, torch.uint8) if weight.packing.bits == 4 else (torch.float32,)
-    aligned = t.codes.data_ptr() % 8 == 0 and t.scale.data_ptr() % 4 == 0
-    return t.zero is None and t.row_bits is None and t.scale.dtype in scales and aligned
-
-
-def _plain(p: Product) -> Tensor:
-    """The product without noise, or of nothing."""
-    if isinstance(p.weight, Tensor):
-        return products.plain(p)
-    if p.empty:
-        return products.plain(p._replace(weight=p.weight.dequantize()))
-    return panel.product(perturb, p, None)
 
 
 def describe() -> str:
@@ -194,9 +181,7 @@ def _call(device: torch.device, function: str, packed: bytes) -> None:
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
     if draw is None or p.empty:
-        return _plain(p)
-    if isinstance(p.weight, QuantizedWeight) and noise_accum == "folded" and not _fuses_parts(p.weight):
-        return panel.product(perturb, p, draw)
+        return products.plain(p)
     y = p.a.new_empty((p.a.shape[0], p.outputs))
     _call(y.device, "linear", arguments.linear(p, draw, noise_accum, y))
     return y

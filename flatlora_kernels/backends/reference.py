@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.noise import KINDS, epsilon
-from ..core.quantized import Packing, QuantizedWeight
+from ..core.quantized import QuantizedWeight
 from ..core.records import Draw, Product, Weight
 from .shared.products import matmul
 
@@ -21,7 +21,7 @@ def unavailable() -> str | None:
     return None
 
 
-def fuses_packed(packing: Packing) -> bool:
+def fuses_packed(weight: QuantizedWeight) -> bool:
     """See `backends`."""
     return True
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.quantized import Packing, QuantizedWeight
+from ..core.quantized import QuantizedWeight
 from ..core.records import Draw, Product, Weight
-from .shared import panel, products
+from .shared import products
 from .shared.workspace import workspace_limit
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,13 +57,8 @@ def unavailable() -> str | None:
     return None
 
 
-def fuses_packed(packing: Packing) -> bool:
+def fuses_packed(weight: QuantizedWeight) -> bool:
     """See `backends`."""
-    return importlib.util.find_spec("triton") is not None and _kernel("packed").fuses(packing)
-
-
-def _by_blocks(weight: QuantizedWeight) -> bool:
-    """What `fuses_packed` says, but for codes at an odd address."""
     return _kernel("packed").packed_facts(weight).by_blocks
 
 
@@ -81,12 +76,7 @@ def _kernel(name: str) -> Any:
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
-    if isinstance(p.weight, QuantizedWeight):
-        if p.empty:  # of a weight that takes no memory
-            return products.plain(p._replace(weight=p.a.new_zeros(()).expand(p.weight.shape)))
-        if draw is None or not _by_blocks(p.weight):
-            return panel.product(perturb, p, draw)
-    elif draw is None or p.empty:
+    if draw is None or p.empty:
         return products.plain(p)
     return _kernel("product").product(p, draw, noise_accum, workspace_limit(p.weight))[0]
 
@@ -94,8 +84,6 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
 def product_and_u(p: Product, lora_A: Tensor, draw: Draw, noise_accum: str) -> tuple[Tensor, Tensor] | None:
     """`product` of a forward without its u, and u = a lora_A^T, in one kernel; None where two are faster."""
     kernel = _kernel("product")
-    if isinstance(p.weight, QuantizedWeight) and not _by_blocks(p.weight):
-        return None
     if p.empty or not kernel.makes_u(p.a, p.weight, lora_A.shape[0], draw.samples):
         return None
     return kernel.product(p, draw, noise_accum, workspace_limit(p.weight), lora_A)

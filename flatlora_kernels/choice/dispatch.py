@@ -34,6 +34,7 @@ from ..core.noise import tile_bits
 from ..core.records import Choice, Weight
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
+OWN_PRODUCT = ("cpu",)  # backends with a product without noise that is not the vendor's
 DIRECTIONS = ("forward", "input_grad")
 BOTH = "both"  # forward and input gradient, taken together
 NOISELESS = "none"  # in the tables
@@ -234,7 +235,7 @@ def ways(backends: Sequence[str], strategies: Sequence[str], p: Problem) -> list
 
 
 def _without_noise(backend: str, p: Problem) -> tuple[str, ...]:
-    if backend != "cpu":  # theirs is the vendor's
+    if backend not in OWN_PRODUCT:  # theirs is the vendor's
         return ("fused",)
     # The tables have two threads, of which the vendor's product of one float32 row with the rows of a weight takes one.
     if p.alone and p.M == 1 and p.dtype != torch.float16 and p.direction == DIRECTIONS[0]:

@@ -15,6 +15,7 @@ from .. import backends
 from ..backends.shared import panel, products, transform
 from ..choice import dispatch
 from ..choice.resolve import FREE
+from ..core.quantized import QuantizedWeight
 from ..core.records import Choice, Draw, Product, Weight
 
 
@@ -84,21 +85,29 @@ def _way(
         return backends.get(choice.backend), "fused"
     if draw is None:
         return _without_noise(a, weight, choice, input_grad)
-    if choice.strategy not in FREE:
-        return backends.get(choice.backend), choice.strategy
-    found = dispatch.way(choice, draw.noise, M // draw.samples, a.device, a.dtype, N, K)
-    if found.strategy == "fused" and not backends.fuses_packed(found.backend, weight):
-        return backends.get(found.backend), "panel"
-    return backends.get(found.backend), found.strategy
+    backend, strategy = choice.backend, choice.strategy
+    if strategy in FREE:
+        found = dispatch.way(choice, draw.noise, M // draw.samples, a.device, a.dtype, N, K)
+        backend, strategy = found.backend, found.strategy
+    if strategy == "fused" and not backends.fuses_packed(backend, weight):
+        if choice.strategy == "fused" or choice.noise_accum == "split":
+            asked = "strategy='fused'" if choice.strategy == "fused" else "noise_accum='split'"
+            raise NotImplementedError(
+                f"backend {backend!r} does not implement {asked} for this weight of format {weight.format!r};"
+                " strategy='panel' takes any"
+            )
+        strategy = "panel"
+    return backends.get(backend), strategy
 
 
 def _without_noise(a: Tensor, weight: Weight, choice: Choice, input_grad: bool) -> tuple[ModuleType, str]:
     device, direction = a.device, dispatch.DIRECTIONS[input_grad]
     alone = dispatch.on_one_thread(device)
     found = dispatch.way(choice, None, a.shape[0], device, a.dtype, *weight.shape, direction, alone)
-    if found.strategy == "fused" and not backends.fuses_packed(found.backend, weight):
-        return backends.get(found.backend), "plain"
-    return backends.get(found.backend), found.strategy
+    strategy = found.strategy
+    if isinstance(weight, QuantizedWeight):  # the vendor's would have to be given slices of it
+        strategy = "fused" if found.backend in dispatch.OWN_PRODUCT else "plain"
+    return backends.get(found.backend), strategy
 
 
 def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, choice: Choice) -> Tensor:

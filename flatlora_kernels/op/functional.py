@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
@@ -156,11 +155,6 @@ def fused_flat_lora_linear(
             _remember(facts, (bits, direct))
     else:
         bits, direct = passed
-    if choice.strategy == "fused" and drawn and not backends.fuses_packed(choice.backend, weight):
-        raise NotImplementedError(
-            f"strategy: expected None or 'panel', got 'fused', which backend {choice.backend!r} does not implement for"
-            f" a weight of format {weight.format!r}"
-        )
     draw = None
     if drawn:
         if noise_scale is None:

@@ -184,7 +184,7 @@ def test_what_is_fused(kernels: Kernels, layout: str, dtype: torch.dtype) -> Non
             for view in (q, q.narrow(1, 8, 16), q.narrow(1, 4, 16), q.narrow(1, 0, 12)):
                 draw = draw_for(view, "gaussian")
                 a = torch.ones(3, view.shape[1], dtype=dtype)
-                if fuses(view.packing):
+                if fuses(view):
                     y, _ = kernels.linear(a, view, draw)
                     assert y.isfinite().all()
                 else:
@@ -195,11 +195,17 @@ def test_what_is_fused(kernels: Kernels, layout: str, dtype: torch.dtype) -> Non
 def test_by_panels_where_parts_are_unusual(kernels: Kernels) -> None:
     """What `Packing` does not tell: scales of another type."""
     q = packed("int8", 24, 64, BF16)
-    assert backends.get("cuda").fuses_packed(q.packing)
+    assert backends.get("cuda").fuses_packed(q)
     other = QuantizedWeight(q.packing, q.parts._replace(scale=q.parts.scale.to(BF16)))
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(BF16)
     options = {"noise_scale": draw_for(q, "gaussian").noise_scale, "seed": 3, "backend": "cuda"}
-    y = fk.fused_flat_lora_linear(x, other, strategy="fused", **options)
+    with pytest.raises(
+        NotImplementedError, match="does not implement strategy='fused' for this weight of format 'int8'"
+    ):
+        fk.fused_flat_lora_linear(x, other, strategy="fused", **options)
+    with pytest.raises(NotImplementedError, match="does not implement noise_accum='split' for this weight"):
+        fk.fused_flat_lora_linear(x, other, noise_accum="split", **options)
+    y = fk.fused_flat_lora_linear(x, other, **options)
     torch.testing.assert_close(
         y,
         fk.fused_flat_lora_linear(x, other.dequantize(), strategy="panel", **options),

@@ -51,7 +51,8 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def plain(p: Product) -> Tensor:
     """The product without noise, where there is nothing that a vendor's does not do better."""
     a, weight, input_grad, u, lora, bias, scaling = p
-    if not isinstance(weight, Tensor):  # of a packed one where there is nothing to multiply
+    if not isinstance(weight, Tensor):
+        assert p.empty or not weight.numel(), "a packed weight is multiplied by slices"
         y = a.new_zeros(len(a), p.outputs)
         return y if bias is None else y + cast(bias, a.dtype)
     if a.dtype == torch.float16 and a.device.type == "cpu":
