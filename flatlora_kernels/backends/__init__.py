@@ -28,7 +28,6 @@ from types import ModuleType
 import torch
 
 from ..core.quantized import QuantizedWeight
-from ..core.records import Weight
 
 
 @functools.cache
@@ -71,9 +70,9 @@ def fuses(name: str, noise: str) -> bool:
     return noise in get(name).FUSES
 
 
-def fuses_packed(name: str, weight: Weight) -> bool:
-    """Whether `name` has strategy "fused" for this weight, packed or not."""
-    return not isinstance(weight, QuantizedWeight) or get(name).fuses_packed(weight)
+def fuses_packed(name: str, weight: QuantizedWeight) -> bool:
+    """Whether `name` has strategy "fused" for this weight, with noise that it fuses."""
+    return bool(get(name).fuses_packed(weight))
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:

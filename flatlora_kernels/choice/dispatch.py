@@ -31,6 +31,7 @@ from ..backends import cpu
 from ..backends.shared import panel
 from ..backends.shared.workspace import workspace_limit
 from ..core.noise import tile_bits
+from ..core.quantized import QuantizedWeight
 from ..core.records import Choice, Weight
 from .resolve import BACKEND_AND_STRATEGY, FREE, STRATEGIES, competitors
 
@@ -279,6 +280,28 @@ def way(
     return choose(tuple(names), (choice.strategy,), p)._replace(reason="asked for")
 
 
+def of_packed(choice: Choice, backend: str, strategy: str, weight: QuantizedWeight) -> str:
+    """`strategy`, or "panel" where `backend` has none of this name for a weight packed like this.
+
+    Raises:
+        NotImplementedError: that was asked for, or split noise, which panels cannot have.
+    """
+    if strategy != "fused" or registry.fuses_packed(backend, weight):
+        return strategy
+    if choice.strategy != "fused" and choice.noise_accum != "split":
+        return "panel"
+    asked = "strategy='fused'" if choice.strategy == "fused" else "noise_accum='split'"
+    raise NotImplementedError(
+        f"backend {backend!r} does not implement {asked} for this weight of format {weight.format!r};"
+        " strategy='panel' takes any"
+    )
+
+
+def of_packed_without_noise(backend: str) -> str:
+    """The vendor's product would have to be given slices: slower than a product of our own wherever there is one."""
+    return "fused" if backend in OWN_PRODUCT else "plain"
+
+
 def on_one_thread(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_num_threads() == 1
 
@@ -295,10 +318,18 @@ def explain(
     if noise is None:
         of = choice, None, rows, device, weight.dtype, N, K
         found, back = (way(*of, direction, on_one_thread(device)) for direction in DIRECTIONS)
+        if isinstance(weight, QuantizedWeight):
+            own = of_packed_without_noise(found.backend)
+            found, back = found._replace(strategy=own), back._replace(strategy=own)
         reason = f"nothing is drawn: forward {found.strategy}, input gradient {back.strategy}; {found.reason}"
         problem = Problem(device, weight.dtype, NOISELESS, noise_accum, *sizes, DIRECTIONS[0])
         return Explanation(backend, found.strategy, noise_accum, reason, 0, found.candidates, problem)
     found = way(choice, noise, rows, device, weight.dtype, N, K)
+    if isinstance(weight, QuantizedWeight):
+        strategy = of_packed(choice, found.backend, found.strategy, weight)
+        if strategy != found.strategy:
+            reason = f"{found.backend} does not decode format {weight.format!r} inside its product"
+            found = found._replace(strategy=strategy, reason=reason)
     problem = Problem(device, weight.dtype, noise, noise_accum, *sizes)
     workspace = workspace_limit(weight)
     if found.strategy == "panel":

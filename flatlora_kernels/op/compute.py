@@ -89,14 +89,8 @@ def _way(
     if strategy in FREE:
         found = dispatch.way(choice, draw.noise, M // draw.samples, a.device, a.dtype, N, K)
         backend, strategy = found.backend, found.strategy
-    if strategy == "fused" and not backends.fuses_packed(backend, weight):
-        if choice.strategy == "fused" or choice.noise_accum == "split":
-            asked = "strategy='fused'" if choice.strategy == "fused" else "noise_accum='split'"
-            raise NotImplementedError(
-                f"backend {backend!r} does not implement {asked} for this weight of format {weight.format!r};"
-                " strategy='panel' takes any"
-            )
-        strategy = "panel"
+    if isinstance(weight, QuantizedWeight):
+        strategy = dispatch.of_packed(choice, backend, strategy, weight)
     return backends.get(backend), strategy
 
 
@@ -104,10 +98,9 @@ def _without_noise(a: Tensor, weight: Weight, choice: Choice, input_grad: bool) 
     device, direction = a.device, dispatch.DIRECTIONS[input_grad]
     alone = dispatch.on_one_thread(device)
     found = dispatch.way(choice, None, a.shape[0], device, a.dtype, *weight.shape, direction, alone)
-    strategy = found.strategy
-    if isinstance(weight, QuantizedWeight):  # the vendor's would have to be given slices of it
-        strategy = "fused" if found.backend in dispatch.OWN_PRODUCT else "plain"
-    return backends.get(found.backend), strategy
+    if isinstance(weight, QuantizedWeight):
+        return backends.get(found.backend), dispatch.of_packed_without_noise(found.backend)
+    return backends.get(found.backend), found.strategy
 
 
 def _product(module: ModuleType, strategy: str, p: Product, draw: Draw | None, choice: Choice) -> Tensor:

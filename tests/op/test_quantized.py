@@ -10,6 +10,7 @@ from packed_weights import LAYOUTS, packed
 from targets import Target, randn
 
 import flatlora_kernels as fk
+from flatlora_kernels.choice import dispatch
 from flatlora_kernels.core.records import Choice, Draw
 from flatlora_kernels.op.flat import flat
 
@@ -169,6 +170,24 @@ def test_nothing_to_multiply(target: Target) -> None:
             assert y.shape == (M, N) and not y.any()
             y.sum().backward()
             assert x.grad.shape == (M, K) and (K == 0 or N > 0 or not x.grad.any())
+
+
+def test_explain(target: Target) -> None:
+    """What would run, also where the weight's format decides."""
+    for layout in ("nf4", "gptq"):
+        q = packed(layout, 40, 72, torch.bfloat16, target.device)
+        x = randn(6, 72, dtype=torch.bfloat16, device=target.device)
+        draw = {"noise_scale": scale_of(40, target.device), "backend": target.backend}
+        found = fk.explain(x, q, **draw)
+        fused = target.module.fuses_packed(q)
+        assert found.strategy in (("fused", "panel") if fused else ("panel",))
+        if not fused:
+            with pytest.raises(
+                NotImplementedError, match="does not implement strategy='fused' for this weight"
+            ):
+                fk.explain(x, q, **draw, strategy="fused")
+        own = target.backend in dispatch.OWN_PRODUCT
+        assert fk.explain(x, q, backend=target.backend).strategy == ("fused" if own else "plain")
 
 
 def test_the_op_is_one_of_torchs() -> None:
