@@ -171,7 +171,7 @@ example-deps: install
 # The first line fetches the sentences, without which the test would be skipped.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
-	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py
+	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py tests/integrations/test_qlora.py::test_minilm
 
 # In an environment of their own: they are no part of the user's.
 lint-tools: build/lint/.installed
