@@ -173,7 +173,7 @@ def test_host_time(driver: nodriver.NoDriver, monkeypatch: pytest.MonkeyPatch) -
     rest = (0, "gaussian", 1, 0, False, 0, 0, 0, "fused", "folded", "triton")
     op = median_us(
         lambda: torch.ops.flatlora.linear(
-            x, weight, [], "", None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
+            x, weight, None, None, None, None, 1.0, draw.noise_scale, draw.seed, *rest
         )
     )
     print(
