@@ -174,18 +174,16 @@ def cases() -> list[Case]:
 
 
 def _packed_cases(architecture: str) -> list[Case]:
-    """Products of NF4 with each noise, on sm_90 of the other formats too; what is decoded an element at a time."""
+    """On sm_90 products of NF4 with each noise and of the other formats, and passes over the weight; on sm_80 NF4."""
     found = []
     for kernel in _PRODUCTS:
         many = Case(kernel, architecture, "bfloat16", _MANY, variant="nf4")
-        found.append(many)
-        if architecture in ("sm80", "sm90"):
-            found += [many._replace(noise=noise) for noise in ("rademacher", "near_gaussian")]
+        found += [many] if architecture in ("sm80", "sm90") else []
         if architecture == "sm90":
-            found += [many._replace(rows=16), many._replace(variant="nested")]
-            found += [many._replace(variant=format, noise="rademacher") for format in ("int8", "fp8")]
-    perturb = Case("perturb", architecture, "bfloat16", variant="nf4")
-    if architecture != "sm100":
+            found += [many._replace(noise=noise) for noise in ("rademacher", "near_gaussian")]
+            found += [many._replace(variant="nested"), many._replace(variant="int8", noise="rademacher")]
+    if architecture == "sm90":
+        perturb = Case("perturb", architecture, "bfloat16", variant="nf4")
         norms = Case("row_sq_norms", architecture, "bfloat16", rank=0, noise="none", variant="nf4")
         found += [perturb, perturb._replace(variant="gptq"), norms]
     return found
