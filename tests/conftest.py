@@ -154,15 +154,6 @@ def _goes(way: str, noise: str, number: int) -> bool:
     )
 
 
-NOT_EMULATED |= {
-    ("test_quantized.py", "-float16"): "bfloat16 takes the same way",
-    (
-        "test_quantized.py::test_linear[",
-        "-float32",
-    ): "bfloat16 takes the same way, and decodes in its product",
-    ("test_quantized.py::test_perturb_shards", "-float32"): "bfloat16 takes the same way",
-}
-
 NOT_INTERPRETED |= {
     ("test_quantized.py", "-float16"): "bfloat16 and float32 take the same way",
     ("test_quantized.py::test_linear[", "-float32"): "bfloat16 takes the same way",
@@ -171,7 +162,6 @@ NOT_INTERPRETED |= {
     ("test_quantized.py::test_row_sq_norms", "-float32"): "bfloat16 takes the same way",
     ("test_quantized.py::test_row_sq_norms", "33x40"): "odd columns have it, too",
     ("test_quantized.py::test_samples", "int8"): "nf4_nested takes the same way",
-    ("test_quantized.py::test_perturb[", "-float32", "130x192"): "bfloat16 takes the same way",
     ("test_quantized.py::test_row_sq_norms", "130x192-0"): "with an adapter it takes the same way",
     **{
         ("test_quantized.py::test_linear[", f"-{noise}-{way}-{layout}]"): _ONCE
@@ -184,6 +174,12 @@ NOT_INTERPRETED |= {
 
 NOT_EMULATED = NOT_SIMULATED | {
     ("-float16", "test_determinism.py"): "bfloat16 takes the same way",
+    ("test_quantized.py", "-float16"): "bfloat16 takes the same way",
+    (
+        "test_quantized.py::test_linear[",
+        "-float32",
+    ): "bfloat16 takes the same way, and decodes in its product",
+    ("test_quantized.py::test_perturb_shards", "-float32"): "bfloat16 takes the same way",
 }
 
 
