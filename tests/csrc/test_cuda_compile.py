@@ -235,5 +235,13 @@ def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
 @pytest.mark.slow
 def test_matches_the_committed_table(rows: list[compiled.Row]) -> None:
     targets = {row.target for row in rows}
-    problems = tables.compare(compiled.PAGE, "", rows, tables.read(compiled.PAGE), targets=targets)
+    known = tables.read(compiled.PAGE)
+    if os.environ.get("FLATLORA_COMPILE") != "all":
+        known = {
+            heading: {
+                key: figures for key, figures in table.items() if not key[0].startswith("linear_packed")
+            }
+            for heading, table in known.items()
+        }
+    problems = tables.compare(compiled.PAGE, "", rows, known, targets=targets)
     assert not problems, "\n".join(["", *problems])
