@@ -174,19 +174,20 @@ def cases() -> list[Case]:
 
 
 def _packed_cases(architecture: str) -> list[Case]:
-    """On sm_90 products of NF4 with each noise and of the other formats, and passes over the weight; on sm_80 NF4."""
+    """On sm_90 products of NF4 with each noise, with nested scales too, and passes over the weight."""
+    if architecture != "sm90":
+        return []
     found = []
     for kernel in _PRODUCTS:
         many = Case(kernel, architecture, "bfloat16", _MANY, variant="nf4")
-        found += [many] if architecture in ("sm80", "sm90") else []
-        if architecture == "sm90":
-            found += [many._replace(noise=noise) for noise in ("rademacher", "near_gaussian")]
-            found += [many._replace(variant="nested"), many._replace(variant="int8", noise="rademacher")]
-    if architecture == "sm90":
-        perturb = Case("perturb", architecture, "bfloat16", variant="nf4")
-        norms = Case("row_sq_norms", architecture, "bfloat16", rank=0, noise="none", variant="nf4")
-        found += [perturb, perturb._replace(variant="gptq"), norms]
-    return found
+        found += [many._replace(noise=noise) for noise in ("gaussian", "rademacher", "near_gaussian")]
+        found.append(many._replace(variant="nested"))
+    perturb = Case("perturb", architecture, "bfloat16", variant="nf4")
+    return [
+        *found,
+        perturb,
+        Case("row_sq_norms", architecture, "bfloat16", rank=0, noise="none", variant="nf4"),
+    ]
 
 
 def _transforms(architecture: str) -> list[Case]:
