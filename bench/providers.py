@@ -19,6 +19,7 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
+from flatlora_kernels.choice.dispatch import OWN_PRODUCT
 from flatlora_kernels.core.noise import KINDS, NEAR_GAUSSIAN_VARIANCE, factor, tile_bits
 from flatlora_kernels.core.records import Choice, Draw
 from flatlora_kernels.op import autograd, compute
@@ -26,7 +27,6 @@ from flatlora_kernels.op import autograd, compute
 from .problem import SCALING, Inputs, Problem
 
 NOISELESS = "none"
-OWN_PRODUCT = ("cpu",)  # backends with a product without noise that is not the vendor's
 REFERENCE = "reference"  # the backend that is the maths written out; a rival only where there is no other
 # What comes before the backend in the name of a provider -> what is asked for.
 WAYS = {

@@ -128,8 +128,11 @@ def run(target: Target, p: Problem, **more: Any) -> dict[str, Tensor]:
 
 
 def plain(p: Problem, eps: list[Tensor]) -> dict[str, Tensor]:
-    """The op written out in torch, all in the dtype of `x`, gradients by autograd."""
-    inputs = {k: None if t is None else t.detach().requires_grad_() for k, t in p.inputs.items()}
+    """The op written out in torch, all in the dtype of `x`, gradients by autograd.
+
+    Without gaps between rows, which torch's products of some versions would read (see `products.own_rows`).
+    """
+    inputs = {k: None if t is None else t.detach().contiguous().requires_grad_() for k, t in p.inputs.items()}
     dtype = p.x.dtype
     x, weight, lora_A, lora_B, bias, lora_x = (None if t is None else t.to(dtype) for t in inputs.values())
     rows = x.flatten(0, -2)
@@ -143,7 +146,7 @@ def plain(p: Problem, eps: list[Tensor]) -> dict[str, Tensor]:
     if lora_A is not None:
         branch = x if lora_x is None else lora_x
         y = y + p.options["scaling"] * ((branch.flatten(0, -2) @ lora_A.t()) @ lora_B.t())
-    return results(y.view(*p.x.shape[:-1], weight.shape[0]), inputs, p.grad_y)
+    return results(y.view(*p.x.shape[:-1], weight.shape[0]), inputs, p.grad_y.contiguous())
 
 
 def exact_and_scale(p: Problem, eps: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -157,18 +157,9 @@ def _linear_forward_kernel(
     if CUT.carry:
         w = _load_weight(w_tile, packed, begin, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
         w, rest = perturb_tile(
-            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW),
-            scale,
-            rows,
-            first_row,
-            begin + col_offset,
-            stream_id,
-            sample,
-            negate,
-            seed,
-            DTYPE,
-            DRAW,
-        )
+            weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, rows, first_row, begin + col_offset,
+            stream_id, sample, negate, seed, DTYPE, DRAW,
+        )  # fmt: skip
     if AHEAD:
         this_k = step_at(begin + BLOCK_K, end, BLOCK_K)
         this_w = _load_weight(w_tile, packed, this_k, w_rows, w_cols, stride_wk, N, K, PACKED, DRAW, CUT)
@@ -193,18 +184,9 @@ def _linear_forward_kernel(
             if DRAW.apart:
                 acc = dot(x_k, in_order(rest, DRAW).T, acc, PRECISION)
         w, rest = perturb_tile(
-            weight_of(ready, table, PACKED, DRAW),
-            scale,
-            rows,
-            first_row,
-            this_k + col_offset,
-            stream_id,
-            sample,
-            negate,
-            seed,
-            DTYPE,
-            DRAW,
-        )
+            weight_of(ready, table, PACKED, DRAW), scale, rows, first_row, this_k + col_offset,
+            stream_id, sample, negate, seed, DTYPE, DRAW,
+        )  # fmt: skip
         if AHEAD:
             this_k, this_w = next_k, next_w
         if not CUT.carry:

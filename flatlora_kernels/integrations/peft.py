@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.autocast import without_autocast
-from ..core.quantized import QuantizedWeight
+from ..core.quantized import QuantizedWeight, find
 from ..core.records import Weight
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train import packed
@@ -453,7 +453,7 @@ def custom_modules(
         if within(name, exclude):
             return None  # PEFT goes on to its own layers
         obstacle = _base_obstacle(target)
-        if obstacle is None and packed.packed_of(target) is not None:
+        if obstacle is None and find(target) is not None:
             obstacle = (
                 "its weight is packed, and PEFT has a class of its own for it; apply_flat_lora converts that"
             )
@@ -503,7 +503,7 @@ def _make_flat(
 ) -> None:
     kind: Any = type(layer)
     layer.__class__ = _flat_class(kind)
-    layer.weight_is_packed = packed.packed_of(layer.base_layer) is not None
+    layer.weight_is_packed = find(layer.base_layer) is not None
     try:
         layer._set_up_noise(noise_controller, **options)
     except Exception:

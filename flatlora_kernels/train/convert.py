@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.quantized import find
 from .controller import NoiseController
 from .layer import NoisyLayer, controller_of
 from .linear import FlatLoraLinear
 from .names import listed, matches, pattern
 from .obstacles import bypass_of, obstacle_to, refuse_peft
-from .packed import codes_of, packed_of
+from .packed import codes_of
 from .state import layer_state, layer_states
 
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
@@ -120,7 +121,7 @@ def _is_linear(modules: dict[str, nn.Module], name: str) -> bool:
     if isinstance(parent, FlatLoraLinear):
         return False
     try:
-        return isinstance(module, nn.Linear) or packed_of(module) is not None
+        return isinstance(module, nn.Linear) or find(module) is not None
     except ValueError:  # which obstacle_to tells with the layer's name
         return True
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.autocast import without_autocast
-from ..core.quantized import Parts, QuantizedWeight
+from ..core.quantized import Parts, QuantizedWeight, find
 from ..core.records import Weight
 from ..op import checks
 from ..op.functional import fused_flat_lora_linear
@@ -153,7 +153,7 @@ class FlatLoraLinear(NoisyLayer):
         Raises:
             TypeError, ValueError: `linear` is another layer, or its packed weight is not consistent.
         """
-        weight = packed.packed_of(linear) if isinstance(linear, nn.Module) else None
+        weight = find(linear) if isinstance(linear, nn.Module) else None
         if weight is not None:
             layer = cls(weight, **options)
             layer.base_layer = linear.requires_grad_(False)

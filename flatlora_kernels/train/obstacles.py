@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..core.quantized import QuantizedWeight
+from ..core.quantized import QuantizedWeight, find
 from ..op import checks
-from .packed import packed_of
 
 _OWNERS = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "torch", "torchao", "transformers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -96,7 +95,7 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     if hasattr(base, "_hf_hook"):
         return "accelerate's hook moves its weight (a device_map over several devices, or offload)"
     try:
-        packed = packed_of(base) is not None
+        packed = find(base) is not None
     except ValueError as error:
         return f"its packed weight cannot be read: {error}"
     own = type(base).forward

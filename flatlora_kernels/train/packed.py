@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.autocast import autocasts
-from ..core.quantized import QuantizedWeight, readers
+from ..core.quantized import QuantizedWeight
 from .stamps import Stamps, stamps, unchanged
 
 _CODES = ("W_q", "qweight", "weight_packed", "weight")
@@ -17,16 +17,6 @@ _CODES = ("W_q", "qweight", "weight_packed", "weight")
 class Reading(NamedTuple):
     weight: QuantizedWeight
     seen: Stamps
-
-
-def packed_of(owner: nn.Module) -> QuantizedWeight | None:
-    """Its packed weight; None where no format is its.
-
-    Raises:
-        ValueError: its state is not consistent.
-    """
-    found = (read(owner) for read in readers)
-    return next((weight for weight in found if weight is not None), None)
 
 
 def read(owner: nn.Module, before: Reading | None) -> Reading:

@@ -18,6 +18,7 @@ import torch
 from packed_weights import packed
 from targets import Target
 
+from flatlora_kernels.backends.shared.products import has_amx
 from flatlora_kernels.choice import resolve
 
 MIB = 1 << 20
@@ -25,6 +26,8 @@ PACKED = ("nf4_nested", "gptq")
 ROWS, RANK = 64, 16
 # What is not the op's: pages of code touched for the first time, stacks of threads, the allocator's rounding.
 SLACK = 4 * MIB
+# What torch's product of bfloat16 takes for itself on AMX, of a weight of any size (4.5 MiB were seen).
+VENDOR = 5 * MIB if has_amx() else 0
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -102,7 +105,7 @@ def in_child(*arguments: Any) -> dict[str, int]:
 def excess(found: dict[str, int]) -> int:
     """Bytes beyond what docs/api.md allows."""
     workspace = min(16 * MIB, found["weight"] // 4)
-    return found["growth"] - found["held"] - workspace - SLACK
+    return found["growth"] - found["held"] - workspace - SLACK - VENDOR
 
 
 pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/self/clear_refs")

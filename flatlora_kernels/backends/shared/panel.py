@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...core.quantized import QuantizedWeight
 from ...core.records import Draw, Product, Weight
+from .products import own_rows
 from .workspace import workspace_limit
 
 # Of a backend, see `backends.reference.perturb`.
@@ -68,7 +68,7 @@ def product(perturb: Perturb, p: Product, draw: Draw | None) -> Tensor:
     rows = len(a) // samples
     steps = [(group, begin, end) for group in range(samples) for begin, end in found]
     buffer = a.new_empty(length * found[0][1])
-    column_major = not isinstance(weight, QuantizedWeight) and weight.stride(0) == 1 != weight.stride(1)
+    column_major = weight.stride(0) == 1 != weight.stride(1)
 
     def fill(group: int, begin: int, end: int) -> Tensor:
         memory = buffer[: length * (end - begin)]
@@ -91,8 +91,7 @@ def product(perturb: Perturb, p: Product, draw: Draw | None) -> Tensor:
     # where the sum is not begun from a number that may be larger than itself.
     in_float32 = _through_float32(a.dtype, a.device.type)
     first = u is not None and out.dtype.itemsize == 2 and not in_float32
-    if in_float32:
-        a = a.float()
+    a = a.float() if in_float32 else own_rows(a)
     if first:
         torch.addmm(out if bias is None else bias, u, lora, beta=bias is not None, alpha=scaling, out=out)  # type: ignore[arg-type]
 

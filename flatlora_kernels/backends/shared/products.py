@@ -16,7 +16,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, through float32 where torch's own product is slow."""
     if slow(a):
         return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+    return own_rows(a) @ b
 
 
 def slow(a: Tensor) -> bool:
@@ -36,11 +36,27 @@ def _slow_bfloat16() -> bool:
     )
 
 
+def own_rows(a: Tensor) -> Tensor:
+    """`a`, (M, K), copied where torch's product would read beyond the ends of its rows.
+
+    That is so on AMX with rows that are apart (https://github.com/uxlfoundation/oneDNN/pull/5603): what is no number
+    between them is multiplied by nought. Of whole rows it reads the next, so that NaN spreads (issue 5717 there).
+    """
+    apart = a.dtype == torch.bfloat16 and a.stride(0) > a.shape[1] and a.shape[1] % 32
+    return a.contiguous() if apart and a.device.type == "cpu" and has_amx() else a
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether torch multiplies bfloat16 by the tiles of x86 CPUs."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def linear(a: Tensor, weight: Tensor) -> Tensor:
     """``a @ weight^T`` in the type of `a`."""
     if slow(a):
         return matmul(a, weight.t())
-    return F.linear(a, cast(weight, a.dtype))
+    return F.linear(own_rows(a), cast(weight, a.dtype))
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,9 +76,9 @@ def plain(p: Product) -> Tensor:
         y = y if bias is None else bias.to(a.dtype) + y
         return y if u is None else y + (scaling * matmul(u, lora.to(a.dtype).t())).to(a.dtype)
     if input_grad:
-        y = a @ weight
+        y = own_rows(a) @ weight
     else:
-        y = F.linear(a, weight, None if bias is None else cast(bias, a.dtype))
+        y = F.linear(own_rows(a), weight, None if bias is None else cast(bias, a.dtype))
     if u is None:
         return y
     if slow(a):  # added in float32, rounded once
@@ -90,7 +106,7 @@ def _scaled_matmul(a: Tensor, b: Tensor, alpha: float, like: Tensor | None) -> T
         return (alpha * (a.float() @ b.float())).to(a.dtype)
     if like is None:
         like = a.new_empty(())
-    return torch.addmm(like, a, b, beta=0, alpha=alpha)
+    return torch.addmm(like, own_rows(a), b, beta=0, alpha=alpha)
 
 
 def allows_tf32() -> bool:

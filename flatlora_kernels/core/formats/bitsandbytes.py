@@ -15,7 +15,6 @@ from .shared import (
     expect,
     flat,
     flat_bytes,
-    made,
     matrix,
     own_weight,
     places,
@@ -56,7 +55,7 @@ def _four_bits(weight: Any, source: Any) -> QuantizedWeight:
     expect("weight", not row, "a column of codes (a row of them is a transposed weight)", described(weight))
     blocks = -(-N * K // block)
     if not state.nested:
-        return made(
+        return QuantizedWeight(
             packing, Parts(codes, table, flat("quant_state.absmax", state.absmax, (torch.float32,), blocks))
         )
     absmax = flat("quant_state.absmax", state.absmax, (torch.uint8,), blocks)
@@ -75,7 +74,7 @@ def _four_bits(weight: Any, source: Any) -> QuantizedWeight:
         flat("quant_state.state2.absmax", nested.absmax, (torch.float32,), count),
         flat("quant_state.offset", state.offset, (torch.float32,), 1).view(()),
     )  # fmt: skip
-    return made(packing._replace(nested_block=nested.blocksize), parts)
+    return QuantizedWeight(packing._replace(nested_block=nested.blocksize), parts)
 
 
 def _of_cpu(packing: Packing, codes: Tensor, table: Tensor, absmax: Any) -> QuantizedWeight:
@@ -92,7 +91,7 @@ def _of_cpu(packing: Packing, codes: Tensor, table: Tensor, absmax: Any) -> Quan
         row_bits=n // 32 * (K * 128) + n % 16 * 16 + n % 32 // 16 * 4, col_bits=k // 2 * 256 + k % 2 * 8,
         row_scales=n, col_scales=k // block * N,
     )  # fmt: skip
-    return made(packing._replace(width=0, high_first=False, block=0), parts)
+    return QuantizedWeight(packing._replace(width=0, high_first=False, block=0), parts)
 
 
 def _eight_bits(weight: Any, state: Any) -> QuantizedWeight:
@@ -110,4 +109,4 @@ def _eight_bits(weight: Any, state: Any) -> QuantizedWeight:
     packing = Packing(
         "int8", N, K, torch.float32, torch.float32, 8, "int8", width=K, block_cols=max(K, 1), post=_RECIPROCAL
     )  # fmt: skip
-    return made(packing, Parts(codes, number_table("int8", 8, codes.device), scale))
+    return QuantizedWeight(packing, Parts(codes, number_table("int8", 8, codes.device), scale))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quantized import Packing, Parts, QuantizedWeight, number_table, readers
-from .shared import SCALE_TYPES, class_of, described, e2m1_table, expect, flat, flat_bytes, made, places
+from .shared import SCALE_TYPES, class_of, described, e2m1_table, expect, flat, flat_bytes, places
 
 
 def read(source: Any) -> QuantizedWeight | None:
@@ -84,7 +84,9 @@ def _plain(source: Any, args: Any) -> QuantizedWeight:
         N, K, dtype, dtype, 8, number, width=width, block_rows=rows, block_cols=cols, scale_stride=across,
         difference=dtype,
     )  # fmt: skip
-    return made(packing, Parts(codes, number_table(number, 8, codes.device), scale, scale_table, zero=zero))
+    return QuantizedWeight(
+        packing, Parts(codes, number_table(number, 8, codes.device), scale, scale_table, zero=zero)
+    )
 
 
 def _rows(weight: Tensor, N: int, K: int) -> tuple[Tensor, int]:
@@ -111,7 +113,7 @@ def _integers(source: Any, args: Any) -> QuantizedWeight:
         packing = packing._replace(
             width=words * 32 // bits, block_rows=rows, block_cols=cols, scale_stride=across
         )
-        return made(packing, Parts(codes, _signed(bits, codes.device), scale))
+        return QuantizedWeight(packing, Parts(codes, _signed(bits, codes.device), scale))
     expect("quantization_scheme.weights.strategy", rows == 1, "channel or group", args.strategy)
     # Words of columns; what is added to a code is added to its zero.
     zero_words = -(-N * bits // 32)
@@ -125,7 +127,7 @@ def _integers(source: Any, args: Any) -> QuantizedWeight:
         row_bits=n * (32 * words), col_bits=k * bits, row_scales=n * across, col_scales=k // cols,
         row_zeros=n // per_word * (32 * across) + n % per_word * bits, col_zeros=k // cols * 32,
     )  # fmt: skip
-    return made(packing._replace(number="uint", zero_bits=bits), parts)
+    return QuantizedWeight(packing._replace(number="uint", zero_bits=bits), parts)
 
 
 def _fp4(source: Any, args: Any) -> QuantizedWeight:
@@ -148,7 +150,7 @@ def _fp4(source: Any, args: Any) -> QuantizedWeight:
     if whole is not None:
         # A divisor, and a quotient is no product: divided here, 256 numbers.
         table = table / flat("weight_global_scale", whole, (torch.float32,), 1)
-    return made(packing, Parts(codes, e2m1_table(codes.device), scale, table))
+    return QuantizedWeight(packing, Parts(codes, e2m1_table(codes.device), scale, table))
 
 
 @functools.cache

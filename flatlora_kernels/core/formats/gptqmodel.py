@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantized import Packing, Parts, QuantizedWeight, number_table, readers
-from .shared import SCALE_TYPES, class_of, described, expect, flat, flat_bytes, made, places
+from .shared import SCALE_TYPES, class_of, described, expect, flat, flat_bytes, places
 
 _GPTQ = ("TorchLinear", "TritonV2Linear")
 _AWQ = ("AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear")
@@ -73,7 +73,7 @@ def _gptq(source: Any, bits: int) -> QuantizedWeight:
         row_scales=n, col_scales=group * N,
         row_zeros=n // per_word * word + n % per_word * bits, col_zeros=group * (word * zero_words),
     )  # fmt: skip
-    return made(packing, parts)
+    return QuantizedWeight(packing, parts)
 
 
 def _awq(source: Any, bits: int) -> QuantizedWeight:
@@ -95,4 +95,4 @@ def _awq(source: Any, bits: int) -> QuantizedWeight:
         row_bits=order * bits, col_bits=k * (word * words), row_scales=n, col_scales=k // group * N,
         row_zeros=order * bits, col_zeros=k // group * (word * words),
     )  # fmt: skip
-    return made(packing, parts)
+    return QuantizedWeight(packing, parts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantized import Packing, Parts, QuantizedWeight, number_table, readers
-from .shared import SCALE_TYPES, class_of, described, expect, flat, flat_bytes, made, matrix, places
+from .shared import SCALE_TYPES, class_of, described, expect, flat, flat_bytes, matrix, places
 
 # Bits of a code, codes in a word, bytes of a word.
 _PACKINGS = {
@@ -56,7 +56,7 @@ def read(source: Any) -> QuantizedWeight | None:
         codes, number_table("uint", bits, codes.device), scale, zero=zero,
         row_bits=row_bits + bits * (per_word - 1), col_bits=col_bits, row_scales=row_scales, col_scales=col_scales,
     )  # fmt: skip
-    return made(packing, parts)
+    return QuantizedWeight(packing, parts)
 
 
 readers[read] = ("hqq HQQLinear (8 to 1 bits)",)

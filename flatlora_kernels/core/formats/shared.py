@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantized import Packing, Parts, QuantizedWeight
 from .own import E2M1
 
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,14 +61,6 @@ def flat(
 def flat_bytes(field: str, value: Any, types: tuple[torch.dtype, ...], count: int | None = None) -> Tensor:
     """The same, as bytes."""
     return flat(field, value, types, count).view(torch.uint8)
-
-
-def made(packing: Packing, parts: Parts) -> QuantizedWeight:
-    """Of parts on one device."""
-    for field, part in zip(parts._fields, parts, strict=True):
-        if part is not None:
-            expect(field, part.device == parts.codes.device, f"a tensor on {parts.codes.device}", part.device)
-    return QuantizedWeight(packing, parts)
 
 
 def places(N: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:

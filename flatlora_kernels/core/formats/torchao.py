@@ -15,7 +15,6 @@ from .shared import (
     expect,
     flat,
     flat_bytes,
-    made,
     matrix,
     own_weight,
     places,
@@ -48,7 +47,7 @@ def _float8(weight: Any) -> QuantizedWeight:
         "fp8", N, K, dtype, dtype, 8, number, width=K, block_rows=max(N // rows, 1), block_cols=max(K // cols, 1),
         scale_stride=cols,
     )  # fmt: skip
-    return made(
+    return QuantizedWeight(
         packing, Parts(codes, number_table(number, 8, codes.device), flat("scale", scale, SCALE_TYPES))
     )
 
@@ -76,7 +75,7 @@ def _int8(weight: Any) -> QuantizedWeight:
         difference=dtype if zero is not None else torch.float32,
     )  # fmt: skip
     scale = flat("scale", weight.scale, SCALE_TYPES, count)
-    return made(packing, Parts(codes, number_table("int8", 8, codes.device), scale, zero=zero))
+    return QuantizedWeight(packing, Parts(codes, number_table("int8", 8, codes.device), scale, zero=zero))
 
 
 def _blocks(
@@ -94,12 +93,12 @@ def _blocks(
     scale = flat_bytes("scale", weight.scale, types, tiled if is_swizzled else N * count)
     parts = Parts(codes, table, scale, scale_table, nested)
     if not is_swizzled:
-        return made(packing, parts)
+        return QuantizedWeight(packing, parts)
     rows, cols = swizzled(n, k // block, count)
     parts = parts._replace(
         row_bits=n * (K * packing.bits), col_bits=k * packing.bits, row_scales=rows, col_scales=cols
     )
-    return made(packing._replace(width=0, block=0), parts)
+    return QuantizedWeight(packing._replace(width=0, block=0), parts)
 
 
 def _mx(weight: Any) -> QuantizedWeight:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..quantized import Packing, Parts, QuantizedWeight, number_table, readers
-from .shared import SCALE_TYPES, class_of, flat, flat_bytes, made, matrix
+from .shared import SCALE_TYPES, class_of, flat, flat_bytes, matrix
 
 _NAMES = {
     "FP8Linear": "weight_scale_inv",
@@ -42,7 +42,7 @@ def read(source: Any) -> QuantizedWeight | None:
     )  # fmt: skip
     table = number_table("e4m3", 8, codes.device)
     scale_table = number_table("e8m0", 8, codes.device) if exponents else None
-    return made(packing, Parts(codes, table, values, scale_table))
+    return QuantizedWeight(packing, Parts(codes, table, values, scale_table))
 
 
 readers[read] = ("transformers FP8Linear", "transformers FbgemmFp8Linear, CompressedTensorsFP8Linear")
