@@ -37,8 +37,8 @@ if not build:
     if build == "cpu" and nvcc:
         print("No CUDA kernels: torch is built for the CPU alone, and there is no GPU (FLATLORA_BUILD=cuda make compiles them)",
               file=sys.stderr)
-cuda = "C++ and CUDA kernels, about five minutes of a core; FLATLORA_BUILD=cpu leaves out those for GPUs, none all"
-cpp = "C++ kernels, about a minute of a core; FLATLORA_BUILD=none leaves them out"
+cuda = "C++ and CUDA kernels, about ten minutes of a core; FLATLORA_BUILD=cpu leaves out those for GPUs, none all"
+cpp = "C++ kernels, up to three minutes of a core; FLATLORA_BUILD=none leaves them out"
 what = {"none": "nothing (FLATLORA_BUILD=none)", "cpu": cpp}.get(build, cuda if nvcc else cpp)
 print("Compiling", what, file=sys.stderr)
 print(build)
@@ -63,7 +63,8 @@ test: install
 	  -m 'not (nvcc and slow)' $(PYTEST_ARGS)
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
-HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py op/test_compile.py)
+HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py \
+  op/test_compile.py op/test_shards.py backends/test_panel.py)
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest

@@ -92,15 +92,16 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     """
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if hasattr(base, "_hf_hook"):
-        return "accelerate's hook moves its weight (a device_map over several devices, or offload)"
+    placed = _only_placed(base)
+    if hasattr(base, "_hf_hook") and not placed:
+        return "accelerate's hook moves its weight (it is offloaded), or is not known"
     try:
         packed = find(base) is not None
     except ValueError as error:
         return f"its packed weight cannot be read: {error}"
     own = type(base).forward
     known = own.__module__.partition(".")[0] in _OWNERS if packed else own in forwards
-    if not known or "forward" in vars(base):
+    if not known or ("forward" in vars(base) and not placed):
         told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
         return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
     if any(getattr(base, hooks) for hooks in HOOKS):
@@ -112,6 +113,20 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
         found = f"a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
         return f"its weight is {found}; {_formats(base)}"
     return None
+
+
+def _only_placed(base: nn.Module) -> bool:
+    """Whether accelerate's hook does no more than to move what the layer is called with to where its weight is.
+
+    A `device_map` over several devices gives such hooks to every layer, 8 bits of bitsandbytes also over one. What is
+    around the layer has them, too.
+    """
+    hook = getattr(base, "_hf_hook", None)
+    if hook is None or type(hook).__module__.partition(".")[0] != "accelerate":
+        return False
+    before = getattr(vars(base).get("_old_forward"), "__func__", None)
+    aligned = type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)
+    return aligned and before is type(base).forward
 
 
 def _formats(base: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -206,6 +207,47 @@ def test_accelerates_hooks_on_the_layers_themselves() -> None:
     for model in (inner, outer):
         with pytest.raises(ValueError, match=r"'layers\.0\.gate_proj': accelerate's hook moves its weight"):
             apply_flat_lora(model)
+
+
+def test_accelerates_hooks_that_move_inputs_alone() -> None:
+    """A device_map over several devices sets them, 8 bits of bitsandbytes and HQQ also over one."""
+    torch.manual_seed(0)
+    model = Model()
+    twin = get_peft_model(copy.deepcopy(model), lora(target_modules=TARGETS)).train()
+    peft = get_peft_model(dispatch_model(model, {"": "cpu"}, force_hooks=True), lora(target_modules=TARGETS))
+    scramble(peft.train())
+    twin.load_state_dict(peft.state_dict())
+    layer = peft.base_model.model.layers[0].down_proj.base_layer
+    assert isinstance(layer._hf_hook, AlignDevicesHook) and "forward" in vars(layer)
+    peft.controller = apply_flat_lora(peft, sigma=0.3)
+    assert len(flat_layers(peft)) == 4
+    agree(run(peft), run(with_noise(twin, peft)))
+    plain = dispatch_model(Model(), {"": "cpu"}, force_hooks=True)
+    flat_lora(plain, TARGETS)
+    assert sum(isinstance(module, FlatLoraLinear) for module in plain.modules()) == 4
+
+
+def patched(layer: nn.Module) -> None:
+    layer.forward = types.MethodType(lambda self, x: x, layer)
+    add_hook_to_module(layer, AlignDevicesHook("cpu"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: add_hook_to_module(layer, AlignDevicesHook("cpu", offload=True)),
+        lambda layer: add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True)),
+        lambda layer: add_hook_to_module(layer, ModelHook()),
+        lambda layer: add_hook_to_module(add_hook_to_module(layer, AlignDevicesHook("cpu")), ModelHook(), append=True),
+        patched,
+    ],
+    ids=["offload", "outputs", "another", "two", "forward"],
+)  # fmt: skip
+def test_accelerates_hooks_that_do_more(change: Callable[[Any], None]) -> None:
+    model = Model()
+    change(model.layers[0].down_proj)
+    with pytest.raises(ValueError, match=r"'layers\.0\.down_proj': accelerate's hook moves its weight"):
+        flat_lora(model, TARGETS)
 
 
 def test_a_layer_with_a_forward_of_its_own() -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("bitsandbytes")
 
+from accelerate import dispatch_model  # noqa: E402
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
@@ -129,6 +130,23 @@ def test_users_script(folder: str, tmp_path: Path) -> None:
     plain, silent = with_adapters(prepare_model_for_kbit_training(llama(folder)), EVERY, sigma=0.0)
     without = losses(plain, silent, tmp_path)
     assert all(abs(a - b) > 1e-4 for a, b in zip(got[1:], without[1:], strict=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dispatched(folder: str, tmp_path: Path, bits: int) -> None:
+    """By a device_map, which sets hooks of accelerate on every layer; the steps are those without."""
+
+    def run(dispatched: bool) -> list[float]:
+        config = nf4() if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+        if dispatched:
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+            assert "forward" in vars(model.model.layers[0].mlp.down_proj)
+        flat, controller = with_adapters(prepare_model_for_kbit_training(model), EVERY, sigma=0.3)
+        assert len(controller.layers) == 14
+        return losses(flat, controller, tmp_path)
+
+    assert run(True) == run(False)
 
 
 def test_evaluation_between_steps(folder: str, tmp_path: Path) -> None:

@@ -385,10 +385,10 @@ print(setup.jobs(cuda=True), setup.jobs(cuda=False))
 def test_compiling_is_announced(sdist: Path, tmp_path: Path, fakes: Path) -> None:
     shutil.copytree(sdist, tmp_path / "source")
     for build, said in (
-        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about a minute of a core"),
+        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about three minutes of a core"),
         (
             "cuda",
-            "compiling flatlora_cpu and flatlora_cuda, 3 processes at a time, about five minutes of a core",
+            "compiling flatlora_cpu and flatlora_cuda, 3 processes at a time, about ten minutes of a core",
         ),
     ):
         with_nvcc(fakes)
