@@ -29,6 +29,7 @@ import torch
 from .. import backends as registry
 from ..backends import cpu
 from ..backends.shared import panel
+from ..backends.shared.products import has_amx
 from ..backends.shared.workspace import workspace_limit
 from ..core.noise import tile_bits
 from ..core.quantized import QuantizedWeight
@@ -124,10 +125,14 @@ def size_class(size: int) -> int:
 
 
 def device_key(device: torch.device) -> str | None:
-    """What the tables call this kind of device: "cpu avx512bf16", "sm90", "gfx942"."""
+    """What the tables call this kind of device: "cpu avx512bf16", "cpu avx512bf16 amx", "sm90", "gfx942".
+
+    amx: torch's products have instructions that our kernels have not, up to ten times as fast in bfloat16.
+    """
     if device.type == "cpu":
         level = cpu.level()
-        return None if level is None else f"cpu {level}"
+        amx = " amx" if level == "avx512bf16" and has_amx() else ""
+        return None if level is None else f"cpu {level}{amx}"
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip is not None:
