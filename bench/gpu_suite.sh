@@ -119,7 +119,7 @@ if $dry_run; then
   on_gpu="-k emulated" of_cuda="-m emulator tests/backends/test_gpu.py -k noise_is_that"
   of_large="-m emulator tests/backends/test_gpu.py -k 'two_to_the_31 and rademacher'"
   of_triton="-m interpreter tests/backends/test_gpu.py -k copy_engine_reads"
-  check="--only 'cuda few'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
+  check="--only 'cuda (few|packed nf4)'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
   targets="--set square2048 --m 1 --dtypes float32 --modes forward --rank 0 --noise rademacher --budget 0 --min-rounds 1"
   targets="$targets --providers fused:reference"
   training="--size tiny --dtypes float32 --noise rademacher --budget 0 --min-rounds 1 --no-memory --providers plain"

@@ -86,7 +86,7 @@ def test_truth_and_sanitizer(tmp_path: Path) -> None:
     assert "clusters of  2 with 200 KiB a block: 2 at once" in log
     for name in ("test_wgmma", "test_mma", "test_ldmatrix", "test_cp_async"):  # a line to each
         assert any(line.startswith("passed") and f"::{name}[" in line for line in log.splitlines()), name
-    assert {row["family"] for row in rows(out / "truth-check.jsonl")} == {"cuda few"}
+    assert {row["family"] for row in rows(out / "truth-check.jsonl")} == {"cuda few", "cuda packed nf4"}
     assert {row["name"] for row in rows(out / "truth-time.jsonl")} == {"plain", "plain dX", "cuda y"}
     assert log.count("calls repeated, 0 wrong") == 4  # memcheck and three more
 
