@@ -27,7 +27,14 @@ pytestmark = pytest.mark.skipif(
 STAGES = {
     "truth": {"driver", "wrappers", "check", "time"},
     "correctness": {"cuda", "large", "triton"},
-    "numbers": {"targets", "strategies-cuda", "strategies-triton", "training-cuda", "training-triton"},
+    "numbers": {
+        "targets",
+        "strategies-cuda",
+        "strategies-triton",
+        "quantized",
+        "training-cuda",
+        "training-triton",
+    },
     "sanitizer": {"sanitizer"},
 }
 PARTS = set().union(*STAGES.values())
@@ -104,13 +111,16 @@ def test_correctness(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_numbers(tmp_path: Path) -> None:
-    wanted = ("targets", "strategies-cuda", "training-cuda")  # the other two run what these do
+    wanted = ("targets", "strategies-cuda", "quantized", "training-cuda")  # the other two run what these do
     status, first, parts, files, out = suite(tmp_path, "--dry-run", *wanted)
     assert status == 0, (out / "suite.log").read_text()
     assert set(parts) == set(wanted)
     assert files == sorted([*(f"{name}.json" for name in wanted), "suite.log", "summary.txt"])
     for name in wanted:
         assert json.loads((out / f"{name}.json").read_text())["rows"], name
+    packed = json.loads((out / "quantized.json").read_text())["rows"]
+    assert {row["way"] for row in packed} >= {"dense", "op", "decode:cpu", "fused:cpu", "panel:cpu"}
+    assert parts["quantized"].endswith(" cases, 0 failures")
 
 
 # --- how parts end: with a python that only says what it was asked for ---
@@ -146,6 +156,8 @@ def test_all_stages_on_a_gpu(tmp_path: Path) -> None:
     )  # one process, alone
     assert "training --budget 1 --providers plain lora peft inplace flatlora:triton --device cuda" in log
     assert "tune --strategies --quick --backends cuda --time-limit 25" in log
+    assert "quantized --own --size 4096 --dtypes bfloat16 " in log
+    assert "decode:cuda decode:triton fused:cuda fused:triton panel:cuda panel:triton --no-memory" in log
     assert "bench.truth check --each 60 --limit 80" in log
 
 
