@@ -334,6 +334,17 @@ def test_pack_and_suite(packed: tuple[Path, dict[str, str]]) -> None:
         assert done.returncode == 1 and said in done.stdout.splitlines()[0] and "check" not in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_the_pack_compiles_what_the_suite_calls(tmp_path: Path) -> None:
+    """A few of the calls; one that fails leaves its kernels to the GPU's machine."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "bench.gpu.pack", "triton", "--arch", "9.0", "--part", "20/240"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0 and " 0 calls failed" in done.stdout, done.stdout + done.stderr
+
+
 def test_pack_wants_the_versions_of_the_other_machine(packed: tuple[Path, dict[str, str]]) -> None:
     tree, variables = packed
     done = call(tree, {**variables, "PACK_TRITON": "3.0"}, "gpu_pack.sh")
