@@ -243,8 +243,14 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                 option("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("bfloat16", "float32")),
                 option("--modes", nargs="+", default=list(quantized.MODES), choices=quantized.MODES),
                 option("--noise", nargs="+", default=["gaussian"], choices=KINDS),
-                option("--ways", nargs="+", default=list(quantized.WAYS), choices=quantized.WAYS),
+                option(
+                    "--ways", "also fused, decode, and those with a backend, as fused:triton; default"
+                    f" {' '.join(quantized.WAYS)}; without the owner's library {' '.join(quantized.WAYS_ALONE)}",
+                    nargs="+", choices=quantized.CHOICES, metavar="WAY",
+                ),
+                flag("--own", "pack the weight here in any case, so that no library is timed"),
                 option("--budget", "seconds for each way of a case", type=float, default=1.0),
+                option("--time-limit", "seconds, no case is begun after, those left are named", type=float),
                 both("--memory", "measure the peak of a step", default=True),
                 *place,
             ),

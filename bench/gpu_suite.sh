@@ -5,7 +5,7 @@
 #
 #   truth        150 s  driver wrappers check time: each instruction, each kernel's values, first times
 #   correctness  200 s  cuda large triton: the tests; large are tensors of more than 2^31 elements
-#   numbers      230 s  targets strategies-cuda strategies-triton training-cuda training-triton
+#   numbers      230 s  targets strategies-cuda strategies-triton quantized training-cuda training-triton
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
@@ -24,7 +24,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 truth="driver wrappers check time"
 correctness="cuda large triton"
-numbers="targets strategies-cuda strategies-triton training-cuda training-triton"
+numbers="targets strategies-cuda strategies-triton quantized training-cuda training-triton"
 all="setup $truth $correctness $numbers sanitizer"
 dry_run=false
 wanted=
@@ -113,16 +113,19 @@ check= few_cases='$((limit - 20))' rows_of_x=16,256,2048,8192
 times="--budget 0.012 --only '^(lora|(triton|cuda) (y|dX)|panel (triton|cuda) (y|dX)|perturb (triton|cuda) y)\$'"
 targets="--set targets --budget 0.04 --providers auto plain lora peft perturb inplace"
 training="--budget 1 --providers plain lora peft inplace"
+quantized="--size 4096 --dtypes bfloat16 --m 16 2048 256 8192 --noise gaussian rademacher hadamard --budget 0.012"
+quantized="$quantized --ways dense op {decode,fused,panel}:{cuda,triton}"
 if $dry_run; then
   export FLATLORA_EMULATE=90
   device=cpu backends="cuda:cpu triton:reference" workers=2
   on_gpu="-k emulated" of_cuda="-m emulator tests/backends/test_gpu.py -k noise_is_that"
   of_large="-m emulator tests/backends/test_gpu.py -k 'two_to_the_31 and rademacher'"
   of_triton="-m interpreter tests/backends/test_gpu.py -k copy_engine_reads"
-  check="--only 'cuda few'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
+  check="--only 'cuda (few|packed nf4)'" few_cases=0.1 rows_of_x=16 times="--ranks 0 --budget 0 --only '^cuda y'"
   targets="--set square2048 --m 1 --dtypes float32 --modes forward --rank 0 --noise rademacher --budget 0 --min-rounds 1"
   targets="$targets --providers fused:reference"
   training="--size tiny --dtypes float32 --noise rademacher --budget 0 --min-rounds 1 --no-memory --providers plain"
+  quantized="--size 64 --m 16 --noise rademacher --budget 0 --ways dense op {decode,fused,panel}:{cpu,reference}"
 fi
 
 end=300
@@ -171,6 +174,8 @@ for pair in $backends; do
   part strategies-${pair%:*} 45 "$bench tune --strategies --quick --backends ${backend/reference/cpu} \
 --time-limit $few_cases $to strategies-${pair%:*}"
 done
+# Packed weights, without the libraries that own them. One process, as a round has both backends.
+part quantized 45 "$bench quantized --own $quantized --no-memory --time-limit \$((limit - 10)) $to quantized"
 for pair in $backends; do
   $dry_run || flatlora=flatlora:${pair#*:}
   part training-${pair%:*} 45 "$bench training $training ${flatlora:-} $to training-${pair%:*}"

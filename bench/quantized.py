@@ -6,17 +6,30 @@ Ways, of one layer whose weight bitsandbytes or torchao packed:
     owner      the library's own layer, no adapter
     op         fused_flat_lora_linear on the packed weight, noise_scale given, no adapter
     panel      the same, strategy="panel"
+    fused      the same, strategy="fused", of hadamard "transform"
+    decode     all values written to memory by the kernel that fills panels, no noise, then F.linear; the
+               backward pass finds them there: the least that dequantise-then-multiply costs
     qlora      PEFT's LoRA layer over the owner's, no noise
     flat_lora  the same layer after apply_flat_lora
 
-Ratios of `op` and `panel` are to `owner`, those of `flat_lora` to `qlora`, each within a round.
+"op:cuda" is the op on that backend; panel, fused and decode likewise. `base` names the way that a ratio,
+taken within a round, is to: `owner`, and `qlora` for `flat_lora`.
+
+Where the library is not installed, or with --own, `QuantizedWeight.quantize` packs the weight (`packed_by`
+says so; its NF4 has a float32 for each block, where bitsandbytes packs these as well). Then nothing of a
+library is timed, and all ratios are to `dense`. On a GPU that is a harder rival than a library's layer, which
+decodes first.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import itertools
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,20 +37,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatlora_kernels as fk
+from flatlora_kernels import backends
+from flatlora_kernels.choice import resolve
 
-from . import environment, memory, results, timing
+from . import environment, memory, results, run, timing
+from .machine_code.precompile import Job
 from .table import markdown
 
 SIGMA, RANK, COPIES = 0.1, 16, 3
 FORMATS = ("nf4", "int8", "fp8")
 MODES = ("forward", "forward+backward")
-WAYS = ("dense", "owner", "op", "panel", "qlora", "flat_lora")
-BASES = {"op": "owner", "panel": "owner", "flat_lora": "qlora"}
+WAYS = ("dense", "owner", "op", "panel", "qlora", "flat_lora")  # where nobody asks for others
+WAYS_ALONE = ("dense", "decode", "op", "panel")  # the same where no library packs
+OF_BACKENDS = ("op", "panel", "fused", "decode")
+CHOICES = (*WAYS, "fused", "decode", *(f"{way}:{name}" for way in OF_BACKENDS for name in backends.names()))
+BASES = {"op": "owner", "panel": "owner", "fused": "owner", "decode": "owner", "flat_lora": "qlora"}
+OWN = "flatlora_kernels"  # as who packs
 COLUMNS = (
     "device", "format", "dtype", "M", "N", "K", "mode", "noise", "way", "rounds", "median_us", "p20_us", "p80_us",
-    "to_base", "to_base_p20", "to_base_p80", "peak_extra_bytes",
+    "to_base", "to_base_p20", "to_base_p80", "peak_extra_bytes", "base", "packed_by",
 )  # fmt: skip
 _NEEDS = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+_ADAPTED = ("qlora", "flat_lora")
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -50,12 +71,42 @@ class Case(NamedTuple):
     K: int
     mode: str
     noise: str
+    packed_by: str  # a library, or OWN
+
+
+def _not_installed(name: str) -> str | None:
+    return None if importlib.util.find_spec(name) else f"{name} is not installed (pip install {name})"
 
 
 def missing(format: str) -> str | None:
     """What is not installed for this format, or None."""
-    name = _NEEDS[format]
-    return None if importlib.util.find_spec(name) else f"{name} is not installed (pip install {name})"
+    return _not_installed(_NEEDS[format])
+
+
+def chosen(format: str, asked: list[str] | None, own: bool) -> tuple[str, list[str], str]:
+    """Who packs, the ways that are there of those asked for, and a sentence on what is not, or "".
+
+    asked: None = nobody asked. own: the weight is packed here in any case.
+    """
+    reason = "--own" if own else missing(format)
+    if reason:
+        ways = [name for name in asked or WAYS_ALONE if name not in ("owner", *_ADAPTED)]
+        return OWN, ways, f"{reason}: packed here, without owner, qlora and flat_lora; ratios are to dense"
+    ways, reason = list(asked or WAYS), _not_installed("peft")
+    if reason and not set(_ADAPTED).isdisjoint(ways):
+        return (
+            _NEEDS[format],
+            [w for w in ways if w not in _ADAPTED],
+            f"{reason}: without qlora and flat_lora",
+        )
+    return _NEEDS[format], ways, ""
+
+
+def base_of(name: str, case: Case) -> str | None:
+    """The way that the ratio of this one is to."""
+    if case.packed_by == OWN:
+        return None if name == "dense" else "dense"
+    return BASES.get(name.partition(":")[0])
 
 
 def packed_layer(weight: Tensor, format: str) -> nn.Module:
@@ -84,19 +135,29 @@ class Layer:
 
     def __init__(self, case: Case, number: int) -> None:
         dtype = getattr(torch, case.dtype)
-        g = torch.Generator().manual_seed(number)
-        weight = torch.empty(case.N, case.K).normal_(0, case.K**-0.5, generator=g).to(case.device, dtype)
-        self.base = packed_layer(weight, case.format)
-        self.weight = fk.QuantizedWeight.of(self.base)
+        g = torch.Generator(case.device).manual_seed(number)
+
+        def normal(rows: int, cols: int, std: float = 1.0) -> Tensor:
+            return torch.empty(rows, cols, device=case.device).normal_(0, std, generator=g).to(dtype)
+
+        weight = normal(case.N, case.K, case.K**-0.5)
+        if case.packed_by == OWN:
+            self.weight = fk.QuantizedWeight.quantize(weight, case.format)
+        else:
+            self.base = packed_layer(weight, case.format)
+            self.weight = fk.QuantizedWeight.of(self.base)
         self.backward = case.mode == "forward+backward"
-        self.x = torch.empty(case.M, case.K).normal_(generator=g).to(case.device, dtype)
-        self.x.requires_grad_(self.backward)
-        self.grad_y = torch.empty(case.M, case.N).normal_(generator=g).to(case.device, dtype)
+        self.x = normal(case.M, case.K).requires_grad_(self.backward)
+        self.grad_y = normal(case.M, case.N)
         self.draw = {
             "noise_scale": fk.flat_noise_scale(self.weight, sigma=SIGMA),
             "seed": torch.tensor(number, device=case.device),
             "noise": case.noise,
         }
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        return self.weight.dequantize()
 
     def with_adapter(self, noise: str | None) -> nn.Module:
         """PEFT's layer over the owner's, after apply_flat_lora where there is noise."""
@@ -125,17 +186,32 @@ class Layer:
 def way(layer: Layer, name: str, case: Case) -> Callable[[], Tensor]:
     """A step of this way."""
     leaves = [layer.x]
+    kind, _, backend = name.partition(":")
     if name == "dense":
-        values = layer.weight.dequantize()
+        values = layer.values
         return lambda: layer.step(lambda x: F.linear(x, values), leaves)
     if name == "owner":
         layer.base.train()
         return lambda: layer.step(layer.base, leaves)
-    if name in ("op", "panel"):
-        strategy = None if name == "op" else "panel"
+    if kind == "decode":
+        q = layer.weight
+        found = resolve.resolve(backend or None, "panel", None, case.device, q.dtype, q.numel(), case.noise)
+        decode = backends.get(found.backend).perturb
+
+        def decoded(x: Tensor) -> Tensor:
+            values = q.new_empty(q.shape)
+            decode(q, None, values)
+            return F.linear(x, values)
+
+        return lambda: layer.step(decoded, leaves)
+    if kind in OF_BACKENDS:
+        fused = "transform" if case.noise == "hadamard" else "fused"
+        strategy = {"op": None, "panel": "panel", "fused": fused}[kind]
 
         def op(x: Tensor) -> Tensor:
-            return fk.fused_flat_lora_linear(x, layer.weight, strategy=strategy, **layer.draw)
+            return fk.fused_flat_lora_linear(
+                x, layer.weight, strategy=strategy, backend=backend or None, **layer.draw
+            )
 
         return lambda: layer.step(op, leaves)
     model = layer.with_adapter(case.noise if name == "flat_lora" else None)
@@ -143,16 +219,20 @@ def way(layer: Layer, name: str, case: Case) -> Callable[[], Tensor]:
     return lambda: layer.step(model, leaves)
 
 
-def check(layer: Layer, y: Tensor) -> None:
-    """That of the op against float64 of the values and the op's own noise."""
-    values = layer.weight.dequantize()
-    perturbed = fk.perturb_weight(values, **layer.draw).double()
-    expected = layer.x.detach().double() @ perturbed.t()
-    error = float((y.double() - expected).abs().max() / expected.abs().max())
-    limit = _TOLERANCE[values.dtype]
+def expected(layer: Layer, name: str) -> Tensor:
+    """What a way without an adapter computes, by float64 of the values, and of the op's own noise."""
+    values = layer.values if name.startswith("decode") else fk.perturb_weight(layer.values, **layer.draw)
+    return layer.x.detach().double() @ values.double().t()
+
+
+def check(layer: Layer, y: Tensor, name: str = "op") -> None:
+    """That of `name` against what is expected."""
+    exact = expected(layer, name)
+    error = float((y.double() - exact).abs().max() / exact.abs().max())
+    limit = _TOLERANCE[y.dtype]
     if not error <= limit:
         raise ValueError(
-            f"op: expected the product with the values within {limit} of its largest, got {error}"
+            f"{name}: expected the product with the values within {limit} of its largest, got {error}"
         )
 
 
@@ -162,27 +242,36 @@ def _peak(case: Case, name: str) -> int | None:
     return memory.peak_of(way(Layer(case, 0), name, case), case.device)
 
 
-def rows_of(case: Case, ways: list[str], budget: float, measure_memory: bool) -> list[results.Row]:
-    """A row to each way, all in turns."""
-    copies = {name: [way(Layer(case, number), name, case) for number in range(COPIES)] for name in ways}
-    for name in ("op", "panel"):
-        if name in ways:
-            check(Layer(case, 0), copies[name][0]())
-    calls: dict[str, timing.Call] = {
-        name: (lambda copy, steps=steps: steps[copy]())
-        for name, steps in copies.items()  # type: ignore[misc]
-    }
-    rounds = timing.interleaved(calls, timing.timer(case.device), COPIES, budget, 5, 200)
-    rows = []
+def rows_of(
+    case: Case, ways: list[str], budget: float, measure_memory: bool, timer: timing.Timer
+) -> tuple[list[results.Row], list[str]]:
+    """A row to each way, all in turns, and a line to each that failed."""
+    shared = [Layer(case, number) for number in range(COPIES)] if case.packed_by == OWN else None
+    calls: dict[str, timing.Call] = {}
+    failures = []
     for name in ways:
-        base = BASES.get(name)
+        try:
+            layers = shared or [Layer(case, number) for number in range(COPIES)]
+            steps = [way(layer, name, case) for layer in layers]
+            y = steps[0]()
+            if name.partition(":")[0] in OF_BACKENDS:
+                check(layers[0], y, name)
+            calls[name] = lambda copy, steps=steps: steps[copy]()  # type: ignore[misc]
+        except Exception as error:  # the others are worth having
+            failures.append(f"{' '.join(map(str, case))} {name}: {timing.first_line(error)}")
+    rounds = timing.interleaved(calls, timer, COPIES, budget, 5, 200) if calls else []
+    rows = []
+    for name in calls:
+        base = base_of(name, case)
         row = {**case._asdict(), "way": name}
-        row |= timing.row(rounds, name, {"base": base} if base in ways else {})
+        if base in calls:
+            row["base"] = base
+        row |= timing.row(rounds, name, {"base": base} if base in calls else {})
         if measure_memory:
             measure = memory.in_fresh_process if case.device == "cpu" else lambda peak, *of: peak(*of)
             row["peak_extra_bytes"] = measure(_peak, case, name)
         rows.append(row)
-    return rows
+    return rows, failures
 
 
 def table(rows: list[results.Row]) -> str:
@@ -194,7 +283,10 @@ def table(rows: list[results.Row]) -> str:
         found = {r["way"]: r for r in rows if tuple(r[field] for field in Case._fields) == case}
         cells = []
         for name in names:
-            row = found[name]
+            row = found.get(name)
+            if row is None:
+                cells.append("")
+                continue
             cell = f"{row['to_base']:.2f}" if "to_base" in row else f"{row['median_us']:,.0f} us"
             peak = row.get("peak_extra_bytes")
             cells.append(cell + (f" ({peak / 2**20:.1f} MiB)" if peak is not None else ""))
@@ -202,23 +294,68 @@ def table(rows: list[results.Row]) -> str:
     return markdown([*Case._fields, *names], lines)
 
 
-def main(args: argparse.Namespace) -> int:
-    meta = environment.describe(args.device)
-    rows: list[results.Row] = []
+def _cases(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+    """With the ways of each; says what is left out."""
+    found = []
     for format in args.formats:
-        if reason := missing(format):
-            print(f"left out: {format}: {reason}")
+        packed_by, ways, reason = chosen(format, args.ways, args.own)
+        if reason:
+            print(f"{format}: {reason}", flush=True)
+        of = itertools.product(args.dtypes, args.m, args.modes, args.noise)
+        for dtype, M, mode, noise in of if ways else ():
+            found.append(
+                (Case(args.device, format, dtype, M, args.size, args.size, mode, noise, packed_by), ways)
+            )
+    return found
+
+
+def jobs(cases: list[tuple[Case, list[str]]]) -> list[Job]:
+    """The Triton kernels of the ways that name their backend.
+
+    A step with its backward pass has those of the forward; what writes slices does not depend on the rows of x.
+    """
+    known = {case for case, _ in cases}
+    found = []
+    for case, ways in cases:
+        if case.mode == "forward" and case._replace(mode="forward+backward") in known:
             continue
-        for dtype in args.dtypes:
-            for M in args.m:
-                for mode in args.modes:
-                    for noise in args.noise:
-                        case = Case(args.device, format, dtype, M, args.size, args.size, mode, noise)
-                        rows += rows_of(case, args.ways, args.budget, args.memory)
-                        print(table(rows[-len(args.ways) :]), flush=True)
+        for name in ways:
+            kind, _, backend = name.partition(":")
+            if backend == "triton":
+                found.append(Job(case if kind in ("op", "fused") else case._replace(M=16), case.noise, name))
+    return list(dict.fromkeys(found))
+
+
+def main(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    meta = environment.describe(args.device)
+    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "given"}
+    found = results.Results(meta, [], [], [])
     stem = results.file_stem(args, meta, "quantized")
+    cases = _cases(args)
+    run.compile_jobs(args.device, jobs(cases))
+    timer = timing.timer(args.device)
+    for case, ways in cases:
+        if args.time_limit is not None and time.perf_counter() - start > args.time_limit:
+            found.skipped.append(
+                f"{' '.join(map(str, case))}: no time left (--time-limit {args.time_limit:g})"
+            )
+            continue
+        rows, failures = rows_of(case, ways, args.budget, args.memory, timer)
+        found.rows.extend(rows)
+        found.failures.extend(failures)
+        print("\n".join([table(rows), *failures]), flush=True)
+        if isinstance(timer, timing.CudaTimer):
+            meta["launched_late"] = timer.launched_late
+        results.save_json(found, stem)
+    meta["clocks_after"] = environment.clocks(args.device)
+    results.save_json(found, stem)
     columns = [*COLUMNS, "date", "hardware", "threads", "torch", "flatlora_kernels", "commit", "dirty"]
     about = {name: meta.get(name) for name in columns[len(COLUMNS) :]}
-    results.write_csv([{**row, **about} for row in rows], columns, stem.with_name(stem.name + ".csv"))
-    print(table(rows))
-    return 0
+    results.write_csv([{**row, **about} for row in found.rows], columns, stem.with_name(stem.name + ".csv"))
+    print("\n".join([table(found.rows), *found.skipped, *found.failures]))
+    late, failed = len(found.skipped), len(found.failures)
+    print(
+        f"{len(cases) - late} of {len(cases)} cases, {failed} failures{': ' + found.failures[0] if failed else ''}"
+    )
+    return int(failed > 0)

@@ -260,9 +260,7 @@ def jobs(cases: Sequence[Case], noises: Sequence[str]) -> list[precompile.Job]:
     return [*precompile.table_jobs(list(cases), fused), *more]
 
 
-def compile_first(
-    device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
-) -> None:
+def compile_jobs(device: str, jobs: list[precompile.Job], processes: int | None = None) -> None:
     """Compiles what the triton backend will run, on all cores, before anything is timed.
 
     processes: 0 = not; None = as BENCH_PROCESSES says, else for all cores.
@@ -270,5 +268,12 @@ def compile_first(
     if processes is None and "BENCH_PROCESSES" in os.environ:
         processes = int(os.environ["BENCH_PROCESSES"])
     if device == "cuda" and processes != 0 and "triton" in providers.usable_backends(device):
-        for line in precompile.run(jobs(cases, noises), processes):
+        for line in precompile.run(jobs, processes):
             print(f"compiling: {line}", file=sys.stderr)
+
+
+def compile_first(
+    device: str, cases: Sequence[Case], noises: Sequence[str], processes: int | None = None
+) -> None:
+    """The same, of these cases."""
+    compile_jobs(device, jobs(cases, noises), processes)

@@ -52,18 +52,22 @@ Family = Callable[[], Checks]
 Shape = tuple[int, ...]  # M, N, K, rank, samples
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
-# Tiles that are full, tiles that are not, several samples; for many and for few rows.
+# Tiles that are full, tiles that are not, several samples; for many and for few rows; and of a packed weight,
+# which has whole blocks of NF4 in a row.
 SIZES = {
     "cuda": (
         ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2)),
         ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2)),
+        ((1, 392, 576, 16, 1), (100, 392, 576, 0, 1), (640, 1160, 1088, 24, 2)),
     ),
     "cpu": (
         ((40, 72, 72, 0, 1), (36, 40, 72, 16, 1), (20, 40, 72, 24, 2)),
         ((16, 40, 72, 0, 1), (1, 40, 72, 16, 1), (12, 40, 72, 24, 2)),
+        ((1, 40, 128, 16, 1), (20, 40, 192, 24, 2)),
     ),
 }
-SHAPES, FEW = SIZES[DEVICE]
+SHAPES, FEW, PACKED = SIZES[DEVICE]
+FORMATS = ("nf4", "int8", "fp8")
 TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
 AUTOMATIC = (-1, 0)  # see backends/cuda.py: configuration
 
@@ -76,9 +80,19 @@ class Problem(problem.Problem):
     stream = 3
 
     def __init__(
-        self, M: int, N: int, K: int, rank: int, samples: int, dtype: str, noise: str, copies: int = 1
+        self,
+        M: int,
+        N: int,
+        K: int,
+        rank: int,
+        samples: int,
+        dtype: str,
+        noise: str,
+        copies: int = 1,
+        packed: str = "",
     ) -> None:
-        self.noise, self.samples, self.v = noise, samples, []
+        """packed: the format of the weight, "" = none."""
+        self.noise, self.samples, self.v, self.packed = noise, samples, [], packed
         super().__init__(Case("", "", M, N, K, dtype, "forward", rank), DEVICE, copies)
 
     def _inputs(self, number: int) -> Inputs:
@@ -86,7 +100,10 @@ class Problem(problem.Problem):
         self.v.append(self._randn(M, rank) if rank else None)
         scale = SIGMA * K**-0.5 * (0.5 + torch.rand(N, device=DEVICE, generator=self._generator))
         seed = torch.tensor(0x9E3779B97F4A7C15 - 2**64 + number, device=DEVICE)
-        return super()._inputs(number)._replace(noise_scale=scale, seed=seed)
+        inputs = super()._inputs(number)._replace(noise_scale=scale, seed=seed)
+        if self.packed:
+            inputs = inputs._replace(weight=fk.QuantizedWeight.quantize(inputs.weight, self.packed))
+        return inputs
 
     def perturbed(self, group: int = 0) -> Tensor:
         """W + eps of a group of rows, by the oracle."""
@@ -99,7 +116,8 @@ class Problem(problem.Problem):
         i, K = self.inputs[0], self.case.K
         bits = tile_bits(self.case.N, K) if self.noise == "hadamard" else 0
         draw = Draw(i.noise_scale, i.seed, self.stream, self.noise, self.samples, tile_bits=bits)
-        return i.weight.double() + epsilon(draw, K, self.dtype, group).double()
+        weight = i.weight.dequantize() if self.packed else i.weight
+        return weight.double() + epsilon(draw, K, self.dtype, group).double()
 
     def exact(self, direction: str, way: str = "fused") -> Tensor:
         i = self.inputs[0]
@@ -183,6 +201,8 @@ def _families(libraries: list[str]) -> dict[str, Family]:
         for name, config in tiles.items():
             dtypes = (*HALF, "float32") if name in ("any", "few") else HALF
             products(f"{backend} {name}", config, dtypes, FEW if name == "few" else SHAPES)
+    for backend, format in itertools.product(("cuda", "triton"), FORMATS):
+        found[f"{backend} packed {format}"] = functools.partial(_packed, backend, format)
     products("cuda panel", -1, HALF[:1], SHAPES, "panel")
     products("cuda transform", -1, (*HALF, "float32"), SHAPES, "transform")
     found["triton passes"] = functools.partial(_passes, "triton")
@@ -220,6 +240,46 @@ def _products(
         for parts in (0, 2) if split else (0,):
             name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
             yield name, functools.partial(error, shape, dtype, noise, direction, parts), TOLERANCE[dtype]
+
+
+def _packed(backend: str, format: str) -> Checks:
+    """What decodes: the product, and the kernels that write slices and add up squares."""
+
+    def error(shape: Shape, noise: str, direction: str, way: str, config: int) -> float:
+        p = Problem(*shape, "bfloat16", noise, packed=format)
+        call = _product(p, direction, backend, (config, 0), way)
+        return _again(lambda: call(0), p.exact(direction, way))
+
+    def decode(dtype: str) -> float:
+        i = Problem(*PACKED[-1], dtype, "gaussian", packed=format).inputs[0]
+        out = i.weight.new_empty(i.weight.shape)
+
+        def run() -> Tensor:
+            out.fill_(float("nan"))
+            backends.get(backend).perturb(i.weight, None, out)
+            return out.clone()
+
+        return _again(run, i.weight.dequantize().double())
+
+    def norms(rank: int) -> float:
+        shape = (*PACKED[-1][:3], rank, 1)
+        i = Problem(*shape, "bfloat16", "gaussian", packed=format).inputs[0]
+        weight = i.weight.dequantize().double()
+        if rank:
+            weight = weight + SCALING * i.lora_B.double() @ i.lora_A.double()
+        return _again(lambda: _norms(i, backend), weight.square().sum(1))
+
+    for dtype in (*HALF, "float32"):
+        yield f"decode {dtype}", functools.partial(decode, dtype), 0.0
+    for rank in (0, 16):
+        yield f"row_sq_norms rank {rank}", functools.partial(norms, rank), 1e-5
+    # The CUDA kernels have three tiles for a packed weight.
+    tiles = [SM80[name] for name in ("large", "middle", "any")] if backend == "cuda" else [AUTOMATIC[0]]
+    for noise, direction, shape in itertools.product(KINDS, DIRECTIONS, PACKED):
+        ways = [("fused", tile) for tile in tiles] if backends.fuses(backend, noise) else [("transform", -1)]
+        for way, config in (*ways, ("panel", -1)) if shape is PACKED[-1] else ways:
+            name = f"{direction} {noise} {way} {'x'.join(map(str, shape))} tile {config}"
+            yield name, functools.partial(error, shape, noise, direction, way, config), TOLERANCE["bfloat16"]
 
 
 def _passes(backend: str) -> Checks:

@@ -126,10 +126,10 @@ def _pretend(arch: str) -> None:
 def _truth() -> Iterator[Callable[[], object]]:
     from .. import truth
 
-    truth.SHAPES, truth.FEW = truth.SIZES["cuda"]
+    truth.SHAPES, truth.FEW, truth.PACKED = truth.SIZES["cuda"]
     truth.TIMED = 4096
     truth._again = lambda run, exact: float(run() is None)
-    truth.Problem.exact = lambda self, input_grad: None
+    truth.Problem.exact = lambda self, direction, way="fused": None
     truth.Problem.perturbed = lambda self, group=0: None
     families = truth._families([])
     yield from (run for name in families if name.startswith("triton") for _, run, _ in families[name]())
@@ -142,7 +142,7 @@ def _truth() -> Iterator[Callable[[], object]]:
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
-    from .. import run, shapes, strategies, training
+    from .. import quantized, run, shapes, strategies, training
 
     size = training.SIZES["llama3-8b"]
     weights = dict.fromkeys(size.shapes())
@@ -154,6 +154,14 @@ def _numbers() -> Iterator[Callable[[], object]]:
     few = dict.fromkeys(case._replace(M=16) for case in cases)  # panels do not depend on the rows
     jobs = run.jobs(cases, training.KINDS)
     jobs += [precompile.Job(case, noise, "panel") for case in few for noise in training.KINDS]
+    # As the part `quantized` of bench/gpu_suite.sh has them.
+    ways = ["fused:triton", "panel:triton", "decode:triton"]
+    packed = [
+        quantized.Case("cpu", "nf4", "bfloat16", M, 4096, 4096, "forward+backward", noise, quantized.OWN)
+        for noise in ("gaussian", "rademacher", "hadamard")
+        for M in (16, 256, 2048, 8192)
+    ]
+    jobs += quantized.jobs([(case, ways) for case in packed])
     yield from (partial(precompile.step, job) for job in jobs)
 
 

@@ -27,7 +27,14 @@ pytestmark = pytest.mark.skipif(
 STAGES = {
     "truth": {"driver", "wrappers", "check", "time"},
     "correctness": {"cuda", "large", "triton"},
-    "numbers": {"targets", "strategies-cuda", "strategies-triton", "training-cuda", "training-triton"},
+    "numbers": {
+        "targets",
+        "strategies-cuda",
+        "strategies-triton",
+        "quantized",
+        "training-cuda",
+        "training-triton",
+    },
     "sanitizer": {"sanitizer"},
 }
 PARTS = set().union(*STAGES.values())
@@ -86,7 +93,7 @@ def test_truth_and_sanitizer(tmp_path: Path) -> None:
     assert "clusters of  2 with 200 KiB a block: 2 at once" in log
     for name in ("test_wgmma", "test_mma", "test_ldmatrix", "test_cp_async"):  # a line to each
         assert any(line.startswith("passed") and f"::{name}[" in line for line in log.splitlines()), name
-    assert {row["family"] for row in rows(out / "truth-check.jsonl")} == {"cuda few"}
+    assert {row["family"] for row in rows(out / "truth-check.jsonl")} == {"cuda few", "cuda packed nf4"}
     assert {row["name"] for row in rows(out / "truth-time.jsonl")} == {"plain", "plain dX", "cuda y"}
     assert log.count("calls repeated, 0 wrong") == 4  # memcheck and three more
 
@@ -104,13 +111,16 @@ def test_correctness(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_numbers(tmp_path: Path) -> None:
-    wanted = ("targets", "strategies-cuda", "training-cuda")  # the other two run what these do
+    wanted = ("targets", "strategies-cuda", "quantized", "training-cuda")  # the other two run what these do
     status, first, parts, files, out = suite(tmp_path, "--dry-run", *wanted)
     assert status == 0, (out / "suite.log").read_text()
     assert set(parts) == set(wanted)
     assert files == sorted([*(f"{name}.json" for name in wanted), "suite.log", "summary.txt"])
     for name in wanted:
         assert json.loads((out / f"{name}.json").read_text())["rows"], name
+    packed = json.loads((out / "quantized.json").read_text())["rows"]
+    assert {row["way"] for row in packed} >= {"dense", "op", "decode:cpu", "fused:cpu", "panel:cpu"}
+    assert parts["quantized"].endswith(" cases, 0 failures")
 
 
 # --- how parts end: with a python that only says what it was asked for ---
@@ -146,6 +156,8 @@ def test_all_stages_on_a_gpu(tmp_path: Path) -> None:
     )  # one process, alone
     assert "training --budget 1 --providers plain lora peft inplace flatlora:triton --device cuda" in log
     assert "tune --strategies --quick --backends cuda --time-limit 25" in log
+    assert "quantized --own --size 4096 --dtypes bfloat16 " in log
+    assert "decode:cuda decode:triton fused:cuda fused:triton panel:cuda panel:triton --no-memory" in log
     assert "bench.truth check --each 60 --limit 80" in log
 
 
@@ -320,6 +332,17 @@ def test_pack_and_suite(packed: tuple[Path, dict[str, str]]) -> None:
         (folder / "pack.json").write_text(json.dumps({**seal, name: value}))
         done = call(tree, variables, "gpu_suite.sh", "truth")
         assert done.returncode == 1 and said in done.stdout.splitlines()[0] and "check" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_the_pack_compiles_what_the_suite_calls(tmp_path: Path) -> None:
+    """A few of the calls; one that fails leaves its kernels to the GPU's machine."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "bench.gpu.pack", "triton", "--arch", "9.0", "--part", "20/240"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0 and " 0 calls failed" in done.stdout, done.stdout + done.stderr
 
 
 def test_pack_wants_the_versions_of_the_other_machine(packed: tuple[Path, dict[str, str]]) -> None:
