@@ -29,6 +29,7 @@ from targets import Target, randn
 from torch import Tensor
 
 from flatlora_kernels.core import noise as oracle
+from flatlora_kernels.core.quantized import QuantizedWeight
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
@@ -111,13 +112,16 @@ def group_eps(target: Target, p: Problem) -> list[Tensor]:
 
 
 def leaves(p: Problem) -> dict[str, Tensor | None]:
-    """The inputs with `requires_grad`, in the memory they have."""
-    return {k: None if t is None else t.detach().requires_grad_() for k, t in p.inputs.items()}
+    """The inputs with `requires_grad`, in the memory they have; a packed weight as it is."""
+    return {
+        k: t if t is None or isinstance(t, QuantizedWeight) else t.detach().requires_grad_()
+        for k, t in p.inputs.items()
+    }
 
 
 def results(y: Tensor, inputs: dict[str, Tensor | None], grad_y: Tensor) -> dict[str, Tensor]:
-    """The output and the gradient of every input."""
-    given = {k: t for k, t in inputs.items() if t is not None}
+    """The output and the gradient of every input that takes one."""
+    given = {k: t for k, t in inputs.items() if t is not None and not isinstance(t, QuantizedWeight)}
     grads = torch.autograd.grad(y, list(given.values()), grad_y.reshape(y.shape))
     return {"y": y.detach(), **{f"grad of {k}": g for k, g in zip(given, grads, strict=True)}}
 
@@ -132,7 +136,9 @@ def plain(p: Problem, eps: list[Tensor]) -> dict[str, Tensor]:
 
     Without gaps between rows, which torch's products of some versions would read (see `products.own_rows`).
     """
-    inputs = {k: None if t is None else t.detach().contiguous().requires_grad_() for k, t in p.inputs.items()}
+    inputs = {
+        k: None if t is None else _without_gaps(t.detach()).requires_grad_() for k, t in p.inputs.items()
+    }
     dtype = p.x.dtype
     x, weight, lora_A, lora_B, bias, lora_x = (None if t is None else t.to(dtype) for t in inputs.values())
     rows = x.flatten(0, -2)
@@ -146,7 +152,12 @@ def plain(p: Problem, eps: list[Tensor]) -> dict[str, Tensor]:
     if lora_A is not None:
         branch = x if lora_x is None else lora_x
         y = y + p.options["scaling"] * ((branch.flatten(0, -2) @ lora_A.t()) @ lora_B.t())
-    return results(y.view(*p.x.shape[:-1], weight.shape[0]), inputs, p.grad_y.contiguous())
+    return results(y.view(*p.x.shape[:-1], weight.shape[0]), inputs, _without_gaps(p.grad_y))
+
+
+def _without_gaps(t: Tensor) -> Tensor:
+    """Column-major stays so: torch adds up such products in another order."""
+    return t if t.dim() == 2 and t.t().is_contiguous() else t.contiguous()
 
 
 def exact_and_scale(p: Problem, eps: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from compare import Problem
+from packed_weights import LAYOUTS, packed
 from torch import Tensor
 
 from flatlora_kernels.core.noise import KINDS
+from flatlora_kernels.core.quantized import Parts, QuantizedWeight
 
 from . import memory
 
@@ -21,7 +23,9 @@ DTYPES = {
 EDGES = sorted({max(0, e + d) for e in (1, 8, 16, 32, 64, 128, 256) for d in (-1, 0, 1)})
 RANKS = (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 256, 300)
 LARGEST = 2**17
+PACKED_SHARE = 0.25
 UINT32 = 2**32
+NEVER_EMPTY = ("gptq", "hqq2", "hqq3", "hqq4", "nvfp4_swizzled")  # what is not flat
 SPECIAL = (math.nan, math.inf, -math.inf)
 
 
@@ -36,6 +40,18 @@ class Limits:
 
 # A tile takes tens of milliseconds in Triton's interpreter and in the emulator of CUDA.
 LIMITS = {"triton": Limits(2**13, 2**18, 65), "cuda": Limits(2**13, 2**18, 65)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedPlan:
+    """How the weight of a case is packed."""
+
+    layout: str  # of packed_weights.LAYOUTS
+    own: str  # type of its owner's dequantisation
+    scales: str | None  # type of scales and zeros that would be float32
+    before: tuple[int, int]  # rows and columns of what was packed, before the view that is the weight
+    after: tuple[int, int]
+    places: dict[str, tuple[int, str]]  # tensor of `Parts`: offset, place
 
 
 @dataclasses.dataclass
@@ -60,6 +76,7 @@ class Case:
     noise_accum: str | None
     workspace: str | None
     threads: tuple[int, int]
+    packed: PackedPlan | None = None
 
     def __str__(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -84,6 +101,30 @@ def _uint32(r: random.Random, room: int, multiple: int = 1) -> int:
     """An offset with `room` after it."""
     most = min(UINT32 - room, UINT32 - 1) // multiple
     return multiple * r.choice((0, 0, 1, r.randint(0, most), r.randint(0, min(most, 4096)), most))
+
+
+def _packed_plan(r: random.Random, N: int, K: int) -> PackedPlan:
+    layout = r.choice(list(LAYOUTS))
+    before, after = [0, 0], [0, 0]
+    if r.random() < 0.4:
+        for around in (before, after):
+            for dim in (0, 1):
+                around[dim] = r.choice((0, 0, 1, 3, 5, 8, 16, 32, 64, 128, r.randrange(200)))
+    if (N + before[0] + after[0]) * (K + before[1] + after[1]) > 2 * N * K + 2**16:
+        before, after = [0, 0], [0, 0]
+    if layout in NEVER_EMPTY:
+        after = [a or int(size + b == 0) for size, b, a in zip((N, K), before, after, strict=True)]
+    return PackedPlan(
+        layout,
+        own=r.choice(list(DTYPES)),
+        scales=r.choice(("bfloat16", "float16")) if r.random() < 0.2 else None,
+        before=(before[0], before[1]),
+        after=(after[0], after[1]),
+        places={
+            name: (r.choice((0, 0, 1, 3, 8)), r.choices(memory.PLACES, (2, 3, 1))[0])
+            for name in Parts._fields
+        },
+    )
 
 
 def make(seed: int, number: int, backend: str) -> Case:
@@ -153,6 +194,11 @@ def make(seed: int, number: int, backend: str) -> Case:
         )
     if strategy == "panel" and noise_accum == "split":
         noise_accum = None
+    # Drawn apart, so that dense cases are what they would be without packed ones.
+    apart = random.Random(f"packed {seed}/{number}")
+    plan = _packed_plan(apart, N, K) if apart.random() < PACKED_SHARE else None
+    if plan:
+        del layouts["weight"]
     return Case(
         seed, number, dtype, (M, N, K), leading, rank, layouts, tuple(float32), factors, tuple(special),
         noise=noise,
@@ -167,17 +213,56 @@ def make(seed: int, number: int, backend: str) -> Case:
         noise_accum=noise_accum,
         workspace=r.choice((None, None, None, "0", "4096", str(10**7))),
         threads=tuple(r.sample((1, 2, 3, 4), 2)),  # type: ignore[arg-type]
+        packed=plan,
     )  # fmt: skip
 
 
 @dataclasses.dataclass
 class Built:
-    """The tensors of a case. `options` has a noise_scale wherever noise is drawn."""
+    """The tensors of a case. `options` has a noise_scale wherever noise is drawn.
+
+    Attributes:
+        problem: what the result is judged by; its weight has the values of a packed one.
+        called: what the op is called with: the same options, and tensors but for a packed weight.
+    """
 
     problem: Problem
+    called: Problem
     out: Tensor
     sigma: float | Tensor | None  # in place of noise_scale
     memory: dict[str, Tensor]  # everything around each tensor
+
+
+def _build_packed(case: Case, plan: PackedPlan) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+    """The weight, and everything around each of its tensors."""
+    (N, K), (top, left), (bottom, right) = case.dims[1:], plan.before, plan.after
+    whole = packed(plan.layout, top + N + bottom, left + K + right, DTYPES[plan.own])
+    parts = {name: t.clone() for name, t in whole.parts._asdict().items() if t is not None}
+    if plan.scales:
+        for name in {"scale", "zero"} & parts.keys():
+            if parts[name].dtype == torch.float32:
+                parts[name] = parts[name].to(DTYPES[plan.scales])
+    factor = case.factors.get("weight", 1.0)
+    if torch.float16 in (whole.packing.dtype, whole.packing.difference, parts["scale"].dtype):
+        factor = min(factor, 100.0)  # or all values would be infinite
+    if "nested" in parts:
+        strengths = {"nested", "offset"} & parts.keys()
+    else:
+        strengths = {"scale_table" if "scale_table" in parts else "scale"}
+    for name in strengths:
+        limit = torch.finfo(parts[name].dtype).max
+        parts[name] = (parts[name].double() * factor).clamp(-limit, limit).to(parts[name].dtype)
+    names = [n for n in ("codes", "scale", "nested", "offset", "zero") if n in parts and parts[n].numel()]
+    for which, value, where in case.special:
+        if which == "weight" and names:
+            part = parts[names[where % len(names)]]
+            # Of e4m3 and e8m0, 255 is NaN.
+            part.view(-1)[where // 8 % part.numel()] = value if part.is_floating_point() else 255
+    around = {}
+    for name, t in parts.items():
+        parts[name], around[f"weight.{name}"] = memory.place(t, "contiguous", 0, *plan.places[name])
+    weight = QuantizedWeight(whole.packing, whole.parts._replace(**parts))
+    return weight.narrow(0, top, N).narrow(1, left, K).to(DTYPES[case.dtype]), around
 
 
 def build(case: Case) -> Built:
@@ -229,4 +314,11 @@ def build(case: Case) -> Built:
             sigma = case.sigma
         elif case.strength != "noise_scale":
             sigma = torch.tensor(case.sigma, dtype=getattr(torch, case.strength))
-    return Built(Problem(**made, options=options), out, sigma, around)  # type: ignore[arg-type]
+    if case.packed is None:
+        problem = called = Problem(**made, options=options)  # type: ignore[arg-type]
+    else:
+        weight, parts = _build_packed(case, case.packed)
+        around |= parts
+        problem = Problem(**made | {"weight": weight.decoded()}, options=options)  # type: ignore[arg-type]
+        called = dataclasses.replace(problem, weight=weight)  # type: ignore[arg-type]
+    return Built(problem, called, out, sigma, around)

@@ -32,7 +32,7 @@ WRONG = {
         "product = cpu.product\n"
         "def wrong(p, draw, how):\n"
         "    y = product(p, draw, how)\n"
-        "    p.weight[-1:, -1:] += 1\n"
+        "    p.a[-1:, -1:] += 1\n"
         "    return y\n"
         "cpu.product = wrong\n",
         ("an input was written to", "max error", "other bits"),
@@ -51,8 +51,34 @@ WRONG = {
         "import flatlora_kernels.backends.cpu as cpu\n"
         "norms = cpu.row_sq_norms\n"
         "def wrong(weight, *rest):\n"
-        "    last = sum((n - 1) * s for n, s in zip(weight.shape, weight.stride()))\n"
-        "    ctypes.string_at(weight.data_ptr() + (last + 1) * weight.element_size(), 1)\n"
+        "    if hasattr(weight, 'data_ptr'):\n"
+        "        last = sum((n - 1) * s for n, s in zip(weight.shape, weight.stride()))\n"
+        "        ctypes.string_at(weight.data_ptr() + (last + 1) * weight.element_size(), 1)\n"
+        "    return norms(weight, *rest)\n"
+        "cpu.row_sq_norms = wrong\n",
+        ("the process ended: SIGSEGV",),
+    ),
+    "another scale of the last block": (
+        "import flatlora_kernels.backends.cpu as cpu\n"
+        "from flatlora_kernels import QuantizedWeight\n"
+        "perturb = cpu.perturb\n"
+        "def wrong(weight, draw, out):\n"
+        "    if isinstance(weight, QuantizedWeight):\n"
+        "        scale = weight.parts.scale.clone()\n"
+        "        scale[-1:] = 1\n"
+        "        weight = QuantizedWeight(weight.packing, weight.parts._replace(scale=scale))\n"
+        "    perturb(weight, draw, out)\n"
+        "cpu.perturb = wrong\n",
+        ("the decoded weight: ",),
+    ),
+    "a byte beyond the codes": (
+        "import ctypes\n"
+        "import flatlora_kernels.backends.cpu as cpu\n"
+        "norms = cpu.row_sq_norms\n"
+        "def wrong(weight, *rest):\n"
+        "    if not hasattr(weight, 'data_ptr'):\n"
+        "        codes = weight.parts.codes\n"
+        "        ctypes.string_at(codes.data_ptr() + codes.numel(), 1)\n"
         "    return norms(weight, *rest)\n"
         "cpu.row_sq_norms = wrong\n",
         ("the process ended: SIGSEGV",),

@@ -225,6 +225,14 @@ def test_state_that_does_not_fit() -> None:
         q.narrow(0, 8, 9)
 
 
+@pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "fp8_block", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(54, 1), (1, 54), (129, 1)], ids=str)
+def test_a_single_column_or_row_is_packed(format: str, shape: tuple[int, int]) -> None:
+    values = randn(*shape)
+    got = fk.QuantizedWeight.quantize(values, format).dequantize()
+    assert float((got - values).abs().max()) < 0.2 * float(values.abs().max())
+
+
 def test_decodes_to_another_type() -> None:
     """`to` rounds twice, as a cast of what the owner decodes to."""
     q = packed("gptq", 16, 64, torch.float16)

@@ -62,7 +62,7 @@ def _fp8(w: Tensor, dtype: torch.dtype, rows: int = 1, cols: int = 0) -> Quantiz
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols)
     scale = blocks.abs().amax((1, 3)).clamp_min(torch.finfo(torch.float32).tiny) / 448
     codes = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    codes = codes.view(torch.uint8).reshape(padded.shape)[:N, :K].reshape(-1)
+    codes = codes.view(torch.uint8).reshape(padded.shape)[:N, :K].reshape(-1).contiguous()
     packing = Packing(
         "fp8", N, K, dtype, dtype, 8, "e4m3", width=K, block_rows=rows, block_cols=cols, scale_stride=scale.shape[1]
     )  # fmt: skip
