@@ -99,7 +99,9 @@ def _without_noise(a: Tensor, weight: Weight, choice: Choice, input_grad: bool) 
     alone = dispatch.on_one_thread(device)
     found = dispatch.way(choice, None, a.shape[0], device, a.dtype, *weight.shape, direction, alone)
     if isinstance(weight, QuantizedWeight):
-        return backends.get(found.backend), dispatch.of_packed_without_noise(found.backend)
+        return backends.get(found.backend), dispatch.of_packed_without_noise(
+            found.backend, device, a.dtype, len(a)
+        )
     return backends.get(found.backend), found.strategy
 
 

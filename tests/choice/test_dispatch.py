@@ -575,7 +575,7 @@ def test_one_row_on_one_thread_is_the_vendors(table: Any) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512bf16", "avx512bf16 amx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cpu_without_noise_is_not_slower_than_the_vendors_product(
     monkeypatch: pytest.MonkeyPatch, level: str, dtype: torch.dtype
@@ -594,6 +594,31 @@ def test_a_cpu_without_noise_is_not_slower_than_the_vendors_product(
                 assert ratios[found[:2]] <= ratios["cpu", "plain"] / 0.97, (direction, M, N, K, ratios)
     finally:
         dispatch.forget()
+
+
+def test_amx_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's bfloat16 products have it, and ours do not: there panels win, and the vendor without noise."""
+    free = Choice(resolve.STRATEGY, "folded", "cpu")
+    found: dict[bool, dict[str, str]] = {}
+    for amx in (False, True):
+        monkeypatch.setattr(dispatch, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(dispatch.cpu, "level", lambda: "avx512bf16")
+        assert dispatch.device_key(CPU) == "cpu avx512bf16" + amx * " amx"
+        dispatch.forget()
+        found[amx] = {
+            noise or "none": dispatch.way(
+                free, noise, 1024, CPU, torch.bfloat16, 2048, 2048, *direction
+            ).strategy
+            for noise, direction in (("gaussian", ()), ("rademacher", ()), (None, ("forward",)))
+        }
+        packed = [dispatch.of_packed_without_noise("cpu", CPU, torch.bfloat16, rows) for rows in (4, 1024)]
+        assert packed == ["fused", "plain" if amx else "fused"]
+        assert dispatch.of_packed_without_noise("cpu", CPU, torch.float32, 1024) == "fused"
+        monkeypatch.setattr(dispatch.cpu, "level", lambda: "avx512")
+        assert dispatch.device_key(CPU) == "cpu avx512"
+    dispatch.forget()
+    assert found[True] == {"gaussian": "panel", "rademacher": "panel", "none": "plain"}
+    assert found[False] == {"gaussian": "fused", "rademacher": "fused", "none": "fused"}
 
 
 def test_a_table_is_committed_and_read() -> None:
