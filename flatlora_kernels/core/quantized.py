@@ -95,7 +95,7 @@ class QuantizedWeight:
 
     def __init__(self, packing: Packing, parts: Parts) -> None:
         _check(packing, parts)
-        self._set(packing, parts)
+        self._set(packing, Parts._make(None if t is None else _savable(t) for t in parts))
 
     def _set(self, packing: Packing, parts: Parts) -> None:
         object.__setattr__(self, "packing", packing)
@@ -275,6 +275,15 @@ def find(source: Any) -> QuantizedWeight | None:
     """`QuantizedWeight.of`, or None where the source is in no format that is known."""
     found = (read(source) for read in readers)
     return next((weight for weight in found if weight is not None), None)
+
+
+def _savable(t: Tensor) -> Tensor:
+    """`t`, or what shares its memory where autograd would not save it: made in inference mode, as hqq does."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=t.dtype, device=t.device)
+        return alias.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _check(p: Packing, t: Parts) -> None:

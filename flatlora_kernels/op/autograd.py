@@ -87,13 +87,11 @@ class LinearFunction(torch.autograd.Function):
         need_x, need_W, need_A, need_B, _, need_lora_x, _ = ctx.needs_input_grad
         noise_scale, seed = (None, None) if draw is None or not need_x else draw[:2]
         ctx.set_materialize_grads(False)
-        packing = codes = kept = None
+        packing = codes = None
         parts: tuple[Tensor | None, ...] = ()
         if need_x:
             if isinstance(weight, Tensor):
                 codes = weight
-            elif any(t is not None and t.is_inference() for t in weight.parts):
-                kept = weight  # autograd saves none that were made in inference mode, as hqq makes them
             else:
                 packing, (codes, *parts) = weight.packing, weight.parts  # type: ignore[assignment]
         ctx.save_for_backward(
@@ -114,7 +112,7 @@ class LinearFunction(torch.autograd.Function):
             lora_B if lora_B is None else lora_B.dtype,
             bias if bias is None else bias.dtype,
         )
-        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes, packing, kept
+        ctx.more = scaling, draw, choice, run, lora_x is not None, dtypes, packing
         if run is not _Dispatched:
             return y, None
         ctx.mark_non_differentiable(u)
@@ -139,10 +137,8 @@ class LinearFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, lora_x, u, noise_scale, seed, *parts = ctx.saved_tensors
-    scaling, draw, choice, run, separate_branch, dtypes, packing, kept = ctx.more
-    if kept is not None:
-        weight = kept
-    elif packing is not None:
+    scaling, draw, choice, run, separate_branch, dtypes, packing = ctx.more
+    if packing is not None:
         weight = QuantizedWeight.made(packing, Parts(weight, *parts))
     need_x, need_W, need_A, need_B, need_bias, need_lora_x, _ = ctx.needs_input_grad
     dtype_W, dtype_A, dtype_B, dtype_bias = dtypes

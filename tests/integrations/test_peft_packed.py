@@ -281,7 +281,7 @@ def test_bitsandbytes_repacks_in_place(kind: str) -> None:
     agree(run(flat), run(with_noise(dense_twin(flat), flat)))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao", "gptq", "fp8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao", "gptq", "fp8", "hqq"])
 def test_compiles(kind: str) -> None:
     """One graph, for every step; advance shows it a weight that was replaced."""
     _, flat = pair(kind)

@@ -172,10 +172,15 @@ def test_dynamic_batch(target: Target, strategy: str | None) -> None:
             assert_same_bits(gradients(fast, part, seed), gradients(layer, part, seed))
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
 @pytest.mark.parametrize("layout", ["nf4_nested", "gptq"])
-def test_packed_weight(target: Target, layout: str) -> None:
-    """Its tensors are the graph's, the rest is a constant of it; whoever holds it."""
-    q = packed(layout, 33, 40, torch.float32, target.device)
+def test_packed_weight(target: Target, layout: str, inference: bool) -> None:
+    """Its tensors are the graph's, the rest is a constant of it; whoever holds it. Also of those of inference mode."""
+    with torch.inference_mode(inference):
+        q = packed(layout, 33, 40, torch.float32, target.device)
+        codes = q.parts.codes.clone()
+        q = fk.QuantizedWeight(q.packing, q.parts._replace(codes=codes))
+    assert codes.is_inference() == inference and q.parts.codes.data_ptr() == codes.data_ptr()
     p = problem(6, 33, 40, device=target.device, rank=4, bias=True)
 
     class Layer(torch.nn.Module):
