@@ -49,7 +49,9 @@ def own_rows(a: Tensor) -> Tensor:
 @functools.cache
 def has_amx() -> bool:
     """Whether torch multiplies bfloat16 by the tiles of x86 CPUs."""
-    return torch.cpu._is_amx_tile_supported()
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_tile", False))
+    return torch.cpu._is_amx_tile_supported()  # of older versions of torch
 
 
 def linear(a: Tensor, weight: Tensor) -> Tensor:
