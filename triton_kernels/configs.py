@@ -102,6 +102,7 @@ LINEAR: dict[tuple[str, str], dict[str, Tiles]] = {
         ),
     ),
 }
+PERTURB_PROGRAMS = 3  # for a processor at least: fewer steps where the weight, or a slice of it, is small
 PERTURB = Pass(64, 64, 4, 1, steps=8)
 PERTURB_UNITS = Pass(64, 64, 4, 1, steps=8, together=2)  # of near_gaussian, where the loop itself counts
 PERTURB_RAGGED = Pass(32, 64, 4, 1, steps=8)

@@ -116,6 +116,14 @@ def _prepare(weight: Any, draw: Any, out: Tensor) -> Kernel:
         config = configs.PERTURB_RAGGED_WALSH
     if machine.architecture == "interpreter":
         config = configs.PERTURB_INTERPRETER
+
+    def programs(steps: int) -> int:
+        return triton.cdiv(N, config.block_n) * triton.cdiv(K, steps * config.block_k)
+
+    steps = config.steps
+    while steps > config.together and programs(steps) < configs.PERTURB_PROGRAMS * machine.processors:
+        steps //= 2
+    grid = (programs(steps),)
     rest = {
         "N": N,
         "K": K,
@@ -129,13 +137,12 @@ def _prepare(weight: Any, draw: Any, out: Tensor) -> Kernel:
         "DRAW": drawn(draw, machine, out if weight is None else weight),
         "EVEN": K % (config.together * config.block_k) == 0,
         "MULTIPLE": 8 if regular else 1,
-        "STEPS": config.steps,
+        "STEPS": steps,
         "TOGETHER": config.together,
         "STAGES": config.num_stages,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(K, config.steps * config.block_k),)
     return Kernel(_perturb_kernel, grid, out, rest, {"num_warps": config.num_warps})
 
 

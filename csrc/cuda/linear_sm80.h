@@ -589,13 +589,10 @@ struct LinearTile {
         const uint32_t row = uint32_t(i / pieces), piece = uint32_t(i % pieces);
         const int64_t out = first_out + row;
         float x[kPerPiece];
-        FLATLORA_UNROLL
-        for (int j = 0; j < kPerPiece; ++j) {
+        floats_at(x, args.lora, args.lora_dtype, [&](int j) {
           const int64_t r = at + piece * kPerPiece + j;
-          const bool inside = out < job.outputs && r < args.rank;
-          x[j] = inside ? float_at(args.lora, args.lora_dtype, out * args.lora_out_stride + r * args.lora_rank_stride)
-                        : 0.0f;
-        }
+          return out < job.outputs && r < args.rank ? out * args.lora_out_stride + r * args.lora_rank_stride : -1;
+        });
         gpu::Words<4> w;
         FLATLORA_UNROLL
         for (int j = 0; j < 4; ++j) {

@@ -125,6 +125,27 @@ FLATLORA_DEVICE float float_at(const void* data, int64_t dtype, int64_t index) {
   return dtype == int64_t(DType::kBFloat16) ? to_float(gpu::bf16{bits}) : to_float(gpu::f16{bits});
 }
 
+// Several at once, from the elements at place(j); 0 where that is negative. All loads are under way before the first is
+// waited for, as they would not be beside the branches of float_at.
+template <int n, class Place>
+FLATLORA_DEVICE void floats_at(float (&x)[n], const void* data, int64_t dtype, Place place) {
+  uint32_t bits[n];
+  if (dtype == int64_t(DType::kFloat32)) {
+    FLATLORA_UNROLL
+    for (int j = 0; j < n; ++j)
+      bits[j] = place(j) < 0 ? 0 : gpu::load_global<uint32_t>(static_cast<const uint32_t*>(data) + place(j));
+  } else {
+    FLATLORA_UNROLL
+    for (int j = 0; j < n; ++j)
+      bits[j] = place(j) < 0 ? 0 : gpu::load_global<uint16_t>(static_cast<const uint16_t*>(data) + place(j));
+  }
+  FLATLORA_UNROLL
+  for (int j = 0; j < n; ++j) {
+    const float half = dtype == int64_t(DType::kBFloat16) ? as_float(bits[j] << 16) : gpu::f16_to_float(uint16_t(bits[j]));
+    x[j] = dtype == int64_t(DType::kFloat32) ? as_float(bits[j]) : half;
+  }
+}
+
 FLATLORA_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) { return gpu::fma_bf16(a, 0x3f803f80u, b); }
 
 // The two elements of a word.

@@ -121,21 +121,22 @@ FLATLORA_DEVICE void row_norms_tile(const RowNormsArgs& args, Load load) {
     float product[2][4] = {};
     FLATLORA_NO_UNROLL
     for (int64_t r = 0; r < args.rank; r += kNormRank) {
+      constexpr int kOwn = kNormRank * kNormCols / kNormTileThreads;
+      float a[kOwn], b[1];
+      floats_at(a, args.lora_A, args.A_dtype, [&](int i) {
+        const int at = gpu::thread() + i * kNormTileThreads;
+        const int64_t row = r + at / kNormCols, col = k + at % kNormCols;
+        return row < args.rank && col < args.K ? row * args.A_rank_stride + col * args.A_col_stride : -1;
+      });
+      floats_at(b, args.lora_B, args.B_dtype, [&](int) {
+        const int64_t row = first + gpu::thread() % kNormRows, rank = r + gpu::thread() / kNormRows;
+        return row < args.N && rank < args.rank ? row * args.B_row_stride + rank * args.B_rank_stride : -1;
+      });
       gpu::sync_threads();  // all have read the step before
       FLATLORA_UNROLL
-      for (int i = 0; i < kNormRank * kNormCols / kNormTileThreads; ++i) {
-        const int at = gpu::thread() + i * kNormTileThreads;
-        const int64_t a_row = r + at / kNormCols, a_col = k + at % kNormCols;
-        const bool inside = a_row < args.rank && a_col < args.K;
-        const int64_t offset = inside ? a_row * args.A_rank_stride + a_col * args.A_col_stride : 0;
-        const float a = float_at(args.lora_A, args.A_dtype, offset);
-        gpu::store_shared(shared + NormShared::kA + 4 * at, inside ? a : 0.0f);
-      }
-      const int64_t b_row = first + gpu::thread() % kNormRows, b_rank = r + gpu::thread() / kNormRows;
-      const bool inside = b_row < args.N && b_rank < args.rank;
-      const int64_t offset = inside ? b_row * args.B_row_stride + b_rank * args.B_rank_stride : 0;
-      const float b = float_at(args.lora_B, args.B_dtype, offset);
-      gpu::store_shared(shared + NormShared::kB + 4 * gpu::thread(), inside ? b : 0.0f);
+      for (int i = 0; i < kOwn; ++i)
+        gpu::store_shared(shared + NormShared::kA + 4 * (gpu::thread() + i * kNormTileThreads), a[i]);
+      gpu::store_shared(shared + NormShared::kB + 4 * gpu::thread(), b[0]);
       gpu::sync_threads();
       FLATLORA_UNROLL
       for (int j = 0; j < kNormRank; ++j) {

@@ -307,8 +307,12 @@ def test_where_adapter_grads_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("offsets", [(5, 16), (0, 8), (64, 128)], ids=str)
 @pytest.mark.parametrize("noise", oracle.KINDS)
-def test_perturb_tiles(noise: str, offsets: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tile of the table, of which a program draws several, against the interpreter's own."""
+@pytest.mark.parametrize("programs", [0, 3])
+def test_perturb_tiles(
+    programs: int, noise: str, offsets: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tile of the table, of which a program draws several, or fewer of a small weight, against the interpreter's
+    own."""
     config = configs.PERTURB_UNITS if noise == "near_gaussian" else configs.PERTURB
     columns = 2 * config.steps * config.block_k + 13
     draw = {"seed": 3, "noise": noise, "row_offset": offsets[0], "col_offset": offsets[1]}
@@ -317,6 +321,7 @@ def test_perturb_tiles(noise: str, offsets: tuple[int, int], monkeypatch: pytest
     weight = randn(len(scale), columns)
     expected = fk.perturb_weight(weight, scale, backend="triton", **draw)
     monkeypatch.setattr(configs, "PERTURB_INTERPRETER", config)
+    monkeypatch.setattr(configs, "PERTURB_PROGRAMS", programs)
     launch.forget()
     assert torch.equal(fk.perturb_weight(weight, scale, backend="triton", **draw), expected)
 
