@@ -172,7 +172,9 @@ def fused_flat_lora_linear(
         else:
             codes, more = flat(weight)
             operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
-            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *choice, *more)[0]
+            # By name: torch.compile of 2.11 cannot unpack a record that it holds constant.
+            chosen = (choice.strategy, choice.noise_accum, choice.backend)
+            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *chosen, *more)[0]
     return y[0] if vector else y
 
 
