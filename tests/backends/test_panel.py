@@ -124,6 +124,22 @@ def test_values(
     compare.check_problem(target, p, strategy="panel")
 
 
+@pytest.mark.parametrize("parts", ["none", "bias", "adapter"])
+def test_a_last_slice_of_one_output(
+    parts: str, monkeypatch: pytest.MonkeyPatch, nan_in_new_memory: None
+) -> None:
+    """torch 2.10 multiplies into a single column as if nothing lay between its values. All backends' code is this."""
+    target = Target("reference", "cpu")
+    monkeypatch.setattr(panel, "workspace_limit", lambda weight: 0)
+    p = problem(
+        64, 129, 137, torch.bfloat16, target.device, rank=3 * (parts == "adapter"), bias=parts == "bias"
+    )
+    for input_grad in (False, True):
+        begin, end = panel.workspace(p.weight, target.device, input_grad)[0][-1]
+        assert end - begin == 1
+    compare.check_problem(target, p, strategy="panel")
+
+
 def test_weight_is_not_written_to(target: Target) -> None:
     p = problem(20, 66, 272, device=target.device, rank=3)
     before = p.weight.clone()

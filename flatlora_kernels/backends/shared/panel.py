@@ -103,12 +103,17 @@ def product(perturb: Perturb, p: Product, draw: Draw | None) -> Tensor:
             if u is not None:
                 total.addmm_(u[here].float(), lora[:, columns].float(), alpha=scaling)  # type: ignore[index]
             part.copy_(total if bias is None else total.add_(bias[columns]))
-        elif first:
-            part.addmm_(a_part, panel)
+            return
+        # Into a single column among others, torch 2.10 on a CPU writes bfloat16 without a gap, over its neighbours.
+        whole = part.contiguous() if end - begin == 1 and a.device.type == "cpu" else part
+        if first:
+            whole.addmm_(a_part, panel)
         elif bias is not None:
-            torch.addmm(bias[columns], a_part, panel, out=part)
+            torch.addmm(bias[columns], a_part, panel, out=whole)
         else:
-            torch.mm(a_part, panel, out=part)
+            torch.mm(a_part, panel, out=whole)
+        if whole is not part:
+            part.copy_(whole)
 
     for step in steps:
         multiply(*step, fill(*step))
