@@ -14,11 +14,17 @@ from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
 
 
 def small_layer(
-    in_features: int = 40, out_features: int = 24, *, dtype: torch.dtype = torch.float32, **options
+    in_features: int = 40,
+    out_features: int = 24,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options,
 ) -> FlatLoraLinear:
     """A layer with an adapter that does something, on the reference backend unless told otherwise."""
     torch.manual_seed(0)
-    linear = nn.Linear(in_features, out_features, dtype=dtype)
+    # A backend may take no other device, and noise scales are computed as soon as there is a layer.
+    linear = nn.Linear(in_features, out_features, dtype=dtype).to(device)
     own = {} if "noise_controller" in options else {"sigma": 0.3}
     layer = FlatLoraLinear.from_linear(linear, **{"r": 4, "backend": "reference", **own, **options})
     nn.init.normal_(layer.lora_B)
@@ -37,9 +43,9 @@ class Net(nn.Module):
         return self.head(self.block(torch.tanh(self.first(x))))
 
 
-def small_model(sigma: float = 0.3, **options) -> tuple[Net, NoiseController]:
+def small_model(sigma: float = 0.3, device: str = "cpu", **options) -> tuple[Net, NoiseController]:
     torch.manual_seed(0)
-    model = Net()
+    model = Net().to(device)
     options = {"r": 4, "backend": "reference", "verbose": False, **options}
     if "noise_controller" not in options:
         options["sigma"] = sigma

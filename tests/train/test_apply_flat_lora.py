@@ -223,8 +223,7 @@ def test_parents_that_compute_layers_themselves_are_refused(attribute: str) -> N
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
 def test_training_lowers_the_loss(target: Target, sigma: float) -> None:
-    model, controller = small_model(sigma=sigma, backend=target.backend)
-    model.to(target.device)
+    model, controller = small_model(sigma=sigma, device=target.device, backend=target.backend)
     x, goal = randn(64, 16, device=target.device), randn(64, 3, seed=1, device=target.device)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
 
