@@ -40,9 +40,7 @@ gpu::Error plan_tile(const LinearArgs& args, const Gpu& gpu, int config, int64_t
   job.length = args.input_grad ? args.N : args.K;
   job.row_bytes = 2 * args.weight.row_stride;
   job.unit_bytes = 8 * job.row_bytes;
-  const bool is_bf16 = args.dtype == int64_t(DType::kBFloat16);
-  job.turn_bytes = job.row_bytes * tile.k * tile.producers *
-                   patches_of(static_cast<Noise>(args.noise.kind), is_bf16, args.input_grad != 0, tile);
+  job.turn_bytes = job.row_bytes * tile.k * tile.producers;
   job.rows_per_sample = args.M / args.noise.samples;
   job.tiles_per_sample = ceil_div(job.rows_per_sample, tile.m * tile.cluster) * tile.cluster;
   job.tiles_m = job.tiles_per_sample * args.noise.samples;
@@ -89,15 +87,12 @@ bool linear_sm90_takes(const LinearArgs& args, const Gpu& gpu) {
   constexpr int64_t kMost = int64_t(1) << 31;  // coordinates of the copy engine
   const int64_t length = args.input_grad ? args.N : args.K, rows = args.M / args.noise.samples;
   const int64_t a_stride = args.M > 1 ? args.a_row_stride : length;
-  // A thread may have all 16 rows of a call.
-  const bool rademacher = static_cast<Noise>(args.noise.kind) == Noise::kRademacher;
-  const bool whole = rademacher ? args.noise.row_offset % 16 == 0 : begins_whole(args.noise);
   return args.weight.packed == nullptr && args.dtype != int64_t(DType::kFloat32) && !args.split_noise &&
          (rows > 64 || gpu.config >= 0) && args.M < kMost && length < kMost && args.a_col_stride == 1 &&
          aligned(args.a) && a_stride % 8 == 0 && a_stride >= length && args.weight.col_stride == 1 &&
          aligned(args.weight.data) && args.weight.row_stride % 8 == 0 && args.weight.row_stride >= 0 &&
          args.weight.row_stride < kMost / 128 && args.K % 8 == 0 && args.noise.scale_stride == 1 &&
-         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && whole;
+         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && begins_whole(args.noise);
 }
 
 int64_t linear_sm90_workspace(const LinearArgs& args, const Gpu& gpu) {

@@ -41,14 +41,6 @@ constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
     {128, 64, 1, 8, 3, 104, 80, 1200},
 };
 
-// Patches that a producer draws in a step. Of rademacher four, where the registers hold what that takes: the 16 rows
-// that one call serves are one thread's, and a warp draws for a whole step.
-constexpr int patches_of(Noise noise, bool bf16, bool input_grad, const Sm90Tile& tile) {
-  if (noise != Noise::kRademacher) return 1;
-  const bool fits = bf16 ? input_grad || tile.cluster == 1 : tile.producer_registers > 88;
-  return fits ? 4 : 1;
-}
-
 struct Sm90Job {
   LinearJob linear;  // tiles_per_sample: a multiple of the cluster
   int64_t cluster_tiles;  // of all parts
@@ -63,16 +55,13 @@ struct Sm90Linear {
   // A line of the tile of W is 64 columns of a row, 128 bytes.
   static constexpr int kShare = kTile.n / kCluster;  // lines that a block draws
   static constexpr int kShareBytes = kShare * 128;
-  // A group of producers draws the share of a step.
+  // A warpgroup of producers draws the share of a step, each thread a patch.
   using Own = Patch<kNoise>;
-  static constexpr int kPatches = patches_of(kNoise, std::is_same_v<T, gpu::bf16>, kInputGrad, kTile);
-  static constexpr int kGroup = 128 / kPatches;
-  static constexpr int kTurns = kTile.producers * kPatches;
+  static constexpr int kGroup = 128;
+  static constexpr int kTurns = kTile.producers;
   // A parity tells a use of a stage from the next, not from the one after that. Where there are more turns than stages,
   // they open theirs in order.
   static constexpr bool kOrdered = kTurns > kStages;
-  // Whether a thread's registers hold the next patch of W while it draws for one; else other warps fill the wait.
-  static constexpr bool kAhead = kPatches == 1 || kTile.producer_registers > 88;
   static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
   static_assert(kShare * 64 == 32 * 128 && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
@@ -156,21 +145,21 @@ struct Sm90Linear {
   FLATLORA_DEVICE static uint32_t chunk() { return member() % (8 / Own::kCols) * Own::kCols; }
   FLATLORA_DEVICE uint32_t first_line() const {
     const uint32_t index = member() / (8 / Own::kCols);
-    return uint32_t(rank) * kShare + (Own::kUnit ? index / 8 * 16 + index % 8 : index * (4 * kPatches));
+    return uint32_t(rank) * kShare + (Own::kUnit ? index / 8 * 16 + index % 8 : index * 4);
   }
   // Of the thread's first line: the row of W, and the first of its columns, at the beginning of the contraction.
   FLATLORA_DEVICE int64_t first_row() const { return kInputGrad ? first_line() % 64 : first_out + first_line(); }
   FLATLORA_DEVICE int64_t first_column() const {
     return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
-  // Of chunk i of patch p, from the first one's: rows, and columns.
-  FLATLORA_DEVICE static constexpr int row(int p, int i) { return 4 * p + Own::row(i); }
+  // Of chunk i, from the first one's: rows, and columns.
+  FLATLORA_DEVICE static constexpr int row(int i) { return Own::row(i); }
   FLATLORA_DEVICE static constexpr int column(int i) { return 8 * Own::col(i); }
 
   FLATLORA_DEVICE uint64_t row_bytes() const { return uint32_t(job.row_bytes); }
-  FLATLORA_DEVICE int64_t row_offset(int p, int i) const {
-    if constexpr (Own::kUnit) return row(p, i) == 0 ? 0 : job.unit_bytes;
-    return int64_t(row_bytes() * uint32_t(row(p, i)));
+  FLATLORA_DEVICE int64_t row_offset(int i) const {
+    if constexpr (Own::kUnit) return row(i) == 0 ? 0 : job.unit_bytes;
+    return int64_t(row_bytes() * uint32_t(row(i)));
   }
   FLATLORA_DEVICE const char* weight_at(int64_t at) const {
     const int64_t n = first_row() + (kInputGrad ? at : 0), k = first_column() + (kInputGrad ? 0 : at);
@@ -178,46 +167,43 @@ struct Sm90Linear {
   }
   // Whether W has the chunk. `left`: rows, or else columns, from where the thread's part of the step begins. `limit`:
   // the other of the two, which stays the same.
-  FLATLORA_DEVICE static bool inside(int p, int i, int left, int limit) {
-    return kInputGrad ? row(p, i) < left && limit > column(i) : left > column(i) && row(p, i) < limit;
+  FLATLORA_DEVICE static bool inside(int i, int left, int limit) {
+    return kInputGrad ? row(i) < left && limit > column(i) : left > column(i) && row(i) < limit;
   }
-  // Patch p of a step, ahead of its turn; zeros where W ends.
-  FLATLORA_DEVICE void load(Chunk<T> (&w)[4], int p, const char* from, int left, int limit) const {
+  // The patch of a step, ahead of its turn; zeros where W ends.
+  FLATLORA_DEVICE void load(Chunk<T> (&w)[4], const char* from, int left, int limit) const {
     FLATLORA_UNROLL
     for (int i = 0; i < 4; ++i)
-      w[i] = inside(p, i, left, limit) ? gpu::load_global_once(from + row_offset(p, i) + column(i) * int(sizeof(T)))
-                                       : Chunk<T>{};
+      w[i] = inside(i, left, limit) ? gpu::load_global_once(from + row_offset(i) + column(i) * int(sizeof(T)))
+                                    : Chunk<T>{};
   }
-  // Where the thread's first chunk lies in a stage, and chunk i of patch p from there.
+  // Where the thread's first chunk lies in a stage, and chunk i from there.
   FLATLORA_DEVICE uint32_t place() const {
     const uint32_t line = first_line();
     return line * 128 + ((chunk() ^ line % 8) << 4);
   }
-  FLATLORA_DEVICE static void store(gpu::Shared at, int p, int i, const Chunk<T>& w) {
-    const uint32_t line = uint32_t(row(p, i));
+  FLATLORA_DEVICE static void store(gpu::Shared at, int i, const Chunk<T>& w) {
+    const uint32_t line = uint32_t(row(i));
     gpu::store_shared((at ^ (line % 8 ^ uint32_t(Own::col(i))) << 4) + line * 128, w);
   }
 
-  // The adapter's factor: a line has 64 steps of the rank for one output, in both directions.
+  // The adapter's factor: a line has 64 steps of the rank for one output, in both directions. Threads go down the
+  // lines, so that all of them load what a low rank has, at once.
   FLATLORA_DEVICE void store_adapter(uint32_t slot, int64_t at) const {
     const LinearArgs& args = job.args;
     FLATLORA_NO_UNROLL
-    for (int i = 0; i < 4 * kPatches; ++i) {
-      const uint32_t line = first_line() + uint32_t(row(i / 4, i % 4)), piece = chunk() + uint32_t(Own::col(i % 4));
+    for (int turn = 0; turn < kShare * 8 / kGroup; ++turn) {
+      const uint32_t i = member() + uint32_t(turn * kGroup), line = uint32_t(rank) * kShare + i % kShare,
+                     piece = i / kShare;
       const int64_t out = first_out + line;
+      float x[8];
+      floats_at(x, args.lora, args.lora_dtype, [&](int j) {
+        const int64_t r = at + piece * 8 + j;
+        return out < job.outputs && r < args.rank ? out * args.lora_out_stride + r * args.lora_rank_stride : -1;
+      });
       Chunk<T> w;
       FLATLORA_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        float x[2];
-        FLATLORA_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int64_t r = at + piece * 8 + 2 * j + h;
-          const bool inside = out < job.outputs && r < args.rank;
-          x[h] = inside ? float_at(args.lora, args.lora_dtype, out * args.lora_out_stride + r * args.lora_rank_stride)
-                        : 0.0f;
-        }
-        w.v[j] = pack(T{}, x[0], x[1]);
-      }
+      for (int j = 0; j < 4; ++j) w.v[j] = pack(T{}, x[2 * j], x[2 * j + 1]);
       gpu::store_shared(w_stage(slot) + line * 128 + ((piece ^ line % 8) << 4), w);
     }
   }
@@ -244,12 +230,7 @@ struct Sm90Linear {
     gpu::tma_load(a_stage(ring.slot), map, at, int(first_m), full(ring.slot));
   }
   // Of the producers whose turn it is.
-  FLATLORA_DEVICE static void meet(int turn) {
-    if constexpr (kGroup == 32)
-      gpu::sync_warp();
-    else
-      gpu::sync_named(1 + turn, kGroup);
-  }
+  FLATLORA_DEVICE static void meet(int turn) { gpu::sync_named(1 + turn, kGroup); }
   // Gives the other blocks this one's share, and the stage to the consumers.
   FLATLORA_DEVICE void close(const Ring& ring, int turn) const {
     gpu::fence_proxy_async();
@@ -265,8 +246,8 @@ struct Sm90Linear {
   FLATLORA_DEVICE void produce(const gpu::TensorMap* a_map, const gpu::TensorMap* u_map, int64_t cluster_tiles) {
     const LinearArgs& args = job.args;
     Ring ring;
-    // The same, which the compiler would else make anew in each step; where registers are few, it may.
-    const uint32_t mine = kAhead ? gpu::shuffle_xor(place(), 0) : place();
+    // The same, which the compiler would else make anew in each step.
+    const uint32_t mine = gpu::shuffle_xor(place(), 0);
     const int turn = this_turn();
     int first = turn;  // of this group's steps in the tile
     for (int i = 0; i < first; ++i) ring.advance();
@@ -293,15 +274,11 @@ struct Sm90Linear {
       int left = int(last - (kInputGrad ? first_row() : first_column()) - at);
       PatchRows<kNoise, T> rows;
       PatchBlocks<kNoise> blocks;
-      // The rows' factors: in forward once, of many rows two to a register.
-      constexpr bool kPacked = !kInputGrad && kPatches > 1 && kPairs<kNoise, T>;
-      constexpr bool kReload = !kPacked && (kInputGrad || kPatches > 1);
-      uint32_t packed[kPatches][2];
-      const auto load_factors = [&](int p, int count) {
+      const auto load_factors = [&](int count) {
         FLATLORA_UNROLL
         for (int i = 0; i < 4; i += Own::kCols) {
-          const auto factor = row(p, i) < count ? factor_of<kNoise, T>(draw, gpu::load_global<float>(scale + row(p, i)))
-                                                : Factor<kNoise, T>(0);
+          const auto factor = row(i) < count ? factor_of<kNoise, T>(draw, gpu::load_global<float>(scale + row(i)))
+                                             : Factor<kNoise, T>(0);
           FLATLORA_UNROLL
           for (int c = 0; c < Own::kCols; ++c) rows.factor[i + c] = factor;
         }
@@ -310,61 +287,34 @@ struct Sm90Linear {
         blocks = set_blocks<kNoise>(draw, uint32_t(first_column() >> 3));
       } else {
         set_rows(rows, draw, uint32_t(first_row()));
-        if constexpr (kPacked) {
-          FLATLORA_UNROLL
-          for (int p = 0; p < kPatches; ++p) {
-            load_factors(p, limit);
-            packed[p][0] = gpu::byte_permute(rows.factor[0], rows.factor[1], 0x5410);
-            packed[p][1] = gpu::byte_permute(rows.factor[2], rows.factor[3], 0x5410);
-          }
-        } else if constexpr (!kReload) {
-          load_factors(0, limit);
-        }
+        load_factors(limit);
       }
       Chunk<T> next[4];
-      load(next, 0, from, left, limit);
+      load(next, from, left, limit);
       FLATLORA_NO_UNROLL
       for (; step < steps; step += kTurns, at += int(kColumns), ring.template advance<kTurns>()) {
         const int fetched = open_early(ring, turn, a_map, at);
         const int here = left;
-        uint32_t signs[1][4];
+        Chunk<T> w[4];
         FLATLORA_UNROLL
-        for (int p = 0; p < kPatches; ++p) {
-          Chunk<T> w[4];
-          FLATLORA_UNROLL
-          for (int i = 0; i < 4; ++i) w[i] = next[i];
-          if (p + 1 == kPatches) {
-            from += from_step;
-            left -= int(kColumns);
-          }
-          if constexpr (kAhead) load(next, (p + 1) % kPatches, from, left, limit);
-          if (p == 0) {
-            if constexpr (kInputGrad)
-              set_rows(rows, draw, uint32_t(first_row() + at));
-            else
-              blocks = set_blocks<kNoise>(draw, uint32_t(at + int(chunk()) * 8) >> 3);
-            if constexpr (kPatches > 1) philox(draw, rows.key, blocks.key[0], signs);
-          }
-          // Zeros beyond the contraction, because noise may overflow float16, and infinity times zero is NaN.
-          if constexpr (kPacked) {
-            const uint32_t low = here > 0 ? 0x1010 : 0x4444, high = here > 0 ? 0x3232 : 0x4444;
-            FLATLORA_UNROLL
-            for (int i = 0; i < 4; ++i) rows.factor[i] = gpu::byte_permute(packed[p][i / 2], 0, i % 2 ? high : low);
-          } else {
-            if constexpr (kReload) load_factors(p, kInputGrad ? here : limit);
-            FLATLORA_UNROLL
-            for (int i = 0; i < 4; ++i)
-              if (!kInputGrad && here <= column(i)) rows.factor[i] = Factor<kNoise, T>(0);
-          }
-          if constexpr (kPatches > 1)
-            add_signs<kNoise, T>(w, signs[0][p], rows.factor);
-          else
-            perturb_patch<kNoise, T>(w, draw, rows, blocks);
-          if (p == 0) open(ring, turn, a_map, at, fetched);
-          FLATLORA_UNROLL
-          for (int i = 0; i < 4; ++i) store(w_stage(ring.slot) + mine, p, i, w[i]);
-          if constexpr (!kAhead) load(next, (p + 1) % kPatches, from, left, limit);
+        for (int i = 0; i < 4; ++i) w[i] = next[i];
+        from += from_step;
+        left -= int(kColumns);
+        load(next, from, left, limit);
+        if constexpr (kInputGrad) {
+          set_rows(rows, draw, uint32_t(first_row() + at));
+          load_factors(here);
+        } else {
+          blocks = set_blocks<kNoise>(draw, uint32_t(at + int(chunk()) * 8) >> 3);
         }
+        // Zeros beyond the contraction, because noise may overflow float16, and infinity times zero is NaN.
+        FLATLORA_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (!kInputGrad && here <= column(i)) rows.factor[i] = Factor<kNoise, T>(0);
+        perturb_patch<kNoise, T>(w, draw, rows, blocks);
+        open(ring, turn, a_map, at, fetched);
+        FLATLORA_UNROLL
+        for (int i = 0; i < 4; ++i) store(w_stage(ring.slot) + mine, i, w[i]);
         if constexpr (kInputGrad) scale += kColumns;
         close(ring, turn);
       }

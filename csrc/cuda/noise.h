@@ -141,7 +141,8 @@ FLATLORA_DEVICE void floats_at(float (&x)[n], const void* data, int64_t dtype, P
   }
   FLATLORA_UNROLL
   for (int j = 0; j < n; ++j) {
-    const float half = dtype == int64_t(DType::kBFloat16) ? as_float(bits[j] << 16) : gpu::f16_to_float(uint16_t(bits[j]));
+    const float half =
+        dtype == int64_t(DType::kBFloat16) ? as_float(bits[j] << 16) : gpu::f16_to_float(uint16_t(bits[j]));
     x[j] = dtype == int64_t(DType::kFloat32) ? as_float(bits[j]) : half;
   }
 }
