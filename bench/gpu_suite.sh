@@ -70,6 +70,7 @@ note() {
 }
 
 failed=0
+packed= # entries in Triton's cache, where it is the pack's
 total=${SUITE_SECONDS:-100000}
 stage() { # SECONDS: of the parts that follow, together
   end=$((SECONDS + $1))
@@ -78,7 +79,7 @@ stage() { # SECONDS: of the parts that follow, together
 
 # part NAME SECONDS COMMAND: runs COMMAND, a shell line that finds the seconds it has in $limit, and notes how it ended.
 part() {
-  local name=$1 limit=$2 command=$3 left=$((end - SECONDS)) start=$SECONDS verdict from said
+  local name=$1 limit=$2 command=$3 left=$((end - SECONDS)) start=$SECONDS verdict from said count
   case "$wanted" in *" $name "*) ;; *) return ;; esac
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
@@ -98,6 +99,10 @@ part() {
   esac
   rm -f "$out"/*.csv "$out"/*.unfinished # the JSON has the same rows
   said=$(tail -n +$((from + 1)) "$log" | grep . | tail -n 1 | cut -c 1-300)
+  if [ -n "$packed" ] && count=$(ls "$TRITON_CACHE_DIR" | wc -l) && [ "$count" -gt "$packed" ]; then
+    said="$said; new in Triton's cache: $((count - packed))"
+    packed=$count
+  fi
   note "$name" "$((SECONDS - start)) s: $verdict: $said"
 }
 
@@ -137,7 +142,8 @@ elif [ -e "$pack" ]; then
   part setup 60 "'$python' -m bench.gpu.pack unpack '$pack'"
   if [ "$failed" = 0 ] && [[ ${rows[setup]} != *"compiles its kernels here"* ]]; then
     export BENCH_PROCESSES=0 # nothing is left to compile
-    each=15
+    each=30
+    packed=$(ls "$TRITON_CACHE_DIR" | wc -l)
   fi
 else
   # One architecture builds in a fraction of the time of all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import os
 import threading
@@ -108,6 +109,22 @@ def instead(do: Callable[[Any, dict[str, Any], Callable[[], Any]], None]) -> Ite
         _thread.instead = before
 
 
+_hashed: set[int] = set()
+
+
+def hash_callees_first(function: Any) -> None:
+    """Before Triton 3.8 the hash of a function has the constants of those of its callees alone that were hashed before
+    it: which kernel a process launches first would decide whether it finds the others in the cache on disk."""
+    # By the type: to ask the function for its key is to hash it.
+    if id(function) in _hashed or not hasattr(type(function), "cache_key"):
+        return
+    for step in dis.get_instructions(function.fn):
+        if step.opname == "LOAD_GLOBAL":
+            hash_callees_first(function.fn.__globals__.get(step.argval))
+    function.cache_key  # noqa: B018
+    _hashed.add(id(function))
+
+
 def _address(a: Any) -> Any:
     if isinstance(a, Tensor):
         return a.data_ptr()
@@ -125,6 +142,7 @@ class Kernel:
         self, kernel: Any, grid: tuple[int, ...], like: Tensor, rest: dict[str, Any], options: dict[str, Any]
     ) -> None:
         """rest: the kernel's last parameters, by name. like: a tensor on the device."""
+        hash_callees_first(kernel)
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.index = like.device.index

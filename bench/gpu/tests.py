@@ -159,12 +159,13 @@ def main() -> int:
     rows = read(given.file)
     count = Counter(row["outcome"] for row in rows)
     said = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    said += ", no time left for the rest" if cut else ""
     if failed := next((row for row in rows if row["outcome"] == "failed"), None):
         last = [line for line in failed["text"].splitlines() if line.strip()]
         said += f"; first: {failed['test']}: {last[-1][:200] if last else ''}"
     if not rows and not cut:
         said = f"no test was selected by {' '.join(arguments)}"
-    print(said + ("; no time left for the rest" if cut else ""))
+    print(said)
     return NO_TIME if cut and not count["failed"] else int(bool(count["failed"]) or not rows)
 
 

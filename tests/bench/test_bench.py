@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -1436,21 +1437,53 @@ def test_truth_finds_what_is_wrong(small_truth: Any, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_truth_ends_a_family_over_its_limit(small_truth: Any, tmp_path: Path) -> None:
-    code = """
+# case of the check -> seconds that it takes
+SLOW = {"hangs": (0.0, 60.0), "has many cases": (0.0, *(0.4,) * 60)}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_truth_ends_a_family_over_its_limit(small_truth: Any, tmp_path: Path, name: str) -> None:
+    """One that hangs is wrong, one whose cases take their time is not."""
+    code = f"""
 import time
 from bench import truth
-cases = [("right", lambda: 0.0, 0.0), ("hangs", lambda: time.sleep(60) or 0.0, 0.0)]
-truth._check_family("slow", lambda: iter(cases), 0.5)
+cases = [(str(seconds), lambda seconds=seconds: time.sleep(seconds) or 0.0, 0.0) for seconds in {SLOW[name]}]
+truth._check_family("slow", lambda: iter(cases), 1.2)
 """
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, timeout=50, env={**os.environ, "OUT": str(tmp_path)}
     )
-    rows = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
-    assert done.returncode == 1
-    assert [(row["case"], row["ok"]) for row in rows] == [("right", True), ("hangs", False)]
-    assert rows[1]["raised"] == "not done in 0.5 s"
+    *rows, last = [json.loads(line) for line in (tmp_path / "truth-check.jsonl").read_text().splitlines()]
+    assert all(row["ok"] for row in rows) and rows[0]["case"] == "0.0"
+    assert re.fullmatch(r"not done in 1\.2 s, \d\.\d s of them in this case", last["raised"])
+    if name == "hangs":
+        assert done.returncode == 1 and last["ok"] is False and last["case"] == "60.0"
+    else:
+        assert done.returncode == small_truth.NO_TIME and last["ok"] is None and last["case"] == "0.4"
+
+
+@pytest.mark.parametrize("ends, status, said", [
+    ({"a": 0, "b": 0}, 0, "2 of 2 families right, "),
+    ({"a": 0, "b": 75}, 75, "1 of 2 families right, 1 as far as their time went, "),
+    ({"a": 75, "b": 3}, 1, "0 of 2 families right, 1 as far as their time went, "),
+    ({"a": -11, "b": 0}, 1, "1 of 2 families right, "),
+])  # fmt: skip
+def test_truth_tells_wrong_from_not_done(
+    small_truth: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ends: dict[str, int], status: int, said: str,
+) -> None:  # fmt: skip
+    class Process:
+        def __init__(self, command: list[str]) -> None:
+            self.status = ends[command[4]]
+
+        def wait(self, limit: float) -> int:
+            return self.status
+
+    monkeypatch.setattr(small_truth, "_families", lambda libraries: dict.fromkeys(ends))
+    monkeypatch.setattr(small_truth.subprocess, "Popen", Process)
+    assert small_truth.check(9.0, [], [], "") == status
+    assert said in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_truth_passes_of_a_backend(small_truth: Any) -> None:

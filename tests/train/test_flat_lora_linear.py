@@ -33,9 +33,7 @@ from flatlora_kernels import FlatLoraLinear, NoiseController
 def test_is_the_op_with_its_own_arguments(
     target: Target, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = small_layer(
-        device=target.device, noise=noise, stream=5, lora_alpha=6, backend=target.backend
-    )
+    layer = small_layer(device=target.device, noise=noise, stream=5, lora_alpha=6, backend=target.backend)
     x = randn(3, 7, 40, device=target.device)
     expected = fk.fused_flat_lora_linear(
         x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, scaling=1.5, sigma=0.3,

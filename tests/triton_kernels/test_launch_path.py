@@ -3,7 +3,9 @@ every shipped configuration."""
 
 from __future__ import annotations
 
+import importlib
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ if INTERPRETED:
 from flatlora_kernels.triton_kernels import launch  # noqa: E402
 
 TRITON = backends.get("triton")
+# Each has one kernel.
+MODULES = ("forward", "input_grad", "perturb", "row_norms", "transform", "split", "adapter_grads")
 
 
 @pytest.fixture
@@ -116,6 +120,26 @@ def test_a_backward_stays_in_the_thread_that_launches_nothing() -> None:
     with launch.instead(lambda kernel, arguments, compile: None):
         assert not torch._C._is_multithreading_enabled()
     assert torch._C._is_multithreading_enabled()
+
+
+def test_keys_do_not_depend_on_which_kernel_comes_first() -> None:
+    """A process finds in Triton's cache on disk what another one compiled."""
+    modules = [importlib.import_module(f"{launch.__package__}.{name}") for name in MODULES]
+    functions = {
+        id(f): f for module in modules for f in vars(module).values() if hasattr(type(f), "cache_key")
+    }
+    kernels = [f for f in functions.values() if re.fullmatch(r"_\w+_kernel", f.__name__)]
+    assert len(kernels) == len(MODULES)
+    found = set()
+    for seed in range(8):
+        for function in functions.values():
+            function.hash, function.used_global_vals = None, {}  # as in a new process
+        launch._hashed.clear()
+        for kernel in random.Random(seed).sample(kernels, len(kernels)):
+            launch.Kernel(kernel, (1,), torch.empty(1), {}, {})
+            kernel.cache_key  # noqa: B018
+        found.add(tuple(kernel.cache_key for kernel in kernels))
+    assert len(found) == 1
 
 
 def variant(kernel: Any, arguments: dict[str, Any]) -> str:
