@@ -62,6 +62,20 @@ test: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 	  -m 'not (nvcc and slow)' $(PYTEST_ARGS)
 
+# With another torch, by default the oldest supported, in an environment of its own. Downloads gigabytes where pip brings a
+# CUDA build.
+TORCH_VERSION ?= 2.10
+OTHER := build/torch-$(TORCH_VERSION)
+.PHONY: test-torch
+test-torch: install $(OTHER)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  $(PYTEST_ARGS) tests/op tests/train tests/methods tests/backends
+$(OTHER)/.installed: | install
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-compile 'torch==$(TORCH_VERSION).*' numpy 'pytest>=8' 'pytest-xdist>=3.7'
+	FLATLORA_BUILD=none $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
+	@touch $@
+
 # Triton kernels without a GPU, half of the tests on each of two cores.
 HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py \
   op/test_compile.py op/test_shards.py backends/test_panel.py)

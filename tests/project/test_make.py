@@ -96,6 +96,15 @@ def test_tests_run_in_several_processes_of_a_thread(checkout: Path) -> None:
     assert "make test-cuda-compile" in said
 
 
+def test_another_torch_has_an_environment_of_its_own(checkout: Path) -> None:
+    (checkout / "mark").write_text("cpu\n")
+    said = dry(checkout, "test-torch", "TORCH_VERSION=2.11")
+    assert "'torch==2.11.*'" in said
+    for line in said.splitlines():
+        if "-m pip" in line or "-m pytest" in line:
+            assert "build/torch-2.11/bin/python -m" in line
+
+
 GIB = 1 << 30
 
 
