@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 SIZE, RANK = 4096, 16
 NF4 = 0.5 + 1 / 64  # bytes of a value; the second part is the scale of its block, a byte
 ROWS = (16, 256, 2048, 8192)
-CHIPS = tuple(c for c in cost.CHIPS if c.name in ("A100 SXM 80 GB", "H100 SXM", "B200 SXM"))
+CHIPS = tuple(c for c in cost.CHIPS if c.name in ("A100 SXM 80 GB", "H100 SXM", "H200 SXM", "B200 SXM"))
 UNITS = ("tensor", "issue", "draw", "shared", "l2", "memory", "step", "launch")
 # Name -> backend, way of cost.py, providers of the benchmark that are the same.
 WAYS = {
@@ -411,25 +411,25 @@ def cpu(budget: float = 0.4, size: int = 2048, rows: tuple[int, ...] = (16, 256,
 
 
 def gpu_report() -> str:
-    h100 = next(c for c in CHIPS if c.name == "H100 SXM")
-    unless = f"{_PREDICTED}, but for what an H100 calibrates"
+    h200 = next(c for c in CHIPS if c.name == "H200 SXM")
+    unless = f"{_PREDICTED}, but for what an H100 and an H200 calibrate"
     parts = [
-        f"**Measured** on an H100, beside its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
-        against_targets(h100),
-        "**Measured** on an H100, microseconds (and the model's time over that)",
-        residuals(h100),
+        f"**Measured** on an H200, beside its targets, which are for rank {RANK}; ratios to plain, and to `perturb`",
+        against_targets(h200),
+        "**Measured** on an H200, microseconds (and the model's time over that)",
+        residuals(h200),
         f"{unless}: forward over a plain product",
         ratios("forward"),
         f"{unless}: input gradient over a plain product",
         ratios("input_grad"),
         f"{_PREDICTED}, near_gaussian and hadamard from estimated counts: fastest of ours forward over a plain product",
         kinds(),
-        f"{_PREDICTED}: forward and backward of a layer on an H100, microseconds",
-        steps(h100),
+        f"{_PREDICTED}: forward and backward of a layer on an H200, microseconds",
+        steps(h200),
         f"{_PREDICTED}: forward and backward of a layer on NF4 with noise, over QLoRA's without",
         packed(),
-        f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H100",
-        amounts(h100),
+        f"{_PREDICTED}: what the kernels of a forward ask for, in the tiles for an H200",
+        amounts(h200),
     ]
     for chip in CHIPS:
         about = f"{chip.processors} processors, {chip.clock / 1e9:g} GHz, {chip.bandwidth / 1e12:g} TB/s"

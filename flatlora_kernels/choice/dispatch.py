@@ -55,6 +55,9 @@ _SLOW_BFLOAT16 = {"cpu avx2": (4, 1), "cpu avx512": (4, 4)}
 # A packed weight of 2048 x 2048 without noise, one thread: 1.5 ms by slices and 2.6 ms by our own product with 16 rows,
 # 9.2 and 87 ms with 1024, and 1.7 and 1.6 ms with 4.
 _AMX_ROWS = 16
+# Rows up to which `cuda` multiplies codes on sm_90: its product there is that of sm_80, 4.2 of a plain one at 2048 rows
+# of rademacher noise where panels take 2.0 (an H200).
+_PACKED_ROWS = 64
 
 
 class Problem(NamedTuple):
@@ -288,13 +291,15 @@ def way(
     return choose(tuple(names), (choice.strategy,), p)._replace(reason="asked for")
 
 
-def of_packed(choice: Choice, backend: str, strategy: str, weight: QuantizedWeight) -> str:
-    """`strategy`, or "panel" where `backend` has none of this name for a weight packed like this.
+def of_packed(choice: Choice, backend: str, strategy: str, weight: QuantizedWeight, rows: int) -> str:
+    """`strategy`, or "panel" where `backend` has none of this name for a weight packed like this, or a slow one.
 
     Raises:
         NotImplementedError: that was asked for, or split noise, which panels cannot have.
     """
-    if strategy != "fused" or registry.fuses_packed(backend, weight):
+    free = choice.strategy in FREE and choice.noise_accum != "split"
+    slow = free and backend == "cuda" and rows > _PACKED_ROWS and device_key(weight.device) == "sm90"
+    if strategy != "fused" or (registry.fuses_packed(backend, weight) and not slow):
         return strategy
     if choice.strategy != "fused" and choice.noise_accum != "split":
         return "panel"
@@ -337,9 +342,9 @@ def explain(
         return Explanation(backend, found.strategy, noise_accum, reason, 0, found.candidates, problem)
     found = way(choice, noise, rows, device, weight.dtype, N, K)
     if isinstance(weight, QuantizedWeight):
-        strategy = of_packed(choice, found.backend, found.strategy, weight)
+        strategy = of_packed(choice, found.backend, found.strategy, weight, rows)
         if strategy != found.strategy:
-            reason = f"{found.backend} does not decode format {weight.format!r} inside its product"
+            reason = f"{found.backend} does not decode format {weight.format!r} inside its product, or slowly"
             found = found._replace(strategy=strategy, reason=reason)
     problem = Problem(device, weight.dtype, noise, noise_accum, *sizes)
     workspace = workspace_limit(weight)

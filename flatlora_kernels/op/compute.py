@@ -90,7 +90,7 @@ def _way(
         found = dispatch.way(choice, draw.noise, M // draw.samples, a.device, a.dtype, N, K)
         backend, strategy = found.backend, found.strategy
     if isinstance(weight, QuantizedWeight):
-        strategy = dispatch.of_packed(choice, backend, strategy, weight)
+        strategy = dispatch.of_packed(choice, backend, strategy, weight, M // draw.samples)
     return backends.get(backend), strategy
 
 

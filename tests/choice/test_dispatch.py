@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -594,6 +595,22 @@ def test_a_cpu_without_noise_is_not_slower_than_the_vendors_product(
                 assert ratios[found[:2]] <= ratios["cpu", "plain"] / 0.97, (direction, M, N, K, ratios)
     finally:
         dispatch.forget()
+
+
+def test_packed_weights_of_many_rows_go_by_slices_on_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` multiplies codes there as on sm_80; who asks for it by name has it."""
+    weight = SimpleNamespace(device=CPU, format="nf4")
+    monkeypatch.setattr(dispatch.registry, "fuses_packed", lambda backend, weight: True)
+    for key, rows, backend, strategy, expected in (
+        ("sm90", 64, "cuda", resolve.STRATEGY, "fused"),
+        ("sm90", 65, "cuda", resolve.STRATEGY, "panel"),
+        ("sm90", 65, "cuda", "fused", "fused"),
+        ("sm90", 65, "triton", resolve.STRATEGY, "fused"),
+        ("sm80", 65, "cuda", resolve.STRATEGY, "fused"),
+    ):
+        monkeypatch.setattr(dispatch, "device_key", lambda device, key=key: key)
+        choice = Choice(strategy, "folded", backend)
+        assert dispatch.of_packed(choice, backend, "fused", weight, rows) == expected, (key, rows)  # type: ignore[arg-type]
 
 
 def test_amx_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

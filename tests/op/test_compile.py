@@ -79,7 +79,8 @@ def test_one_graph_and_no_recompile_for_new_seed_and_sigma(target: Target, compi
     assert not counters["graph_break"]
 
 
-def same_bits_as_eager(target: Target, dtype: torch.dtype, compiler: str) -> None:
+def same_bits_as_eager(target: Target, dtype: torch.dtype, compiler: str, near: tuple[str, ...] = ()) -> None:
+    """But for those of `near`, which are close."""
     p = problem(6, 33, 40, dtype, target.device, rank=4, bias=True, lora_x=True)
     options = {k: v for k, v in p.options.items() if k != "seed"}
     seed = torch.tensor(5, device=target.device)
@@ -87,7 +88,9 @@ def same_bits_as_eager(target: Target, dtype: torch.dtype, compiler: str) -> Non
     def layer(inputs: dict[str, Tensor]) -> Tensor:
         return target.linear(**inputs, seed=seed, **options)
 
-    assert_same_bits(gradients(compiled(layer, compiler), p), gradients(layer, p))
+    got, expected = gradients(compiled(layer, compiler), p), gradients(layer, p)
+    assert_all_close(got, {name: expected.pop(name) for name in near})
+    assert_same_bits(got, expected)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -97,7 +100,8 @@ def test_all_types(target: Target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("compiler", [INDUCTOR])
 def test_inductor_with_noise_scale_given(target: Target, compiler: str) -> None:
-    same_bits_as_eager(target, torch.float32, compiler)
+    near = ("grad of bias",) if target.device == "cuda" else ()  # which inductor sums up, in an order of its own
+    same_bits_as_eager(target, torch.float32, compiler, near)
 
 
 def test_int_seed_and_float_sigma(target: Target) -> None:
