@@ -36,8 +36,8 @@ enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
 
 // A value drawn serves m * cluster rows.
 constexpr Sm90Tile kSm90Tiles[kSm90Configs] = {
-    {256, 128, 2, 4, 2, 88, 168, 2290},
-    {256, 64, 1, 5, 3, 88, 104, 1500},
+    {256, 128, 2, 4, 2, 88, 168, 2040},
+    {256, 64, 1, 5, 3, 88, 104, 1650},
     {128, 64, 1, 8, 3, 104, 80, 1200},
 };
 

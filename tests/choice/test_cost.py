@@ -25,6 +25,7 @@ from bench import cli, results, roofline, targets  # noqa: E402
 ROOT = Path(__file__).parents[2]
 GPUS = [c for c in cost.CHIPS if c.architecture != "cpu"]
 H100 = next(c for c in cost.CHIPS if c.name == "H100 SXM")
+H200 = next(c for c in cost.CHIPS if c.name == "H200 SXM")
 NOISES = ("gaussian", "rademacher")
 DIRECTIONS = ("forward", "input_grad")
 EVERY = [(c, b) for c in cost.CHIPS for b in (("cpu",) if c.architecture == "cpu" else ("triton", "cuda"))]
@@ -164,15 +165,15 @@ def test_units_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_largest_cuda_tile_takes_the_cycles_that_its_table_says() -> None:
-    """docs/internals/performance.md: 1024 of tensor cores, 1216 of shared memory, 2290 measured, for a step of 64."""
+    """docs/internals/performance.md: 1024 of tensor cores, 1216 of shared memory, 2040 measured, for a step of 64."""
     work, rademacher = (cost.works(H100, "cuda", "fused", call(noise, M=2048))[0][0] for noise in NOISES)
     steps = 8 * 32 * 64  # tiles of 256 x 128
     assert work.flops / 2 / work.rate / steps == 1024
     assert work.shared / H100.shared / steps == 1216
     assert work.drawing * 6.8 / steps == 4096
-    assert work.steps / steps == 2290
+    assert work.steps / steps == 2040
     assert work.seconds(H100) == work.units(H100)["step"]
-    assert rademacher.steps / steps == 1670
+    assert rademacher.steps / steps == 1480
     assert work.filled == pytest.approx(256 / (2 * 132) * 64 / 68)
 
 
@@ -320,29 +321,22 @@ def test_workspace_is_bounded(chip: Chip, backend: str) -> None:
         assert cost.plain(chip, call(M=M, N=N, K=K)).workspace == 0
 
 
-def test_the_model_is_near_what_an_h100_took() -> None:
+def test_the_model_is_near_what_an_h200_took() -> None:
     """`python -m bench.truth time` in bench/results/: docs/internals/performance.md says what is off, and why."""
     off: list[float] = []
     for rank in (0, 16):
-        measured = roofline.truth(H100, rank)
+        measured = roofline.truth(H200, rank)
         assert measured
         for name, (backend, way, providers) in roofline.WAYS.items():
             for (mode, provider, M, noise), found in measured.items():
                 if provider == providers[0]:
                     of = call(noise, M, direction=mode, rank=rank)
-                    off.append(cost.cost(H100, backend, way, of).seconds / found.seconds)
-                    # Of rademacher the loops have lost a third of their instructions since they were measured.
-                    # Triton's rademacher noise of 64 rows, and its gaussian forward with an adapter.
-                    assert (0.6 if noise == "rademacher" else 0.7) < off[-1] < 1.25, (
-                        name,
-                        rank,
-                        mode,
-                        M,
-                        noise,
-                    )
+                    off.append(cost.cost(H200, backend, way, of).seconds / found.seconds)
+                    assert 0.65 < off[-1] < 1.3, (name, rank, mode, M, noise)
                     if name in ("plain", "perturb"):
-                        assert off[-1] == pytest.approx(1, abs=0.15), (name, rank, mode, M, noise)
+                        assert 0.85 < off[-1] < 1.26, (name, rank, mode, M, noise)
     assert len(off) > 180
+    assert sum(abs(o - 1) < 0.15 for o in off) > 0.8 * len(off)
     assert sum(0.85 <= o <= 1.15 for o in off) > 0.9 * len(off)
 
 
@@ -436,10 +430,10 @@ def test_near_gaussian_is_cheaper_than_gaussian_everywhere() -> None:
     # On sm_90 a step's latency was measured for two kinds: the third lies on the line through them.
     tile = cost.SM90_TILES[0]
     steps = [cost._cycles(tile, call(noise)) for noise in ("gaussian", "rademacher", "near_gaussian")]
-    assert steps[:2] == [2290, 1670]
+    assert steps[:2] == [2040, 1480]
     counts = cost.CUDA["sm90a"][0]
-    slope = (2290 - 1670) / (counts[0] - counts[1])
-    assert steps[2] == pytest.approx(1670 + slope * (cost.NEAR_GAUSSIAN_PRODUCT - counts[1]))
+    slope = (2040 - 1480) / (counts[0] - counts[1])
+    assert steps[2] == pytest.approx(1480 + slope * (cost.NEAR_GAUSSIAN_PRODUCT - counts[1]))
 
 
 def test_chips_of_devices() -> None:
@@ -463,7 +457,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(c.name in text for c in roofline.CHIPS)
     for table in re.split(r"\n\n(?=\*\*)", text.strip()):
-        assert table.startswith(("**PREDICTED, not measured**", "**Measured** on an H100"))
+        assert table.startswith(("**PREDICTED, not measured**", "**Measured** on an H200"))
     # Targets are printed beside the figures; whether they are met is for a measurement to tell.
     assert all(f"{t.most:.2f}" in text for t in targets.targets("cuda") if t.mode == "forward")
 
