@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Measured on an H100 80GB HBM3 on 2026-11-27, in CUDA graphs with a cold L2: bench/results/NVIDIA-H100-80GB-HBM3. The cycles
-# of SM90_TILES are an H200's.
+# Measured on an H100 80GB HBM3 on 2026-11-27, in CUDA graphs with a cold L2: bench/results/NVIDIA-H100-80GB-HBM3. The
+# cycles of SM90_TILES are an H200's.
 REACHED = 0.92  # of 1.83 GHz: truth-time.jsonl, cuBLAS from 1024 rows on
 MEMORY_REACHED = 0.9  # gpu.txt: 3.01 TB/s copied, 3.05 read
 CALL = 3e-6  # parts.txt: a graph of one kernel that does next to nothing takes 4.1 us, `launch` included
@@ -14,9 +14,9 @@ RAMP = 3e-6  # cuBLAS with 16 rows: 18.5 us, 11 of them for the weight
 DRAWN = {"gaussian": 6.8, "rademacher": 15.4, "near_gaussian": 15.4, "hadamard": 15.4}
 OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
 STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
-# Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, the mean of both directions:
-# bench/results/NVIDIA-H200/truth-time.jsonl. The last is the H100's, whose rademacher is the gaussian one by the ratio of
-# the tile before it.
+# Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, the mean of both
+# directions: bench/results/NVIDIA-H200/truth-time.jsonl. The last is the H100's, whose rademacher is the gaussian one by
+# the ratio of the tile before it.
 _LARGE, _MIDDLE, _SMALL = (2040, 1480), (1650, 1120), (1200, 960)
 
 START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's
@@ -40,10 +40,10 @@ CUDA: dict[str, tuple[Counts, ...]] = {  # the tiles of configs.h and, "sm90a", 
         (13.91, 5.03, 14.47, 5.41),
     ),
     "sm100": (
-        (21.47, 11.75, 20.06, 12.66),
-        (16.34, 7.56, 16.84, 7.97),
-        (15.16, 6.38, 15.59, 6.66),
-        (13.97, 5.19, 14.31, 5.41),
+        (20.47, 10.81, 20.06, 12.41),
+        (16.34, 7.56, 16.84, 7.94),
+        (15.16, 6.38, 15.59, 6.69),
+        (14.03, 5.19, 14.31, 5.44),
     ),
     "sm90a": ((16.25, 7.31, 16.81, 8.09), (16.22, 7.19, 16.41, 7.66), (16.06, 7.09, 16.62, 7.62)),
 }
