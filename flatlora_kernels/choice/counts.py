@@ -15,8 +15,8 @@ DRAWN = {"gaussian": 6.8, "rademacher": 15.4, "near_gaussian": 15.4, "hadamard":
 OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
 STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
 # Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, the mean of both
-# directions: bench/results/NVIDIA-H200/truth-time.jsonl. The last is the H100's, whose rademacher is the gaussian one by
-# the ratio of the tile before it.
+# directions: bench/results/NVIDIA-H200/truth-time.jsonl. The last is the H100's, whose rademacher is the gaussian one
+# by the ratio of the tile before it.
 _LARGE, _MIDDLE, _SMALL = (2040, 1480), (1650, 1120), (1200, 960)
 
 START = 4  # steps of 64 of a tile alone on its multiprocessor; tiles that share one hide each other's

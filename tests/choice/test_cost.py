@@ -332,7 +332,7 @@ def test_the_model_is_near_what_an_h200_took() -> None:
                 if provider == providers[0]:
                     of = call(noise, M, direction=mode, rank=rank)
                     off.append(cost.cost(H200, backend, way, of).seconds / found.seconds)
-                    assert 0.65 < off[-1] < 1.35, (name, rank, mode, M, noise)
+                    assert 0.6 < off[-1] < 1.35, (name, rank, mode, M, noise)
                     if name in ("plain", "perturb"):
                         assert 0.85 < off[-1] < 1.26, (name, rank, mode, M, noise)
     assert len(off) > 180
