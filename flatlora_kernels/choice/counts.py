@@ -13,7 +13,7 @@ RAMP = 3e-6  # cuBLAS with 16 rows: 18.5 us, 11 of them for the weight
 # Values a cycle and processor: draw.txt, with 16 warps. The last two are not measured: taken to be as rademacher.
 DRAWN = {"gaussian": 6.8, "rademacher": 15.4, "near_gaussian": 15.4, "hadamard": 15.4}
 OVERLAP = 0.5  # truth-time.jsonl, up to 64 rows; parts.txt, `perturb`
-STALL = 1.32  # truth-time.jsonl, `triton`, all sizes
+STALL = 1.23  # NVIDIA-H200/truth-time.jsonl, `triton`, all sizes
 # Cycles of a step of linear_sm90.h's tiles at REACHED of the clock, gaussian and rademacher, the mean of both
 # directions: bench/results/NVIDIA-H200/truth-time.jsonl. The last is the H100's, whose rademacher is the gaussian one
 # by the ratio of the tile before it.
