@@ -29,7 +29,7 @@ struct Sm90Tile {
   constexpr int a_bytes() const { return m * k * 2; }
   constexpr int w_bytes() const { return n * k * 2; }
   constexpr int stage_bytes() const { return a_bytes() + w_bytes(); }
-  constexpr int shared_bytes() const { return stages * (stage_bytes() + 16) + 8 * 4 * producers; }
+  constexpr int shared_bytes() const { return stages * (stage_bytes() + 16); }
 };
 
 enum Sm90Config { kSm90Large, kSm90Middle, kSm90Small, kSm90Configs };
@@ -59,10 +59,8 @@ struct Sm90Linear {
   using Own = Patch<kNoise>;
   static constexpr int kGroup = 128;
   static constexpr int kTurns = kTile.producers;
-  // A parity tells a use of a stage from the next, not from the one after that. Where there are more turns than stages,
-  // they open theirs in order.
-  static constexpr bool kOrdered = kTurns > kStages;
   static constexpr int kFirstRegisters = kTile.registers() / kTile.threads();
+  static_assert(kTurns <= kStages);  // a parity tells a use of a stage from the next, not from the one after that
   static_assert(kShare * 64 == 32 * 128 && kTile.shared_bytes() + 1024 <= 227 << 10 && kTile.registers_fit());
 
   const LinearJob& job;
@@ -78,14 +76,12 @@ struct Sm90Linear {
   FLATLORA_DEVICE gpu::Shared w_stage(uint32_t slot) const { return a_stage(slot) + kABytes; }
   FLATLORA_DEVICE gpu::Shared full(uint32_t slot) const { return a_stage(kStages) + 8 * slot; }
   FLATLORA_DEVICE gpu::Shared empty(uint32_t slot) const { return full(kStages + slot); }
-  FLATLORA_DEVICE gpu::Shared order(int turn) const { return full(uint32_t(2 * kStages + turn)); }
 
   // A place in the ring of stages; the parity tells one use of a stage from the next.
   struct Ring {
-    uint32_t slot = 0, parity = 0, round = 0;  // round: parity of a producer's own steps
+    uint32_t slot = 0, parity = 0;
     template <int kCount = 1>
     FLATLORA_DEVICE void advance() {
-      if (kCount > 1) round ^= 1;
       slot += uint32_t(kCount % kStages);
       parity ^= uint32_t(kCount / kStages) & 1;
       if (slot >= uint32_t(kStages)) slot -= uint32_t(kStages), parity ^= 1;
@@ -116,8 +112,6 @@ struct Sm90Linear {
         gpu::mbarrier_init(full(i), 2);
         gpu::mbarrier_init(empty(i), kCluster * kTile.kConsumers * 4);
       }
-      for (int i = 0; i < kTurns && kOrdered; ++i) gpu::mbarrier_init(order(i), 1);
-      if (kOrdered) gpu::mbarrier_arrive(order(0));
       gpu::fence_mbarrier_init();
     }
     gpu::cluster_sync();
@@ -152,7 +146,7 @@ struct Sm90Linear {
   FLATLORA_DEVICE int64_t first_column() const {
     return (kInputGrad ? first_out + first_line() / 64 * 64 : 0) + chunk() * 8;
   }
-  // Of chunk i, from the first one's: rows, and columns.
+  // Of chunk i, from the first one's.
   FLATLORA_DEVICE static constexpr int row(int i) { return Own::row(i); }
   FLATLORA_DEVICE static constexpr int column(int i) { return 8 * Own::col(i); }
 
@@ -211,18 +205,15 @@ struct Sm90Linear {
   // The thread that sends for tiles of `a` and u.
   FLATLORA_DEVICE static bool fetches() { return member() == 0; }
   // Sends for the tile of `a` or u, where the stage is free already; 1 where there is nothing left to send for.
-  FLATLORA_DEVICE int open_early(const Ring& ring, int turn, const gpu::TensorMap* map, int at) const {
+  FLATLORA_DEVICE int open_early(const Ring& ring, const gpu::TensorMap* map, int at) const {
     if (!fetches()) return 1;
-    if (kOrdered && !gpu::mbarrier_test(order(turn), ring.round)) return 0;
     if (!gpu::mbarrier_test(empty(ring.slot), ring.parity ^ 1)) return 0;
     fetch(ring, map, at);
     return 1;
   }
   // Waits until the stage is free, and sends for the tile of `a` or u.
-  FLATLORA_DEVICE void open(const Ring& ring, int turn, const gpu::TensorMap* map, int at, int fetched = 0) const {
-    if constexpr (kOrdered) gpu::mbarrier_wait(order(turn), ring.round);
+  FLATLORA_DEVICE void open(const Ring& ring, const gpu::TensorMap* map, int at, int fetched = 0) const {
     gpu::mbarrier_wait(empty(ring.slot), ring.parity ^ 1);
-    if (kOrdered && fetches()) gpu::mbarrier_arrive(order(turn + 1 == kTurns ? 0 : turn + 1));
     if (fetches() && !fetched) fetch(ring, map, at);
   }
   FLATLORA_DEVICE void fetch(const Ring& ring, const gpu::TensorMap* map, int at) const {
@@ -257,7 +248,7 @@ struct Sm90Linear {
       int step = first;
       FLATLORA_NO_UNROLL
       for (; step < lora_steps; step += kTurns, ring.template advance<kTurns>()) {
-        open(ring, turn, u_map, step * kTile.k);
+        open(ring, u_map, step * kTile.k);
         store_adapter(ring.slot, step * kTile.k);
         close(ring, turn);
       }
@@ -293,7 +284,7 @@ struct Sm90Linear {
       load(next, from, left, limit);
       FLATLORA_NO_UNROLL
       for (; step < steps; step += kTurns, at += int(kColumns), ring.template advance<kTurns>()) {
-        const int fetched = open_early(ring, turn, a_map, at);
+        const int fetched = open_early(ring, a_map, at);
         const int here = left;
         Chunk<T> w[4];
         FLATLORA_UNROLL
@@ -312,7 +303,7 @@ struct Sm90Linear {
         for (int i = 0; i < 4; ++i)
           if (!kInputGrad && here <= column(i)) rows.factor[i] = Factor<kNoise, T>(0);
         perturb_patch<kNoise, T>(w, draw, rows, blocks);
-        open(ring, turn, a_map, at, fetched);
+        open(ring, a_map, at, fetched);
         FLATLORA_UNROLL
         for (int i = 0; i < 4; ++i) store(w_stage(ring.slot) + mine, i, w[i]);
         if constexpr (kInputGrad) scale += kColumns;

@@ -344,7 +344,9 @@ def explain(
     if isinstance(weight, QuantizedWeight):
         strategy = of_packed(choice, found.backend, found.strategy, weight, rows)
         if strategy != found.strategy:
-            reason = f"{found.backend} does not decode format {weight.format!r} inside its product, or slowly"
+            slow = registry.fuses_packed(found.backend, weight)
+            reason = f"{found.backend} does not decode format {weight.format!r} inside its product"
+            reason = f"slices are faster than codes in {found.backend}'s product" if slow else reason
             found = found._replace(strategy=strategy, reason=reason)
     problem = Problem(device, weight.dtype, noise, noise_accum, *sizes)
     workspace = workspace_limit(weight)

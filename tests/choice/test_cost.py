@@ -333,11 +333,25 @@ def test_the_model_is_near_what_an_h200_took() -> None:
                 if provider == providers[0]:
                     of = call(noise, M, direction=mode, rank=rank)
                     off.append(cost.cost(H200, backend, way, of).seconds / found.seconds)
-                    assert 0.55 < off[-1] < 1.35, (name, rank, mode, M, noise)
+                    slices, few = (
+                        name == "panel" and M == 1024,
+                        name == "triton" and noise == "near_gaussian" and M == 16,
+                    )
+                    assert (0.55 if few else 0.7) < off[-1] < (1.35 if slices else 1.25), (
+                        name,
+                        rank,
+                        mode,
+                        M,
+                        noise,
+                    )
                     if noise in ("none", *NOISES):  # the counts of the others are estimates
                         counted.append(off[-1])
-                    if name in ("plain", "perturb"):
-                        assert 0.85 < off[-1] < 1.26, (name, rank, mode, M, noise)
+                    if name in (
+                        "plain",
+                        "perturb",
+                    ):  # at 256 rows the library has a better tile than the model
+                        most = 1.25 if M in (64, 256) else 1.15
+                        assert 0.85 < off[-1] < most, (name, rank, mode, M, noise)
     assert len(off) > 180
     assert sum(0.85 <= o <= 1.15 for o in counted) > 0.9 * len(counted)
 

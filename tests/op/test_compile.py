@@ -100,9 +100,8 @@ def test_all_types(target: Target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("compiler", [INDUCTOR])
 def test_inductor_with_noise_scale_given(target: Target, compiler: str) -> None:
-    near = (
-        ("grad of bias",) if target.device == "cuda" else ()
-    )  # which inductor sums up, in an order of its own
+    # Inductor sums it up itself, on a GPU in an order of its own.
+    near = ("grad of bias",) if target.device == "cuda" else ()
     same_bits_as_eager(target, torch.float32, compiler, near)
 
 
