@@ -305,11 +305,10 @@ def test_where_adapter_grads_pays(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("offsets", [(5, 16), (0, 8), (64, 128)], ids=str)
+@pytest.mark.parametrize("offsets, programs", [((5, 16), 0), ((0, 8), 3), ((64, 128), 0)], ids=str)
 @pytest.mark.parametrize("noise", oracle.KINDS)
-@pytest.mark.parametrize("programs", [0, 3])
 def test_perturb_tiles(
-    programs: int, noise: str, offsets: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    noise: str, offsets: tuple[int, int], programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tile of the table, of which a program draws several, or fewer of a small weight, against the interpreter's
     own."""
