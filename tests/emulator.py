@@ -29,6 +29,9 @@ if os.environ.get("FLATLORA_SANITIZE"):  # `make test-emulator` does, with the s
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
+AHEAD = 2000  # where rows of the table in csrc/cuda/linear_sm90_ahead.h begin
+
+
 class Site(NamedTuple):
     """Where instructions of one kind stand in the kernels, and what they did since the last call."""
 
@@ -114,7 +117,7 @@ class Kernels(Emulator):
         config: int = -1,
         splits: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """The product, and where its sum was cut the float32 (parts, M, outputs) that were added."""
+        """The product, and the workspace: where the sum was cut the float32 (parts, M, outputs) that were added."""
         y = torch.full((a.shape[0], weight.shape[1 if input_grad else 0]), torch.nan, dtype=a.dtype)
         packed = arguments.linear(
             Product(a, weight, input_grad, u, lora, bias, scaling), draw, noise_accum, y
@@ -129,7 +132,7 @@ class Kernels(Emulator):
             raise RuntimeError(self.library.flatlora_cuda_error(-needed).decode())
         parts = torch.full((needed // 4,), torch.nan) if needed else None
         self._check(self.library.flatlora_cuda_linear(packed, gpu(parts)))
-        return y, None if parts is None else parts.view(-1, *y.shape)
+        return y, parts if parts is None or config >= AHEAD else parts.view(-1, *y.shape)
 
     def perturb(self, weight: Tensor, draw: Draw) -> Tensor:
         out = torch.full(weight.shape, torch.nan, dtype=weight.dtype)

@@ -58,6 +58,12 @@ _BUDGETS = {
     ("linear_sm80", "rademacher, 3, apart"): 11.5,
     ("linear_sm80<bf16", "rademacher"): 8.0,
     ("linear_sm80", "rademacher"): 11.0,
+    # What draws for other blocks: on every way of the branches, and with the loop for the adapter's tiles.
+    ("linear_sm90_ahead", "gaussian"): 22.0,
+    ("linear_sm90_ahead<bf16", "near_gaussian"): 11.0,
+    ("linear_sm90_ahead<f16", "near_gaussian"): 14.0,
+    ("linear_sm90_ahead<bf16", "rademacher"): 8.0,
+    ("linear_sm90_ahead", "rademacher"): 10.5,
     ("linear_sm90", "gaussian"): 20.0,
     ("linear_sm90<bf16", "near_gaussian"): 9.5,
     ("linear_sm90<f16", "near_gaussian"): 12.5,
@@ -220,6 +226,8 @@ def _draws(body: reader.Body, name: str) -> int:
         return 1 if "small" in name else 16
     if "hadamard" in name:  # signs by index: of a patch, or of a chunk at a time
         return 32 if regular(name) else 8
+    if name.startswith("linear_sm90_ahead"):
+        return _calls(body) * (128 if "rademacher" in name else 16)
     # A patch, of rademacher all 16 rows of a call where a thread has them.
     moved = sum(i.opcode.startswith("PRMT") for i in body)  # signs, to two values each
     whole = name.startswith("perturb") and regular(name) or name.startswith("linear_sm90") and moved >= 64
@@ -245,12 +253,14 @@ def read(listing: str, mangled: str, name: str, target: str, usage: dict[str, in
     if not body and _calls(everything):
         problems.append("no loop that draws noise")
     looping = sorted({i for loop in loops for i in loop})
-    if fences := [code[i].text for i in looping if _fences_all(code[i].opcode)]:
+    hands_over = name.startswith("linear_sm90_ahead")  # to other blocks
+    if fences := [code[i].text for i in looping if not hands_over and _fences_all(code[i].opcode)]:
         problems.append(f"{len(fences)} GPU-wide fences in loops, the first {fences[0]}")
     problems += reader.faults(everything, body, "the main loop")
     if name.startswith("linear"):
         used = {i.opcode.split(".")[0] for i in everything}
         wanted = {"HGMMA", "UTMALDG"} if target == "90a" else {"HMMA", "LDSM", "LDGSTS"}
+        wanted |= {"STSM", "UTMASTG", "NANOSLEEP"} if hands_over else set()
         problems += [f"no {w}" for w in sorted(wanted - used)]
     values = _draws(body, name)
     besides = [i for i in body if not reader.is_tensor(i) and not i.opcode.startswith("LDSM")]

@@ -17,6 +17,9 @@ namespace flatlora {
 bool linear_sm90_takes(const LinearArgs&, const Gpu&) { return false; }
 int64_t linear_sm90_workspace(const LinearArgs&, const Gpu&) { return 0; }
 gpu::Error linear_sm90(const LinearArgs&, const Gpu&) { return -1; }
+bool linear_ahead_takes(const LinearArgs&, const Gpu&) { return false; }
+int64_t linear_ahead_workspace(const LinearArgs&, const Gpu&) { return 0; }
+gpu::Error linear_ahead(const LinearArgs&, const Gpu&) { return -1; }
 #endif
 
 namespace {
@@ -127,16 +130,34 @@ int refused(const LinearArgs& args) {
   return linear_sm80_takes(args) ? 0 : kNotPacked;
 }
 
-constexpr int64_t kSm90Configs = 1000;  // `config` of linear_sm90 begins here
+// A kernel of the fused product: two functions, and where its `config` begins.
+struct Fused {
+  int64_t first_config;
+  int64_t (*workspace)(const LinearArgs&, const Gpu&);
+  gpu::Error (*run)(const LinearArgs&, const Gpu&);
+};
+constexpr Fused kSm80 = {0, linear_sm80_workspace, linear_sm80};
+constexpr Fused kSm90 = {1000, linear_sm90_workspace, linear_sm90};
+constexpr Fused kAhead = {2000, linear_ahead_workspace, linear_ahead};
 
-// Tells whether linear_sm90 takes the call, and leaves in gpu->config the row of the chosen kernel's table.
-bool use_sm90(const LinearArgs& args, Gpu* gpu) {
-  if (gpu->architecture == 90 && (gpu->config < 0 || gpu->config >= kSm90Configs) && linear_sm90_takes(args, *gpu)) {
-    if (gpu->config >= kSm90Configs) gpu->config -= kSm90Configs;
-    return true;
+// The kernel that takes the call, and leaves in gpu->config the row of its table. Not kAhead by itself: it has never
+// run on a GPU.
+const Fused& choose_fused(const LinearArgs& args, Gpu* gpu) {
+  const int64_t asked = gpu->config;
+  const auto take = [&](const Fused& kernel) -> const Fused& {
+    gpu->config = asked < kernel.first_config ? -1 : asked - kernel.first_config;
+    return kernel;
+  };
+  if (gpu->architecture == 90 && asked >= kAhead.first_config) {
+    const Fused& kernel = take(kAhead);
+    if (linear_ahead_takes(args, *gpu)) return kernel;
   }
-  if (gpu->config >= kSm90Configs) gpu->config = -1;
-  return false;
+  if (gpu->architecture == 90 && (asked < 0 || (asked >= kSm90.first_config && asked < kAhead.first_config))) {
+    const Fused& kernel = take(kSm90);
+    if (linear_sm90_takes(args, *gpu)) return kernel;
+  }
+  gpu->config = asked < kSm90.first_config ? asked : -1;
+  return kSm80;
 }
 
 }  // namespace
@@ -172,14 +193,13 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
   flatlora::Gpu gpu;
   if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
   if (const int error = flatlora::enter(gpu)) return -int64_t(error);
-  if (flatlora::use_sm90(*args, &gpu)) return flatlora::linear_sm90_workspace(*args, gpu);
-  return flatlora::linear_sm80_workspace(*args, gpu);
+  return flatlora::choose_fused(*args, &gpu).workspace(*args, gpu);
 }
 
 EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {
   if (const int error = flatlora::refused(*args)) return error;
   return flatlora::call(*args, *gpu, [](const flatlora::LinearArgs& args, flatlora::Gpu& gpu) {
-    return flatlora::use_sm90(args, &gpu) ? flatlora::linear_sm90(args, gpu) : flatlora::linear_sm80(args, gpu);
+    return flatlora::choose_fused(args, &gpu).run(args, gpu);
   });
 }
 

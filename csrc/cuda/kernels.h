@@ -27,6 +27,11 @@ bool linear_sm90_takes(const LinearArgs&, const Gpu&);
 int64_t linear_sm90_workspace(const LinearArgs&, const Gpu&);
 gpu::Error linear_sm90(const LinearArgs&, const Gpu&);
 
+// For sm_90a and many rows; linear_sm90_ahead.h.
+bool linear_ahead_takes(const LinearArgs&, const Gpu&);
+int64_t linear_ahead_workspace(const LinearArgs&, const Gpu&);
+gpu::Error linear_ahead(const LinearArgs&, const Gpu&);
+
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&);  // row_norms.h
 gpu::Error transform(const TransformArgs&, const Gpu&);  // transform.h
 gpu::Error perturb(const PerturbArgs&, const Gpu&);  // perturb.h

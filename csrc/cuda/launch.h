@@ -26,11 +26,12 @@ struct Launch {
   void* stream;
   // Blocks that share; divides `blocks`.
   int cluster = 1;
+  bool together = false;  // all blocks at once, or an error
 };
 
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2] = {};
 
   LaunchConfig(const LaunchConfig&) = delete;
   explicit LaunchConfig(const Launch& how) {
@@ -38,12 +39,18 @@ struct LaunchConfig {
     config.blockDim = dim3(unsigned(how.threads));
     config.dynamicSmemBytes = size_t(how.shared_bytes + 1024);
     config.stream = static_cast<cudaStream_t>(how.stream);
-    if (how.cluster == 1) return;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(how.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = unsigned(how.cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    if (how.together) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
   }
 };
 
@@ -83,10 +90,15 @@ Error launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
   return cudaLaunchKernelEx(&launch.config, kernel, P(arguments)...);
 }
 
-// Of a row-major (rows, columns) matrix of 16-bit elements, for boxes of (box_rows, 64) that land with 128-byte rows
-// under the 128-byte swizzle (16-byte chunk c of row r at chunk c ^ r % 8). `data` and `row_bytes`: multiples of 16.
-inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
-                               int box_rows, bool is_bf16) {
+inline Error clear(void* data, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(stream));
+}
+
+// Of row-major (rows, columns) matrices of 16-bit elements, one after the other, for boxes of (box_rows, 64) that lie
+// with 128-byte rows under the 128-byte swizzle (16-byte chunk c of row r at chunk c ^ r % 8). `data` and `row_bytes`:
+// multiples of 16.
+inline Error encode_tensor_maps(TensorMap* map, const void* data, int planes, int64_t rows, int64_t columns,
+                                int64_t row_bytes, int box_rows, bool is_bf16) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -96,15 +108,20 @@ inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, i
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
-  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
-  const cuuint64_t strides[1] = {cuuint64_t(row_bytes)};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
+  const cuuint64_t sizes[3] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(planes)};
+  const cuuint64_t strides[2] = {cuuint64_t(row_bytes), cuuint64_t(rows * row_bytes)};
+  const cuuint32_t box[3] = {64, cuuint32_t(box_rows), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
-      encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, planes > 0 ? 3 : 2,
              const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kTensorMapError + int(result);
+}
+// Of one, for instructions without planes.
+inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
+                               int box_rows, bool is_bf16) {
+  return encode_tensor_maps(map, data, 0, rows, columns, row_bytes, box_rows, is_bf16);
 }
 
 }  // namespace gpu

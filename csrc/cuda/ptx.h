@@ -108,6 +108,24 @@ FLATLORA_DEVICE void store_global(void* p, Words<4> w) {
                : "memory");
 }
 
+// --- Between blocks that run at the same time: counters in global memory ---
+
+// After what this thread did, and what it has seen, of the whole GPU.
+FLATLORA_DEVICE void add_release(uint32_t* counter, uint32_t n) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(n) : "memory");
+}
+// Whether the counter has come as far. What was done before that is seen after fence_gpu.
+FLATLORA_DEVICE bool at_least(const uint32_t* counter, uint32_t least) {
+  uint32_t n;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(counter) : "memory");
+  return n >= least;
+}
+// Until it has.
+FLATLORA_DEVICE void wait_at_least(const uint32_t* counter, uint32_t least) {
+  while (!at_least(counter, least)) __nanosleep(32);
+}
+FLATLORA_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // --- Within a block ---
 
 FLATLORA_DEVICE void sync_threads() { __syncthreads(); }
@@ -118,6 +136,9 @@ FLATLORA_DEVICE void sync_named(int id, int threads) {
 }
 FLATLORA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 FLATLORA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+FLATLORA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+// Bit l: `x` of lane l.
+FLATLORA_DEVICE uint32_t vote(bool x) { return __ballot_sync(~0u, x); }
 
 // --- Arithmetic ---
 
@@ -301,6 +322,11 @@ FLATLORA_DEVICE void fence_proxy_async() {
   FLATLORA_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 
+// The same of global memory, and on both sides of what another block hands over.
+FLATLORA_DEVICE void fence_proxy_async_global() {
+  FLATLORA_SM90(asm volatile("fence.proxy.async.global;" :: : "memory"));
+}
+
 using TensorMap = CUtensorMap;
 
 // The box of `map` at element (column, row); out of bounds is zero. One thread; `to` at a multiple of 1024 bytes, where
@@ -332,6 +358,30 @@ FLATLORA_DEVICE void copy_to_block(int rank, Shared at, int bytes, Shared barrie
                    "}" ::"r"(at),
                    "r"(bytes), "r"(rank), "r"(barrier) : "memory"));
 }
+// Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+FLATLORA_DEVICE void stmatrix(Shared row, const uint32_t (&r)[4]) {
+  FLATLORA_SM90(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]),
+                             "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+}
+// Shared memory to the box of `map` at element (column, row) of a plane, but for what is out of bounds; a group of its
+// own. One thread.
+FLATLORA_DEVICE void tma_store(const TensorMap* map, int column, int row, int plane, Shared from) {
+  FLATLORA_SM90(
+      asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
+                   "cp.async.bulk.commit_group;" ::"l"(map),
+                   "r"(column), "r"(row), "r"(plane), "r"(from) : "memory"));
+}
+// Until shared memory has been read for all but `pending` of this thread's stores.
+template <int pending>
+FLATLORA_DEVICE void tma_store_wait_read() {
+  FLATLORA_SM90(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory"));
+}
+// Until all but so many are done.
+template <int pending>
+FLATLORA_DEVICE void tma_store_wait() {
+  FLATLORA_SM90(asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory"));
+}
+
 // All threads of all blocks of the cluster.
 FLATLORA_DEVICE void cluster_sync() {
   FLATLORA_SM90(

@@ -18,6 +18,11 @@ Error clusters_at_once(void (*)(P...), const Launch& how, int64_t processors, in
   return 0;
 }
 
+inline Error clear(void* data, int64_t bytes, void*) {
+  memset(data, 0, size_t(bytes));
+  return 0;
+}
+
 void emulated_device(int64_t* architecture, int64_t* processors, int64_t* shared_limit);
 // What was wrong in the last launch.
 const char* error_text(Error error);

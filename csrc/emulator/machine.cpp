@@ -108,8 +108,14 @@ struct Range {
   bool write;
 };
 std::vector<Range> ranges;
-// Which thread of the launch wrote two bytes of global memory, by page.
-std::unordered_map<uintptr_t, std::vector<uint32_t>> written;
+// Which thread of the launch wrote two bytes of global memory, and when, by page.
+struct Written {
+  uint32_t writer = 0, epoch = 0;
+};
+std::unordered_map<uintptr_t, std::vector<Written>> written;
+// Asynchronous reads of what the launch wrote, by 16 bytes.
+std::unordered_map<uintptr_t, std::vector<Access>> copied;
+std::unordered_map<const uint32_t*, std::shared_ptr<const Clock>> counters;
 
 std::string format_text(const char* format, va_list arguments) {
   char text[600];
@@ -252,7 +258,7 @@ void report_deadlock() {
 }
 
 void run_cluster(int64_t first) {
-  const int threads = machine.how.threads, cluster = machine.how.cluster;
+  const int threads = machine.how.threads, cluster = machine.group();
   machine.agents.clear();
   machine.extra.reset();
   machine.actors = 2 * threads * cluster;
@@ -430,9 +436,10 @@ static void join(std::vector<uint32_t>& to, const std::vector<uint32_t>& from) {
 void Clock::join(const Clock& other) {
   emulated::join(epochs, other.epochs);
   emulated::join(fenced, other.fenced);
+  emulated::join(fenced_global, other.fenced_global);
 }
 
-static int all_threads() { return machine.how.threads * machine.how.cluster; }
+static int all_threads() { return machine.how.threads * machine.group(); }
 
 uint16_t add_actor() { return uint16_t(machine.actors++); }
 
@@ -446,6 +453,16 @@ static bool covers_fenced(const Thread& t, uint16_t actor, uint32_t epoch) {
   if (covers(t.warp->seen.fenced, actor, epoch) || covers(t.acquired.fenced, actor, epoch)) return true;
   for (const auto& [place, clock] : t.heard)
     if (covers(clock->fenced, actor, epoch)) return true;
+  return false;
+}
+
+// For an asynchronous access to global memory.
+static bool covers_fenced_global(const Thread& t, uint16_t actor, uint32_t epoch) {
+  if (actor == t.actor) return epoch <= t.fenced_global;
+  if (!covers(t.warp->proxied, actor, epoch) && !covers(t.proxied, actor, epoch)) return false;
+  if (covers(t.warp->seen.fenced_global, actor, epoch) || covers(t.acquired.fenced_global, actor, epoch)) return true;
+  for (const auto& [place, clock] : t.heard)
+    if (covers(clock->fenced_global, actor, epoch)) return true;
   return false;
 }
 
@@ -468,6 +485,7 @@ static void add_own(const Thread& t, Clock& to) {
   };
   set(to.epochs, t.epoch, t.landed);
   if (t.fenced) set(to.fenced, t.fenced, t.fenced_copies);
+  if (t.fenced_global) set(to.fenced_global, t.fenced_global, 0);
 }
 
 void release(Thread& t, Clock& into) {
@@ -489,6 +507,8 @@ void acquire(Thread& t, const void* place, const std::shared_ptr<const Clock>& f
 void join_lanes(Warp& w) {
   std::set<const Clock*> joined;
   for (Thread* t : w.lanes) {
+    join(w.proxied, t->proxied);
+    t->proxied.clear();
     if (!t->acquired.epochs.empty() || !t->acquired.fenced.empty()) {
       w.seen.join(t->acquired);
       t->acquired = Clock();
@@ -506,6 +526,38 @@ void join_lanes(Warp& w) {
 void fence_proxies(Thread& t) {
   t.fenced = t.epoch++;
   t.fenced_copies = t.landed;
+}
+
+static void check_range(const void* p, int64_t bytes, bool write, SiteId site);
+
+void fence_proxies_global(Thread& t) {
+  join(t.proxied, t.warp->seen.epochs);
+  join(t.proxied, t.acquired.epochs);
+  for (const auto& [place, clock] : t.heard) join(t.proxied, clock->epochs);
+  t.fenced_global = t.epoch++;
+}
+
+void add_release(uint32_t* counter, uint32_t n, SiteId site) {
+  check_range(counter, 4, true, site);
+  std::shared_ptr<const Clock>& known = counters[counter];
+  const auto clock = known ? std::make_shared<Clock>(*known) : std::make_shared<Clock>();
+  release(*current, *clock);
+  known = clock;
+  *counter += n;
+}
+
+bool at_least(const uint32_t* counter, uint32_t least, bool wait, SiteId site) {
+  check_range(counter, 4, false, site);
+  if (wait) wait_until([&] { return *counter >= least; }, site);
+  if (*counter < least) return false;
+  const auto found = counters.find(counter);
+  if (found != counters.end()) current->observed.push_back({counter, found->second});
+  return true;
+}
+
+void fence_gpu() {
+  for (const auto& [counter, clock] : current->observed) acquire(*current, counter, clock);
+  current->observed.clear();
 }
 
 static void check_bounds(Block& block, Shared p, int bytes, int alignment, SiteId site) {
@@ -580,21 +632,27 @@ void record(Shared p, int bytes, Does does, SiteId site) {
 
 void poison(Block& block, Shared p, int bytes) { memset(block.at(p), 0xff, size_t(bytes)); }
 
-void check_global(const void* p, int bytes, bool write, SiteId site) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  if (begin % bytes)
-    fail("%s: %s, global address %p is not aligned to %d bytes", name(*current).c_str(), name(site).c_str(), p, bytes);
-  if (!machine.checks) return;
-  if (!ranges.empty() && std::none_of(ranges.begin(), ranges.end(), [&](const Range& r) {
+static void check_range(const void* p, int64_t bytes, bool write, SiteId site) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + uintptr_t(bytes);
+  if (machine.checks && !ranges.empty() && std::none_of(ranges.begin(), ranges.end(), [&](const Range& r) {
         return r.begin <= begin && end <= r.end && (r.write || !write);
       }))
-    fail("%s: %s, %d bytes at %p that no tensor %s", name(*current).c_str(), name(site).c_str(), bytes, p,
+    fail("%s: %s, %lld bytes at %p that no tensor %s", name(*current).c_str(), name(site).c_str(), (long long)bytes, p,
          write ? "lets it write" : "has");
-  if (!write && written.empty()) return;
+}
+
+// `copy`: an asynchronous access, null for a plain one.
+static void touch_global(const void* p, int64_t bytes, bool write, SiteId site, const Access* copy) {
+  check_range(p, bytes, write, site);
+  if (!machine.checks || (!write && written.empty())) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + uintptr_t(bytes);
+  const bool together = machine.how.together;
   const uint32_t me = uint32_t(current->block->index * machine.how.threads + current->index + 1);
-  static std::vector<uint32_t>* page = nullptr;
+  const auto once = [site](SiteId other) { return raced.insert(uint32_t(other) << 16 | site).second; };
+  static std::vector<Written>* page = nullptr;
   static uintptr_t page_number = 0;
   if (written.empty()) page_number = 0;
+  bool handed = false;
   for (uintptr_t at = begin; at < end; at += 2) {
     if (page_number != at >> 12) {
       auto found = written.find(at >> 12);
@@ -603,12 +661,46 @@ void check_global(const void* p, int bytes, bool write, SiteId site) {
       page = &written[page_number];
       page->resize(2048);
     }
-    uint32_t& writer = (*page)[at / 2 % 2048];
-    if (writer && writer != me && raced.insert(uint32_t(site) << 16 | site).second)
-      complain("%s: %s, global memory that thread %u of block %u wrote in the same launch", name(*current).c_str(),
-               name(site).c_str(), (writer - 1) % machine.how.threads, (writer - 1) / machine.how.threads);
-    if (write) writer = me;
+    Written& w = (*page)[at / 2 % 2048];
+    if (w.writer && (w.writer != me || copy)) {
+      handed = true;
+      const uint16_t actor = uint16_t(w.writer - 1);  // where all blocks live at once
+      if (!(together && has_seen(*current, actor, w.epoch))) {
+        if (once(site))
+          complain("%s: %s, global memory that thread %u of block %u wrote in the same launch", name(*current).c_str(),
+                   name(site).c_str(), (w.writer - 1) % machine.how.threads, (w.writer - 1) / machine.how.threads);
+      } else if (copy && !covers_fenced_global(*current, actor, w.epoch) && once(0)) {
+        complain("missing proxy fence: %s: %s, global memory that thread %u of block %u wrote", name(*current).c_str(),
+                 name(site).c_str(), (w.writer - 1) % machine.how.threads, (w.writer - 1) / machine.how.threads);
+      }
+    }
+    if (write) w = {me, current->epoch};
   }
+  if (!together) return;
+  for (uintptr_t at = begin / 16; at < (end + 15) / 16; ++at) {
+    if (write) {
+      const auto found = copied.find(at);
+      if (found == copied.end()) continue;
+      for (const Access& read : found->second)
+        if (!has_seen(*current, read.actor, read.epoch) && once(read.site))
+          complain("data race: %s reads global memory, then %s writes there (%s)", name(read.site).c_str(),
+                   name(site).c_str(), name(*current).c_str());
+      copied.erase(found);
+    } else if (copy && handed) {
+      copied[at].push_back(*copy);
+    }
+  }
+}
+
+void check_global(const void* p, int bytes, bool write, SiteId site) {
+  if (reinterpret_cast<uintptr_t>(p) % uintptr_t(bytes))
+    fail("%s: %s, global address %p is not aligned to %d bytes", name(*current).c_str(), name(site).c_str(), p, bytes);
+  touch_global(p, bytes, write, site, nullptr);
+}
+
+void check_global_copy(const void* p, int64_t bytes, bool write, SiteId site, uint16_t actor, uint32_t epoch) {
+  const Access copy{epoch, actor, site};
+  touch_global(p, bytes, write, site, &copy);
 }
 
 // --- Bank conflicts ---
@@ -653,7 +745,7 @@ static int64_t shared_limit() {
 }
 
 Error run(const Launch& how, const std::function<void()>& kernel) {
-  constexpr Error kInvalid = 1, kBroken = 719;  // cudaErrorInvalidValue, cudaErrorLaunchFailure
+  constexpr Error kInvalid = 1, kBroken = 719, kTooLarge = 720;  // cudaErrorInvalidValue and so on
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   report.clear();
@@ -669,14 +761,20 @@ Error run(const Launch& how, const std::function<void()>& kernel) {
              (long long)how.blocks, how.threads, how.shared_bytes, how.cluster);
     return kInvalid;
   }
+  if (how.together && how.blocks > machine.processors) {
+    complain("launch of %lld blocks at once on %lld processors", (long long)how.blocks, (long long)machine.processors);
+    return kTooLarge;
+  }
   machine.how = how;
   machine.random_state = uint64_t(machine.seed);
   random(2);
   written.clear();
+  copied.clear();
+  counters.clear();
   body = &kernel;
-  const int64_t clusters = how.blocks / how.cluster;
+  const int64_t clusters = how.blocks / machine.group();
   for (int64_t i = 0; i < clusters && !machine.failed; ++i)
-    run_cluster(how.cluster * (machine.seed % 2 ? clusters - 1 - i : i));
+    run_cluster(machine.group() * (machine.seed % 2 ? clusters - 1 - i : i));
   free_stacks();
   return machine.failed ? kBroken : 0;
 }

@@ -1,5 +1,6 @@
 // The machine on which kernels run without a GPU. Every CUDA thread is a fiber; the blocks of a cluster live at once,
-// clusters run one after another. ptx.h and sm90.h write the instructions in terms of this file.
+// clusters run one after another, or all blocks live at once where the launch asks for it. ptx.h and sm90.h write the
+// instructions in terms of this file.
 //
 // Order is judged by vector clocks, not by luck. An *actor* is a thread, the cp.async copies of one thread, or whatever
 // add_actor() stands for. Every access to shared memory is kept as (actor, epoch) in a shadow of the memory, and a
@@ -27,6 +28,7 @@ struct Launch {
   int shared_bytes;
   void* stream;
   int cluster = 1;
+  bool together = false;
 };
 
 namespace emulated {
@@ -47,7 +49,8 @@ SiteId site_id(const char* kind, Site site);
 
 struct Clock {
   std::vector<uint32_t> epochs;  // by actor; what is missing is 0
-  std::vector<uint32_t> fenced;  // likewise: what asynchronous accesses may see
+  std::vector<uint32_t> fenced;  // likewise: what asynchronous accesses to shared memory may see
+  std::vector<uint32_t> fenced_global;  // and to global memory
   void join(const Clock& other);
 };
 
@@ -90,6 +93,9 @@ struct Thread {
   std::vector<Copy> copies;
   Clock acquired;  // what it has seen beyond its warp
   uint32_t fenced = 0, fenced_copies = 0;  // its epoch, and `landed`, at its last fence_proxies
+  uint32_t fenced_global = 0;  // its epoch at its last fence_proxies_global
+  std::vector<uint32_t> proxied;  // what it had seen by then: its own asynchronous accesses see that
+  std::vector<std::pair<const uint32_t*, std::shared_ptr<const Clock>>> observed;  // counters, since its last fence_gpu
   // More that it has seen, by where from: of each place the last, which has all that earlier ones have.
   std::vector<std::pair<const void*, std::shared_ptr<const Clock>>> heard;
 
@@ -110,6 +116,7 @@ struct Warp {
   SiteId meets_at = 0;
   void* arguments[32];
   Clock seen;  // by all lanes
+  std::vector<uint32_t> proxied;  // of all lanes
   std::shared_ptr<void> extra;
   std::vector<std::vector<Instance>> instances;  // by site
   std::vector<std::vector<uint8_t>> visits;
@@ -148,6 +155,7 @@ struct Machine {
   std::shared_ptr<void> extra;
   bool failed = false;
   uint64_t random_state = 1;
+  int group() const { return how.together ? int(how.blocks) : how.cluster; }  // blocks that live at once
   // Settings
   int64_t seed = 0, architecture = 80, processors = 4, checks = 1;
 };
@@ -202,6 +210,9 @@ void join_lanes(Warp& warp);
 // fence.proxy.async: what the thread itself wrote becomes visible to asynchronous accesses ordered after it. (PTX would
 // let another thread's fence serve; a kernel that relies on it hides where its fences belong.)
 void fence_proxies(Thread& thread);
+// fence.proxy.async.global. What one block hands to another needs it on both sides: where it was written, and where it
+// has been waited for.
+void fence_proxies_global(Thread& thread);
 
 // Checks an access to the shared memory of `block` against earlier ones in the eyes of `viewer`, and keeps it as
 // (actor, epoch). `proxy`: by the asynchronous proxy, to which plain writes are visible only through fence_proxies.
@@ -215,6 +226,12 @@ void poison(Block& block, Shared p, int bytes);
 // Bounds and alignment alone.
 void check_shared(Block& block, Shared p, int bytes, SiteId site);
 void check_global(const void* p, int bytes, bool write, SiteId site);
+// The same of an asynchronous access of `actor`, of any length.
+void check_global_copy(const void* p, int64_t bytes, bool write, SiteId site, uint16_t actor, uint32_t epoch);
+// Counters in global memory.
+void add_release(uint32_t* counter, uint32_t n, SiteId site);
+bool at_least(const uint32_t* counter, uint32_t least, bool wait, SiteId site);
+void fence_gpu();
 
 // --- Bank conflicts ---
 

@@ -74,6 +74,24 @@ void store_global(void* p, V v, Site site = here()) {
   memcpy(p, &v, sizeof v);
 }
 
+// --- Between blocks that run at the same time: counters in global memory ---
+
+inline void add_release(uint32_t* counter, uint32_t n, Site site = here()) {
+  const SiteId id = site_id("add_release", site);
+  if (!skipped(id)) emulated::add_release(counter, n, id);
+}
+// Not a synchronisation that could be missed: whoever needs one waits as well.
+inline bool at_least(const uint32_t* counter, uint32_t least, Site site = here()) {
+  return emulated::at_least(counter, least, false, site_id("at_least", site));
+}
+inline void wait_at_least(const uint32_t* counter, uint32_t least, Site site = here()) {
+  const SiteId id = site_id("wait_at_least", site);
+  if (!skipped(id)) emulated::at_least(counter, least, true, id);
+}
+inline void fence_gpu(Site site = here()) {
+  if (!skipped(site_id("fence_gpu", site))) emulated::fence_gpu();
+}
+
 // --- Within a block ---
 
 namespace emulated {
@@ -140,6 +158,33 @@ V shuffle_xor(V x, int mask, Site site = here()) {
       Argument& a = *static_cast<Argument*>(all[i]);
       a.result = static_cast<Argument*>(all[(i ^ a.mask) & 31])->x;
     }
+  });
+  return mine.result;
+}
+
+inline float shuffle(float x, int lane, Site site = here()) {
+  struct Argument {
+    float x, result;
+    int lane;
+  } mine{x, x, lane};
+  meet(site_id("shuffle", site), &mine, [](void** all) {
+    for (int i = 0; i < 32; ++i) {
+      Argument& a = *static_cast<Argument*>(all[i]);
+      a.result = static_cast<Argument*>(all[a.lane & 31])->x;
+    }
+  });
+  return mine.result;
+}
+
+inline uint32_t vote(bool x, Site site = here()) {
+  struct Argument {
+    bool x;
+    uint32_t result;
+  } mine{x, 0};
+  meet(site_id("vote", site), &mine, [](void** all) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= uint32_t(static_cast<Argument*>(all[i])->x) << i;
+    for (int i = 0; i < 32; ++i) static_cast<Argument*>(all[i])->result = bits;
   });
   return mine.result;
 }
@@ -269,7 +314,7 @@ void cp_async(Shared to, const void* from, int valid = kBytes, Site site = here(
   for (int i = 0; i < valid; i += 2)
     emulated::check_global(static_cast<const uint8_t*>(from) + i, std::min(2, valid - i), false, id);
   emulated::Thread& t = *current;
-  const uint16_t copies = uint16_t(t.actor + emulated::machine.how.threads * emulated::machine.how.cluster);
+  const uint16_t copies = uint16_t(t.actor + emulated::machine.how.threads * emulated::machine.group());
   record(t, *t.block, to, kBytes, Does::kWrite, id, copies, t.committed + 1);
   emulated::count_banks(to, kBytes, id);
   emulated::poison(*t.block, to, kBytes);
@@ -323,6 +368,25 @@ inline void load_matrices(void** all, bool transpose, SiteId id) {
       const uint16_t high = transpose ? element[i][b + 1][a] : element[i][a][b + 1];
       static_cast<Rows*>(all[lane])->result[i] = low | uint32_t(high) << 16;
     }
+}
+
+struct StoredRows {
+  const uint32_t* values;
+  Shared row;
+};
+// The other way, of fragments that are not transposed.
+inline void store_matrices(void** all, SiteId id) {
+  for (int i = 0; i < 4; ++i) {
+    Shared phase[8];
+    for (int row = 0; row < 8; ++row) {
+      Thread& writer = current->block->threads[current->index / 32 * 32 + i * 8 + row];
+      const Shared p = phase[row] = static_cast<StoredRows*>(all[i * 8 + row])->row;
+      record(writer, *current->block, p, 16, Does::kWrite, id, writer.actor, writer.epoch);
+      for (int b = 0; b < 4; ++b)
+        memcpy(current->block->at(p) + 4 * b, &static_cast<StoredRows*>(all[row * 4 + b])->values[i], 4);
+    }
+    if (machine.checks) count_phase(phase, 8, 16, id);
+  }
 }
 
 }  // namespace emulated

@@ -70,8 +70,15 @@ struct Warpgroup {
   } warps[4];
 };
 
+// A thread's stores from shared memory; its epochs are groups.
+struct Stores {
+  uint16_t actor;
+  uint32_t issued = 0, read = 0, done = 0;
+};
+
 struct Cluster {
   std::map<std::pair<int, Shared>, Mbarrier> barriers;
+  std::map<const Thread*, Stores> stores;
   std::vector<Transfer> transfers;
   std::map<std::pair<int, int>, Warpgroup> warpgroups;  // by rank and first warp
   // Accesses from outside, by block and actor, that the block must outlive.
@@ -137,12 +144,24 @@ void check_alive(const Block& block, SiteId site) {
 }
 
 Block& block_of(int rank, SiteId site) {
-  if (rank < 0 || rank >= machine.how.cluster)
-    fail("%s: %s, block %d of a cluster of %d", name(*current).c_str(), name(site).c_str(), rank, machine.how.cluster);
+  if (rank < 0 || rank >= machine.group())
+    fail("%s: %s, block %d of a cluster of %d", name(*current).c_str(), name(site).c_str(), rank, machine.group());
   return machine.blocks[size_t(rank)];
 }
 
 // --- Asynchronous copies ---
+
+// Of a box at (column, row), what lies within the matrix: calls f(byte of the matrix, line and column of the box,
+// bytes).
+template <class F>
+void each_line(const TensorMap& map, int column, int row, F f) {
+  const int64_t first = std::max(column, 0), end = std::min(int64_t(column) + 64, map.columns);
+  if (first >= end) return;
+  for (int64_t m = std::max(row, 0); m < std::min(row + map.box_rows, map.rows); ++m)
+    f(m * map.row_bytes + first * 2, int(m - row), int(first - column), (end - first) * 2);
+}
+// Where an element of a box lies in shared memory.
+int swizzled(int line, int column) { return line * 128 + (column / 8 ^ line % 8) * 16 + column % 8 * 2; }
 
 void land(const Transfer& transfer) {
   Mbarrier& b = *transfer.barrier;
@@ -150,16 +169,11 @@ void land(const Transfer& transfer) {
   if (transfer.from_block) {
     memcpy(to, transfer.from_block->at(transfer.to), size_t(transfer.bytes));
   } else {
-    const TensorMap& map = transfer.map;
-    for (int row = 0; row < map.box_rows; ++row)
-      for (int i = 0; i < 64; ++i) {
-        const int64_t m = int64_t(transfer.row) + row, n = int64_t(transfer.column) + i;
-        uint8_t* element = to + row * 128 + (i / 8 ^ row % 8) * 16 + i % 8 * 2;
-        if (m >= 0 && m < map.rows && n >= 0 && n < map.columns)
-          memcpy(element, map.data + m * map.row_bytes + n * 2, 2);
-        else
-          memset(element, 0, 2);
-      }
+    memset(to, 0, size_t(transfer.bytes));
+    each_line(transfer.map, transfer.column, transfer.row, [&](int64_t at, int line, int column, int64_t bytes) {
+      for (int i = 0; i < int(bytes) / 2; ++i)
+        memcpy(to + swizzled(line, column + i), transfer.map.data + at + 2 * i, 2);
+    });
   }
   b.is_landed[transfer.number - 1] = true;
   while (b.landed < b.issued && b.is_landed[b.landed]) ++b.landed;
@@ -346,6 +360,8 @@ void check_end() {
     if (!seen)
       complain("%s may end before %s reaches its memory", block_name(block).c_str(), name(what.second).c_str());
   }
+  for (const auto& [thread, s] : cluster().stores)
+    if (s.read < s.issued) complain("%s ended with tma_store under way", name(*thread).c_str());
   for (const auto& [where, g] : cluster().warpgroups)
     for (const auto& warp : g.warps) {
       if (warp.issued < g.products.size())
@@ -382,7 +398,7 @@ bool advance(bool idle) {
   return any;
 }
 
-Cluster::Cluster() : registers(size_t(machine.how.cluster)) { add_agent(advance); }
+Cluster::Cluster() : registers(size_t(machine.group())) { add_agent(advance); }
 
 }  // namespace
 
@@ -451,20 +467,22 @@ bool mbarrier_test(Shared p, uint32_t parity, SiteId site) {
 }
 
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site) {
-  if (blocks == 0 || blocks >> machine.how.cluster) fail("%s: blocks %x", name(site).c_str(), blocks);
+  if (blocks == 0 || blocks >> machine.group()) fail("%s: blocks %x", name(site).c_str(), blocks);
   const int bytes = int(map.box_rows) * 128;
   if (column % 8)
     fail("%s: column %d; an H100 calls it an illegal instruction where rows do not begin at 16 bytes",
          name(site).c_str(), column);
   if (to % 1024)
     fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)to - kSharedBase);
-  for (int64_t m = std::max(row, 0); m < std::min(row + map.box_rows, map.rows); ++m)
-    for (int64_t n = std::max(column, 0); n < std::min(int64_t(column) + 64, map.columns); ++n)
-      check_global(map.data + m * map.row_bytes + n * 2, 2, false, site);
+  if (map.planes > 0) fail("%s: a map of %lld planes", name(site).c_str(), (long long)map.planes);
   for (int rank = 0; blocks >> rank; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of(rank, site);
     check_alive(block, site);
+    const Mbarrier& b = find(block, barrier, site);
+    each_line(map, column, row, [&](int64_t at, int, int, int64_t bytes) {
+      check_global_copy(map.data + at, bytes, false, site, b.actor, b.issued + 1);
+    });
     issue({&find(block, barrier, site), 0, site, &block, to, bytes, map, column, row, nullptr});
   }
 }
@@ -477,6 +495,38 @@ void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site) 
   issue({&find(to, barrier, site), 0, site, &to, at, bytes, {}, 0, 0, current->block});
 }
 
+void tma_store(const TensorMap& map, int column, int row, int plane, Shared from, SiteId site) {
+  start(site);
+  if (plane < 0 || plane >= map.planes) fail("%s: plane %d of %lld", name(site).c_str(), plane, (long long)map.planes);
+  if (column % 8) fail("%s: column %d", name(site).c_str(), column);
+  if (from % 1024)
+    fail("%s: a box at %lld; the swizzle begins every 1024 bytes", name(site).c_str(), (long long)from - kSharedBase);
+  Block& block = *current->block;
+  Stores& s = cluster().stores[current];
+  if (s.issued++ == 0) s.actor = add_actor();
+  record(*current, block, from, int(map.box_rows) * 128, Does::kRead, site, s.actor, s.issued, true);
+  uint8_t* to = const_cast<uint8_t*>(map.data) + plane * map.rows * map.row_bytes;
+  each_line(map, column, row, [&](int64_t at, int line, int column, int64_t bytes) {
+    check_global_copy(to + at, bytes, true, site, s.actor, s.issued);
+    for (int i = 0; i < int(bytes) / 2; ++i) memcpy(to + at + 2 * i, block.at(from) + swizzled(line, column + i), 2);
+  });
+}
+
+// What is known of them: that memory was read, or that they are done.
+void tma_store_wait(uint32_t pending, bool done, SiteId site) {
+  start(site);
+  const auto found = cluster().stores.find(current);
+  if (found == cluster().stores.end() || found->second.issued <= pending) return;
+  Stores& s = found->second;
+  const uint32_t group = s.issued - pending;
+  s.read = std::max(s.read, group);
+  if (done) s.done = std::max(s.done, group);
+  const auto clock = std::make_shared<Clock>();
+  clock->epochs.resize(s.actor + 1u);
+  clock->epochs[s.actor] = s.read;
+  acquire(*current, &s, clock);
+}
+
 void cluster_sync(SiteId site) {
   start(site);
   const auto arrive = [site](void**) {
@@ -486,7 +536,7 @@ void cluster_sync(SiteId site) {
     join_lanes(*current->warp);
     c.clock.join(current->warp->seen);
     c.waiting.push_back(current->warp);
-    if (int(c.waiting.size()) * 32 < machine.how.threads * machine.how.cluster) return;
+    if (int(c.waiting.size()) * 32 < machine.how.threads * machine.group()) return;
     for (Warp* warp : c.waiting) {
       warp->seen = c.clock;
       for (Thread* t : warp->lanes) wake(*t);

@@ -9,7 +9,7 @@ namespace gpu {
 
 struct alignas(64) TensorMap {
   const uint8_t* data;
-  int64_t rows, columns, row_bytes, box_rows;
+  int64_t rows, columns, row_bytes, box_rows, planes;
 };
 
 namespace emulated {
@@ -21,6 +21,8 @@ void mbarrier_wait(Shared barrier, uint32_t parity, SiteId site);
 bool mbarrier_test(Shared barrier, uint32_t parity, SiteId site);
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site);
 void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site);
+void tma_store(const TensorMap& map, int column, int row, int plane, Shared from, SiteId site);
+void tma_store_wait(uint32_t pending, bool done, SiteId site);
 void cluster_sync(SiteId site);
 void set_registers(int count, bool increase, SiteId site);
 void wgmma_fence(SiteId site);
@@ -67,6 +69,9 @@ inline bool mbarrier_test(Shared barrier, uint32_t parity, Site site = here()) {
 inline void fence_proxy_async(Site site = here()) {
   if (!skipped(site_id("fence_proxy_async", site))) emulated::fence_proxies(*current);
 }
+inline void fence_proxy_async_global(Site site = here()) {
+  if (!skipped(site_id("fence_proxy_async_global", site))) emulated::fence_proxies_global(*current);
+}
 inline void tma_load(Shared to, const TensorMap* map, int column, int row, Shared barrier, Site site = here()) {
   emulated::tma_load(to, *map, column, row, barrier, 1u << cluster_rank(), site_id("tma_load", site));
 }
@@ -76,6 +81,25 @@ inline void tma_load_multicast(Shared to, const TensorMap* map, int column, int 
 }
 inline void copy_to_block(int rank, Shared at, int bytes, Shared barrier, Site site = here()) {
   emulated::copy_to_block(rank, at, bytes, barrier, site_id("copy_to_block", site));
+}
+inline void stmatrix(Shared row, const uint32_t (&r)[4], Site site = here()) {
+  const SiteId id = site_id("stmatrix", site);
+  if (emulated::machine.architecture < 90) emulated::fail("%s needs sm_90", emulated::name(id).c_str());
+  emulated::StoredRows mine{r, row};
+  meet(id, &mine, [id](void** all) { emulated::store_matrices(all, id); });
+}
+inline void tma_store(const TensorMap* map, int column, int row, int plane, Shared from, Site site = here()) {
+  emulated::tma_store(*map, column, row, plane, from, site_id("tma_store", site));
+}
+template <int pending>
+void tma_store_wait_read(Site site = here()) {
+  const SiteId id = site_id("tma_store_wait_read", site);
+  if (!skipped(id)) emulated::tma_store_wait(pending, false, id);
+}
+template <int pending>
+void tma_store_wait(Site site = here()) {
+  const SiteId id = site_id("tma_store_wait", site);
+  if (!skipped(id)) emulated::tma_store_wait(pending, true, id);
 }
 inline void cluster_sync(Site site = here()) {
   const SiteId id = site_id("cluster_sync", site);
@@ -121,15 +145,19 @@ void wgmma(float (&d)[n], uint64_t a, uint64_t b, int accumulate, f16, Site site
 }
 
 // Refuses what cuTensorMapEncodeTiled refuses.
-inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
-                               int box_rows, bool) {
+inline Error encode_tensor_maps(TensorMap* map, const void* data, int planes, int64_t rows, int64_t columns,
+                                int64_t row_bytes, int box_rows, bool) {
   constexpr int64_t kSizes = int64_t(1) << 32, kStrides = int64_t(1) << 40;
   if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(data) % 16 || rows < 1 || rows > kSizes ||
       columns < 1 || columns > kSizes || row_bytes % 16 || row_bytes < 2 * columns || row_bytes >= kStrides ||
       box_rows < 1 || box_rows > 256)
     return 1;
-  *map = {static_cast<const uint8_t*>(data), rows, columns, row_bytes, box_rows};
+  *map = {static_cast<const uint8_t*>(data), rows, columns, row_bytes, box_rows, planes};
   return 0;
+}
+inline Error encode_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
+                               int box_rows, bool is_bf16) {
+  return encode_tensor_maps(map, data, 0, rows, columns, row_bytes, box_rows, is_bf16);
 }
 
 }  // namespace gpu

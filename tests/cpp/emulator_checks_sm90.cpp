@@ -252,6 +252,77 @@ void registers(Out, Map) {
     registers_increase<256>();
 }
 // 384 threads have 168 each.
+// --- Stores by the copy engine ---
+
+enum class Store { kRight, kNoProxyFence, kNoSync, kNoWait, kOverwritten, kOverwrittenLate, kPlane, kMisaligned };
+template <Store store>
+void stored(Out, Map map) {
+  TensorMap planes = *map;
+  planes.planes = 1;
+  for (int i = lane(); i < 512; i += 32) store_shared(data() + uint32_t(i) * 4, float(i));
+  if (store != Store::kNoProxyFence) fence_proxy_async();
+  if (store != Store::kNoSync) sync_warp();
+  if (lane() == 0) {
+    tma_store(&planes, 0, 0, store == Store::kPlane, data() + (store == Store::kMisaligned ? 128 : 0));
+    if (store == Store::kRight || store == Store::kOverwrittenLate) tma_store_wait_read<0>();
+  }
+  if (store == Store::kOverwrittenLate) sync_warp();
+  if (store == Store::kOverwritten || store == Store::kOverwrittenLate)
+    store_shared(data() + uint32_t(lane()) * 4, 1.0f);
+  if (lane() == 0 && store != Store::kNoWait) tma_store_wait<0>();
+}
+void load_of_planes(Out, Map map) {
+  TensorMap planes = *map;
+  planes.planes = 1;
+  start(1);
+  if (thread() == 0) tma_load(data(), &planes, 0, 0, barrier());
+}
+
+// --- Blocks that are there at once: block 0 writes what block 1 fetches, twice ---
+
+enum class Hand {
+  kRight,
+  kNotTold,
+  kToldByAnother,
+  kNotWaited,
+  kNoFence,
+  kFirstProxyFence,
+  kSecondProxyFence,
+  kOverwritten
+};
+template <Hand hand>
+void handed(Out out, Map map) {
+  uint32_t* const counters = reinterpret_cast<uint32_t*>(out);
+  uint8_t* const between = const_cast<uint8_t*>(map->data);
+  start(1);
+  for (uint32_t turn = 0; turn < 2; ++turn) {
+    if (block() == 0) {
+      if (turn == 1) {
+        wait_at_least(counters + 1, 1);
+        fence_gpu();
+        sync_threads();
+      }
+      for (int i = thread() * 16; i < 2048; i += 64 * 16) store_global(between + i, Words<4>{{turn, 0, 0, 0}});
+      if (hand != Hand::kFirstProxyFence) fence_proxy_async_global();
+      if (hand != Hand::kToldByAnother) sync_threads();
+      if (thread() == 0 && hand != Hand::kNotTold) add_release(counters, 1);
+    } else if (thread() == 0) {
+      if (hand == Hand::kNotWaited)
+        at_least(counters, turn + 1);
+      else
+        wait_at_least(counters, turn + 1);
+      if (hand != Hand::kNoFence) fence_gpu();
+      if (hand != Hand::kSecondProxyFence) fence_proxy_async_global();
+      mbarrier_arrive_expect(barrier(), 2048);
+      tma_load(data(), map, 0, 0, barrier());
+      if (hand == Hand::kOverwritten) add_release(counters + 1, 1);
+      mbarrier_wait(barrier(), turn);
+      if (hand != Hand::kOverwritten) add_release(counters + 1, 1);
+    }
+  }
+}
+void nothing(Out, Map) {}
+
 template <int kMore>
 void registers_of_three(Out, Map) {
   if (warp() < 4)
@@ -346,6 +417,7 @@ struct Case {
   const char* name;
   void (*kernel)(Out, Map);
   int threads = 128, cluster = 1;
+  int together = 0;  // blocks
 };
 #define CASE(name, ...) {#name, name, __VA_ARGS__}
 const Case cases[] = {
@@ -391,6 +463,24 @@ const Case cases[] = {
     CASE(distant_arrival_at_the_end, 128, 2),
     CASE(distant_arrival_waited_for, 128, 2),
     CASE(part_of_cluster, 64, 2),
+    {"store", stored<Store::kRight>, 32},
+    {"store_without_proxy_fence", stored<Store::kNoProxyFence>, 32},
+    {"store_without_sync_warp", stored<Store::kNoSync>, 32},
+    {"store_without_wait", stored<Store::kNoWait>, 32},
+    {"store_overwritten_early", stored<Store::kOverwritten>, 32},
+    {"store_overwritten_late", stored<Store::kOverwrittenLate>, 32},
+    {"store_to_no_plane", stored<Store::kPlane>, 32},
+    {"store_misaligned", stored<Store::kMisaligned>, 32},
+    CASE(load_of_planes, 64),
+    {"hand_over", handed<Hand::kRight>, 64, 1, 2},
+    {"hand_over_not_told", handed<Hand::kNotTold>, 64, 1, 2},
+    {"hand_over_told_by_another", handed<Hand::kToldByAnother>, 64, 1, 2},
+    {"hand_over_not_waited_for", handed<Hand::kNotWaited>, 64, 1, 2},
+    {"hand_over_without_fence", handed<Hand::kNoFence>, 64, 1, 2},
+    {"hand_over_without_first_proxy_fence", handed<Hand::kFirstProxyFence>, 64, 1, 2},
+    {"hand_over_without_second_proxy_fence", handed<Hand::kSecondProxyFence>, 64, 1, 2},
+    {"hand_over_overwritten", handed<Hand::kOverwritten>, 64, 1, 2},
+    {"too_many_at_once", nothing, 64, 1, 5},
     CASE(registers, 256),
     {"registers_of_three", registers_of_three<232>, 384},
     {"registers_that_are_not_there", registers_of_three<240>, 384},
@@ -428,9 +518,11 @@ EXPORT int run_case(const char* name, float* out, const void* in) {
     if (strcmp(c.name, name)) continue;
     gpu::TensorMap map;
     if (gpu::encode_tensor_map(&map, in, 16, 64, 128, 16, true)) return -2;
-    gpu::allow_memory(in, 2048, false);
+    gpu::allow_memory(in, 2048, true);
     gpu::allow_memory(out, 128 * 4, true);
-    const gpu::Launch how{c.cluster, c.threads, 16384 + 16, nullptr, c.cluster};
+    gpu::Launch how{c.together ? c.together : c.cluster, c.threads, 16384 + 16, nullptr, c.cluster};
+    how.together = c.together > 0;
+    if (how.together) gpu::clear(out, 8, nullptr);
     const gpu::Error error = gpu::launch(c.kernel, how, out, static_cast<const gpu::TensorMap*>(&map));
     gpu::forget_memory();
     return error;

@@ -61,6 +61,12 @@ FLATLORA_KERNEL(32, 1) shuffles(const uint8_t* in, uint8_t* out) {
   }
 }
 
+FLATLORA_KERNEL(32, 1) votes(const uint8_t* in, uint8_t* out) {
+  const auto x = load_global<uint32_t>(in + 4 * lane());
+  store_global(out + 8 * lane(), shuffle(load_global<float>(in + 4 * lane()), lane() * 7 % 32));
+  store_global(out + 8 * lane() + 4, vote(x & 1));
+}
+
 // --- Arithmetic: 32 inputs at a time ---
 
 FLATLORA_KERNEL(32, 1) integers(const uint8_t* in, uint8_t* out) {
@@ -203,6 +209,70 @@ box(FLATLORA_GRID_CONSTANT const TensorMap map, int row, int column, uint8_t* ou
   for (int i = thread() * 16; i < 2048; i += 64 * 16) store_global(out + i, load_shared<Words<4>>(tile + uint32_t(i)));
 }
 
+// 512 bytes: 32 rows of 8 elements, which lie where the lanes say.
+FLATLORA_KERNEL(32, 1) stored_matrices(const uint8_t* in, uint8_t* out) {
+  const Shared row = shared_base() + uint32_t(lane()) * 16;
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = load_global<uint32_t>(in + lane() * 16 + i * 4);
+  stmatrix(row, r);
+  sync_warp();
+  store_global(out + lane() * 16, load_shared<Words<4>>(row));
+}
+
+// Two boxes of 16 x 64, as they are to lie in shared memory, to (row, column) of planes 0 and 1; then the first one's
+// complement to plane 2.
+FLATLORA_KERNEL(32, 1)
+stored_boxes(FLATLORA_GRID_CONSTANT const TensorMap map, int row, int column, const uint8_t* in) {
+  const Shared tile = shared_base();
+  for (int i = lane() * 16; i < 4096; i += 32 * 16) store_shared(tile + uint32_t(i), load_global<Words<4>>(in + i));
+  fence_proxy_async();
+  sync_warp();
+  if (lane() == 0) {
+    tma_store(&map, column, row, 0, tile);
+    tma_store(&map, column, row, 1, tile + 2048);
+    tma_store_wait_read<1>();
+  }
+  sync_warp();
+  for (int i = lane() * 16; i < 2048; i += 32 * 16) {
+    auto w = load_global<Words<4>>(in + i);
+    for (uint32_t& word : w.v) word = ~word;
+    store_shared(tile + uint32_t(i), w);
+  }
+  fence_proxy_async();
+  sync_warp();
+  if (lane() == 0) {
+    tma_store(&map, column, row, 2, tile);
+    tma_store_wait<0>();
+  }
+}
+
+// Blocks that are there at once, in a circle. Each writes 16 x 64 elements into global memory, and gives those of the
+// block after it, which come by the copy engine.
+FLATLORA_KERNEL(64, 1)
+hand_over(FLATLORA_GRID_CONSTANT const TensorMap map, const uint8_t* in, uint8_t* between, uint32_t* counters,
+          uint8_t* out) {
+  const Shared tile = shared_base(), barrier = tile + 2048;
+  const int64_t me = block(), next = (me + 1) % blocks();
+  for (int i = thread() * 16; i < 2048; i += 64 * 16)
+    store_global(between + me * 2048 + i, load_global<Words<4>>(in + me * 2048 + i));
+  fence_proxy_async_global();
+  sync_threads();
+  if (thread() == 0) {
+    add_release(counters + me, 3);
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+    wait_at_least(counters + next, 3);
+    fence_gpu();
+    fence_proxy_async_global();
+    mbarrier_arrive_expect(barrier, 2048);
+    if (at_least(counters + next, 3) && !at_least(counters + next, 4)) tma_load(tile, &map, 0, int(next) * 16, barrier);
+  }
+  sync_threads();
+  mbarrier_wait(barrier, 0);
+  for (int i = thread() * 16; i < 2048; i += 64 * 16)
+    store_global(out + me * 2048 + i, load_shared<Words<4>>(tile + uint32_t(i)));
+}
+
 // In a cluster of two, each block loads half of the box, for both. Both give what they got.
 FLATLORA_KERNEL(64, 1)
 shared_box(FLATLORA_GRID_CONSTANT const TensorMap map, int row, int column, uint8_t* out) {
@@ -331,6 +401,7 @@ const Case cases[] = {
     {"exchange 64", exchange<64>, 1, 128, 512},
     {"exchange 128", exchange<128>, 1, 128, 512},
     {"shuffles", shuffles, 1, 32, 0},
+    {"votes", votes, 1, 32, 0},
     {"integers", integers, 1, 32, 0},
     {"pairs", pairs, 64, 32, 0},
     {"log2_approx", convert<0>, 8, 32, 0},
@@ -353,6 +424,7 @@ const Case cases[] = {
     {"mma_tf32", products<float>, 1, 32, 0},
 #if defined(FLATLORA_TEST_SM90)
     {"turns", turns, 1, 64, 512},
+    {"stmatrix", stored_matrices, 1, 32, 512},
     {"registers", registers, 1, 256, 0},
     {"wgmma 64 bf16", warpgroup_products<32, 0, bf16>, 1, 128, 64 << 10},
     {"wgmma 64 f16", warpgroup_products<32, 0, f16>, 1, 128, 64 << 10},
@@ -450,6 +522,36 @@ EXPORT int test_shared_box(const void* matrix, int64_t rows, int64_t columns, in
   if (error == 0)
     error = launch(shared_box, {2, 64, 4104, nullptr, 2}, map, int(row), int(column), static_cast<uint8_t*>(to));
   return finish(error, from, to, out, 8192);
+}
+
+EXPORT int test_stored_boxes(const void* in, int64_t row, int64_t column, void* matrices, int64_t rows,
+                             int64_t columns) {
+  const int64_t bytes = 3 * rows * columns * 2;
+  void* from = to_device(in, 4096);
+  void* to = to_device(matrices, bytes);
+  TensorMap map;
+  int error = encode_tensor_maps(&map, to, 3, rows, columns, columns * 2, 16, false);
+  if (error == 0)
+    error = launch(stored_boxes, {1, 32, 4096, nullptr}, map, int(row), int(column), static_cast<const uint8_t*>(from));
+  return finish(error, from, to, matrices, bytes);
+}
+
+// `in` and `out`: 2048 bytes for each block; `out` then has as many for what is handed over, and the counters.
+EXPORT int test_hand_over(const void* in, void* out, int64_t blocks) {
+  const int64_t bytes = blocks * 2048;
+  void* from = to_device(in, bytes);
+  void* to = to_device(out, 2 * bytes + blocks * 4);
+  uint8_t* const between = static_cast<uint8_t*>(to) + bytes;
+  uint32_t* const counters = reinterpret_cast<uint32_t*>(between + bytes);
+  TensorMap map;
+  int error = encode_tensor_map(&map, between, blocks * 16, 64, 128, 16, false);
+  if (error == 0) error = clear(counters, blocks * 4, nullptr);
+  Launch how = {blocks, 64, 2056, nullptr};
+  how.together = true;
+  if (error == 0)
+    error =
+        launch(hand_over, how, map, static_cast<const uint8_t*>(from), between, counters, static_cast<uint8_t*>(to));
+  return finish(error, from, to, out, 2 * bytes + blocks * 4);
 }
 
 EXPORT int test_encode(const void* data, int64_t rows, int64_t columns, int64_t row_bytes, int64_t box_rows) {

@@ -56,6 +56,12 @@ def test_ldmatrix(library, name):
     assert np.array_equal(out, wrappers.layout(name))
 
 
+def test_stmatrix(library):
+    registers = np.arange(256, dtype=np.uint16).reshape(32, 8)
+    out = wrappers.get(library, sm90=True).run("stmatrix", registers, np.zeros(256, dtype=np.uint16))
+    assert np.array_equal(out[wrappers.layout("ldmatrix")], registers)
+
+
 def test_box_of_the_copy_engine(library):
     matrix = np.arange(40 * 200, dtype=np.uint16).reshape(40, 200)
     out = np.zeros(16 * 64, dtype=np.uint16)

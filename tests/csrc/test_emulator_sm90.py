@@ -193,6 +193,9 @@ gpu::Error clusters_sm90(int, const gpu::Launch& how, int64_t processors, int64_
 bool linear_sm80_takes(const LinearArgs&) { return true; }
 int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
 gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }
+bool linear_ahead_takes(const LinearArgs&, const Gpu&) { return false; }
+int64_t linear_ahead_workspace(const LinearArgs&, const Gpu&) { return 0; }
+gpu::Error linear_ahead(const LinearArgs&, const Gpu&) { return 1; }
 gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
 gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
 gpu::Error transform(const TransformArgs&, const Gpu&) { return 1; }

@@ -95,6 +95,14 @@ def test_shuffle_xor(library):
             assert np.array_equal(out[mask - 1, :, kind], data[np.arange(32) ^ mask])
 
 
+@on_both
+def test_votes(library):
+    data = random_words(32) & 0x7F7FFFFF
+    out = wrappers.get(library).run("votes", data, np.zeros((32, 2), dtype=np.uint32))
+    assert np.array_equal(out[:, 0], data[np.arange(32) * 7 % 32])
+    assert (out[:, 1] == sum(int(x & 1) << i for i, x in enumerate(data))).all()
+
+
 # --- Arithmetic ---
 
 
@@ -297,6 +305,30 @@ def test_encode_tensor_map(library, offset, rows, columns, row_bytes, box_rows, 
         *map(wrappers.ctypes.c_int64, (address, rows, columns, row_bytes, box_rows))
     )
     assert (error == 0) == right
+
+
+@on_both
+@pytest.mark.parametrize("row, column", [(0, 0), (8, 64), (30, 128), (-4, -8), (39, 192), (40, 0)])
+def test_tma_store(library, row, column):
+    boxes = random_words(1024).view(np.uint16).reshape(2, 16, 8, 8)
+    matrices = np.arange(3 * 40 * 200, dtype=np.uint16).reshape(3, 40, 200)
+    expected = np.pad(matrices, ((0, 0), (16, 16), (64, 64)))
+    wrappers.get(library, sm90=True).call("test_stored_boxes", boxes, row, column, matrices, 40, 200)
+    rows, chunks = np.arange(16)[:, None], np.arange(8)[None, :]
+    plain = boxes[:, rows, chunks ^ rows % 8].reshape(2, 16, 64)
+    expected[:, row + 16 : row + 32, column + 64 : column + 128] = plain[0], plain[1], ~plain[0]
+    assert np.array_equal(matrices, expected[:, 16:-16, 64:-64])
+
+
+@on_both
+def test_hand_over(library):
+    blocks = 4
+    data = random_words(blocks * 512).view(np.uint16).reshape(blocks, 16, 8, 8)
+    out = np.zeros(2 * blocks * 1024 + 2 * blocks, dtype=np.uint16)
+    wrappers.get(library, sm90=True).call("test_hand_over", data, out, blocks)
+    boxes = out[: blocks * 1024].reshape(blocks, 16, 8, 8)
+    rows, chunks = np.arange(16)[:, None], np.arange(8)[None, :]
+    assert np.array_equal(boxes[:, rows, chunks ^ rows % 8], np.roll(data, -1, axis=0))
 
 
 @on_both

@@ -1,0 +1,5 @@
+#include "linear_sm90_ahead.h"
+
+namespace flatlora {
+FLATLORA_LINEAR_AHEAD(gpu::f16)
+}
