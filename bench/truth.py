@@ -47,6 +47,7 @@ HALF = ("bfloat16", "float16")
 DIRECTIONS = {"forward": "y", "input_grad": "dX"}
 SM80 = {"large": 0, "middle": 1, "any": 2, "few": 3}
 SM90 = {"sm90 large": 1000, "sm90 middle": 1001, "sm90 small": 1002}
+AHEAD = {"ahead large": 2000, "ahead small": 2001}
 # Yields (case, what computes its error, the most it may be).
 Checks = Iterator[tuple[str, Callable[[], float], float]]
 Family = Callable[[], Checks]
@@ -54,20 +55,22 @@ Shape = tuple[int, ...]  # M, N, K, rank, samples
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
 # Tiles that are full, tiles that are not, several samples; for many and for few rows; and of a packed weight,
-# which has whole blocks of NF4 in a row.
+# which has whole blocks of NF4 in a row. Then weights of which a quarter holds eight steps of a wave.
 SIZES = {
     "cuda": (
         ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2)),
         ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2)),
         ((1, 392, 576, 16, 1), (100, 392, 576, 0, 1), (640, 1160, 1088, 24, 2)),
+        ((2048, 4096, 4096, 0, 1), (1000, 2056, 4104, 16, 1), (1200, 3000, 4096, 24, 2)),
     ),
     "cpu": (
         ((40, 72, 72, 0, 1), (36, 40, 72, 16, 1), (20, 40, 72, 24, 2)),
         ((16, 40, 72, 0, 1), (1, 40, 72, 16, 1), (12, 40, 72, 24, 2)),
         ((1, 40, 128, 16, 1), (20, 40, 192, 24, 2)),
+        ((40, 1536, 1544, 16, 1),),
     ),
 }
-SHAPES, FEW, PACKED = SIZES[DEVICE]
+SHAPES, FEW, PACKED, MANY = SIZES[DEVICE]
 FORMATS = ("nf4", "int8", "fp8")
 TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
 AUTOMATIC = (-1, 0)  # see backends/cuda.py: configuration
@@ -191,6 +194,12 @@ def driver() -> int:
     return 0
 
 
+def _is_hopper() -> bool:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_capability() == (9, 0)
+    return os.environ.get("FLATLORA_EMULATE") == "90"
+
+
 def _families(libraries: list[str]) -> dict[str, Family]:
     found: dict[str, Family] = {}
 
@@ -203,6 +212,8 @@ def _families(libraries: list[str]) -> dict[str, Family]:
         for name, config in tiles.items():
             dtypes = (*HALF, "float32") if name in ("any", "few") else HALF
             products(f"{backend} {name}", config, dtypes, FEW if name == "few" else SHAPES)
+        for name, config in AHEAD.items() if _is_hopper() else ():
+            products(f"{backend} {name}", config, HALF, MANY)
     for backend, format in itertools.product(("cuda", "triton"), FORMATS):
         found[f"{backend} packed {format}"] = functools.partial(_packed, backend, format)
     products("cuda panel", -1, HALF[:1], SHAPES, "panel")
@@ -238,7 +249,7 @@ def _products(
     kinds = providers.noises(backend.partition("@")[0], way)
     kinds = tuple(kind for kind in kinds if kind != providers.NOISELESS)
     for shape, dtype, noise, direction in itertools.product(shapes, dtypes, kinds, DIRECTIONS):
-        split = backend != "triton" and way == "fused" and shape is shapes[0]
+        split = backend != "triton" and way == "fused" and shape is shapes[0] and config < min(AHEAD.values())
         for parts in (0, 2) if split else (0,):
             name = f"{direction} {noise} {dtype} {'x'.join(map(str, shape))} parts {parts}"
             yield name, functools.partial(error, shape, dtype, noise, direction, parts), TOLERANCE[dtype]
@@ -410,6 +421,9 @@ def _calls(
                 products(f"{build} {name} parts {k}", build, (config, k))
         for name in ("large", "middle"):
             products(f"cuda {name}", "cuda", (SM80[name], 0))
+    if fuses and rows > 128 and _is_hopper():
+        for build, (name, config) in itertools.product(builds, AHEAD.items()):
+            products(f"{build} {name}", build, (config, 0))
     for k in (1, 2, 4, 6, 8, 12, 16) if sweep and rows <= 16 else ():
         products(f"cuda few parts {k}", "cuda", (SM80["few"], k))
     for backend in ("triton", "cuda"):

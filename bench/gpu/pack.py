@@ -126,7 +126,7 @@ def _pretend(arch: str) -> None:
 def _truth() -> Iterator[Callable[[], object]]:
     from .. import truth
 
-    truth.SHAPES, truth.FEW, truth.PACKED = truth.SIZES["cuda"]
+    truth.SHAPES, truth.FEW, truth.PACKED, truth.MANY = truth.SIZES["cuda"]
     truth.TIMED = 4096
     truth._again = lambda run, exact: float(run() is None)
     truth.Problem.exact = lambda self, direction, way="fused": None

@@ -124,7 +124,7 @@ gpu::Error call(const Args& args, const Gpu& given, Kernel kernel) {
 }
 
 // hadamard's product is `transform`.
-constexpr int kNotFused = 200000, kNotPacked = 200001;
+constexpr int kNotFused = 200000, kNotPacked = 200001, kNotAhead = 200002;
 int refused(const LinearArgs& args) {
   if (static_cast<Noise>(args.noise.kind) == Noise::kHadamard) return kNotFused;
   return linear_sm80_takes(args) ? 0 : kNotPacked;
@@ -140,24 +140,23 @@ constexpr Fused kSm80 = {0, linear_sm80_workspace, linear_sm80};
 constexpr Fused kSm90 = {1000, linear_sm90_workspace, linear_sm90};
 constexpr Fused kAhead = {2000, linear_ahead_workspace, linear_ahead};
 
-// The kernel that takes the call, and leaves in gpu->config the row of its table. Not kAhead by itself: it has never
-// run on a GPU.
-const Fused& choose_fused(const LinearArgs& args, Gpu* gpu) {
+// The kernel that takes the call, with the row of its table in gpu->config. kAhead is not chosen by itself, because it has
+// not been measured; null where it is asked for and does not take the call.
+const Fused* choose_fused(const LinearArgs& args, Gpu* gpu) {
   const int64_t asked = gpu->config;
-  const auto take = [&](const Fused& kernel) -> const Fused& {
-    gpu->config = asked < kernel.first_config ? -1 : asked - kernel.first_config;
-    return kernel;
+  const auto is_asked = [asked](const Fused& kernel) {
+    return asked >= kernel.first_config && asked < kernel.first_config + 1000;
   };
-  if (gpu->architecture == 90 && asked >= kAhead.first_config) {
-    const Fused& kernel = take(kAhead);
-    if (linear_ahead_takes(args, *gpu)) return kernel;
+  if (is_asked(kAhead)) {
+    gpu->config -= kAhead.first_config;
+    return gpu->architecture == 90 && linear_ahead_takes(args, *gpu) ? &kAhead : nullptr;
   }
-  if (gpu->architecture == 90 && (asked < 0 || (asked >= kSm90.first_config && asked < kAhead.first_config))) {
-    const Fused& kernel = take(kSm90);
-    if (linear_sm90_takes(args, *gpu)) return kernel;
+  if (gpu->architecture == 90 && (asked < 0 || is_asked(kSm90))) {
+    if (asked >= 0) gpu->config -= kSm90.first_config;
+    if (linear_sm90_takes(args, *gpu)) return &kSm90;
   }
-  gpu->config = asked < kSm90.first_config ? asked : -1;
-  return kSm80;
+  if (!is_asked(kSm80)) gpu->config = -1;
+  return &kSm80;
 }
 
 }  // namespace
@@ -182,6 +181,9 @@ EXPORT int32_t flatlora_cuda_device(int64_t index, int64_t* out) {
 EXPORT const char* flatlora_cuda_error(int32_t error) {
   switch (error) {
     case flatlora::kNotFused: return "the fused product has no noise of kind 'hadamard'";
+    case flatlora::kNotAhead:
+      return "configurations from 2000 on are of the kernel for sm_90a that draws into a ring; it takes bfloat16 and "
+             "float16 whose rows can be copied in 16 bytes, and needs workspace for 8 steps";
     case flatlora::kNotPacked: return "the fused product does not take a weight that is packed like this";
     default: return flatlora::error_text(error);
   }
@@ -193,13 +195,15 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
   flatlora::Gpu gpu;
   if (const int error = flatlora::complete(*given, &gpu)) return -int64_t(error);
   if (const int error = flatlora::enter(gpu)) return -int64_t(error);
-  return flatlora::choose_fused(*args, &gpu).workspace(*args, gpu);
+  const flatlora::Fused* kernel = flatlora::choose_fused(*args, &gpu);
+  return kernel ? kernel->workspace(*args, gpu) : -int64_t(flatlora::kNotAhead);
 }
 
 EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {
   if (const int error = flatlora::refused(*args)) return error;
   return flatlora::call(*args, *gpu, [](const flatlora::LinearArgs& args, flatlora::Gpu& gpu) {
-    return flatlora::choose_fused(args, &gpu).run(args, gpu);
+    const flatlora::Fused* kernel = flatlora::choose_fused(args, &gpu);
+    return kernel ? kernel->run(args, gpu) : flatlora::kNotAhead;
   });
 }
 

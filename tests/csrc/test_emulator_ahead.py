@@ -81,10 +81,7 @@ def small_ring(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product(kernels, small_ring, case):
     small_ring(case)
-    kernels.statistics()
     check(kernels, case, splits=False, schedules=2)
-    files = {site.file for site in kernels.statistics() if site.kind == "wgmma" or site.synchronises}
-    assert files == {"linear_sm90_ahead.h"}
 
 
 def check_banks(kernels: Kernels, case: Case) -> None:
@@ -122,23 +119,30 @@ def test_schedules(kernels, small_ring, case):
     assert all(y.equal(results[0]) for y in results)
 
 
-def test_what_it_leaves_to_others(kernels, monkeypatch):
-    """Where there is no room for a ring, and what it does not take, goes to another kernel."""
+def test_what_it_does_not_take(kernels, monkeypatch):
     case = Case(150, 136, 648, LARGE)
-
-    def files(a, weight, draw, **options) -> set[str]:
-        kernels.statistics()
-        kernels.linear(a, weight, draw, config=LARGE, **options)
-        return {site.file for site in kernels.statistics()}
-
     a, weight, draw, _ = inputs(case)
-    monkeypatch.setattr(arguments, "workspace_limit", lambda weight: 1 << 24)
-    assert files(a, weight, draw) == {"linear_sm90_ahead.h"}
-    assert files(a, weight, draw, noise_accum="split") == {"linear_sm80.h"}
-    assert files(a, weight, draw, bias=torch.zeros(136)) == {"linear_sm80.h"}  # of another type
-    assert files(a, weight[:77], draw._replace(noise_scale=draw.noise_scale[:77])) == {"linear_sm80.h"}
-    monkeypatch.setattr(arguments, "workspace_limit", lambda weight: 7 * (32768 + 8) + 16)
-    assert files(a, weight, draw) == {"linear_sm80.h"}
+
+    def run(workspace: int = 1 << 24, **changed: object) -> None:
+        monkeypatch.setattr(arguments, "workspace_limit", lambda weight: workspace)
+        kernels.linear(**{"a": a, "weight": weight, "draw": draw, "config": LARGE} | changed)
+
+    run()
+    run(workspace=8 * (32768 + 8) + 16)
+    scale = draw.noise_scale
+    for changed in (
+        {"workspace": 8 * (32768 + 8) + 15},  # seven steps
+        {"noise_accum": "split"},
+        {"bias": torch.zeros(136)},  # of another type
+        {"weight": weight[:77], "draw": draw._replace(noise_scale=scale[:77])},  # rows of y of 154 bytes
+        {"draw": draw._replace(noise="rademacher", row_offset=8)},  # within 16 rows of signs
+        {"a": a[:, :640].contiguous()[:, 1:633], "weight": weight[:, :632]},
+    ):
+        with pytest.raises(RuntimeError, match="that draws into a ring"):
+            run(**changed)
+    kernels.set(architecture=80)
+    with pytest.raises(RuntimeError, match="that draws into a ring"):
+        run()
 
 
 # --- Faults: each must be found ---
