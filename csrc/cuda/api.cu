@@ -140,8 +140,8 @@ constexpr Fused kSm80 = {0, linear_sm80_workspace, linear_sm80};
 constexpr Fused kSm90 = {1000, linear_sm90_workspace, linear_sm90};
 constexpr Fused kAhead = {2000, linear_ahead_workspace, linear_ahead};
 
-// The kernel that takes the call, with the row of its table in gpu->config. kAhead is not chosen by itself, because it has
-// not been measured; null where it is asked for and does not take the call.
+// The kernel that takes the call, with the row of its table in gpu->config. kAhead is not chosen by itself, because it
+// has not been measured; null where it is asked for and does not take the call.
 const Fused* choose_fused(const LinearArgs& args, Gpu* gpu) {
   const int64_t asked = gpu->config;
   const auto is_asked = [asked](const Fused& kernel) {
