@@ -7,6 +7,7 @@ takes tensors there, in place of what a CPU does not have: a graph's replay is t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -376,6 +377,40 @@ def test_small_shapes_of_every_kernel(gpu: Target, dtype: torch.dtype, noise: st
         compare.check_problem(gpu, p)
         scale = fk.flat_noise_scale(p.weight, p.lora_A, p.lora_B, scaling=1.0, sigma=0.1, backend=gpu.backend)
         assert fk.perturb_weight(p.weight, scale, seed=1, noise=noise, backend=gpu.backend).isfinite().all()
+
+
+def is_hopper(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.get_device_capability() == (9, 0)
+    return targets.EMULATED and os.environ["FLATLORA_EMULATE"] == "90"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("tile", ["large", "small"])
+def test_what_is_drawn_once_for_all_rows(
+    gpu: Target, tile: str, dtype: torch.dtype, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """csrc/cuda/linear_sm90_ahead.h, which raises where it does not take a call."""
+    if gpu.backend != "cuda" or not is_hopper(gpu.device):
+        pytest.skip("a kernel of the CUDA backend for sm_90a")
+    if noise == "hadamard":
+        pytest.skip("GPUs have no fused product with it")
+    if gpu.device == "cpu" and (tile, dtype, noise) != ("large", torch.bfloat16, "gaussian"):
+        pytest.skip(
+            "too much for the emulator: tests/csrc/test_emulator_ahead.py has all kinds and both tiles"
+        )
+    monkeypatch.setattr(backends.get("cuda"), "configuration", (2000 if tile == "large" else 2001, 0))
+    # Of smaller weights the workspace holds too few steps.
+    samples = 2 if noise == "rademacher" else 1
+    p = problem(size(gpu.device, 1000, 20), 2056, 2064, dtype, gpu.device, rank=16, bias=True, noise=noise,
+                samples=samples)  # fmt: skip
+    compare.check_problem(gpu, p)
+    seed, given = torch.tensor(1, device=gpu.device), {"sigma": 0.1, "noise": noise, "samples": samples}
+    replay = captured(
+        gpu.device, lambda: (gpu.linear(p.x, p.weight, p.lora_A, p.lora_B, seed=seed, **given),)
+    )
+    first = replay()[0].clone()
+    assert all(torch.equal(replay()[0], first) for _ in range(size(gpu.device, 20, 1)))
 
 
 @pytest.mark.gpu
