@@ -9,6 +9,7 @@ pass stays a pass. With 2**20 values a correlation of 0.006 is caught.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -194,6 +195,7 @@ def test_hadamard_covariance_is_exact() -> None:
 # The same alarms must go off for noise that is broken in the ways a kernel breaks it.
 
 
+@functools.lru_cache(maxsize=32)  # the draws of `alarms` for one kind, which most faults share; 8 MiB each
 def sound(kind: str, *, seed: int, **which: Any) -> Tensor:
     seed %= 2**64
     signed = torch.tensor(seed - 2**64 if seed >> 63 else seed)
