@@ -6,10 +6,12 @@ lists it. A kind of noise that a backend does not implement is skipped with that
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
 
+import interpreter
 import pytest
 import targets
 import torch
@@ -21,6 +23,8 @@ from flatlora_kernels.core.noise import KINDS
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if targets.INTERPRETED and importlib.util.find_spec("triton"):
+        interpreter.speed_up()
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "nvcc: needs the CUDA compiler")
     if os.environ.get("FLATLORA_EMULATE") == "90":
