@@ -137,6 +137,7 @@ fuzz: install
 
 # The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, under the fuzzer's calls.
 SANITIZE_CMAKE = cmake -S . -B build/cpu-$(1)/cmake -DFLATLORA_BUILD=cpu -DFLATLORA_SANITIZE=$(1) \
+  -DFLATLORA_LEVELS="$$($(PY) tests/fuzz/test_sanitized.py $(1))" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) \
   > build/cpu-$(1).log && cmake --build build/cpu-$(1)/cmake --parallel 2
 test-sanitized: install
