@@ -1,4 +1,4 @@
-"""300 random cases, and whether the fuzzer finds what it is for. FLATLORA_FUZZ_SEED repeats a run."""
+"""200 random cases, and whether the fuzzer finds what it is for. FLATLORA_FUZZ_SEED repeats a run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WRONG = {
         "    return norms(weight, *rest)\n"
         "cpu.row_sq_norms = wrong\n",
         ("the process ended: SIGSEGV",),
-        (3, 3),
+        (3, 2),
     ),
     "another scale of the last block": (
         "import flatlora_kernels.backends.cpu as cpu\n"
@@ -88,7 +88,7 @@ WRONG = {
         "    return norms(weight, *rest)\n"
         "cpu.row_sq_norms = wrong\n",
         ("the process ended: SIGSEGV",),
-        (0, 3),
+        (0, 2),
     ),
 }
 
@@ -113,7 +113,7 @@ def check(run: subprocess.CompletedProcess[str]) -> None:
 def test_cpu() -> None:
     if reason := backends.unavailable("cpu"):
         pytest.skip(f"backend 'cpu': {reason}")
-    check(fuzz("--cases", "300", "--seed", SEED))
+    check(fuzz("--cases", "200", "--seed", SEED))
 
 
 def test_reference() -> None:
