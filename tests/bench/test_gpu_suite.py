@@ -59,6 +59,7 @@ def suite(folder: Path, *arguments: str, python: Path | str = sys.executable, **
     out = folder / "out"
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "OMP_NUM_THREADS": "1", **variables}
     environment["SUITE_PACK"] = str(folder / "none")
+    environment["FLATLORA_EMULATED_WRAPPERS"] = str(folder)  # compiled once for the parts that have them
     environment["PATH"] = f"{folder}:{environment['PATH']}"
     done = subprocess.run(
         ["bash", str(BENCH / "gpu_suite.sh"), *arguments],
