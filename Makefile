@@ -78,7 +78,7 @@ $(OTHER)/.installed: | install
 
 # Triton kernels without a GPU, half of the tests on each of two cores.
 HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py \
-  op/test_compile.py op/test_shards.py backends/test_panel.py)
+  op/test_compile.py op/test_shards.py op/test_noise_product.py op/test_checkpoint.py backends/test_panel.py)
 INTERPRET := TRITON_INTERPRET=1 FLATLORA_REQUIRE_BACKENDS=triton $(PY) -m pytest -q -m interpreter -W error::RuntimeWarning
 test-interpreter: install
 	@$(MAKE) --no-print-directory --output-sync=target -j2 interpret-half interpret-rest
@@ -137,6 +137,7 @@ fuzz: install
 
 # The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, under the fuzzer's calls.
 SANITIZE_CMAKE = cmake -S . -B build/cpu-$(1)/cmake -DFLATLORA_BUILD=cpu -DFLATLORA_SANITIZE=$(1) \
+  -DFLATLORA_LEVELS="$$($(PY) tests/fuzz/test_sanitized.py $(1))" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(CURDIR)/build/cpu-$(1) \
   > build/cpu-$(1).log && cmake --build build/cpu-$(1)/cmake --parallel 2
 test-sanitized: install

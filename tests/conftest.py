@@ -6,10 +6,12 @@ lists it. A kind of noise that a backend does not implement is skipped with that
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
 
+import interpreter
 import pytest
 import targets
 import torch
@@ -21,6 +23,8 @@ from flatlora_kernels.core.noise import KINDS
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if targets.INTERPRETED and importlib.util.find_spec("triton"):
+        interpreter.speed_up()
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "nvcc: needs the CUDA compiler")
     if os.environ.get("FLATLORA_EMULATE") == "90":
@@ -129,6 +133,16 @@ NOT_SIMULATED = {
     ("thread_counts",): "programs run one after the other",
     ("test_training_lowers_the_loss",): "some hundred steps",
     ("test_noise_statistics.py",): "2^25 values; other tests compare bits with the oracle that it judges",
+    **{
+        (f"test_gpu.py::{name}", rows): "as many rows as with fewer, where there is no GPU"
+        for name, cut in (
+            ("test_forward_and_input_grad_see", ("-300-", "-2048-")),
+            ("test_many_runs_give", ("-128]", "-256]", "-2048]")),
+            ("test_no_memory_of", ("-64]", "-256]", "-4096]")),
+            ("test_tf32_goes_by", ("-300]",)),
+        )
+        for rows in cut
+    },
 }
 
 NOT_INTERPRETED = NOT_SIMULATED | {
@@ -140,6 +154,10 @@ NOT_INTERPRETED = NOT_SIMULATED | {
     ("test_a_graph_replays",): "nothing is recorded, and a call is a call",
     ("test_samples_are_those", "-0-"): "it has two other offsets",
     ("test_samples_are_those", "-1-"): "it has two other offsets",
+    ("test_samples_are_those", "-6-False"): "the other offset has it",
+    ("test_samples_are_those", f"-{2**32 - 4}-True"): "the other offset has it",
+    ("test_linear.py::test_samples[", "-12-7-False"): "antithetic samples take the same way",
+    ("test_forward_and_backward_see", "float32", "column_major"): "bfloat16 takes the same way",
     ("test_forward_and_backward_see", "float32-hadamard"): "bfloat16 takes the same way",
     ("test_split_error", "-float16"): "bfloat16 and float32 take the same way",
     ("test_column_shards", "-float32"): "bfloat16 takes the same way",
@@ -197,7 +215,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         emulator_alone = item.path.name.startswith(("test_emulator", "test_wrappers"))
         if emulator_alone and not targets.EMULATED and not item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="the emulator's: make test-emulator"))
-        chosen = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        chosen = params.get("target") or ("gpu" in params and Target(*params["gpu"]))
         left_out, where = {}, ""
         if chosen and chosen.interpreted:
             left_out, where = NOT_INTERPRETED, "interpreter"

@@ -95,9 +95,12 @@ def emulator_objects() -> list[Path]:
 
 @functools.cache
 def _emulated() -> Library:
-    folder = Path(FOLDER.name)
-    kernels = emulator.compile_object(SOURCE, folder / "wrappers.o", "-DFLATLORA_TEST_SM90")
-    library = Library(emulator.link([kernels, *emulator_objects()], folder / "wrappers_emulated.so"), True)
+    folder = Path(os.environ.get("FLATLORA_EMULATED_WRAPPERS", FOLDER.name))  # for several processes
+    path = folder / "wrappers_emulated.so"
+    if not path.exists():
+        kernels = emulator.compile_object(SOURCE, folder / "wrappers.o", "-DFLATLORA_TEST_SM90")
+        emulator.link([kernels, *emulator_objects()], path)
+    library = Library(path, True)
     emulator.Emulator(library.library).set(architecture=90, seed=1)
     return library
 

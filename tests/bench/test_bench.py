@@ -535,10 +535,15 @@ def test_tune_dry_run(tmp_path: Path) -> None:
         pytest.skip("the interpreter's: make test-interpreter")
     root = Path(__file__).parents[2]
 
+    code = (
+        "import interpreter, runpy; interpreter.speed_up(); runpy.run_module('bench', None, '__main__', True)"
+    )
+    path = os.pathsep.join([str(root), str(root / "tests")])
+
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "bench", "tune", *arguments], cwd=root, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            [sys.executable, "-c", code, "tune", *arguments], cwd=root, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         )  # fmt: skip
 
     done = command(

@@ -53,6 +53,10 @@ def child(options: argparse.Namespace) -> None:
 
     if reason := backends.unavailable(options.backend):
         sys.exit(f"backend {options.backend!r}: {reason}")
+    if options.backend == "triton":
+        import interpreter
+
+        interpreter.speed_up()
     write = _Write(options.trace) if options.trace else None
     for number in range(*options.child):
         case = cases.make(options.seed, number, options.backend)

@@ -1,15 +1,18 @@
 """Peak memory: a fused backend allocates nothing of the weight's size, forward or backward, in any layout.
 
 A process of its own lets the kernel count: the high-water mark of resident memory is reset after the tensors
-exist and read after forward and backward.
+exist and read after forward and backward. Each is a fork of one that has only imported torch, which takes longer
+than most of what is measured.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ SLACK = 4 * MIB
 # What torch's product of bfloat16 takes for itself on AMX, of a weight of any size (4.5 MiB were seen).
 VENDOR = 5 * MIB if has_amx() else 0
 CLEAR = Path("/proc/self/clear_refs")
+Measure = Callable[..., dict[str, int]]
 
 
 def resident(field: str) -> int:
@@ -88,18 +92,38 @@ def measure(backend: str, dtype_name: str, N: int, K: int, layout: str, provider
     return {"growth": growth, "held": held, "weight": N * K * dtype.itemsize}
 
 
-def in_child(*arguments: Any) -> dict[str, int]:
+def serve() -> None:
+    """Answers each line of stdin, the arguments of `measure`, from a fork of its own; null where that ended badly."""
+    import flatlora_kernels  # noqa: F401
+
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            signal.alarm(300)
+            print(json.dumps(measure(*json.loads(line))), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print("null", flush=True)
+
+
+@pytest.fixture(scope="module")
+def in_child() -> Iterator[Measure]:
+    """`measure` in a new process."""
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=root,
+    server = subprocess.Popen(
+        [sys.executable, __file__], cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    )  # fmt: skip
+
+    def ask(*arguments: Any) -> dict[str, int]:
+        assert server.stdin and server.stdout
+        server.stdin.write(json.dumps(arguments) + "\n")
+        server.stdin.flush()
+        found = json.loads(server.stdout.readline() or "null")
+        assert found, f"measuring {arguments} failed"
+        return found
+
+    yield ask
+    server.communicate(timeout=60)
 
 
 def excess(found: dict[str, int]) -> int:
@@ -122,7 +146,9 @@ pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/
     ],
 )
 @pytest.mark.parametrize("strategy", resolve.STRATEGIES)
-def test_workspace_is_bounded(target: Target, name: str, N: int, K: int, layout: str, strategy: str) -> None:
+def test_workspace_is_bounded(
+    in_child: Measure, target: Target, name: str, N: int, K: int, layout: str, strategy: str
+) -> None:
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
     found = in_child(target.backend, name, N, K, layout, strategy)
@@ -131,7 +157,7 @@ def test_workspace_is_bounded(target: Target, name: str, N: int, K: int, layout:
 
 
 @pytest.mark.parametrize("strategy", resolve.STRATEGIES)
-def test_small_weight(target: Target, strategy: str) -> None:
+def test_small_weight(in_child: Measure, target: Target, strategy: str) -> None:
     """A quarter of the weight where that is the smaller."""
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
@@ -141,7 +167,7 @@ def test_small_weight(target: Target, strategy: str) -> None:
 
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("strategy", resolve.STRATEGIES)
-def test_packed_weight(target: Target, layout: str, strategy: str) -> None:
+def test_packed_weight(in_child: Measure, target: Target, layout: str, strategy: str) -> None:
     """No more than of a weight of these values, which are never in memory together."""
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
@@ -149,13 +175,13 @@ def test_packed_weight(target: Target, layout: str, strategy: str) -> None:
     assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
 
 
-def test_reference_exceeds_the_bound() -> None:
+def test_reference_exceeds_the_bound(in_child: Measure) -> None:
     """Control: the measurement sees a backend that materialises."""
     assert excess(in_child("reference", "float32", 2048, 2048, "row_major", "fused")) > 0
 
 
 @pytest.mark.parametrize("layout", ["row_major", "column_major"])
-def test_perturbing_first_exceeds_the_bound(target: Target, layout: str) -> None:
+def test_perturbing_first_exceeds_the_bound(in_child: Measure, target: Target, layout: str) -> None:
     """Control: so is the mildest offence, one W + eps for the length of a pass."""
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("host memory of fused backends")
@@ -190,5 +216,4 @@ def test_workspace_on_a_gpu(target: Target, layout: str, strategy: str) -> None:
 
 
 if __name__ == "__main__":
-    name, dtype_name, rows, columns, order, what = sys.argv[1:]
-    print(json.dumps(measure(name, dtype_name, int(rows), int(columns), order, what)))
+    serve()

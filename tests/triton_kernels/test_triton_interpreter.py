@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import packed_weights
 import ptx
@@ -629,4 +630,5 @@ def test_row_norms_with_the_arithmetic_of(architecture: str, on: Any) -> None:
 
 
 if __name__ == "__main__":
+    interpreter.speed_up()
     stay_inside()
