@@ -613,10 +613,10 @@ def _digest() -> str:
 def measure_all(
     chosen: list[Path | None], only: str = "", listings: str = "", shared: bool = False
 ) -> list[Outcome]:
-    """Two at a time; shared: two versions of Triton take half of the architectures each."""
+    """Two at a time; shared: two versions of Triton take the architectures between them, as long as each other."""
     halves = [list(CHIPS)] * len(chosen)
     if shared and len(chosen) == 2:
-        halves = [["sm80", "gfx942"], ["sm90", "sm100", "sm120"]]
+        halves = [["sm80", "gfx942", "sm120"], ["sm90", "sm100"]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda folder, half: measure(folder, only, listings, half), chosen, halves))
 
