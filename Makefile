@@ -121,11 +121,11 @@ test-emulator: install emulator emulator-sanitized
 	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
 emulate-matrix:
 	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
-	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
 	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/backends/test_gpu.py tests/csrc/test_emulator.py -m emulator \
 	  -k 'small_shapes or test_product and (config3 or odd)'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
+	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
 
 # Random calls of the op beside its formula: make fuzz N=10000, or BACKEND=triton, reference. FUZZ_ARGS="--seed S" repeats.
 N ?= 1000

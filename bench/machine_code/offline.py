@@ -610,15 +610,26 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 
 
+# The one that takes longest first.
+_BY_TIME = ("sm90", "sm100", "sm80", "gfx942", "sm120")
+
+
 def measure_all(
     chosen: list[Path | None], only: str = "", listings: str = "", shared: bool = False
 ) -> list[Outcome]:
-    """Two at a time; shared: two versions of Triton take the architectures between them, as long as each other."""
-    halves = [list(CHIPS)] * len(chosen)
+    """Two architectures at a time; shared: of two versions of Triton each takes some, and none both."""
+    share = {folder: set(CHIPS) for folder in chosen}
     if shared and len(chosen) == 2:
-        halves = [["sm80", "gfx942", "sm120"], ["sm90", "sm100"]]
+        share = dict(zip(chosen, ({"sm80", "gfx942"}, {"sm90", "sm100", "sm120"}), strict=True))
+    jobs = [(folder, a) for a in _BY_TIME for folder in chosen if a in share[folder]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda folder, half: measure(folder, only, listings, half), chosen, halves))
+        done = list(pool.map(lambda job: measure(job[0], only, listings, job[1:]), jobs))
+    found = []
+    for folder in chosen:
+        own = {a: outcome for (f, a), outcome in zip(jobs, done, strict=True) if f == folder}
+        rows = [row for a in CHIPS if a in own for row in own[a].rows]
+        found.append(next(iter(own.values()))._replace(rows=rows))
+    return found
 
 
 def main(args: argparse.Namespace) -> int:

@@ -245,30 +245,30 @@ struct Ahead {
       factor[i] = factor_of<kNoise, T>(draw, has<kWhole>(p, i) ? gpu::load_global<float>(scale + row(i)) : 0.0f);
   }
   // What all patches of a unit share.
-  struct Shared {
-    uint32_t words[1][4];          // of rademacher: a word to a patch
+  struct Keys {
+    uint32_t words[1][4];  // of rademacher: a word to a patch
     PatchBlocks<kNoise> blocks;
   };
-  FLATLORA_DEVICE static Shared share(const Place& p, const Draw& draw) {
-    Shared shared;
-    shared.blocks = set_blocks<kNoise>(draw, uint32_t(p.col) >> 3);
+  FLATLORA_DEVICE static Keys keys_of(const Place& p, const Draw& draw) {
+    Keys keys;
+    keys.blocks = set_blocks<kNoise>(draw, uint32_t(p.col) >> 3);
     if constexpr (kNoise == Noise::kRademacher) {
       const RowKey rows[1] = {row_key(draw, (draw.first_row + uint32_t(p.row)) >> 4)};
-      philox(draw, rows, shared.blocks.key[0], shared.words);
+      philox(draw, rows, keys.blocks.key[0], keys.words);
     }
-    return shared;
+    return keys;
   }
   template <bool kWhole>
-  FLATLORA_DEVICE void draw_patch(int patch, const Place& p, const Draw& draw, const Shared& shared,
+  FLATLORA_DEVICE void draw_patch(int patch, const Place& p, const Draw& draw, const Keys& keys,
                                   Chunk<T> (&w)[4]) const {
     PatchRows<kNoise, T> rows;
     load<kWhole>(p, w);
     load_factors<kWhole>(p, draw, rows.factor);
     if constexpr (kNoise == Noise::kRademacher) {
-      add_signs<kNoise, T>(w, shared.words[0][patch], rows.factor);
+      add_signs<kNoise, T>(w, keys.words[0][patch], rows.factor);
     } else {
       set_rows(rows, draw, uint32_t(p.row));
-      perturb_patch<kNoise, T>(w, draw, rows, shared.blocks);
+      perturb_patch<kNoise, T>(w, draw, rows, keys.blocks);
     }
   }
   // The adapter's factor.
@@ -317,11 +317,11 @@ struct Ahead {
   }
   template <bool kWhole>
   FLATLORA_DEVICE void draw_unit(const Unit& unit, Place p, const Draw& draw, Progress& progress) const {
-    const Shared shared = share(p, draw);
+    const Keys keys = keys_of(p, draw);
     FLATLORA_UNROLL
     for (int patch = 0; patch < kPatches; ++patch, p.row += kNextPatch) {
       Chunk<T> w[4];
-      draw_patch<kWhole>(patch, p, draw, shared, w);
+      draw_patch<kWhole>(patch, p, draw, keys, w);
       if (patch == 0) make_room(unit, progress);
       char* const to = in_ring(unit) + patch * kNextPatch * kLineBytes;
       FLATLORA_UNROLL

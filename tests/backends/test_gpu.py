@@ -405,12 +405,14 @@ def test_what_is_drawn_once_for_all_rows(
     p = problem(size(gpu.device, 1000, 20), 2056, 2064, dtype, gpu.device, rank=16, bias=True, noise=noise,
                 samples=samples)  # fmt: skip
     compare.check_problem(gpu, p)
+    if gpu.device == "cpu":
+        return
     seed, given = torch.tensor(1, device=gpu.device), {"sigma": 0.1, "noise": noise, "samples": samples}
     replay = captured(
         gpu.device, lambda: (gpu.linear(p.x, p.weight, p.lora_A, p.lora_B, seed=seed, **given),)
     )
     first = replay()[0].clone()
-    assert all(torch.equal(replay()[0], first) for _ in range(size(gpu.device, 20, 1)))
+    assert all(torch.equal(replay()[0], first) for _ in range(20))
 
 
 @pytest.mark.gpu

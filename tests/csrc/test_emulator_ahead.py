@@ -186,7 +186,7 @@ FAULTS = [
           "p.sample = sample_of(unit.column);", SAMPLES),
     Fault("one buffer for stores", "uint32_t(part % 2) * AheadTile::kOutBytes", "0 * uint32_t(part)", FORWARD,
           "data race: tma_store"),
-    Fault("words of the first rows", "shared.words[0][patch]", "shared.words[0][0 * patch]", SIGNS),
+    Fault("words of the first rows", "keys.words[0][patch]", "keys.words[0][0 * patch]", SIGNS),
     Fault("what ends within a unit taken for whole", "at + steps <= int(job.length);", "at <= int(job.length);", TAIL),
     Fault("adapter not scaled", "job.lora_steps > 0 ? float(job.args.scaling) : 1.0f", "1.0f", FORWARD),
 ]  # fmt: skip
