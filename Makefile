@@ -102,8 +102,9 @@ build/triton-3.6.0/.installed: | install
 	@touch $@
 
 # The CUDA kernels on the CPU, without nvcc: the whole matrix, and beside it what tests the emulator and the kernels' use
-# of the machine, some of that with AddressSanitizer and UndefinedBehaviorSanitizer.
-.PHONY: emulator emulator-sanitized test-emulator emulate-matrix emulate-machine
+# of the machine. Some of it with AddressSanitizer and UndefinedBehaviorSanitizer: after a change of the emulator or of
+# memory that kernels touch, and before a release.
+.PHONY: emulator emulator-sanitized test-emulator test-emulator-sanitized emulate-matrix emulate-machine
 EMULATOR_CMAKE = cmake -S . -B $(1)/cmake -DFLATLORA_BUILD=emulator -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(1) \
   $(2) > $(1).log && cmake --build $(1)/cmake --target flatlora_cuda_emulated --parallel 2
 emulator:
@@ -117,15 +118,16 @@ EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
 MACHINE_TESTS := $(wildcard tests/csrc/test_emulator*.py tests/csrc/test_wrappers.py)
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FLATLORA_SANITIZE=1 FLATLORA_EMULATOR=build/emulator-sanitized/libflatlora_cuda_emulated.so
-test-emulator: install emulator emulator-sanitized
+test-emulator: install emulator
 	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
 emulate-matrix:
 	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
-	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/backends/test_gpu.py tests/csrc/test_emulator.py -m emulator \
-	  -k 'small_shapes or test_product and (config3 or odd)'
+	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)
-	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
+test-emulator-sanitized: install emulator-sanitized
+	$(EMULATE) $(SANITIZED) $(PY) -m pytest -q $(PYTEST_ARGS) tests/backends/test_gpu.py tests/csrc/test_emulator.py -m emulator \
+	  -k 'small_shapes or test_product and (config3 or odd)'
 
 # Random calls of the op beside its formula: make fuzz N=10000, or BACKEND=triton, reference. FUZZ_ARGS="--seed S" repeats.
 N ?= 1000
