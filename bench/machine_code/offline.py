@@ -610,7 +610,7 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 
 
-# The one that takes longest first.
+# The one that takes longest first; all of CHIPS.
 _BY_TIME = ("sm90", "sm100", "sm80", "gfx942", "sm120")
 
 
@@ -621,7 +621,8 @@ def measure_all(
     share = {folder: set(CHIPS) for folder in chosen}
     if shared and len(chosen) == 2:
         share = dict(zip(chosen, ({"sm80", "gfx942"}, {"sm90", "sm100", "sm120"}), strict=True))
-    jobs = [(folder, a) for a in _BY_TIME for folder in chosen if a in share[folder]]
+    in_order = sorted(CHIPS, key=_BY_TIME.index)
+    jobs = [(folder, a) for a in in_order for folder in chosen if a in share[folder]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda job: measure(job[0], only, listings, job[1:]), jobs))
     found = []

@@ -20,7 +20,8 @@ struct LinearJob {
   int64_t any;  // W does not begin where patches of the noise may
 };
 
-FLATLORA_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FLATLORA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FLATLORA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums job.partial into y; split.cu.
 gpu::Error add_parts(const LinearJob& job, const Gpu& gpu);

@@ -14,8 +14,6 @@ gpu::Error launch_linear_packed_sm80(Config, const gpu::Launch&, const PackedLin
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Plan {
   PackedLinearJob job;
   Config config;

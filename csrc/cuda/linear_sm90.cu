@@ -12,8 +12,6 @@ gpu::Error launch_linear_sm90<gpu::f16>(int, const gpu::Launch&, const gpu::Tens
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Plan {
   Sm90Job job;
   int config;

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t kMost = int64_t(1) << 31;  // coordinates of the copy engine
 constexpr int64_t kLeastDepth = 8;           // steps; more than a block has stages, or it would wait for itself
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 

@@ -147,33 +147,32 @@ inline void sync_warp(Site site = here()) {
   if (!skipped(id)) meet(id, nullptr, [](void**) { emulated::join_lanes(*current->warp); });
 }
 
+namespace emulated {
+
+// What lane `from` has.
 template <class V>
-V shuffle_xor(V x, int mask, Site site = here()) {
+V shuffle(V x, int from, SiteId id) {
   struct Argument {
     V x, result;
-    int mask;
-  } mine{x, x, mask};
-  meet(site_id("shuffle_xor", site), &mine, [](void** all) {
+    int from;
+  } mine{x, x, from};
+  meet(id, &mine, [](void** all) {
     for (int i = 0; i < 32; ++i) {
       Argument& a = *static_cast<Argument*>(all[i]);
-      a.result = static_cast<Argument*>(all[(i ^ a.mask) & 31])->x;
+      a.result = static_cast<Argument*>(all[a.from & 31])->x;
     }
   });
   return mine.result;
 }
 
+}  // namespace emulated
+
+template <class V>
+V shuffle_xor(V x, int mask, Site site = here()) {
+  return emulated::shuffle(x, current->lane ^ mask, site_id("shuffle_xor", site));
+}
 inline float shuffle(float x, int lane, Site site = here()) {
-  struct Argument {
-    float x, result;
-    int lane;
-  } mine{x, x, lane};
-  meet(site_id("shuffle", site), &mine, [](void** all) {
-    for (int i = 0; i < 32; ++i) {
-      Argument& a = *static_cast<Argument*>(all[i]);
-      a.result = static_cast<Argument*>(all[a.lane & 31])->x;
-    }
-  });
-  return mine.result;
+  return emulated::shuffle(x, lane, site_id("shuffle", site));
 }
 
 inline uint32_t vote(bool x, Site site = here()) {

@@ -73,7 +73,7 @@ struct Warpgroup {
 // A thread's stores from shared memory; its epochs are groups.
 struct Stores {
   uint16_t actor;
-  uint32_t issued = 0, read = 0, done = 0;
+  uint32_t issued = 0, read = 0;
 };
 
 struct Cluster {
@@ -479,11 +479,11 @@ void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barri
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of(rank, site);
     check_alive(block, site);
-    const Mbarrier& b = find(block, barrier, site);
+    Mbarrier& b = find(block, barrier, site);
     each_line(map, column, row, [&](int64_t at, int, int, int64_t bytes) {
       check_global_copy(map.data + at, bytes, false, site, b.actor, b.issued + 1);
     });
-    issue({&find(block, barrier, site), 0, site, &block, to, bytes, map, column, row, nullptr});
+    issue({&b, 0, site, &block, to, bytes, map, column, row, nullptr});
   }
 }
 
@@ -512,15 +512,13 @@ void tma_store(const TensorMap& map, int column, int row, int plane, Shared from
   });
 }
 
-// What is known of them: that memory was read, or that they are done.
-void tma_store_wait(uint32_t pending, bool done, SiteId site) {
+// Of both waits: what they store is there when the kernel has ended, so that only the reads can come too late.
+void tma_store_wait(uint32_t pending, SiteId site) {
   start(site);
   const auto found = cluster().stores.find(current);
   if (found == cluster().stores.end() || found->second.issued <= pending) return;
   Stores& s = found->second;
-  const uint32_t group = s.issued - pending;
-  s.read = std::max(s.read, group);
-  if (done) s.done = std::max(s.done, group);
+  s.read = std::max(s.read, s.issued - pending);
   const auto clock = std::make_shared<Clock>();
   clock->epochs.resize(s.actor + 1u);
   clock->epochs[s.actor] = s.read;

@@ -22,7 +22,7 @@ bool mbarrier_test(Shared barrier, uint32_t parity, SiteId site);
 void tma_load(Shared to, const TensorMap& map, int column, int row, Shared barrier, uint32_t blocks, SiteId site);
 void copy_to_block(int rank, Shared at, int bytes, Shared barrier, SiteId site);
 void tma_store(const TensorMap& map, int column, int row, int plane, Shared from, SiteId site);
-void tma_store_wait(uint32_t pending, bool done, SiteId site);
+void tma_store_wait(uint32_t pending, SiteId site);
 void cluster_sync(SiteId site);
 void set_registers(int count, bool increase, SiteId site);
 void wgmma_fence(SiteId site);
@@ -94,12 +94,12 @@ inline void tma_store(const TensorMap* map, int column, int row, int plane, Shar
 template <int pending>
 void tma_store_wait_read(Site site = here()) {
   const SiteId id = site_id("tma_store_wait_read", site);
-  if (!skipped(id)) emulated::tma_store_wait(pending, false, id);
+  if (!skipped(id)) emulated::tma_store_wait(pending, id);
 }
 template <int pending>
 void tma_store_wait(Site site = here()) {
   const SiteId id = site_id("tma_store_wait", site);
-  if (!skipped(id)) emulated::tma_store_wait(pending, true, id);
+  if (!skipped(id)) emulated::tma_store_wait(pending, id);
 }
 inline void cluster_sync(Site site = here()) {
   const SiteId id = site_id("cluster_sync", site);

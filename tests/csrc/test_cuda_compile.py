@@ -4,6 +4,7 @@ code."""
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,6 +196,27 @@ def test_names_of_packed_products() -> None:
         assert compiled.short_names([full]) == {full: f"linear_packed_sm80<bf16, false, {name}"}
         assert not compiled.regular(compiled.short_names([full])[full])
     assert compiled.regular("linear_packed_sm80<bf16, false, gaussian, 1, 4 bits>")
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("name", ["api", "linear_sm80", "linear_sm90", "linear_sm90_ahead"])
+def test_host_code_compiles(name: str, tmp_path: Path) -> None:
+    """Which what makes cubins does not look at: of the launchers and the choice of a kernel."""
+    if reason := compiled.missing():
+        pytest.skip(reason)
+    code = "-gencode=arch=compute_90a,code=sm_90a"
+    source = compiled.ROOT / "csrc" / "cuda" / f"{name}.cu"
+    command = [
+        str(compiled.nvcc()),
+        *compiled.OPTIONS,
+        code,
+        "-Xptxas=-O0",
+        "-DFLATLORA_HAVE_SM90",
+        "-c",
+        str(source),
+    ]
+    done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_every_source_is_compiled_for_every_target() -> None:

@@ -10,7 +10,7 @@ import torch
 import wrappers
 from emulator import AHEAD, Kernels
 from test_emulator import F16, Case, Fault, check, inputs, kernels, outcome, synchronisation, with_faults
-from test_emulator_sm90 import settings
+from test_emulator_sm90 import settings, without_others
 
 from flatlora_kernels.backends.shared import arguments
 from flatlora_kernels.core.records import Draw
@@ -212,17 +212,9 @@ template <>
 gpu::Error launch_linear_ahead<gpu::f16>(int, const gpu::Launch&, const AheadMaps&, const AheadJob&) {
   return 1;
 }
-bool linear_sm80_takes(const LinearArgs&) { return true; }
-int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
-gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }
-bool linear_sm90_takes(const LinearArgs&, const Gpu&) { return false; }
-int64_t linear_sm90_workspace(const LinearArgs&, const Gpu&) { return 0; }
-gpu::Error linear_sm90(const LinearArgs&, const Gpu&) { return 1; }
-gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
-gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
-gpu::Error transform(const TransformArgs&, const Gpu&) { return 1; }
 }  // namespace flatlora
 """
+ONE_KERNEL += without_others("sm90")
 
 
 @pytest.fixture(scope="module")

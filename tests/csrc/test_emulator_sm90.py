@@ -165,6 +165,21 @@ FAULTS = [
     Fault("adapter not scaled", "lora_steps > 0 ? float(job.args.scaling) : 1.0f", "1.0f", FORWARD),
 ]  # fmt: skip
 
+
+def without_others(*missing: str) -> str:
+    """In place of the kernels that a build with one of them does not have, as api.cu calls them."""
+    text = "bool linear_sm80_takes(const LinearArgs&) { return true; }\n"
+    text += "".join(
+        f"bool linear_{name}_takes(const LinearArgs&, const Gpu&) {{ return false; }}\n" for name in missing
+    )
+    for name in ("sm80", *missing):
+        text += f"int64_t linear_{name}_workspace(const LinearArgs&, const Gpu&) {{ return 0; }}\n"
+        text += f"gpu::Error linear_{name}(const LinearArgs&, const Gpu&) {{ return 1; }}\n"
+    for name, arguments in (("row_sq_norms", "RowNorms"), ("perturb", "Perturb"), ("transform", "Transform")):
+        text += f"gpu::Error {name}(const {arguments}Args&, const Gpu&) {{ return 1; }}\n"
+    return f"namespace flatlora {{\n{text}}}\n"
+
+
 ONE_KERNEL = """
 #include "linear_sm90.h"
 #include "linear_sm90.cu"
@@ -190,17 +205,9 @@ gpu::Error clusters_sm90(int, const gpu::Launch& how, int64_t processors, int64_
   *count = processors / how.cluster;
   return 0;
 }
-bool linear_sm80_takes(const LinearArgs&) { return true; }
-int64_t linear_sm80_workspace(const LinearArgs&, const Gpu&) { return 0; }
-gpu::Error linear_sm80(const LinearArgs&, const Gpu&) { return 1; }
-bool linear_ahead_takes(const LinearArgs&, const Gpu&) { return false; }
-int64_t linear_ahead_workspace(const LinearArgs&, const Gpu&) { return 0; }
-gpu::Error linear_ahead(const LinearArgs&, const Gpu&) { return 1; }
-gpu::Error row_sq_norms(const RowNormsArgs&, const Gpu&) { return 1; }
-gpu::Error perturb(const PerturbArgs&, const Gpu&) { return 1; }
-gpu::Error transform(const TransformArgs&, const Gpu&) { return 1; }
 }  // namespace flatlora
 """
+ONE_KERNEL += without_others("ahead")
 
 
 @pytest.fixture(scope="module")
