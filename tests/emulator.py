@@ -109,6 +109,7 @@ class Kernels(Emulator):
         *,
         input_grad: bool = False,
         u: Tensor | None = None,
+        lora_A: Tensor | None = None,
         lora: Tensor | None = None,
         bias: Tensor | None = None,
         scaling: float = 1.0,
@@ -117,11 +118,16 @@ class Kernels(Emulator):
         config: int = -1,
         splits: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """The product, and the workspace: where the sum was cut the float32 (parts, M, outputs) that were added."""
+        """The product, and the workspace: where the sum was cut the float32 (parts, M, outputs) that were added.
+
+        With `lora_A` it writes u = a lora_A^T into `u`.
+        """
         y = torch.full((a.shape[0], weight.shape[1 if input_grad else 0]), torch.nan, dtype=a.dtype)
         packed = arguments.linear(
-            Product(a, weight, input_grad, u, lora, bias, scaling), draw, noise_accum, y
+            Product(a, weight, input_grad, u, lora, bias, scaling), draw, noise_accum, y, lora_A
         )
+        if lora_A is not None:
+            u.fill_(torch.nan)
 
         def gpu(workspace: Tensor | None) -> bytes:
             where = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.nbytes)

@@ -570,8 +570,8 @@ def measure(
 
     A result is kept in build/ for as long as the kernels and this program stay as they are.
     """
-    digest = _digest()
-    kept = CACHE / f"{version(folder)}-{digest}-{'-'.join(architectures)}.json"
+    before = digest()
+    kept = CACHE / f"{version(folder)}-{before}-{'-'.join(architectures)}.json"
     whole = not only and not listings
     if whole and kept.exists():
         text = kept.read_text()
@@ -593,7 +593,7 @@ def measure(
             said = (done.stdout + done.stderr)[-4000:]
             raise RuntimeError(f"Triton {version(folder)} in {folder or 'the environment'}:\n{said}")
         text = done.stdout.splitlines()[-1]
-        if whole and _digest() != digest:
+        if whole and digest() != before:
             raise RuntimeError("the kernels changed while they were compiled: once more, please")
         if whole:
             CACHE.mkdir(parents=True, exist_ok=True)
@@ -602,12 +602,28 @@ def measure(
     return Outcome(name, [Row(*row) for row in rows], unreached)
 
 
-def _digest() -> str:
+def digest() -> str:
     """Of all that decides what is compiled and how it is read."""
-    package = ROOT / "flatlora_kernels"
-    folders = (ROOT / "triton_kernels", package / "core", package / "backends/shared", Path(__file__).parent)
-    sources = [package / "backends/triton.py", *(path for folder in folders for path in folder.glob("*.py"))]
+    package, here = ROOT / "flatlora_kernels", Path(__file__).parent
+    sources = [path for folder in (ROOT / "triton_kernels", package / "core") for path in folder.glob("*.py")]
+    sources += [
+        package / "backends" / name for name in ("triton.py", "shared/products.py", "shared/workspace.py")
+    ]
+    sources += [path for path in here.glob("*.py") if path.name != "compiled.py"] + [ROOT / "bench/shapes.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
+
+
+_DIGEST = re.compile(r"(?<=digest `)[0-9a-f]*(?=`)")
+
+
+def unchanged() -> bool:
+    """Whether the page was written from these very sources."""
+    found = _DIGEST.search(PAGE.path.read_text())
+    return found is not None and found.group() == digest()
+
+
+# Words in the names of the rows that are compiled where nothing has changed.
+SAMPLE = "sm90 near_gaussian"
 
 
 # The one that takes longest first; all of CHIPS.
@@ -643,7 +659,10 @@ def main(args: argparse.Namespace) -> int:
             raise SystemExit(f"no Triton in {folder}: make {OLDEST_FOLDER.relative_to(ROOT)}")
     outcomes = measure_all(chosen, " ".join(args.only), str(args.listings or ""))
     unreached = [p for outcome in outcomes for p in outcome.unreached]
-    return tables.conclude(PAGE, {o.heading: o.rows for o in outcomes}, args, *unreached)
+    wrong = tables.conclude(PAGE, {o.heading: o.rows for o in outcomes}, args, *unreached)
+    if args.write and not wrong:
+        PAGE.path.write_text(_DIGEST.sub(digest(), PAGE.path.read_text(), count=1))
+    return wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

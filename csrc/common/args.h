@@ -58,7 +58,9 @@ struct LinearArgs {
   const void* a;  // (M, K), or (M, N)
   int64_t a_row_stride, a_col_stride;
   WeightArgs weight;
-  const void* u;  // (M, rank) of `dtype`, contiguous
+  void* u;  // (M, rank) of `dtype`, contiguous; written where lora_A is given
+  const void* lora_A;  // (rank, K) of `dtype`, columns contiguous, or null: u is given
+  int64_t lora_A_stride;
   const void* lora;  // (outputs, rank)
   int64_t lora_dtype, lora_out_stride, lora_rank_stride;
   const void* bias;  // (outputs,) or null

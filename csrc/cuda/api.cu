@@ -141,7 +141,7 @@ constexpr Fused kSm90 = {1000, linear_sm90_workspace, linear_sm90};
 constexpr Fused kAhead = {2000, linear_ahead_workspace, linear_ahead};
 
 // The kernel that takes the call, with the row of its table in gpu->config. kAhead is not chosen by itself, because it
-// has not been measured; null where it is asked for and does not take the call.
+// has not been measured; null where it is asked for and does not take the call, and where no kernel makes u.
 const Fused* choose_fused(const LinearArgs& args, Gpu* gpu) {
   const int64_t asked = gpu->config;
   const auto is_asked = [asked](const Fused& kernel) {
@@ -151,6 +151,7 @@ const Fused* choose_fused(const LinearArgs& args, Gpu* gpu) {
     gpu->config -= kAhead.first_config;
     return gpu->architecture == 90 && linear_ahead_takes(args, *gpu) ? &kAhead : nullptr;
   }
+  if (args.lora_A != nullptr) return nullptr;
   if (gpu->architecture == 90 && (asked < 0 || is_asked(kSm90))) {
     if (asked >= 0) gpu->config -= kSm90.first_config;
     if (linear_sm90_takes(args, *gpu)) return &kSm90;
@@ -197,6 +198,12 @@ EXPORT int64_t flatlora_cuda_linear_workspace(const flatlora::LinearArgs* args, 
   if (const int error = flatlora::enter(gpu)) return -int64_t(error);
   const flatlora::Fused* kernel = flatlora::choose_fused(*args, &gpu);
   return kernel ? kernel->workspace(*args, gpu) : -int64_t(flatlora::kNotAhead);
+}
+
+// Whether the kernel that would be chosen makes u of args->lora_A.
+EXPORT int32_t flatlora_cuda_makes_u(const flatlora::LinearArgs* args, const flatlora::Gpu* given) {
+  flatlora::Gpu gpu;
+  return !flatlora::refused(*args) && !flatlora::complete(*given, &gpu) && flatlora::choose_fused(*args, &gpu);
 }
 
 EXPORT int32_t flatlora_cuda_linear(const flatlora::LinearArgs* args, const flatlora::Gpu* gpu) {

@@ -63,7 +63,7 @@ bool plan_tile(const LinearArgs& args, const Gpu& gpu, int config, int64_t works
   job.stride_steps = int(stride / units);
   job.stride_units = int(stride % units);
   plan.ring_bytes = depth * wide * tile.w_bytes();
-  plan.counter_bytes = 4 * depth * (wide + 1);
+  plan.counter_bytes = 4 * (depth * (wide + 1) + 1);
   *result = plan;
   return true;
 }
@@ -89,6 +89,10 @@ bool plain_bias(const LinearArgs& args) {
          (args.bias_dtype == args.dtype && args.bias_stride == 1 && reinterpret_cast<uintptr_t>(args.bias) % 4 == 0);
 }
 
+bool plain_factor(const LinearArgs& args) {
+  return args.lora_A == nullptr || (!args.input_grad && aligned(args.lora_A) && args.lora_A_stride % 8 == 0);
+}
+
 }  // namespace
 
 bool linear_ahead_takes(const LinearArgs& args, const Gpu& gpu) {
@@ -100,8 +104,8 @@ bool linear_ahead_takes(const LinearArgs& args, const Gpu& gpu) {
          a_stride % 8 == 0 && a_stride >= length && args.weight.col_stride == 1 && aligned(args.weight.data) &&
          args.weight.row_stride % 8 == 0 && args.weight.row_stride >= 0 && args.K % 8 == 0 && outputs % 8 == 0 &&
          aligned(args.y) && plain_bias(args) && args.noise.scale_stride == 1 &&
-         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && begins_whole(args.noise) &&
-         whole_calls(args.noise) && plan_of(args, gpu, args.workspace_limit, &plan);
+         (args.rank == 0 || (args.rank % 8 == 0 && aligned(args.u))) && plain_factor(args) &&
+         begins_whole(args.noise) && whole_calls(args.noise) && plan_of(args, gpu, args.workspace_limit, &plan);
 }
 
 int64_t linear_ahead_workspace(const LinearArgs& args, const Gpu& gpu) {
@@ -117,6 +121,7 @@ gpu::Error linear_ahead(const LinearArgs& args, const Gpu& gpu) {
   job.ring = static_cast<char*>(gpu.workspace);
   job.drawn = reinterpret_cast<uint32_t*>(job.ring + plan.ring_bytes);
   job.read = job.drawn + job.depth * job.wide;
+  job.made = job.read + job.depth;
   if (const gpu::Error e = gpu::clear(job.drawn, plan.counter_bytes, gpu.stream)) return e;
 
   const bool is_bf16 = args.dtype == int64_t(DType::kBFloat16);

@@ -6,7 +6,8 @@
 // into a ring in global memory, which the L2 cache holds, and a wave's blocks read each of them. Counters tell what is
 // drawn, and what all have read, so that its place is free. In each block seven warps draw, one sends for tiles of `a`
 // and of the ring, and two warpgroups multiply. Tiles of the adapter's factor come through the ring like those of W +
-// eps.
+// eps. Where the call brings A and not u = a A^T, the warps that multiply make u first, each block some rows, while the
+// first tiles are drawn.
 #pragma once
 
 #include "linear_job.h"
@@ -23,6 +24,9 @@ struct AheadTile {
   static constexpr int kConsumerRegisters = 160, kRegisters = 96;
   static constexpr int kABytes = m * k * 2;
   static constexpr int kOutLines = 16, kOutBytes = kOutLines * 128;  // that a warp stores at a time
+
+  static constexpr int kURows = 16, kURanks = 32;  // of u that a block makes at a time
+  static constexpr int kUColumns = 32;  // of `a`, that a warp takes at a time
 
   constexpr int w_bytes() const { return n * k * 2; }
   constexpr int stage_bytes() const { return kABytes + w_bytes(); }
@@ -44,12 +48,13 @@ struct AheadJob {
   uint32_t per_tiles_n;  // 2^32 over it, rounded up
   int lora_steps, steps;  // of a tile; `steps` has both kinds
   int workers, waves;  // blocks that have tiles; the others draw
-  int idle;            // that have none in the last wave
-  int wide, depth;     // of the ring: tiles of a step, at most, and steps
+  int idle;  // that have none in the last wave
+  int wide, depth;  // of the ring: tiles of a step, at most, and steps
   int stride_steps, stride_units;  // from a drawing warp's unit to its next
   char* ring;
   uint32_t* drawn;  // (depth, wide): units
-  uint32_t* read;   // (depth,): blocks
+  uint32_t* read;  // (depth,): blocks
+  uint32_t* made;  // blocks that have made their rows of u
 };
 
 // A step of a wave, and its place in the ring. `use`: how often the place was used before.
@@ -155,12 +160,101 @@ struct Ahead {
     return uint32_t(job.workers * use - job.idle * short_uses);
   }
 
+  // --- u ---
+
+  static constexpr int kUTiles = AheadTile::kURanks / 8, kUWarps = 4 * AheadTile::kConsumers, kUUnroll = 4;
+
+  // Adds the products of a warp's columns. A lane has eight side by side of each row, in one order for both factors.
+  FLATLORA_DEVICE void add_u(float (&sum)[kUTiles][4], int64_t first_row, int first_rank) const {
+    const LinearArgs& args = job.args;
+    const int group = gpu::lane() / 4, length = int(job.length);
+    const auto line = [](const void* data, int64_t row, int64_t stride) {
+      return static_cast<const char*>(data) + row * stride * 2;
+    };
+    const char* const x = line(args.a, first_row + group, args.a_row_stride);
+    const char* const A = line(args.lora_A, first_rank + group, args.lora_A_stride);
+    const int ranks = int(args.rank) - first_rank;
+    const bool upper = first_row + group < args.M, lower = first_row + group + 8 < args.M;
+    FLATLORA_NO_UNROLL
+    for (int first = gpu::warp() * AheadTile::kUColumns; first < length;
+         first += kUUnroll * kUWarps * AheadTile::kUColumns) {
+      const int k = first + gpu::lane() % 4 * 8;
+      gpu::Words<4> rows[kUUnroll][2], factor[kUUnroll][kUTiles];
+      FLATLORA_UNROLL
+      for (int i = 0; i < kUUnroll; ++i) {
+        const int at = k + i * kUWarps * AheadTile::kUColumns;
+        const bool inside = at < length;
+        rows[i][0] = inside && upper ? gpu::load_global_once(x + int64_t(at) * 2) : gpu::Words<4>{};
+        rows[i][1] = inside && lower ? gpu::load_global_once(x + (8 * args.a_row_stride + at) * 2) : gpu::Words<4>{};
+        FLATLORA_UNROLL
+        for (int j = 0; j < kUTiles; ++j)
+          factor[i][j] = inside && 8 * j < ranks
+                             ? gpu::load_global<gpu::Words<4>>(A + (8 * j * args.lora_A_stride + at) * 2)
+                             : gpu::Words<4>{};
+      }
+      FLATLORA_UNROLL
+      for (int i = 0; i < kUUnroll; ++i) {
+        FLATLORA_UNROLL
+        for (int j = 0; j < kUTiles; ++j) {
+          FLATLORA_UNROLL
+          for (int half = 0; half < 4; half += 2) {
+            const uint32_t a[4] = {rows[i][0].v[half], rows[i][1].v[half], rows[i][0].v[half + 1],
+                                   rows[i][1].v[half + 1]};
+            const uint32_t b[2] = {factor[i][j].v[half], factor[i][j].v[half + 1]};
+            gpu::mma(sum[j], a, b, T{});
+          }
+        }
+      }
+    }
+  }
+
+  // A thread adds the warps' sums of two neighbours of u, as a lane of `mma` has them.
+  FLATLORA_DEVICE void store_u(const float (&sum)[kUTiles][4], int64_t first_row, int first_rank) const {
+    const auto place = [this](int warp, int tile, int lane) {
+      return out() + uint32_t((warp * kUTiles + tile) * 32 + lane) * 16;
+    };
+    FLATLORA_UNROLL
+    for (int j = 0; j < kUTiles; ++j) {
+      gpu::Words<4> words;
+      FLATLORA_UNROLL
+      for (int i = 0; i < 4; ++i) words.v[i] = as_int(sum[j][i]);
+      gpu::store_shared(place(gpu::warp(), j, gpu::lane()), words);
+    }
+    gpu::sync_named(1, kUWarps * 32);
+    const int tile = gpu::thread() / 64, lane = gpu::thread() / 2 % 32, half = gpu::thread() % 2;
+    float low = 0.0f, high = 0.0f;
+    FLATLORA_UNROLL
+    for (int warp = 0; warp < kUWarps; ++warp) {
+      const gpu::Words<2> words = gpu::load_shared<gpu::Words<2>>(place(warp, tile, lane) + uint32_t(half) * 8);
+      low += as_float(words.v[0]);
+      high += as_float(words.v[1]);
+    }
+    const int64_t row = first_row + lane / 4 + 8 * half, rank = first_rank + 8 * tile + lane % 4 * 2;
+    if (row < job.args.M && rank < job.args.rank)
+      gpu::store_global(static_cast<uint16_t*>(job.args.u) + row * job.args.rank + rank, pack(T{}, low, high));
+    gpu::fence_proxy_async_global();
+    gpu::sync_named(1, kUWarps * 32);
+  }
+
+  FLATLORA_DEVICE void make_u() const {
+    FLATLORA_NO_UNROLL
+    for (int64_t row = gpu::block() * AheadTile::kURows; row < job.args.M; row += gpu::blocks() * AheadTile::kURows) {
+      FLATLORA_NO_UNROLL
+      for (int rank = 0; rank < job.args.rank; rank += AheadTile::kURanks) {
+        float sum[kUTiles][4] = {};
+        add_u(sum, row, rank);
+        store_u(sum, row, rank);
+      }
+    }
+    if (gpu::thread() == 0) gpu::add_release(job.made, 1);
+  }
+
   // --- Warps that draw ---
 
   // kUnit lines of a step's tile: of outputs, or along the contraction.
   struct Unit {
     AheadStep at;
-    int index;            // of those that a step has
+    int index;  // of those that a step has
     int column, columns;  // of the wave: the first, and how many
   };
   FLATLORA_DEVICE void advance(Unit& unit, int steps, int units) const {
@@ -360,6 +454,8 @@ struct Ahead {
     Stage stage;
     AheadStep at;
     int sent = 0, behind = 0;  // behind: the slot of the next step to be told of as read
+    if (!kInputGrad && job.args.lora_A != nullptr && has_tile(0))
+      await([this](int i, bool wait) { return i == 0 && counted(job.made, uint32_t(gpu::blocks()), wait); });
     const auto tell_read = [&] {
       gpu::add_release(job.read + behind, 1);
       if (++behind == job.depth) behind = 0;
@@ -438,6 +534,7 @@ struct Ahead {
   }
 
   FLATLORA_DEVICE void consume(const gpu::TensorMap* y_map) const {
+    if (!kInputGrad && job.args.lora_A != nullptr) make_u();
     Stage stage;
     FLATLORA_NO_UNROLL
     for (int wave = 0; has_tile(wave); ++wave) {

@@ -20,7 +20,8 @@ class Tensors {
     matrix(args.a, args.dtype, args.M, args.a_row_stride, inner, args.a_col_stride);
     weight(args.weight, args.dtype, args.N, args.K);
     if (args.rank > 0) {
-      matrix(args.u, args.dtype, args.M, args.rank, args.rank, 1);
+      matrix(args.u, args.dtype, args.M, args.rank, args.rank, 1, args.lora_A != nullptr);
+      matrix(args.lora_A, args.dtype, args.rank, args.lora_A_stride, args.K, 1);
       matrix(args.lora, args.lora_dtype, outputs, args.lora_out_stride, args.rank, args.lora_rank_stride);
     }
     matrix(args.bias, args.bias_dtype, 1, 0, outputs, args.bias_stride);

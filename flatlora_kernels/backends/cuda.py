@@ -29,9 +29,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOISE_ACCUMS = ("folded", "split")
 FUSES = ("gaussian", "near_gaussian", "rademacher")
 
-# For tests and tuning: row of the kernel's configuration table (-1 = choose; from 1000 on the sm_90a kernel's), parts
-# of the sum (0 = choose).
+# For tests and tuning: row of the kernel's configuration table (-1 = choose; from 1000 and from 2000 on those of the
+# kernels for sm_90a), parts of the sum (0 = choose).
 configuration = (-1, 0)
+_MAKES_U = 2000  # from there on it is of the kernel that makes u, which is not chosen by itself
 
 
 class _Loaded(NamedTuple):
@@ -59,7 +60,7 @@ def _load() -> _Loaded | str:
     loaded = library.load(path, name)
     if isinstance(loaded, str):
         return f"its library {loaded}"
-    for function in ("linear", "linear_workspace", "row_sq_norms", "perturb", "transform"):
+    for function in ("linear", "linear_workspace", "makes_u", "row_sq_norms", "perturb", "transform"):
         getattr(loaded, f"flatlora_cuda_{function}").argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     loaded.flatlora_cuda_linear_workspace.restype = ctypes.c_int64
     loaded.flatlora_cuda_error.argtypes = [ctypes.c_int32]
@@ -185,6 +186,21 @@ def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     y = p.a.new_empty((p.a.shape[0], p.outputs))
     _call(y.device, "linear", arguments.linear(p, draw, noise_accum, y))
     return y
+
+
+def product_and_u(p: Product, lora_A: Tensor, draw: Draw, noise_accum: str) -> tuple[Tensor, Tensor] | None:
+    """`product` of a forward without its u, and u = a lora_A^T, in one kernel; None where that kernel does not run."""
+    if p.empty or configuration[0] < _MAKES_U:
+        return None
+    A = products.cast(lora_A, p.a.dtype)
+    A = A if A.stride(1) == 1 else A.contiguous()
+    u = p.a.new_empty((p.a.shape[0], A.shape[0]))
+    y = p.a.new_empty((p.a.shape[0], p.outputs))
+    packed = arguments.linear(p._replace(u=u), draw, noise_accum, y, A)
+    if not _load().library.flatlora_cuda_makes_u(packed, _gpu(y.device)):
+        return None
+    _call(y.device, "linear", packed)
+    return y, u
 
 
 def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:

@@ -399,12 +399,16 @@ def test_what_is_drawn_once_for_all_rows(
         pytest.skip(
             "too much for the emulator: tests/csrc/test_emulator_ahead.py has all kinds and both tiles"
         )
-    monkeypatch.setattr(backends.get("cuda"), "configuration", (2000 if tile == "large" else 2001, 0))
+    cuda, made = backends.get("cuda"), []
+    monkeypatch.setattr(cuda, "configuration", (2000 if tile == "large" else 2001, 0))
+    original = cuda.product_and_u
+    monkeypatch.setattr(cuda, "product_and_u", lambda *given: made.append(original(*given)) or made[-1])
     # Of smaller weights the workspace holds too few steps.
     samples = 2 if noise == "rademacher" else 1
     p = problem(size(gpu.device, 1000, 20), 2056, 2064, dtype, gpu.device, rank=16, bias=True, noise=noise,
                 samples=samples)  # fmt: skip
     compare.check_problem(gpu, p)
+    assert made and None not in made, "u is made by the same kernel"
     if gpu.device == "cpu":
         return
     seed, given = torch.tensor(1, device=gpu.device), {"sigma": 0.1, "noise": noise, "samples": samples}

@@ -47,6 +47,7 @@ class Case(NamedTuple):
     bias: bool = False
     tf32: bool = False
     apart: bool = False  # noise_accum="split"
+    makes_u: bool = False  # of lora_A, which is given in place of u
     layout: str = (
         "rows"  # 16-byte pieces; "odd": none; "far": 2^31 elements away; "columns": W is column-major
     )
@@ -56,7 +57,7 @@ class Case(NamedTuple):
         parts = [f"{self.M}x{self.N}x{self.K}", f"config{self.config}", name, self.noise]
         parts += [f"{f}{getattr(self, f)}" for f in ("rank", "row_offset") if getattr(self, f)]
         parts += [f"samples{self.samples}"] if self.samples > 1 else []
-        parts += [f for f in ("antithetic", "bias", "input_grad", "apart") if getattr(self, f)]
+        parts += [f for f in ("antithetic", "bias", "input_grad", "apart", "makes_u") if getattr(self, f)]
         return "-".join([*parts, *([self.layout] if self.layout != "rows" else [])])
 
 
@@ -187,6 +188,8 @@ def inputs(case: Case) -> Inputs:
         # A second type and no unit stride for the adapter.
         lora = (randn(case.rank, outputs) / case.rank**0.5).t()
         options |= {"u": randn(M, case.rank).to(case.dtype), "lora": lora, "scaling": 0.75}
+    if case.makes_u:
+        options["lora_A"] = strided((randn(case.rank, K) / K**0.5).to(case.dtype), case.layout)
     if case.bias:
         options["bias"] = (
             randn(2 * outputs)[::2] if case.config < emulator.AHEAD else randn(outputs).to(case.dtype)
@@ -237,9 +240,21 @@ def expected(case: Case, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     return value, size
 
 
+def check_u(kernels: Kernels, case: Case) -> None:
+    """Of the call, and leaves it in its options."""
+    a, weight, draw, options = inputs(case)
+    kernels.linear(a, weight, draw, **options)
+    a, lora_A, u = (t.double() for t in (a, options["lora_A"], options["u"]))
+    error = (u - a @ lora_A.t()).abs() - torch.finfo(case.dtype).eps / 2 * u.abs()
+    assert (error <= 1e-6 * (a.abs() @ lora_A.abs().t())).all()
+
+
 def check(kernels: Kernels, case: Case, splits: bool = True, schedules: int = 4) -> None:
     """All that is asked of a product. `splits`: the kernel can cut a sum in two."""
     a, weight, draw, options = inputs(case)
+    if case.makes_u:
+        check_u(kernels, case)
+        u = options["u"].clone()
     weights = multiplied_weights(kernels, case)
     value, size = expected(case, weights)
 
@@ -275,6 +290,7 @@ def check(kernels: Kernels, case: Case, splits: bool = True, schedules: int = 4)
     for seed in range(schedules):
         kernels.set(seed=seed)
         results.append(kernels.linear(a, weight, draw, **options, splits=1)[0])
+        assert not case.makes_u or options["u"].equal(u)
     assert all(y.equal(results[0]) for y in results)
     for y in (*found, results[0]):
         error = (y.double() - value).abs() - half_unit * y.double().abs()

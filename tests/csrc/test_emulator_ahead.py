@@ -45,12 +45,20 @@ CASES = [
     Case(420, 136, 136, SMALL, samples=3, rank=8),
     Case(60, 264, 136, LARGE, F16, samples=4, antithetic=True),
     Case(264, 136, 264, LARGE, samples=2, antithetic=True, input_grad=True, noise="near_gaussian"),
+    # u made first: more rows than blocks make at a time, ranks beyond what they make at a time, one row
+    Case(200, 392, 648, LARGE, F16, rank=16, makes_u=True),
+    Case(140, 136, 1608, SMALL, noise="rademacher", rank=72, makes_u=True, bias=True),
+    Case(1, 72, 40, SMALL, rank=8, makes_u=True),
+    Case(60, 136, 72, SMALL, samples=3, rank=40, makes_u=True),
     # ranks beyond a step
     Case(20, 72, 72, SMALL, rank=200),
     Case(20, 72, 72, LARGE, F16, "near_gaussian", rank=72, input_grad=True),
 ]
 # A block that has no tile in the last wave, which still reads what that wave draws over.
 IDLE = Case(300, 384, 648, SMALL, rank=8)
+
+# u of more rows and ranks than the blocks make at a time.
+MADE = Case(300, 136, 328, SMALL, rank=40, makes_u=True)
 
 
 def ring_bytes(case: Case, processors: int) -> int:
@@ -150,7 +158,7 @@ def test_what_it_does_not_take(kernels, monkeypatch):
 
 def test_every_synchronisation_is_needed_and_missed(kernels, small_ring):
     found: dict[str, str] = {}
-    for case, processors in ((CASES[0], PROCESSORS), (CASES[3], PROCESSORS), (IDLE, 5)):
+    for case, processors in ((CASES[0], PROCESSORS), (CASES[3], PROCESSORS), (IDLE, 5), (MADE, PROCESSORS)):
         small_ring(case, processors)
         kernels.set(seed=1, processors=processors)
         good, sites = synchronisation(kernels, case)
@@ -160,7 +168,7 @@ def test_every_synchronisation_is_needed_and_missed(kernels, small_ring):
             with kernels.without(site):
                 found[str(site)], _ = outcome(kernels, case, good)
         assert not outcome(kernels, case, good)[0]
-    assert len(found) >= 25
+    assert len(found) >= 30
     assert not [site for site, wrong in found.items() if not wrong]
 
 
@@ -189,6 +197,14 @@ FAULTS = [
     Fault("words of the first rows", "keys.words[0][patch]", "keys.words[0][0 * patch]", SIGNS),
     Fault("what ends within a unit taken for whole", "at + steps <= int(job.length);", "at <= int(job.length);", TAIL),
     Fault("adapter not scaled", "job.lora_steps > 0 ? float(job.args.scaling) : 1.0f", "1.0f", FORWARD),
+    Fault("u not awaited", "job.args.lora_A != nullptr && has_tile(0)", "job.waves < 0",
+          MADE, "wrote in the same launch"),
+    Fault("u of one block awaited", "counted(job.made, uint32_t(gpu::blocks()), wait)", "counted(job.made, 1, wait)",
+          MADE, "wrote in the same launch"),
+    Fault("rows of u in turn", "rows[i][0].v[half], rows[i][1].v[half],", "rows[i][1].v[half], rows[i][0].v[half],",
+          MADE),
+    Fault("half of the sums of u", "warp < kUWarps; ++warp", "warp < kUWarps / 2; ++warp", MADE),
+    Fault("u beyond the contraction", "const bool inside = at < length;", "const bool inside = true;", MADE),
 ]  # fmt: skip
 
 ONE_KERNEL = """

@@ -22,13 +22,13 @@ _NOISE = {"gaussian": 1, "rademacher": 2, "near_gaussian": 3, "hadamard": 4}
 
 _NOISE_FIELDS = "qPqPqqqqqqq"
 _WEIGHT_FIELDS = "PqqP"
-LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqqqPqqPdqq{_NOISE_FIELDS}".replace("P", "Q"))
+LINEAR = struct.Struct(f"=2q4qPqq{_WEIGHT_FIELDS}PPqPqqqPqqPdqq{_NOISE_FIELDS}".replace("P", "Q"))
 ROW_NORMS = struct.Struct(f"=4q{_WEIGHT_FIELDS}PqqqPqqqdP".replace("P", "Q"))
 PERTURB = struct.Struct(f"=3q{_WEIGHT_FIELDS}Pqq{_NOISE_FIELDS}".replace("P", "Q"))
 PACKED = struct.Struct("=P6qqPPqPPqP4qPqqq6Pqqd".replace("P", "Q"))
 TRANSFORM = struct.Struct(f"=5qPqqPq{_NOISE_FIELDS}".replace("P", "Q"))
 GPU = struct.Struct("=qQQ7q")
-_NO_LORA, _NO_BIAS = (0,) * 5, (0,) * 3
+_NO_LORA, _NO_BIAS = (0,) * 7, (0,) * 3
 _NO_NOISE = (0,) * 5 + (1,) + (0,) * 5
 
 
@@ -65,13 +65,14 @@ def _packed(weight: QuantizedWeight) -> Any:
     return weight._packed
 
 
-def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor) -> bytes:
-    """LinearArgs."""
+def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor, lora_A: Tensor | None = None) -> bytes:
+    """LinearArgs; with `lora_A`, whose columns are contiguous, p.u is made."""
     a, weight, input_grad, u, lora, bias, scaling = p
     rank, lora_fields, bias_fields = 0, _NO_LORA, _NO_BIAS
     if u is not None:
         rank = u.shape[1]
-        lora_fields = (u.data_ptr(), lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
+        factor = (0, 0) if lora_A is None else (lora_A.data_ptr(), lora_A.stride(0))
+        lora_fields = (u.data_ptr(), *factor, lora.data_ptr(), _DTYPE[lora.dtype], *lora.stride())
     if bias is not None:
         bias_fields = (bias.data_ptr(), _DTYPE[bias.dtype], bias.stride(0))
     return LINEAR.pack(
