@@ -6,6 +6,7 @@ lists it. A kind of noise that a backend does not implement is skipped with that
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -225,6 +226,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for parts, reason in left_out.items():
             if all(part in item.nodeid for part in parts):
                 item.add_marker(pytest.mark.skip(reason=f"too much for the {where}: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """The thousands of tests, and modules, live as long as the process: no collection of garbage is to go through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,12 +53,17 @@ def fuzz(count: int, level: str, *arguments: str, **environment: str) -> None:
     assert run.returncode == 0, run.stdout
 
 
+def each_level(run: Callable[[str], None]) -> None:
+    """Two at a time: each is a process that mostly has one thread."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, levels("address")))
+
+
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The calls of some cases on the levels of each sanitizer."""
     folder = tmp_path_factory.mktemp("fuzz")
-    for level in levels("address"):
-        fuzz(40, level, "--trace", str(folder / level))
+    each_level(lambda level: fuzz(40, level, "--trace", str(folder / level)))
     for name in ("address", "thread"):
         (folder / name).write_bytes(b"".join((folder / level).read_bytes() for level in levels(name)))
     return {name: folder / name for name in ("address", "thread")}
@@ -95,8 +102,8 @@ def test_whole_cases_with_address_sanitizer() -> None:
     """As torch calls the library, with torch's own memory for the outputs between red zones."""
     library = (ROOT / str(BUILD) / "cpu-address" / "libflatlora_cpu.so").resolve()
     preload = " ".join(_compiler_file(f"lib{name}.so") for name in ("asan", "ubsan"))
-    for level in levels("address"):
-        fuzz(20, level, "--library", str(library), LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0")
+    options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    each_level(lambda level: fuzz(20, level, "--library", str(library), **options))
 
 
 if __name__ == "__main__":  # for the Makefile
