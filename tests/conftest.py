@@ -229,7 +229,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """The thousands of tests, and modules, live as long as the process: no collection of garbage is to go through them."""
+    """The thousands of tests, and modules, live as long as the process: garbage is not to be looked for among them."""
     gc.collect()
     gc.freeze()
 
