@@ -6,6 +6,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,9 @@ from . import reader, tables
 from .tables import ROOT
 
 CACHE = ROOT / "build" / "compiled"
+COMPARED = Path(__file__).with_name(
+    "compiled.json"
+)  # the sources that the page was compared with, by file and target
 PAGE = tables.Page(
     path=ROOT / "docs" / "internals" / "cuda_kernels.md",
     regenerate="python -m bench compiled --write",
@@ -29,6 +33,7 @@ PAGE = tables.Page(
     between=", ",
 )
 
+Job = tuple[str, str]  # file, target
 TARGETS = ("80", "86", "89", "90", "90a", "100")
 # The options of CMakeLists.txt.
 OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-DNDEBUG")
@@ -96,7 +101,7 @@ def sources() -> dict[str, list[str]]:
     return {kind: [line[1] for line in lines if line[:1] == [kind]] for kind in ("cuda", "cuda-sm90a")}
 
 
-def jobs() -> list[tuple[str, str]]:
+def jobs() -> list[Job]:
     """(file, target): sm_90a's own kernels for it alone, the others for all."""
     files = sources()
     both = [(path, target) for path in files["cuda"] for target in TARGETS if target != "90a"]
@@ -138,14 +143,38 @@ def _included(path: str) -> set[Path]:
     return found
 
 
+def digest(path: str, target: str) -> str:
+    """Of the compiler and of all that it reads."""
+    known = repr((reader.run(str(nvcc()), "--version"), OPTIONS, path, target)).encode()
+    contents = [file.read_bytes() for file in sorted(_included(path))]
+    return hashlib.sha256(b"".join([known, *contents])).hexdigest()[:16]
+
+
+def _job_name(path: str, target: str) -> str:
+    return f"{Path(path).name} sm_{target}"
+
+
+def remembered(job: Job) -> set[tables.Key] | None:
+    """The rows of the page that were compared with what this compiler makes of these very sources; None: none were."""
+    found = json.loads(COMPARED.read_text()).get(_job_name(*job))
+    if found is None or found["digest"] != digest(*job):
+        return None
+    return {(kernel, f"sm_{job[1]}") for kernel in found["kernels"]}
+
+
+def remember(compared: dict[Job, list[Row]]) -> None:
+    known = json.loads(COMPARED.read_text())
+    for job, rows in compared.items():
+        known[_job_name(*job)] = {"digest": digest(*job), "kernels": sorted(row.kernel for row in rows)}
+    kept = {name: known[name] for name in sorted(_job_name(*job) for job in jobs()) if name in known}
+    COMPARED.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def compile(path: str, target: str) -> tuple[Path, str]:
     """The cubin of a file, and what ptxas said; kept in build/ until a source changes."""
     compiler = str(nvcc())
-    known = repr((reader.run(compiler, "--version"), OPTIONS, path, target)).encode()
-    contents = [file.read_bytes() for file in sorted(_included(path))]
-    digest = hashlib.sha256(b"".join([known, *contents])).hexdigest()[:16]
     stem = f"{Path(path).stem}.sm_{target}"
-    cubin = CACHE / f"{stem}.{digest}.cubin"
+    cubin = CACHE / f"{stem}.{digest(path, target)}.cubin"
     log = cubin.with_suffix(".log")
     if not log.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -289,9 +318,13 @@ def measure(path: str, target: str) -> list[Row]:
     return [row._replace(problems=(*row.problems, *warnings(log), *_over_budget(row))) for row in rows]
 
 
-def measure_all(chosen: list[tuple[str, str]], workers: int = 2) -> list[Row]:
+def measure_all(chosen: list[Job], workers: int = 2) -> dict[Job, list[Row]]:
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(lambda job: measure(*job), chosen) for row in rows]
+        return dict(zip(chosen, pool.map(lambda job: measure(*job), chosen), strict=True))
+
+
+def all_rows(found: dict[Job, list[Row]]) -> list[Row]:
+    return [row for rows in found.values() for row in rows]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -299,7 +332,11 @@ def main(args: argparse.Namespace) -> int:
     if reason := missing():
         raise SystemExit(reason)
     chosen = [job for job in jobs() if all(word in " ".join(job) for word in args.only)]
-    return tables.conclude(PAGE, {"": measure_all(chosen, args.jobs)}, args)
+    found = measure_all(chosen, args.jobs)
+    wrong = tables.conclude(PAGE, {"": all_rows(found)}, args)
+    if not wrong:
+        remember(found)
+    return wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

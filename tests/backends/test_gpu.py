@@ -409,6 +409,9 @@ def test_what_is_drawn_once_for_all_rows(
                 samples=samples)  # fmt: skip
     compare.check_problem(gpu, p)
     assert made and None not in made, "u is made by the same kernel"
+    with monkeypatch.context() as others:
+        others.setattr(cuda, "configuration", (1000, 0))
+        assert original(Product(p.x, p.weight), p.lora_A, None, "folded") is None
     if gpu.device == "cpu":
         return
     seed, given = torch.tensor(1, device=gpu.device), {"sigma": 0.1, "noise": noise, "samples": samples}

@@ -81,6 +81,11 @@ struct Memory {
     p = bytes;
     all.push_back(bytes);
   }
+  void put(void*& p, int64_t dtype, int64_t count) {
+    const void* q = p;
+    put(q, dtype, count);
+    p = const_cast<void*>(q);
+  }
   void put(const float*& p, int64_t count) {
     const void* q = p;
     put(q, int64_t(DType::kFloat32), count);

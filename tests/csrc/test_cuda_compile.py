@@ -17,6 +17,8 @@ from bench.machine_code import compiled, tables  # noqa: E402
 # CI compiles for these alone, and not the packed products, which take a minute; FLATLORA_COMPILE=all for all.
 REPRESENTATIVE = ("80", "90a")
 LONG = "csrc/cuda/linear_sm80_packed.cu"
+SAMPLE = ("csrc/cuda/perturb.cu", "80")  # is compiled even where nothing has changed
+EVERYTHING = os.environ.get("FLATLORA_COMPILE") == "all"
 
 LOG = """\
 ptxas info    : 0 bytes gmem
@@ -234,19 +236,37 @@ def test_a_changed_header_is_seen() -> None:
 # The kernels
 
 
+@pytest.mark.nvcc
+def test_changed_sources_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := compiled.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(compiled, "COMPARED", tmp_path / "compared.json")
+    compiled.COMPARED.write_text('{"gone.cu sm_80": {}}')
+    assert compiled.remembered(SAMPLE) is None
+    compiled.remember({SAMPLE: [row(kernel="perturb")]})
+    assert compiled.remembered(SAMPLE) == {("perturb", "sm_80")}
+    assert compiled.remembered((SAMPLE[0], "90")) is None
+    assert "gone.cu" not in compiled.COMPARED.read_text()
+    monkeypatch.setattr(compiled, "OPTIONS", ("-O2",))
+    assert compiled.remembered(SAMPLE) is None
+
+
 @pytest.fixture(scope="module")
-def rows() -> list[compiled.Row]:
+def found() -> dict[compiled.Job, list[compiled.Row]]:
+    """What is compiled here: everything, or what has changed since the page was compared with it."""
     if reason := compiled.missing():
         pytest.skip(reason)
     chosen = compiled.jobs()
-    if os.environ.get("FLATLORA_COMPILE") != "all":
+    if not EVERYTHING:
         chosen = [job for job in chosen if job[1] in REPRESENTATIVE and job[0] != LONG]
+        chosen = [job for job in chosen if job == SAMPLE or compiled.remembered(job) is None]
     return compiled.measure_all(chosen)
 
 
 @pytest.mark.nvcc
 @pytest.mark.slow
-def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
+def test_no_spills_tensor_cores_and_budgets(found: dict[compiled.Job, list[compiled.Row]]) -> None:
+    rows = compiled.all_rows(found)
     assert rows
     problems = tables.problems(compiled.PAGE, "", rows)
     assert not problems, "\n".join(["", *problems])
@@ -254,15 +274,16 @@ def test_no_spills_tensor_cores_and_budgets(rows: list[compiled.Row]) -> None:
 
 @pytest.mark.nvcc
 @pytest.mark.slow
-def test_matches_the_committed_table(rows: list[compiled.Row]) -> None:
-    targets = {row.target for row in rows}
+def test_matches_the_committed_table(found: dict[compiled.Job, list[compiled.Row]]) -> None:
     known = tables.read(compiled.PAGE)
-    if os.environ.get("FLATLORA_COMPILE") != "all":
+    targets = {f"sm_{target}" for _, target in compiled.jobs() if EVERYTHING or target in REPRESENTATIVE}
+    if not EVERYTHING:
+        left_out = {key for table in known.values() for key in table if key[0].startswith("linear_packed")}
+        for job in set(compiled.jobs()) - set(found):
+            left_out |= compiled.remembered(job) or set()
         known = {
-            heading: {
-                key: figures for key, figures in table.items() if not key[0].startswith("linear_packed")
-            }
+            heading: {key: figures for key, figures in table.items() if key not in left_out}
             for heading, table in known.items()
         }
-    problems = tables.compare(compiled.PAGE, "", rows, known, targets=targets)
+    problems = tables.compare(compiled.PAGE, "", compiled.all_rows(found), known, targets=targets)
     assert not problems, "\n".join(["", *problems])
