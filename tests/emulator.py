@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = "-std=c++17 -O1 -g1 -ffp-contract=off -fno-strict-aliasing -DFLATLORA_EMULATED -Wall -Wextra -fPIC".split()
-if os.environ.get("FLATLORA_SANITIZE"):  # `make test-emulator` does, with the sanitizers' libraries preloaded
+# With the sanitizers' libraries preloaded, as `make test-emulator-sanitized` does.
+if os.environ.get("FLATLORA_SANITIZE"):
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 

@@ -19,9 +19,8 @@ from . import reader, tables
 from .tables import ROOT
 
 CACHE = ROOT / "build" / "compiled"
-COMPARED = Path(__file__).with_name(
-    "compiled.json"
-)  # the sources that the page was compared with, by file and target
+# The sources that the page was compared with, by file and target.
+COMPARED = Path(__file__).with_name("compiled.json")
 PAGE = tables.Page(
     path=ROOT / "docs" / "internals" / "cuda_kernels.md",
     regenerate="python -m bench compiled --write",
@@ -162,10 +161,12 @@ def remembered(job: Job) -> set[tables.Key] | None:
     return {(kernel, f"sm_{job[1]}") for kernel in found["kernels"]}
 
 
-def remember(compared: dict[Job, list[Row]]) -> None:
-    known = json.loads(COMPARED.read_text())
-    for job, rows in compared.items():
-        known[_job_name(*job)] = {"digest": digest(*job), "kernels": sorted(row.kernel for row in rows)}
+def remember(found: dict[Job, list[Row]]) -> None:
+    """Those with whose rows nothing is wrong, whatever is with others."""
+    known, page = json.loads(COMPARED.read_text()), tables.read(PAGE)
+    for job, rows in found.items():
+        if not tables.problems(PAGE, "", rows) + tables.compare(PAGE, "", rows, page, targets=()):
+            known[_job_name(*job)] = {"digest": digest(*job), "kernels": sorted(row.kernel for row in rows)}
     kept = {name: known[name] for name in sorted(_job_name(*job) for job in jobs()) if name in known}
     COMPARED.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -334,8 +335,7 @@ def main(args: argparse.Namespace) -> int:
     chosen = [job for job in jobs() if all(word in " ".join(job) for word in args.only)]
     found = measure_all(chosen, args.jobs)
     wrong = tables.conclude(PAGE, {"": all_rows(found)}, args)
-    if not wrong:
-        remember(found)
+    remember(found)
     return wrong
 
 

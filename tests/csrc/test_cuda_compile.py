@@ -243,8 +243,11 @@ def test_changed_sources_are_compiled(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiled, "COMPARED", tmp_path / "compared.json")
     compiled.COMPARED.write_text('{"gone.cu sm_80": {}}')
     assert compiled.remembered(SAMPLE) is None
-    compiled.remember({SAMPLE: [row(kernel="perturb")]})
-    assert compiled.remembered(SAMPLE) == {("perturb", "sm_80")}
+    for wrong in ({"instr": 99.0}, {"problems": ("8 bytes of stack",)}, {"kernel": "unknown"}):
+        compiled.remember({SAMPLE: [row(), row(**wrong)]})
+        assert compiled.remembered(SAMPLE) is None
+    compiled.remember({SAMPLE: [row()]})
+    assert compiled.remembered(SAMPLE) == {row()[:2]}
     assert compiled.remembered((SAMPLE[0], "90")) is None
     assert "gone.cu" not in compiled.COMPARED.read_text()
     monkeypatch.setattr(compiled, "OPTIONS", ("-O2",))
