@@ -17,7 +17,7 @@ from ..core.autocast import autocasts, without_autocast
 from ..core.noise import KINDS, tile_bits
 from ..core.quantized import QuantizedWeight
 from ..core.records import NO_DRAW, Draw, Operands, Weight
-from . import autograd, checks
+from . import autograd, checks, sharded
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 from .flat import flat
 
@@ -86,6 +86,9 @@ def fused_flat_lora_linear(
         RuntimeError: the backend asked for cannot run here, or a result is differentiated twice.
         NotImplementedError: the backend lacks the strategy or noise_accum asked for.
 
+    Tensor parallel: where `x`, `weight` and the adapter are DTensors, so is the result, and offsets and `layer_shape`
+    follow from the placement of `weight`; `noise_scale` is that of the whole layer.
+
     Gradients flow to `x`, `weight`, `lora_A`, `lora_B`, `bias` and `lora_x`, each only where needed; `noise_scale`,
     `sigma` and eps are constants. Source: Li et al., Flat-LoRA, ICML 2025, arXiv 2409.14396, eq. (7) to (9).
     """
@@ -133,6 +136,18 @@ def fused_flat_lora_linear(
         except Exception:  # an argument that is none of those expected: the checks say so
             facts = None
     if passed is None:
+        if sharded.is_sharded(weight) or sharded.is_sharded(x):
+            if noise_scale is None and not (type(sigma) is float and sigma == 0):
+                noise_scale = flat_noise_scale(
+                    weight, lora_A, lora_B, scaling=scaling, sigma=sigma, backend=backend
+                )
+            with _NOTHING if disabled is None else disabled:
+                return sharded.linear(
+                    fused_flat_lora_linear, x, weight, lora_A, lora_B, bias, lora_x, noise_scale, samples,
+                    sample_offset, scaling=scaling, seed=seed, stream=stream, noise=noise, antithetic=antithetic,
+                    row_offset=row_offset, col_offset=col_offset, layer_shape=layer_shape, strategy=strategy,
+                    noise_accum=noise_accum, backend=backend,
+                )  # fmt: skip
         checks.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling)
     N, K = weight.shape
     if passed is None:
@@ -278,8 +293,9 @@ def row_sq_norms(
 ) -> Tensor:
     """Squared row norms ``||W[n] + scaling (B A)[n]||^2``, (N,) float32, as a constant.
 
-    Ranks that hold column shards add these up before `flat_noise_scale`'s square root. Nothing N x K is allocated. A
-    sum of squares in float32: infinite for a norm above 1.8e19, and values below 1e-19 count as zero.
+    Ranks that hold column shards add these up before `flat_noise_scale`'s square root. Of DTensors the result is that
+    of the whole layer, a tensor on each rank, and all ranks of the mesh have to call. Nothing N x K is allocated. A sum
+    of squares in float32: infinite for a norm above 1.8e19, and values below 1e-19 count as zero.
 
     Args:
         weight: (N, K) of any supported type, row- or column-major.
@@ -465,6 +481,12 @@ def _row_sq_norms(
 ) -> Tensor:
     if lora_A is not None:
         lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    if sharded.is_sharded(weight):
+
+        def local(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
+            return _row_sq_norms(weight, lora_A, lora_B, scaling, backend)
+
+        return sharded.row_sq_norms(local, weight.detach(), lora_A, lora_B)
     codes, more = flat(weight.detach())
     arguments = (codes, lora_A, lora_B, scaling, backend, *more)
     with without_autocast(weight.device.type):  # a product in 16 bits would miss the precision promised

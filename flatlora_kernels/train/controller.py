@@ -116,7 +116,8 @@ class NoiseController:
         self._undriven: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._off: set[object] = set()  # the disabled() that are open
         self._tensors: dict[torch.device, Tensor] = {}
-        self._layers: weakref.WeakSet[Drawing] = weakref.WeakSet()
+        # In the order of their coming, in which ranks that hold shards talk to each other.
+        self._layers: weakref.WeakKeyDictionary[Drawing, None] = weakref.WeakKeyDictionary()
         self._attachment: weakref.ref[Attachment] | None = None
         watch_over(self)
 
@@ -347,7 +348,9 @@ class NoiseController:
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _off=set(), _tensors={}, _layers=weakref.WeakSet(), _attachment=None)
+        self.__dict__.update(
+            state, _off=set(), _tensors={}, _layers=weakref.WeakKeyDictionary(), _attachment=None
+        )
         self._undriven = weakref.WeakKeyDictionary()
         watch_over(self)
 

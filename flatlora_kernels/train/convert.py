@@ -14,7 +14,7 @@ from .controller import NoiseController
 from .layer import NoisyLayer, controller_of
 from .linear import FlatLoraLinear
 from .names import listed, matches, pattern
-from .obstacles import bypass_of, obstacle_to, refuse_peft
+from .obstacles import bypass_of, obstacle_to, refuse_fsdp, refuse_peft
 from .packed import codes_of
 from .state import layer_state, layer_states
 
@@ -64,6 +64,7 @@ def apply_flat_lora(
             already; or `model` has LoRA layers of PEFT, for which `flatlora_kernels.integrations.peft` is made.
     """
     refuse_peft(model)
+    refuse_fsdp(model)
     targeted = pattern(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = {n: m for n, m in modules.items() if n and matches(n, targeted) and _is_linear(modules, n)}

@@ -33,7 +33,8 @@ class NoisyLayer(nn.Module):
     `noise_scale`, the std of eps per row, is computed from the weights by `NoiseController.advance`, and anew by
     the next forward in training mode that finds other parameters or other values in them (replaced, loaded,
     moved, written in place; not while `torch.compile` traces, and not what is written through `.data` or by a fused
-    optimiser).
+    optimiser). It is that of the whole layer on every rank. Of weights that are DTensors, ranks measure their shards;
+    those that are whole within a forward alone (FSDP1, ZeRO-3) are measured by the first forward of a step.
     """
 
     noise_controller: NoiseController
@@ -51,6 +52,7 @@ class NoisyLayer(nn.Module):
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
     _scaled: Stamps | None = None  # what _unit_scale was computed from
+    _gathered: bool = False  # whether a forward alone sees it, as with ZeRO-3
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
     _called: bool = False  # see roles.py
@@ -100,7 +102,7 @@ class NoisyLayer(nn.Module):
 
     def _remove_noise(self) -> None:
         """The controller forgets the layer, and the layer what `_set_up_noise` gave it."""
-        self.noise_controller._layers.discard(self)
+        self.noise_controller._layers.pop(self, None)
         for name in (*_SETTINGS, *_OWN):
             self.__dict__.pop(name, None)
 
@@ -181,11 +183,10 @@ class NoisyLayer(nn.Module):
     def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
         """`noise_scale` from the present weights. Called within `constants`."""
         weight, lora_A, lora_B, scaling = self._weight_in_use()
-        if weight.dim() != 2 or hasattr(weight, "device_mesh"):
-            raise RuntimeError(
-                f"{type(self).__name__}: expected a whole weight (N, K), got a shard, {type(weight).__name__} of shape"
-                f" {tuple(weight.shape)}; FSDP and tensor parallelism are not supported"
-            )
+        if any(t is not None and len(t.shape) != 2 for t in (weight, lora_A, lora_B)):
+            self._attach(weight.device)
+            self.__dict__.update(_scaled=None, _gathered=True)
+            return
         if overlap and weight.device.type == "cuda":
             with beside(weight.device, "noise_scale") as side:
                 try:
@@ -238,8 +239,13 @@ class NoisyLayer(nn.Module):
     def _refresh_if_stale(self) -> None:
         if not self.noise_controller.sigma:
             return
-        if not unchanged(self._norm_sources(), self._scaled):
-            self.refresh_noise_scale()
+        if self._gathered:  # at another address each time: once a step
+            if self._scaled is not None:
+                return
+        elif unchanged(self._norm_sources(), self._scaled):
+            return
+        self.__dict__["noise_scale"] = None  # what another forward has saved for its backward stays as it is
+        self.refresh_noise_scale()
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
@@ -249,7 +255,7 @@ class NoisyLayer(nn.Module):
             torch.cuda.current_stream(self._unit_scale.device).wait_event(self._ready)
 
     def _attach(self, device: torch.device) -> None:
-        self.noise_controller._layers.add(self)
+        self.noise_controller._layers[self] = None
         self.__dict__["_seed"] = self.noise_controller.tensor(device)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
@@ -276,8 +282,8 @@ _SETTINGS = (
     "noise_controller", "noise", "stream", "samples", "antithetic", "strategy", "noise_accum", "backend",
 )  # fmt: skip
 _OWN = (
-    "noise_scale", "_unit_scale", "_ready", "_scaled", "_reading", "_seed", "auxiliary", "_called", "_bypassed",
-    "_captured",
+    "noise_scale", "_unit_scale", "_ready", "_scaled", "_gathered", "_reading", "_seed", "auxiliary", "_called",
+    "_bypassed", "_captured",
 )  # fmt: skip
 
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from ..core.autocast import without_autocast
 from ..core.quantized import Parts, QuantizedWeight, find
 from ..core.records import Weight
-from ..op import checks
+from ..op import checks, sharded
 from ..op.functional import fused_flat_lora_linear
 from . import packed
 from .controller import NoiseController, signed
 from .layer import NoisyLayer, check_noise_options
+from .obstacles import PLACING
 from .state import layer_state
 
 
@@ -125,8 +126,10 @@ class FlatLoraLinear(NoisyLayer):
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         if r:
-            self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=weight.device))
-            self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=weight.device))
+            lora_A = torch.empty(r, self.in_features, dtype=dtype, device=weight.device)
+            lora_B = torch.empty(self.out_features, r, dtype=dtype, device=weight.device)
+            self.lora_A = nn.Parameter(sharded.beside(weight, lora_A, 1))
+            self.lora_B = nn.Parameter(sharded.beside(weight, lora_B, 0))
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.reset_lora_parameters()
 
@@ -147,7 +150,8 @@ class FlatLoraLinear(NoisyLayer):
         """The same layer with an adapter: shares and freezes the weight and bias of `linear`.
 
         Args:
-            linear: an nn.Linear, or a layer with a packed weight that `QuantizedWeight.of` reads.
+            linear: an nn.Linear, also one that `parallelize_module` has cut, whose forward hooks go along; or a layer
+                with a packed weight that `QuantizedWeight.of` reads.
             options: keyword arguments of `FlatLoraLinear`.
 
         Raises:
@@ -160,6 +164,8 @@ class FlatLoraLinear(NoisyLayer):
             layer.refresh_noise_scale()
         elif isinstance(linear, nn.Linear):
             layer = cls(linear.weight, linear.bias, **options)
+            for hooks in PLACING:  # which make DTensors of inputs and what is asked for of outputs
+                getattr(layer, hooks).update(getattr(linear, hooks))
         else:
             raise TypeError(
                 f"linear: expected an nn.Linear, got {type(linear).__name__}, which has no packed weight that"
@@ -168,10 +174,20 @@ class FlatLoraLinear(NoisyLayer):
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
-        """`lora_A` Kaiming-uniform with a = sqrt(5), `lora_B` zeros: the adapter starts at no change."""
-        if self.lora_A is not None and self.lora_B is not None:
+        """`lora_A` Kaiming-uniform with a = sqrt(5), `lora_B` zeros: the adapter starts at no change.
+
+        Of DTensors, rank 0 draws the whole `lora_A`, and each rank takes its part.
+        """
+        if self.lora_A is None or self.lora_B is None:
+            return
+        if not sharded.is_sharded(self.lora_A):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        else:
+            whole = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device=self.lora_A.device)
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+            with torch.no_grad():
+                self.lora_A.copy_(sharded.beside(self.weight, whole, 1))
+        nn.init.zeros_(self.lora_B)
 
     @property
     def sigma(self) -> float:

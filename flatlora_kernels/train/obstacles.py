@@ -12,9 +12,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.quantized import QuantizedWeight, find
 from ..op import checks
+from ..op.sharded import is_sharded, part_of
 
 _OWNERS = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "torch", "torchao", "transformers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLACING = ("_forward_hooks", "_forward_pre_hooks")  # those of tensor parallelism are here
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -104,11 +106,13 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     if not known or ("forward" in vars(base) and not placed):
         told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
         return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
-    if any(getattr(base, hooks) for hooks in HOOKS):
+    if any(getattr(base, hooks) for hooks in HOOKS) and not _only_cut(base):
         return "it has hooks, which the fused op would not call"
     if packed:
         return None
     weight: Any = base.weight
+    if is_sharded(weight):
+        return _cut(weight)
     if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
         found = f"a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
         return f"its weight is {found}; {_formats(base)}"
@@ -127,6 +131,35 @@ def _only_placed(base: nn.Module) -> bool:
     before = getattr(vars(base).get("_old_forward"), "__func__", None)
     aligned = type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)
     return aligned and before is type(base).forward
+
+
+def _cut(weight: Any) -> str | None:
+    """Why the op cannot take a DTensor."""
+    try:
+        part_of(weight)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _only_cut(base: nn.Module) -> bool:
+    """Whether its hooks are those of `parallelize_module`, which go along to the layer in its place."""
+    if not is_sharded(getattr(base, "weight", None)) or any(
+        getattr(base, h) for h in HOOKS if h not in PLACING
+    ):
+        return False
+    found = [hook for hooks in PLACING for hook in getattr(base, hooks).values()]
+    return all(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in found)
+
+
+def refuse_fsdp(model: nn.Module) -> None:
+    """FSDP2 knows the parameters and modules that there were when it came, and would not see the new ones."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_get_fsdp_state"):
+            raise ValueError(
+                f"model: expected one that FSDP does not shard yet, got fully_shard's {type(module).__name__} at"
+                f" {name!r}; call fully_shard after apply_flat_lora"
+            )
 
 
 def _formats(base: nn.Module) -> str:

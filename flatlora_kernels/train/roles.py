@@ -38,7 +38,7 @@ class Driven(Protocol):
     _driven: bool
     _undriven: weakref.WeakKeyDictionary[torch.optim.Optimizer, int]
     expect_unused: Pattern
-    _layers: weakref.WeakSet[Drawing]
+    _layers: weakref.WeakKeyDictionary[Drawing, None]
     _said: set[str]
     _attachment: Any
 

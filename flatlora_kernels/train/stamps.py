@@ -33,7 +33,21 @@ def _unchanged(source: Any, seen: Any) -> bool:
     if not isinstance(seen, tuple):
         return False
     reference, version, address = seen
-    return reference() is source and version == _version(source) and address == source.data_ptr()
+    own = reference()
+    if own is not source and _gathered(source, own):
+        source = own
+    return own is source and version == _version(source) and address == source.data_ptr()
+
+
+def _gathered(source: Tensor, own: Tensor | None) -> bool:
+    """Whether `source` may stand for `own`: FSDP has the whole in the place of its shards while a forward runs."""
+    mesh = getattr(own, "device_mesh", None)
+    return (
+        own is not None
+        and mesh is not None
+        and getattr(source, "device_mesh", None) != mesh
+        and own.shape == source.shape
+    )
 
 
 def _version(tensor: Tensor) -> int:

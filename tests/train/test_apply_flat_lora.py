@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Net, layers, small_model, trainable
+from small_models import Net, layers, noise_scale_now, small_model, trainable
 from targets import Target, randn
 from torch import Tensor, nn
 
@@ -83,12 +83,25 @@ def test_linears_that_are_not_plain_are_refused(make: Any, why: str) -> None:
     assert not layers(model), "refused before anything is replaced"
 
 
-def test_shards_are_refused() -> None:
-    """As FSDP leaves them outside of a forward."""
-    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference")
-    layer.weight = nn.Parameter(layer.weight.detach().flatten()[:32], requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"FlatLoraLinear: expected a whole weight.*shape \(32,\); FSDP"):
+def test_weights_that_a_forward_alone_has_whole() -> None:
+    """As FSDP1 leaves them outside: the first forward of a step measures them, and later ones in it do not."""
+    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference", sigma=0.3)
+    nn.init.normal_(layer.lora_B)
+    whole, x = layer.weight.detach(), torch.randn(2, 8)
+
+    def show(weight: Tensor) -> None:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    show(whole.flatten()[:32])
+    for factor in (1.0, 2.0):
         layer.noise_controller.advance()
+        show(whole * factor)
+        first = layer(x)
+        torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.3), rtol=1e-6, atol=0)
+        show(whole * factor)
+        assert torch.equal(layer(x), first)
+        first.sum().backward()  # what it has saved is as it was
+        show(whole.flatten()[:32])
 
 
 def test_second_call_adds_to_the_first() -> None:
