@@ -101,7 +101,7 @@ def linear(
     options.update(row_offset=first_row, col_offset=first_column, layer_shape=(N, K))
     y = local(
         x.to_local(grad_placements=place.dx),
-        weight.to_local(grad_placements=place.dW),
+        here(weight, weight.placements, place.dW),
         here(lora_A, place.lora_A, place.dA),
         here(lora_B, place.lora_B, place.dB),
         own_bias,

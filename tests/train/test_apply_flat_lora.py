@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Net, layers, noise_scale_now, small_model, trainable
+from small_models import Net, layers, measurements, noise_scale_now, small_model, trainable
 from targets import Target, randn
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ def test_linears_that_are_not_plain_are_refused(make: Any, why: str) -> None:
     assert not layers(model), "refused before anything is replaced"
 
 
-def test_weights_that_a_forward_alone_has_whole() -> None:
+def test_weights_that_a_forward_alone_has_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As FSDP1 leaves them outside: the first forward of a step measures them, and later ones in it do not."""
     layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference", sigma=0.3)
     nn.init.normal_(layer.lora_B)
@@ -93,6 +93,7 @@ def test_weights_that_a_forward_alone_has_whole() -> None:
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
     show(whole.flatten()[:32])
+    measured = measurements(monkeypatch)
     for factor in (1.0, 2.0):
         layer.noise_controller.advance()
         show(whole * factor)
@@ -102,6 +103,7 @@ def test_weights_that_a_forward_alone_has_whole() -> None:
         assert torch.equal(layer(x), first)
         first.sum().backward()  # what it has saved is as it was
         show(whole.flatten()[:32])
+    assert len(measured) == 2
 
 
 def test_second_call_adds_to_the_first() -> None:
