@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.autocast import without_autocast
 from ..core.quantized import QuantizedWeight, find
 from ..core.records import Weight
+from ..op import sharded
 from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train import packed
 from ..train.controller import NoiseController
@@ -107,6 +108,8 @@ class FlatLayer(NoisyLayer, LoraLayer):
             return "its base_layer has hooks, which the fused op would not call"
         if len(names) > 1 and any(name in self.lora_variant for name in names):
             return "DoRA is active beside another adapter"
+        if len(names) > 1 and sharded.is_sharded(self._weight()) and self._drops(names):
+            return "several adapters with dropout are active, of a layer that tensor parallelism has cut"
         return None
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -124,9 +127,11 @@ class FlatLayer(NoisyLayer, LoraLayer):
         return self.describe_noise() + only
 
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
-        drops = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in names)
-        dropped = [self._dropped(x, name) for name in names] if drops else []
+        dropped = [self._dropped(x, name) for name in names] if self._drops(names) else []
         weight, bias = self._weight(), getattr(self.base_layer, "bias", None)
+        if sharded.is_sharded(weight):  # in transformers' tensor parallel models, whose layers talk in tensors
+            x, *dropped = (sharded.input_for(weight, t) for t in (x, *dropped))
+            return sharded.output_of(self._product(x, dropped, weight, bias, names, noise))
         if not isinstance(weight, QuantizedWeight):
             return self._product(x, dropped, weight, bias, names, noise)
         # As its owner does: in the type that it computes in, whatever autocast says.
@@ -134,6 +139,9 @@ class FlatLayer(NoisyLayer, LoraLayer):
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(x.device.type):
             return self._product(x.to(dtype), dropped, weight.to(dtype), bias, names, noise).to(x.dtype)
+
+    def _drops(self, names: list[str]) -> bool:
+        return self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in names)
 
     def _product(
         self,
@@ -154,7 +162,7 @@ class FlatLayer(NoisyLayer, LoraLayer):
         A, B, scaling = self._adapter(names, weight.dtype)
         for name in names:
             if self.lora_B[name].bias is not None:
-                own = self.lora_B[name].bias * self.scaling[name]
+                own = sharded.replicated(self.lora_B[name].bias, weight) * self.scaling[name]
                 bias = own if bias is None else bias + own
         lora_x = dropped[0].to(x.dtype) if dropped else None
         A_all, B_all = self._with_auxiliary(A, B)
@@ -200,10 +208,10 @@ class FlatLayer(NoisyLayer, LoraLayer):
 
     def _adapter(self, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         """A (r, K), B (N, r) and scaling of these adapters as one, in types the op takes beside `dtype`."""
-        pairs = []
+        pairs, base = [], self.base_layer._parameters.get("weight")
         for name in names:
             A, B = packed.beside(dtype, self.lora_A[name].weight, self.lora_B[name].weight)
-            pairs.append((A, B))
+            pairs.append((sharded.replicated(A, base), sharded.replicated(B, base)))
         if len(pairs) == 1:
             return *pairs[0], self.scaling[names[0]]
         scaled = [B * self.scaling[name] for (_, B), name in zip(pairs, names, strict=True)]

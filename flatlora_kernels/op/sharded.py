@@ -111,10 +111,9 @@ def linear(
         sample_offset=sample_offset,
         **options,
     )
-    shape = (*x.shape[:-1], N)
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    shape = torch.Size((*x.shape[:-1], N))
     whole: Tensor = DTensor.from_local(
-        y, mesh, place.y, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        y, mesh, place.y, run_check=False, shape=shape, stride=_strides(shape)
     )
     return whole
 
@@ -184,6 +183,40 @@ def beside(weight: Any, value: Tensor, dim: int) -> Tensor:
     placements = [w if w.is_shard(dim) else Replicate() for w in weight.placements]
     placed: Tensor = distribute_tensor(value, weight.device_mesh, placements)
     return placed
+
+
+def replicated(value: Any, weight: Any) -> Any:
+    """`value`, the same tensor on each rank, as a DTensor on the mesh of `weight`; a DTensor as it is."""
+    if value is None or is_sharded(value) or not is_sharded(weight):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def input_for(weight: Any, x: Tensor) -> Any:
+    """What a rank of a tensor parallel model calls a layer with, (..., K) or its own columns of that, as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [Shard(x.dim() - 1) if w.is_shard(1) else Replicate() for w in weight.placements]
+    shape = torch.Size((*x.shape[:-1], weight.shape[1]))
+    return DTensor.from_local(
+        x, weight.device_mesh, placements, run_check=False, shape=shape, stride=_strides(shape)
+    )
+
+
+def output_of(y: Any) -> Tensor:
+    """What such a layer gives: a rank's own columns where rows of the weight are cut, else the whole sum."""
+    from torch.distributed.tensor import Replicate
+
+    wanted = [Replicate() if p.is_partial() else p for p in y.placements]
+    given: Tensor = y.redistribute(y.device_mesh, wanted).to_local()
+    return given
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _cuts_rows(placement: Any) -> bool:

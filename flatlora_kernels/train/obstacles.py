@@ -103,7 +103,7 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
         return f"its packed weight cannot be read: {error}"
     own = type(base).forward
     known = own.__module__.partition(".")[0] in _OWNERS if packed else own in forwards
-    if not known or ("forward" in vars(base) and not placed):
+    if not known or ("forward" in vars(base) and not placed and not _cut_by_transformers(base)):
         told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
         return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
     if any(getattr(base, hooks) for hooks in HOOKS) and not _only_cut(base):
@@ -150,6 +150,14 @@ def _only_cut(base: nn.Module) -> bool:
         return False
     found = [hook for hooks in PLACING for hook in getattr(base, hooks).values()]
     return all(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in found)
+
+
+def _cut_by_transformers(base: nn.Module) -> bool:
+    """Whether its own forward is that of transformers' tensor parallel styles, which PEFT's LoRA knows two of."""
+    forward = vars(base)["forward"]
+    by_style = getattr(forward, "__module__", "") == "transformers.distributed.tensor_parallel"
+    known = getattr(base, "_hf_tp_plan", None) in ("colwise", "rowwise")  # noted by PEFT alone
+    return by_style and known and is_sharded(getattr(base, "weight", None))
 
 
 def refuse_fsdp(model: nn.Module) -> None:
