@@ -129,7 +129,9 @@ class FlatLayer(NoisyLayer, LoraLayer):
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
         dropped = [self._dropped(x, name) for name in names] if self._drops(names) else []
         weight, bias = self._weight(), getattr(self.base_layer, "bias", None)
-        if sharded.is_sharded(weight):  # in transformers' tensor parallel models, whose layers talk in tensors
+        if sharded.is_sharded(
+            weight
+        ):  # in transformers' tensor parallel models, whose layers talk in tensors
             x, *dropped = (sharded.input_for(weight, t) for t in (x, *dropped))
             return sharded.output_of(self._product(x, dropped, weight, bias, names, noise))
         if not isinstance(weight, QuantizedWeight):

@@ -112,9 +112,7 @@ def linear(
         **options,
     )
     shape = torch.Size((*x.shape[:-1], N))
-    whole: Tensor = DTensor.from_local(
-        y, mesh, place.y, run_check=False, shape=shape, stride=_strides(shape)
-    )
+    whole: Tensor = DTensor.from_local(y, mesh, place.y, run_check=False, shape=shape, stride=_strides(shape))
     return whole
 
 

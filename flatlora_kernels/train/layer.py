@@ -115,8 +115,11 @@ class NoisyLayer(nn.Module):
         controller = self.noise_controller
         self._note_call(x)
         draws = self._draws() and not controller._off
-        if draws and not torch.compiler.is_compiling():
-            self._refresh_if_stale()
+        if draws:
+            if not torch.compiler.is_compiling():
+                self._refresh_if_stale()
+            elif self._gathered:
+                self._measure_gathered()
         if not draws or self.noise_scale is None:
             return {"strategy": self.strategy, "noise_accum": self.noise_accum, "backend": self.backend}
         samples: Any = self.samples
@@ -246,6 +249,11 @@ class NoisyLayer(nn.Module):
             return
         self.__dict__["noise_scale"] = None  # what another forward has saved for its backward stays as it is
         self.refresh_noise_scale()
+
+    @torch.compiler.disable
+    def _measure_gathered(self) -> None:
+        """A break in the graph of `torch.compile`, for weights that nothing else sees whole."""
+        self._refresh_if_stale()
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]

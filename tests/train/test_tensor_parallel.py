@@ -97,7 +97,12 @@ class _Local(nn.Module):
 
 
 def train(
-    rank: int, world: int, fsdp: bool = False, sequence: bool = False, recomputed: bool = False, **options: Any
+    rank: int,
+    world: int,
+    fsdp: bool = False,
+    sequence: bool = False,
+    recomputed: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     mesh, copies, part = None, 1, 0
     if world > 1:
