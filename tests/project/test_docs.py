@@ -28,8 +28,9 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 BLOCK = re.compile(
     r"(?:<!-- (not run|runs before): ((?:(?!-->).)*)-->\n)?^```python\n(.*?)^```$", re.M | re.S
 )
-# The functions of the API as they are declared: no program, see test_signatures.
-DECLARATIONS = ("api.md",)
+# The functions of the API as they are declared: no program, see test_signatures. And scripts for several processes, see
+# test_distributed_page.py.
+DECLARATIONS = ("api.md", "distributed.md")
 
 
 def name_of(page: Path) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
+import flatlora_kernels as fk
 from flatlora_kernels import NoiseController, apply_flat_lora
 from flatlora_kernels.op import sharded
 
@@ -117,6 +118,15 @@ def train(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     controller.attach(optimizer)
     losses, scales = [], []
+    drawn: list[int] = []
+    original = fk.op.compute.linear
+
+    def noted(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        drawn.append(weight.numel())
+        return original(x, weight, *rest)
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(fk.op.compute, "linear", noted)
     for step in range(STEPS):
         x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(step)).double().chunk(copies)[part]
         if controller.layers[0].samples == "batch":
@@ -135,7 +145,8 @@ def train(
             torch.distributed.all_reduce(total)
         losses.append(total.item() / world)
         scales.append([layer.noise_scale.clone() for layer in controller.layers])
-    return {"weights": named(model), "losses": losses, "scales": scales}
+    monkey.undo()
+    return {"weights": named(model), "losses": losses, "scales": scales, "drawn": sum(drawn)}
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -160,6 +171,16 @@ def test_ranks_are_one_process(ranks: list[dict[str, Any]], case: str) -> None:
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
         for own, others in zip(found["scales"], ranks[0][case]["scales"], strict=True):
             assert all(map(torch.equal, own, others))
+
+
+@pytest.mark.parametrize(
+    "case, tensor_ranks", [("gaussian", RANKS), ("sequences cut", RANKS), ("below FSDP", 2)]
+)
+def test_values_drawn(ranks: list[dict[str, Any]], case: str, tensor_ranks: int) -> None:
+    """Each rank draws its part of eps and no more, once for all rows of its batch."""
+    whole_noise = train(0, 1, **CASES[case])["drawn"]
+    assert whole_noise == STEPS * 4 * 16 * 32, whole_noise
+    assert {rank[case]["drawn"] for rank in ranks} == {whole_noise // tensor_ranks}
 
 
 def test_noise_matters(ranks: list[dict[str, Any]]) -> None:
