@@ -14,7 +14,7 @@ from ..core.quantized import QuantizedWeight
 from ..core.records import Weight
 from ..op import checks
 from ..op.functional import flat_noise_scale
-from . import packed, watch
+from . import packed, watch, zero
 from .controller import NoiseController
 from .stamps import Stamps, stamps, unchanged
 from .steps import wait_for
@@ -33,7 +33,8 @@ class NoisyLayer(nn.Module):
     `noise_scale`, the std of eps per row, is computed from the weights by `NoiseController.advance`, and anew by
     the next forward in training mode that finds other parameters or other values in them (replaced, loaded,
     moved, written in place; not while `torch.compile` traces, and not what is written through `.data` or by a fused
-    optimiser).
+    optimiser). Where DeepSpeed's ZeRO stage 3 has the parameters elsewhere, `advance` leaves it to the next forward,
+    for which DeepSpeed gathers them, and no forward finds other values by itself.
     """
 
     noise_controller: NoiseController
@@ -51,6 +52,7 @@ class NoisyLayer(nn.Module):
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
     _scaled: Stamps | None = None  # what _unit_scale was computed from
+    _postponed: bool = False  # whether _unit_scale waits for a forward that has the parameters, see zero.py
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
     _called: bool = False  # see roles.py
@@ -115,6 +117,11 @@ class NoisyLayer(nn.Module):
         draws = self._draws() and not controller._off
         if draws and not torch.compiler.is_compiling():
             self._refresh_if_stale()
+        elif draws and self._postponed and controller.sigma:
+            raise RuntimeError(
+                f"{self.flat_lora_name or type(self).__name__}: expected a forward outside torch.compile, which gathers"
+                " the parameters that ZeRO stage 3 shares out and computes noise_scale from them, got one inside"
+            )
         if not draws or self.noise_scale is None:
             return {"strategy": self.strategy, "noise_accum": self.noise_accum, "backend": self.backend}
         samples: Any = self.samples
@@ -180,6 +187,9 @@ class NoisyLayer(nn.Module):
 
     def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
         """`noise_scale` from the present weights. Called within `constants`."""
+        if zero.away(self._norm_sources()):
+            self._postpone(sigma)
+            return
         weight, lora_A, lora_B, scaling = self._weight_in_use()
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -214,7 +224,13 @@ class NoisyLayer(nn.Module):
         # Past nn.Module.__setattr__, which takes 4 us for each. An interrupt before the end leaves the layer stale.
         self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=None)
         self._multiply(sigma)
-        self.__dict__["_scaled"] = seen
+        self.__dict__.update(_scaled=seen, _postponed=False)
+
+    def _postpone(self, sigma: float | None) -> None:
+        """Leave the norms to the next forward that draws: the parameters are with other processes."""
+        self._attach(self._base_parameter().device)
+        self.__dict__.update(_scaled=None, _postponed=True)
+        self._multiply(sigma)
 
     def _rescale(self, sigma: float | None) -> None:
         """`noise_scale` from the norms known, for this strength. Called within `constants`."""
@@ -223,6 +239,9 @@ class NoisyLayer(nn.Module):
         else:
             self._wait_until_ready()
             self._multiply(sigma)
+            if zero.shared_out(self._base_parameter()):
+                # A checkpoint may have been loaded, which nothing else tells.
+                self.__dict__.update(_scaled=None, _postponed=True)
 
     def _multiply(self, sigma: float | None) -> None:
         scale, unit = self.noise_scale, self._unit_scale
@@ -240,6 +259,12 @@ class NoisyLayer(nn.Module):
             return
         if not unchanged(self._norm_sources(), self._scaled):
             self.refresh_noise_scale()
+            if self._postponed:
+                raise RuntimeError(
+                    f"{self.flat_lora_name or type(self).__name__}: expected parameters that DeepSpeed has gathered for"
+                    " this forward, got parameters that ZeRO stage 3 has shared out; call the engine that"
+                    " deepspeed.initialize returned, not the model inside"
+                )
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]
@@ -277,7 +302,7 @@ _SETTINGS = (
 )  # fmt: skip
 _OWN = (
     "noise_scale", "_unit_scale", "_ready", "_scaled", "_reading", "_seed", "auxiliary", "_called", "_bypassed",
-    "_captured",
+    "_captured", "_postponed",
 )  # fmt: skip
 
 
