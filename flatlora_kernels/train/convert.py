@@ -15,7 +15,7 @@ from .controller import NoiseController
 from .layer import NoisyLayer, controller_of
 from .linear import FlatLoraLinear
 from .names import listed, matches, pattern
-from .obstacles import bypass_of, obstacle_to, refuse_peft
+from .obstacles import bypass_of, obstacle_to, refuse_peft, too_late
 from .packed import codes_of
 from .state import layer_state, layer_states
 from .zero import whole_shape
@@ -86,6 +86,7 @@ def apply_flat_lora(
                 " reads its weight directly, and would miss the adapter"
             )
         obstacle = obstacle_to(targets[name], nn.Linear.forward) or bypass_of(modules, name)
+        obstacle = obstacle or too_late(targets[name])
         if obstacle:
             raise ValueError(f"target_modules: expected plain linear layers, got {name!r}: {obstacle}")
 

@@ -119,8 +119,16 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
 
 def foreign_hooks(base: nn.Module) -> bool:
     """Whether it has hooks but those with which ZeRO stage 3 gathers its parameters; reading these does so, too."""
-    found = [hook for hooks in HOOKS for hook in getattr(base, hooks).values()]
-    return any(not zero.gathers(hook) for hook in found)
+    if not any(getattr(base, hooks) for hooks in HOOKS):  # asked by each forward
+        return False
+    return any(not zero.gathers(hook) for hooks in HOOKS for hook in getattr(base, hooks).values())
+
+
+def too_late(base: nn.Module) -> str | None:
+    """Why a new layer in the place of this one would not be trained."""
+    if any(zero.gathers(hook) for hooks in HOOKS for hook in getattr(base, hooks).values()):
+        return "deepspeed.initialize has taken the model already, and would not train its adapter; convert it before"
+    return None
 
 
 def _only_placed(base: nn.Module) -> bool:

@@ -522,3 +522,10 @@ def test_attach_refuses_a_wrapper_of_deepspeed() -> None:
             TypeError, match="optimizer: expected one that writes .* DeepSpeed's DeepSpeedZeroOptim"
         ):
             convert(Net(), False).attach(optimizer)
+
+
+def test_layers_are_not_replaced_under_an_engine() -> None:
+    model = Net()
+    Imitation(model)
+    with pytest.raises(ValueError, match="'one.linear': deepspeed.initialize has taken the model already"):
+        convert(model, False)
