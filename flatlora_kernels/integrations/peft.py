@@ -31,7 +31,7 @@ from ..train.controller import NoiseController
 from ..train.convert import check_options, print_noise
 from ..train.layer import NoisyLayer, controller_of
 from ..train.names import Pattern, listed, pattern, within
-from ..train.obstacles import HOOKS, bypass_of, obstacle_to
+from ..train.obstacles import bypass_of, foreign_hooks, obstacle_to
 
 _INSTALL = 'pip install "flatlora_kernels[peft]"'
 try:
@@ -104,7 +104,7 @@ class FlatLayer(NoisyLayer, LoraLayer):
         given = [name for name, value in kwargs.items() if value is not None]
         if args or given:
             return f"it is called with {', '.join(given) or 'more than one argument'}"
-        if any(getattr(self.base_layer, hooks) for hooks in HOOKS):
+        if foreign_hooks(self.base_layer):
             return "its base_layer has hooks, which the fused op would not call"
         if len(names) > 1 and any(name in self.lora_variant for name in names):
             return "DoRA is active beside another adapter"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Attachment:
         self._overlap = overlap
         self._loading: tuple[int, int] | None = None
         self.optimizer = weakref.ref(optimizer)
+        self._held = {id(parameter) for parameter in _parameters(optimizer)}
         self._hooks = [
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._save),
@@ -32,10 +33,23 @@ class Attachment:
         ]
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._taken_over(optimizer):
+            raise RuntimeError(
+                "attach: expected an optimizer that still has the parameters it was attached with, got one whose"
+                f" parameters have all been replaced, as deepspeed.initialize does: {_WRITES_LATER}"
+            )
         # Fused optimisers are called whatever the GradScaler found, and skip the step on the device.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
             self._controller.advance(overlap=self._overlap)
+
+    def _taken_over(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it has none of the parameters that it had, and none that the layers have now."""
+        if not self._held or any(id(parameter) in self._held for parameter in _parameters(optimizer)):
+            return False
+        now = {id(parameter) for parameter in _parameters(optimizer)}
+        layers = self._controller._layers
+        return not any(id(parameter) in now for layer in layers for parameter in layer._trained_parameters())
 
     def _save(self, optimizer: Any, saved: dict[str, Any]) -> None:
         saved[STATE_KEY] = self._controller.state_dict()
@@ -71,9 +85,26 @@ class Attachment:
         self.remove()
 
 
+_WRITES_LATER = (
+    "it steps copies, a group at a time, and the model's parameters are written after the last of these steps. Call"
+    " controller.advance() after engine.step(), at the end of each accumulation; with transformers.Trainer"
+    " FlatLoraCallback(controller) does"
+)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """accelerate's wrapper is an Optimizer by name only: hooks belong on the one inside."""
     inner = optimizer
+    for found in (optimizer, getattr(optimizer, "optimizer", None)):
+        if type(found).__module__.partition(".")[0] == "deepspeed":
+            raise TypeError(
+                f"optimizer: expected one that writes the model's parameters in its step, got DeepSpeed's"
+                f" {type(found).__name__}: {_WRITES_LATER}"
+            )
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from .controller import NoiseController
 from .layer import NoisyLayer, controller_of
 from .linear import FlatLoraLinear
 from .names import listed, matches, pattern
-from .obstacles import bypass_of, obstacle_to, refuse_fsdp, refuse_peft
+from .obstacles import bypass_of, obstacle_to, refuse_fsdp, refuse_peft, too_late
 from .packed import codes_of
 from .state import layer_state, layer_states
+from .zero import whole_shape
 
 # These call no child's forward on some path of theirs: they read its weight, and would miss the adapter.
 _READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -85,6 +87,7 @@ def apply_flat_lora(
                 " reads its weight directly, and would miss the adapter"
             )
         obstacle = obstacle_to(targets[name], nn.Linear.forward) or bypass_of(modules, name)
+        obstacle = obstacle or too_late(targets[name])
         if obstacle:
             raise ValueError(f"target_modules: expected plain linear layers, got {name!r}: {obstacle}")
 
@@ -156,8 +159,8 @@ def check_state(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> Non
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Print and return the number of trainable parameters of `model` and of all, each counted once."""
     parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(math.prod(whole_shape(p)) for p in parameters)
+    trainable = sum(math.prod(whole_shape(p)) for p in parameters if p.requires_grad)
     percent = 100 * trainable / max(total, 1)
     print(f"trainable parameters: {trainable:,} of {total:,} ({percent:.2f} %)")
     return trainable, total

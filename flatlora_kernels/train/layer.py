@@ -14,7 +14,7 @@ from ..core.quantized import QuantizedWeight
 from ..core.records import Weight
 from ..op import checks
 from ..op.functional import flat_noise_scale
-from . import packed, watch
+from . import packed, watch, zero
 from .controller import NoiseController
 from .stamps import Stamps, stamps, unchanged
 from .steps import wait_for
@@ -34,7 +34,8 @@ class NoisyLayer(nn.Module):
     the next forward in training mode that finds other parameters or other values in them (replaced, loaded,
     moved, written in place; not while `torch.compile` traces, and not what is written through `.data` or by a fused
     optimiser). It is that of the whole layer on every rank. Of weights that are DTensors, ranks measure their shards;
-    those that are whole within a forward alone (FSDP1, ZeRO-3) are measured by the first forward of a step.
+    those that are whole within a forward alone (FSDP1, DeepSpeed's ZeRO stage 3) are measured by the first forward of a
+    step, and no forward finds other values in them by itself.
     """
 
     noise_controller: NoiseController
@@ -52,7 +53,9 @@ class NoisyLayer(nn.Module):
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
     _scaled: Stamps | None = None  # what _unit_scale was computed from
-    _gathered: bool = False  # whether a forward alone sees it, as with ZeRO-3
+    _gathered: bool = (
+        False  # whether forwards alone have its parameters, see zero.py; the first of a step measures them
+    )
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
     _called: bool = False  # see roles.py
@@ -185,10 +188,12 @@ class NoisyLayer(nn.Module):
 
     def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
         """`noise_scale` from the present weights. Called within `constants`."""
+        if zero.away(self._norm_sources()):
+            self._postpone(sigma)
+            return
         weight, lora_A, lora_B, scaling = self._weight_in_use()
-        if any(t is not None and len(t.shape) != 2 for t in (weight, lora_A, lora_B)):
-            self._attach(weight.device)
-            self.__dict__.update(_scaled=None, _gathered=True)
+        if any(t is not None and len(t.shape) != 2 for t in (weight, lora_A, lora_B)):  # FSDP1's flat parts
+            self._postpone(sigma)
             return
         if overlap and weight.device.type == "cuda":
             with beside(weight.device, "noise_scale") as side:
@@ -220,6 +225,12 @@ class NoisyLayer(nn.Module):
         self._multiply(sigma)
         self.__dict__["_scaled"] = seen
 
+    def _postpone(self, sigma: float | None) -> None:
+        """Leave the norms to the next forward that draws: the parameters are with other processes."""
+        self._attach(self._base_parameter().device)
+        self.__dict__.update(_scaled=None, _gathered=True)
+        self._multiply(sigma)
+
     def _rescale(self, sigma: float | None) -> None:
         """`noise_scale` from the norms known, for this strength. Called within `constants`."""
         if sigma and self._unit_scale is None:
@@ -227,6 +238,9 @@ class NoisyLayer(nn.Module):
         else:
             self._wait_until_ready()
             self._multiply(sigma)
+            if self._gathered or zero.shared_out(self._base_parameter()):
+                # A checkpoint may have been loaded, which nothing else tells.
+                self.__dict__.update(_scaled=None, _gathered=True)
 
     def _multiply(self, sigma: float | None) -> None:
         scale, unit = self.noise_scale, self._unit_scale
@@ -242,18 +256,26 @@ class NoisyLayer(nn.Module):
     def _refresh_if_stale(self) -> None:
         if not self.noise_controller.sigma:
             return
-        if self._gathered:  # at another address each time: once a step
+        if self._gathered:  # at another address each time
             if self._scaled is not None:
                 return
         elif unchanged(self._norm_sources(), self._scaled):
             return
         self.__dict__["noise_scale"] = None  # what another forward has saved for its backward stays as it is
         self.refresh_noise_scale()
+        if self._scaled is None:
+            raise RuntimeError(
+                f"{self.flat_lora_name or type(self).__name__}: expected parameters that FSDP or DeepSpeed has gathered"
+                " for this forward, got some that are shared out; call the module that FSDP made, or the engine that"
+                " deepspeed.initialize returned, not the model inside"
+            )
 
-    @torch.compiler.disable
     def _measure_gathered(self) -> None:
         """A break in the graph of `torch.compile`, for weights that nothing else sees whole."""
         self._refresh_if_stale()
+
+    # As torch.compiler.disable does, which imports triton.
+    _measure_gathered._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _trained_parameters(self) -> list[Tensor]:
         return [s for s in self._norm_sources() if isinstance(s, Tensor) and s.requires_grad]

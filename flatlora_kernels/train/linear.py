@@ -25,7 +25,7 @@ from ..core.quantized import Parts, QuantizedWeight, find
 from ..core.records import Weight
 from ..op import checks, sharded
 from ..op.functional import fused_flat_lora_linear
-from . import packed
+from . import packed, zero
 from .controller import NoiseController, signed
 from .layer import NoisyLayer, check_noise_options
 from .obstacles import PLACING
@@ -97,14 +97,15 @@ class FlatLoraLinear(NoisyLayer):
         train_weight: bool = False,
     ) -> None:
         super().__init__()
-        checks.weight(weight)
+        if not zero.away((weight,)):
+            checks.weight(weight)
         checks.uint32("r", r)
         check_noise_options(stream, noise, samples)
         if noise_controller is None:
             noise_controller = NoiseController(sigma=0.05 if sigma is None else sigma)
         elif sigma is not None:
             raise ValueError(f"sigma: expected None, because noise_controller has one, got {sigma}")
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = zero.whole_shape(weight)
         self.r = r
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r if r else 1.0
@@ -292,7 +293,8 @@ class FlatLoraLinear(NoisyLayer):
         taken while merged holds the original weight. Merging twice changes nothing.
 
         Raises:
-            RuntimeError: the weight is packed, and the sum would not fit its format.
+            RuntimeError: the weight is packed, and the sum would not fit its format; or ZeRO stage 3 has the parameters
+                elsewhere.
         """
         if self.merged:
             return
@@ -301,6 +303,11 @@ class FlatLoraLinear(NoisyLayer):
                 f"FlatLoraLinear: expected a dense weight to merge into, got one of format {self.weight.format!r}; make"
                 " a dense layer, FlatLoraLinear(layer.weight.dequantize(), layer.bias, ...), and give it lora_A and"
                 " lora_B"
+            )
+        if zero.away((self.weight, self.lora_A, self.lora_B)):
+            raise RuntimeError(
+                "FlatLoraLinear: expected gathered parameters to merge, got some that ZeRO stage 3 has shared out;"
+                " merge within deepspeed.zero.GatheredParameters(model.parameters()), or what zero_to_fp32.py writes"
             )
         compute = torch.promote_types(self.weight.dtype, torch.float32)
         merged = self.weight.to(compute, copy=True)

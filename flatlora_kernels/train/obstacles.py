@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..core.quantized import QuantizedWeight, find
 from ..op import checks
 from ..op.sharded import is_sharded, part_of
+from . import zero
 
 _OWNERS = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "torch", "torchao", "transformers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -106,16 +107,31 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     if not known or ("forward" in vars(base) and not placed and not _cut_by_transformers(base)):
         told = packed or getattr(getattr(base, "weight", None), "dtype", None) in checks.FLOAT_DTYPES
         return f"{type(base).__name__} has a forward of its own" + ("" if told else f"; {_formats(base)}")
-    if any(getattr(base, hooks) for hooks in HOOKS) and not _only_cut(base):
+    if foreign_hooks(base) and not _only_cut(base):
         return "it has hooks, which the fused op would not call"
     if packed:
         return None
     weight: Any = base.weight
     if is_sharded(weight):
         return _cut(weight)
-    if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or weight.dim() != 2:
-        found = f"a {type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+    shape = zero.whole_shape(weight)
+    if type(weight) is not nn.Parameter or weight.dtype not in checks.FLOAT_DTYPES or len(shape) != 2:
+        found = f"a {type(weight).__name__} of {weight.dtype} and shape {shape}"
         return f"its weight is {found}; {_formats(base)}"
+    return None
+
+
+def foreign_hooks(base: nn.Module) -> bool:
+    """Whether it has hooks but those with which ZeRO stage 3 gathers its parameters; reading these does so, too."""
+    if not any(getattr(base, hooks) for hooks in HOOKS):  # asked by each forward
+        return False
+    return any(not zero.gathers(hook) for hooks in HOOKS for hook in getattr(base, hooks).values())
+
+
+def too_late(base: nn.Module) -> str | None:
+    """Why a new layer in the place of this one would not be trained."""
+    if any(zero.gathers(hook) for hooks in HOOKS for hook in getattr(base, hooks).values()):
+        return "deepspeed.initialize has taken the model already, and would not train its adapter; convert it before"
     return None
 
 

@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from . import zero
+
 Stamps = tuple[Any, ...]
 
 
 def stamps(sources: Sequence[Any]) -> Stamps:
-    """Of tensors whether they are the same with the same values; other sources stand for themselves."""
+    """Of tensors whether they are the same with the same values; other sources stand for themselves.
+
+    Of those that ZeRO stage 3 shares out whether they are the same: nothing cheap tells more.
+    """
     return tuple(map(_stamp, sources))
 
 
@@ -23,6 +28,8 @@ def unchanged(sources: Sequence[Any], seen: Stamps | None) -> bool:
 def _stamp(source: Any) -> Any:
     if not isinstance(source, Tensor):
         return source
+    if zero.shared_out(source):
+        return weakref.ref(source), None, None
     # PEFT assigns to .data, which changes the address alone; a new tensor may have the address of an old one.
     return weakref.ref(source), _version(source), source.data_ptr()
 
@@ -36,7 +43,9 @@ def _unchanged(source: Any, seen: Any) -> bool:
     own = reference()
     if own is not source and _gathered(source, own):
         source = own
-    return own is source and version == _version(source) and address == source.data_ptr()
+    if own is not source:
+        return False
+    return version is None or (version == _version(source) and address == source.data_ptr())
 
 
 def _gathered(source: Tensor, own: Tensor | None) -> bool:
