@@ -76,6 +76,18 @@ $(OTHER)/.installed: | install
 	FLATLORA_BUILD=none $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	@touch $@
 
+# DeepSpeed on a CPU, beside the packages of this environment and not among them.
+DEEPSPEED := build/deepspeed
+.PHONY: test-deepspeed
+test-deepspeed: install $(DEEPSPEED)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$(DEEPSPEED) $(PY) -m pytest $(PYTEST_ARGS) tests/train/test_zero.py \
+	  tests/project/test_distributed_page.py
+$(DEEPSPEED)/.installed: | install
+	PYTHONPATH= $(PY) -m pip install --quiet --target $(@D) --no-deps wheel 'setuptools<81' hjson ninja py-cpuinfo msgpack einops
+	PYTHONPATH=$(@D) DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install --quiet --target $(@D) --no-deps \
+	  --no-build-isolation 'deepspeed==0.19.*'
+	@touch $@
+
 # Triton kernels without a GPU, half of the tests on each of two cores.
 HALF := $(addprefix tests/,op/test_linear.py core/test_noise_spec.py op/test_noise_accum.py bench/test_bench.py \
   op/test_compile.py op/test_shards.py op/test_noise_product.py op/test_checkpoint.py backends/test_panel.py)

@@ -453,7 +453,9 @@ def shared_out() -> tuple[nn.Module, Any, Imitation]:
 def test_a_forward_past_the_engine_raises() -> None:
     model, controller, engine = shared_out()
     controller.advance()
-    with pytest.raises(RuntimeError, match="one.linear: expected parameters that FSDP or DeepSpeed has gathered"):
+    with pytest.raises(
+        RuntimeError, match="one.linear: expected parameters that FSDP or DeepSpeed has gathered"
+    ):
         controller.layers[0].noise_arguments(torch.zeros(2, 6))
 
 
@@ -461,7 +463,9 @@ def test_a_compiled_forward_does_not_use_old_norms(monkeypatch: pytest.MonkeyPat
     _, controller, _ = shared_out()
     controller.advance()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(RuntimeError, match="one.linear: expected parameters that FSDP or DeepSpeed has gathered"):
+    with pytest.raises(
+        RuntimeError, match="one.linear: expected parameters that FSDP or DeepSpeed has gathered"
+    ):
         controller.layers[0].noise_arguments(torch.zeros(2, 6))
 
 
