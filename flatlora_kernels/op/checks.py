@@ -50,6 +50,14 @@ def weight(value: Any) -> None:
         raise _type_error("weight", value.dtype, "float16, bfloat16, float32 or float64")
 
 
+def whole(name: str, value: Any) -> None:
+    """That a tensor is no DTensor, for functions that take none."""
+    if hasattr(value, "device_mesh"):
+        raise _type_error(
+            name, "a DTensor", "a tensor; pass its to_local(), with row_offset, col_offset and layer_shape"
+        )
+
+
 def adapter(lora_A: Any, lora_B: Any, W: Weight) -> None:
     """`lora_A` (r, K) and `lora_B` (N, r), both or none, in the type of `W` or float32."""
     if lora_A is None and lora_B is None:

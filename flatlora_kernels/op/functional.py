@@ -396,6 +396,7 @@ def perturb_weight(
         out: where to write, of the shape and type of `weight` and in memory of its own; default a new tensor.
     """
     checks.weight(weight)
+    checks.whole("weight", weight)
     checks.noise_scale(noise_scale, weight.shape[0], weight.device)
     weight = weight.detach()
     if out is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..op import checks
 from ..op.functional import row_sq_norms
+from ..op.sharded import is_sharded
 from .layer import NoisyLayer, instead_of_noise
 
 Rows = int | tuple[int, ...]
@@ -43,7 +44,7 @@ def warm_up(
         How many kernels that training needs; those in Triton's cache on disk are not compiled again.
 
     Raises:
-        TypeError, ValueError: `rows` or `workers` do not fit; `model` has no layer with noise.
+        TypeError, ValueError: `rows` or `workers` do not fit; `model` has no layer with noise, or one of DTensors.
     """
     layers = [module for module in model.modules() if isinstance(module, NoisyLayer)]
     if not layers:
@@ -60,6 +61,11 @@ def warm_up(
         return 0
     alike: dict[Any, NoisyLayer] = {}
     for layer in layers:
+        if is_sharded(layer._base_parameter()):
+            raise ValueError(
+                f"model: expected whole weights, got a DTensor in {layer.flat_lora_name or type(layer).__name__!r};"
+                " call warm_up before fully_shard, and leave it out with tensor parallelism"
+            )
         if layer._base_parameter().device.type in triton.DEVICE_TYPES:
             alike.setdefault(_kind(layer), layer)
     found = dict.fromkeys((layer, shape) for layer in alike.values() for shape in shapes)

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "FSDP2": {"layout": "fsdp"},
     "FSDP2, recomputed": {"layout": "fsdp", "recomputed": True},
     "FSDP2, DoRA": {"layout": "fsdp", "lora": {"use_dora": True}},
+    "FSDP2, converted late": {"layout": "fsdp", "late": True},
 }
 
 
@@ -49,6 +50,7 @@ def train(
     folder: str,
     layout: str,
     recomputed: bool = False,
+    late: bool = False,
     lora: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -59,11 +61,14 @@ def train(
     if recomputed:
         peft_model.gradient_checkpointing_enable()
         peft_model.enable_input_require_grads()
-    controller = apply_flat_lora(peft_model, sigma=0.3, seed=5, verbose=False, **options)
+    if not late:
+        controller = apply_flat_lora(peft_model, sigma=0.3, seed=5, verbose=False, **options)
     if layout == "fsdp" and world > 1:
         for block in model.model.layers:
             fully_shard(block)
         fully_shard(peft_model)
+    if late:  # the classes of layers change, and no parameter
+        controller = apply_flat_lora(peft_model, sigma=0.3, seed=5, verbose=False, **options)
     peft_model.train()
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     controller.attach(optimizer)

@@ -118,6 +118,7 @@ def errors(mesh: Any) -> list[str]:
             placed(plain, mesh, Shard(0), Shard(1)) | {"weight": given["weight"]}, noise_scale=torch.ones(N), samples=5
         ),
         lambda: results(placed(plain, mesh, Replicate(), Shard(1)), noise_scale=torch.ones(N), samples=8),
+        lambda: fk.perturb_weight(given["weight"], torch.ones(N), seed=1),
     )  # fmt: skip
     return [_message(call) for call in calls]
 
@@ -175,6 +176,7 @@ def test_errors(ranks: list[dict[Any, Any]]) -> None:
         "weight: expected columns cut at multiples of 8, because noise comes in groups of 8, got 20 columns for 2",
         "samples: expected an int >= 1 that divides",
         "samples: expected groups that each lie on one rank, got samples=8 for x of shape (4, 6, 16) with S(1)",
+        "weight: expected a tensor; pass its to_local(), with row_offset, col_offset and layer_shape, got a DTensor",
     )
     for found, start in zip(ranks[0]["errors"], expected, strict=True):
         assert found.startswith(start), found

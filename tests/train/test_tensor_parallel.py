@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import on_ranks, whole
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_module
@@ -103,8 +106,10 @@ def train(
     fsdp: bool = False,
     sequence: bool = False,
     recomputed: bool = False,
+    folder: str = "",
     **options: Any,
 ) -> dict[str, Any]:
+    """`folder`: of a checkpoint at the end."""
     mesh, copies, part = None, 1, 0
     if world > 1:
         copies = 2 if fsdp else 1
@@ -122,7 +127,8 @@ def train(
     original = fk.op.compute.linear
 
     def noted(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-        drawn.append(weight.numel())
+        if x.dim() == 2:  # others come once more as rows
+            drawn.append(weight.numel())
         return original(x, weight, *rest)
 
     monkey = pytest.MonkeyPatch()
@@ -146,20 +152,54 @@ def train(
         losses.append(total.item() / world)
         scales.append([layer.noise_scale.clone() for layer in controller.layers])
     monkey.undo()
-    return {"weights": named(model), "losses": losses, "scales": scales, "drawn": sum(drawn)}
+    if folder:
+        dcp.save(state_of(model, controller), checkpoint_id=folder)
+    return {
+        "weights": named(model),
+        "losses": losses,
+        "scales": scales,
+        "drawn": sum(drawn),
+        "merged": merged(controller),
+    }
+
+
+def state_of(model: nn.Module, controller: NoiseController) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "noise": controller.state_dict()}
+
+
+@torch.no_grad()
+def merged(controller: NoiseController) -> list[Tensor]:
+    """The whole weights, merged and back again."""
+    found = []
+    for name in ("merge", "unmerge"):
+        for layer in controller.layers:
+            getattr(layer, name)()
+            found.append(whole([("weight", layer.weight)])["weight"])
+    return found
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".inner", ""): p for name, p in whole(model.named_parameters()).items()}
 
 
-def all_cases(rank: int, world: int) -> dict[str, Any]:
-    return {name: train(rank, world, **case) for name, case in CASES.items()}
+SAVED = ("gaussian", "below FSDP")
+
+
+def all_cases(rank: int, world: int, folder: str) -> dict[str, Any]:
+    found = {}
+    for name, case in CASES.items():
+        found[name] = train(rank, world, **case, folder=f"{folder}/{name}" if name in SAVED else "")
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(RANKS, all_cases, tmp_path_factory.mktemp("tensor"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(RANKS, functools.partial(all_cases, folder=folder), tmp_path_factory.mktemp("tensor"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -179,8 +219,32 @@ def test_ranks_are_one_process(ranks: list[dict[str, Any]], case: str) -> None:
 def test_values_drawn(ranks: list[dict[str, Any]], case: str, tensor_ranks: int) -> None:
     """Each rank draws its part of eps and no more, once for all rows of its batch."""
     whole_noise = train(0, 1, **CASES[case])["drawn"]
-    assert whole_noise == STEPS * 4 * 16 * 32, whole_noise
+    assert whole_noise == STEPS * 4 * 16 * 32
     assert {rank[case]["drawn"] for rank in ranks} == {whole_noise // tensor_ranks}
+
+
+@pytest.mark.parametrize("case", ["gaussian", "no adapter", "below FSDP"])
+def test_merge(ranks: list[dict[str, Any]], case: str) -> None:
+    weights, merged = ranks[0][case]["weights"], ranks[0][case]["merged"]
+    for index, name in enumerate(("0.up", "0.down", "1.up", "1.down")):
+        W, scaling = weights[f"{name}.weight"], 16 / 2
+        if case != "no adapter":
+            W = W + scaling * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+        torch.testing.assert_close(merged[index], W, rtol=1e-12, atol=1e-12)
+        assert torch.equal(merged[4 + index], weights[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_checkpoint_for_one_process(ranks: list[dict[str, Any]], folder: str, case: str) -> None:
+    model, controller = build(None, False, False, seed=99)
+    for block in model:  # by the names that they have among DTensors
+        block.norm = _Local(block.norm)
+    saved = state_of(model, controller)
+    dcp.load(saved, checkpoint_id=f"{folder}/{case}")
+    set_model_state_dict(model, saved["model"])
+    controller.load_state_dict(saved["noise"])
+    assert controller.state_dict() == {"base": 3, "step": STEPS}
+    assert all(torch.equal(p, ranks[0][case]["weights"][n]) for n, p in named(model).items())
 
 
 def test_noise_matters(ranks: list[dict[str, Any]]) -> None:
