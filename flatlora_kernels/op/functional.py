@@ -16,7 +16,7 @@ from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
 from ..core.noise import KINDS, tile_bits
 from ..core.quantized import QuantizedWeight
-from ..core.records import NO_DRAW, Draw, Operands, Weight
+from ..core.records import NO_DRAW, Choice, Draw, Operands, Weight
 from . import autograd, checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 from .flat import flat
@@ -91,7 +91,7 @@ def fused_flat_lora_linear(
     """
     if isinstance(x, Tensor) and autocasts(x.device.type):
         device_type = x.device.type
-        x, weight, lora_A, lora_B, bias, lora_x = _autocast(
+        x, weight, lora_A, lora_B, bias, lora_x = cast_as_autocast(
             torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias, lora_x
         )
         disabled = torch.autocast(device_type, enabled=False)
@@ -149,33 +149,49 @@ def fused_flat_lora_linear(
             checks.noise_scale(noise_scale, N, device)
         if drawn or seed is not None:
             checks.seed(seed, device)
-        bits, direct = _tile_bits(noise, layer_shape, N, K), False
+        bits, direct = drawn_tile_bits(noise, layer_shape, N, K), False
         if facts is not None:
-            direct = _may_be_direct((x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
+            direct = may_be_direct((x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
             _remember(facts, (bits, direct))
     else:
         bits, direct = passed
     draw = None
     if drawn:
         if noise_scale is None:
-            noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
+            noise_scale = noise_scale_of(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
         draw = Draw(
-            noise_scale, _seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
+            noise_scale, seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
             row_offset, col_offset, bits,
         )  # fmt: skip
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
     with _NOTHING if disabled is None else disabled:
-        if direct and not _watched():
-            y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
-        else:
-            codes, more = flat(weight)
-            operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
-            # By name: torch.compile of 2.11 cannot unpack a record that it holds constant.
-            chosen = (choice.strategy, choice.noise_accum, choice.backend)
-            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *chosen, *more)[0]
+        y = computed(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice, direct)
     return y[0] if vector else y
+
+
+def computed(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    lora_x: Tensor | None,
+    scaling: float,
+    draw: Draw | None,
+    choice: Choice,
+    direct: bool,
+) -> Tensor:
+    """The op on checked arguments; past torch's dispatcher where it may (`may_be_direct`) and nobody watches."""
+    if direct and not _watched():
+        return autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
+    codes, more = flat(weight)
+    operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
+    # By name: torch.compile of 2.11 cannot unpack a record that it holds constant.
+    chosen = (choice.strategy, choice.noise_accum, choice.backend)
+    y: Tensor = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *chosen, *more)[0]
+    return y
 
 
 _UINT32 = 1 << 32
@@ -191,7 +207,7 @@ def _remember(facts: tuple[Any, ...], passed: tuple[int, bool]) -> None:
     _passed[facts] = passed
 
 
-def _may_be_direct(given: tuple[Any, ...], antithetic: Any) -> bool:
+def may_be_direct(given: tuple[Any, ...], antithetic: Any) -> bool:
     """The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want."""
     return type(antithetic) is bool and not any(
         type(t) not in (Tensor, torch.nn.Parameter)
@@ -288,7 +304,7 @@ def row_sq_norms(
     checks.weight(weight)
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
-    return _row_sq_norms(weight, lora_A, lora_B, scaling, _backend_for(weight, backend))
+    return _row_sq_norms(weight, lora_A, lora_B, scaling, backend_for(weight, backend))
 
 
 def flat_noise_scale(
@@ -313,13 +329,10 @@ def flat_noise_scale(
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
     checks.sigma(sigma, weight)
+    checks.in_features(in_features)
     if in_features is None:
         in_features = weight.shape[1]
-    elif isinstance(in_features, bool) or not isinstance(in_features, int):
-        raise TypeError(f"in_features: expected an int, got {type(in_features).__name__}")
-    elif in_features < 1:
-        raise ValueError(f"in_features: expected an int >= 1, got {in_features}")
-    return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, _backend_for(weight, backend))
+    return noise_scale_of(weight, lora_A, lora_B, scaling, sigma, in_features, backend_for(weight, backend))
 
 
 def materialize_noise(
@@ -353,7 +366,7 @@ def materialize_noise(
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
+    torch.ops.flatlora.perturb(None, *draw, backend_for(out, backend), out)
     return out
 
 
@@ -394,7 +407,7 @@ def perturb_weight(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
     codes, more = flat(weight)
-    torch.ops.flatlora.perturb(codes, *draw, _backend_for(out, backend), out, *more)
+    torch.ops.flatlora.perturb(codes, *draw, backend_for(out, backend), out, *more)
     return out
 
 
@@ -442,7 +455,7 @@ def noise_product(
         )
 
 
-def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+def cast_as_autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     """Casts what `F.linear` would under autocast: floating point, but not float64."""
     return [
         t.to(dtype)
@@ -452,7 +465,7 @@ def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     ]
 
 
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     seed %= 1 << 64
@@ -471,7 +484,7 @@ def _row_sq_norms(
         return torch.ops.flatlora.row_sq_norms(*arguments)
 
 
-def _noise_scale(
+def noise_scale_of(
     weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -486,7 +499,7 @@ def _noise_scale(
     return norms.mul_(sigma / math.sqrt(max(in_features, 1)))
 
 
-def _backend_for(like: Weight, backend: str | None) -> str:
+def backend_for(like: Weight, backend: str | None) -> str:
     """Asked for by name or not: the one that a linear with a weight like this would use."""
     return resolve(backend, None, None, like.device.type, like.dtype, like.numel()).backend
 
@@ -507,10 +520,10 @@ def _one_draw(
     checks.draw(noise, stream, row_offset, col_offset, layer_shape, *out.shape)
     checks.uint32("sample", sample)
     checks.seed(seed, noise_scale.device)
-    seed = _seed_tensor(seed, noise_scale.device)
-    tile_bits = _tile_bits(noise, layer_shape, *out.shape)
+    seed = seed_tensor(seed, noise_scale.device)
+    tile_bits = drawn_tile_bits(noise, layer_shape, *out.shape)
     return Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset, tile_bits)
 
 
-def _tile_bits(noise: str, layer_shape: tuple[int, int] | None, N: int, K: int) -> int:
+def drawn_tile_bits(noise: str, layer_shape: tuple[int, int] | None, N: int, K: int) -> int:
     return tile_bits(*((N, K) if layer_shape is None else layer_shape)) if noise == "hadamard" else 0

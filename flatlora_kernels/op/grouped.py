@@ -1,0 +1,178 @@
+"""Mixtures of experts: a weight (E, N, K), and rows that each belong to one expert.
+
+A loop over the experts that have rows, each through the op on its own 2-D weight, so that every backend has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..choice.resolve import STRATEGIES, resolve
+from ..core.autocast import autocasts, without_autocast
+from ..core.records import Draw
+from . import checks
+from .functional import (
+    backend_for,
+    cast_as_autocast,
+    computed,
+    drawn_tile_bits,
+    may_be_direct,
+    noise_scale_of,
+    seed_tensor,
+)
+
+
+def fused_flat_lora_grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    offsets: Tensor | Sequence[int],
+    scaling: float = 1.0,
+    sigma: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    noise: str = "gaussian",
+    noise_scale: Tensor | None = None,
+    sample_offset: int = 0,
+    antithetic: bool = False,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    layer_shape: tuple[int, int] | None = None,
+    strategy: str | None = None,
+    noise_accum: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`fused_flat_lora_linear` with the weight, adapter, bias and noise of each row's expert; rows sorted by expert.
+
+    Rows ``offsets[e - 1]`` to ``offsets[e]`` (from 0 for e = 0) are expert e's. It draws from stream ``stream + e``,
+    so that a rank that holds the experts from e0 on passes ``stream + e0`` and draws what the whole would. An expert
+    without rows is neither read nor drawn, and gets zeros as gradient. Under `torch.compile` the graph breaks here,
+    and ``fullgraph=True`` is an error.
+
+    Args:
+        x: (M, K) float16, bfloat16, float32 or float64.
+        weight: (E, N, K) in the type of `x`, with any strides: also ``w.transpose(1, 2)`` of a w (E, K, N).
+        lora_A, lora_B: (E, r, K) and (E, N, r), in the type of `x` or float32; both or none.
+        bias: (E, N).
+        offsets: where each expert's rows end, E numbers that never fall, the last of them M: an int32 or int64 tensor
+            as of `torch.nn.functional.grouped_mm`, or ints. A tensor is read on the host: on a GPU that waits for the
+            device, and fails while a graph is captured; ints do neither. Unlike there, no rows may follow the last end.
+        noise_scale: (E, N) float32 >= 0. Not given, it is that of `grouped_noise_scale` for the experts with rows.
+        sample_offset: all rows see the noise of this sample. There is no `samples`: rows are sorted by expert.
+        layer_shape: (out_features, in_features) of one whole expert where `weight` has a shard of each.
+        scaling, sigma, seed, stream, noise, antithetic, row_offset, col_offset, strategy, noise_accum, backend: see
+            `fused_flat_lora_linear`.
+
+    Returns:
+        (M, N) in the type of `x`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError, NotImplementedError: as `fused_flat_lora_linear`.
+
+    Gradients flow to `x`, `weight`, `lora_A`, `lora_B` and `bias`, each only where needed.
+    """
+    cast = None
+    if isinstance(x, Tensor) and autocasts(x.device.type):
+        cast = torch.get_autocast_dtype(x.device.type)
+        x, lora_A, lora_B, bias = cast_as_autocast(cast, x, lora_A, lora_B, bias)
+    checks.grouped_linear(x, weight, lora_A, lora_B, bias)
+    experts, N, K = weight.shape
+    device = x.device
+    one = _of_one_expert(weight, lora_A, lora_B)
+    one_weight = one[0] if cast is None else _as_if_cast(one[0], cast)
+    checks.linear(x, one_weight, *one[1:], None if bias is None else bias[0], None, scaling)
+    checks.sigma(sigma, weight)
+    checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
+    checks.streams(stream, experts)
+    checks.sample_range(1, sample_offset, x.shape[0])
+    checks.choice("strategy", strategy, STRATEGIES)
+    checks.choice("noise_accum", noise_accum, ("folded", "split"))
+    checks.offsets(offsets, experts)
+    drawn = noise_scale is not None or isinstance(sigma, Tensor) or sigma != 0
+    choice = resolve(backend, strategy, noise_accum, device.type, x.dtype, N * K, noise if drawn else None)
+    if noise_scale is not None:
+        checks.grouped_noise_scale(noise_scale, (experts, N), device)
+    if drawn or seed is not None:
+        checks.seed(seed, device)
+    ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
+    checks.ends(ends, x.shape[0])
+
+    seed = seed_tensor(seed, device) if drawn else None  # type: ignore[arg-type]
+    bits = drawn_tile_bits(noise, layer_shape, N, K)
+    compiles = torch.compiler.is_compiling()
+    direct = not compiles and may_be_direct((x, weight, lora_A, lora_B, bias, noise_scale, seed), antithetic)
+    counts = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    # One node of autograd each, so that what the experts' gradients go to is allocated once.
+    rows = x.split(counts)
+    weights = weight.unbind()
+    nothing = (None,) * experts
+    As, Bs, biases, scales = (
+        nothing if t is None else t.unbind() for t in (lora_A, lora_B, bias, noise_scale)
+    )
+    parts = []
+    with without_autocast(device.type):
+        # Without any rows one expert gives the empty result, and the gradients of all.
+        for e in [e for e in range(experts) if counts[e]] or [0]:
+            W = weights[e] if cast is None else cast_as_autocast(cast, weights[e])[0]
+            draw = None
+            if drawn and counts[e]:
+                scale = scales[e]
+                if scale is None:
+                    scale = noise_scale_of(W, As[e], Bs[e], scaling, sigma, K, choice.backend)
+                draw = Draw(
+                    scale, seed, stream + e, noise, 1, sample_offset, antithetic, row_offset, col_offset, bits,
+                )  # fmt: skip
+            parts.append(computed(rows[e], W, As[e], Bs[e], biases[e], None, scaling, draw, choice, direct))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def grouped_noise_scale(
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    sigma: float | Tensor,
+    in_features: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`flat_noise_scale` of each expert's own weight, (E, N) float32, as a constant. Nothing E x N x K is allocated.
+
+    Args:
+        weight: (E, N, K) with any strides.
+        lora_A, lora_B: (E, r, K) and (E, N, r), both or none.
+        scaling, sigma, in_features, backend: see `flat_noise_scale`.
+    """
+    checks.grouped(weight, lora_A, lora_B)
+    one = _of_one_expert(weight, lora_A, lora_B)
+    checks.weight(one[0])
+    checks.adapter(one[1], one[2], one[0])
+    checks.scaling(scaling)
+    checks.sigma(sigma, weight)
+    checks.in_features(in_features)
+    if in_features is None:
+        in_features = weight.shape[2]
+    backend = backend_for(one[0], backend)
+    scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+    for e, own in enumerate(scale):
+        A, B = (None if t is None else t[e] for t in (lora_A, lora_B))
+        own.copy_(noise_scale_of(weight[e], A, B, scaling, sigma, in_features, backend))
+    return scale
+
+
+def _of_one_expert(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t[0] if isinstance(t, Tensor) else t for t in tensors]
+
+
+def _as_if_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the checks see of a weight that is still to be cast; takes no memory."""
+    if not weight.is_floating_point() or weight.dtype == torch.float64:
+        return weight
+    return torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)
