@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.quantized import QuantizedWeight
-from ..op.functional import flat_noise_scale, perturb_weight
+from ..op.functional import perturb_weight
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 
 Loss = Callable[[], Tensor]
@@ -132,7 +132,7 @@ def plane(
     Unlike the rest of this module it makes, for each s, a copy of the layers' weights: the op adds one noise at a time.
 
     Raises:
-        ValueError: a layer has a packed weight, which cannot be moved.
+        ValueError: a layer has a packed weight, or is a mixture of experts, which cannot be moved.
     """
     layers = layers_of(model)
     for layer in layers:
@@ -141,6 +141,11 @@ def plane(
             raise ValueError(
                 f"model: expected dense weights, which plane moves, got one of format {weight.format!r} in"
                 f" {layer.flat_lora_name!r}; line and flatness take packed ones"
+            )
+        if layer.stream_count > 1:
+            raise ValueError(
+                f"model: expected layers of one weight, which plane moves, got a mixture of experts,"
+                f" {layer.flat_lora_name!r}; line and flatness take mixtures"
             )
     rows = []
     with eval_mode(model), torch.no_grad():
@@ -234,8 +239,7 @@ def layers_of(model: nn.Module) -> list[NoisyLayer]:
 
 def _row_scale(layer: NoisyLayer) -> Tensor:
     """std of eps per row at sigma = 1, of the weights of now."""
-    weight, lora_A, lora_B, scaling = layer._weight_in_use()
-    return flat_noise_scale(weight, lora_A, lora_B, scaling=scaling, sigma=1.0, backend=layer.backend)
+    return layer._unit_noise_scale(*layer._weight_in_use(), None)
 
 
 def _loss_at(

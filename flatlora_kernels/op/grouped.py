@@ -6,6 +6,7 @@ A loop over the experts that have rows, each through the op on its own 2-D weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,8 @@ def fused_flat_lora_grouped_linear(
     checks.grouped_linear(x, weight, lora_A, lora_B, bias)
     experts, N, K = weight.shape
     device = x.device
-    one = _of_one_expert(weight, lora_A, lora_B)
-    one_weight = one[0] if cast is None else _as_if_cast(one[0], cast)
-    checks.linear(x, one_weight, *one[1:], None if bias is None else bias[0], None, scaling)
+    one = weight[0] if cast is None else _as_if_cast(weight[0], cast)
+    checks.linear(x, one, _first(lora_A), _first(lora_B), _first(bias), None, scaling)
     checks.sigma(sigma, weight)
     checks.draw(noise, stream, row_offset, col_offset, layer_shape, N, K)
     checks.streams(stream, experts)
@@ -104,10 +104,12 @@ def fused_flat_lora_grouped_linear(
     ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
     checks.ends(ends, x.shape[0])
 
-    seed = seed_tensor(seed, device) if drawn else None  # type: ignore[arg-type]
+    noise_seed: Any = seed_tensor(seed, device) if drawn else None  # type: ignore[arg-type]
     bits = drawn_tile_bits(noise, layer_shape, N, K)
     compiles = torch.compiler.is_compiling()
-    direct = not compiles and may_be_direct((x, weight, lora_A, lora_B, bias, noise_scale, seed), antithetic)
+    direct = not compiles and may_be_direct(
+        (x, weight, lora_A, lora_B, bias, noise_scale, noise_seed), antithetic
+    )
     counts = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     # One node of autograd each, so that what the experts' gradients go to is allocated once.
     rows = x.split(counts)
@@ -127,7 +129,7 @@ def fused_flat_lora_grouped_linear(
                 if scale is None:
                     scale = noise_scale_of(W, As[e], Bs[e], scaling, sigma, K, choice.backend)
                 draw = Draw(
-                    scale, seed, stream + e, noise, 1, sample_offset, antithetic, row_offset, col_offset, bits,
+                    scale, noise_seed, stream + e, noise, 1, sample_offset, antithetic, row_offset, col_offset, bits,
                 )  # fmt: skip
             parts.append(computed(rows[e], W, As[e], Bs[e], biases[e], None, scaling, draw, choice, direct))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -151,15 +153,14 @@ def grouped_noise_scale(
         scaling, sigma, in_features, backend: see `flat_noise_scale`.
     """
     checks.grouped(weight, lora_A, lora_B)
-    one = _of_one_expert(weight, lora_A, lora_B)
-    checks.weight(one[0])
-    checks.adapter(one[1], one[2], one[0])
+    checks.weight(weight[0])
+    checks.adapter(_first(lora_A), _first(lora_B), weight[0])
     checks.scaling(scaling)
     checks.sigma(sigma, weight)
     checks.in_features(in_features)
     if in_features is None:
         in_features = weight.shape[2]
-    backend = backend_for(one[0], backend)
+    backend = backend_for(weight[0], backend)
     scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
     for e, own in enumerate(scale):
         A, B = (None if t is None else t[e] for t in (lora_A, lora_B))
@@ -167,8 +168,9 @@ def grouped_noise_scale(
     return scale
 
 
-def _of_one_expert(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t[0] if isinstance(t, Tensor) else t for t in tensors]
+def _first(of_experts: Tensor | None) -> Tensor | None:
+    """Expert 0's; what is no tensor is left for the checks to refuse."""
+    return of_experts[0] if isinstance(of_experts, Tensor) else of_experts
 
 
 def _as_if_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,17 +39,19 @@ class NoisyLayer(nn.Module):
     noise_controller: NoiseController
     noise: str = "gaussian"
     stream: int = 0
+    stream_count: int = 1  # of a mixture of experts, one for each: stream, stream + 1, ...
     samples: int | str = 1
     antithetic: bool = False
     strategy: str | None = None
     noise_accum: str | None = None
     backend: str | None = None
-    noise_scale: Tensor | None = None  # (N,) float32, None at sigma = 0
+    noise_scale: Tensor | None = None  # (N,) float32, of a mixture (E, N); None at sigma = 0
     # A second adapter ((r2, K), (N, r2)) beside the first, in training mode; set only while a method steps.
     auxiliary: tuple[Tensor, Tensor] | None = None
     flat_lora_name: str = ""  # in the model, for messages
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
+    _weight_dim: int = 2
     _scaled: Stamps | None = None  # what _unit_scale was computed from
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
@@ -58,7 +60,10 @@ class NoisyLayer(nn.Module):
     _captured: bool = False
 
     def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
-        """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from."""
+        """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from.
+
+        Each with E before its dimensions where the layer is a mixture of experts.
+        """
         raise NotImplementedError
 
     def _norm_sources(self) -> tuple[Any, ...]:
@@ -156,6 +161,11 @@ class NoisyLayer(nn.Module):
         """Whether this forward has noise where the controller wants any."""
         return self.training
 
+    def _example(self, x: Tensor) -> Tensor:
+        """The layer's product of an `x` (..., K), for `warm_up`."""
+        y: Tensor = self.forward(x)
+        return y
+
     def _note_call(self, x: Tensor) -> None:
         """That the forward runs; and it waits for the norms, also where it does not use them: what follows it may
         write to what they are computed from."""
@@ -181,7 +191,7 @@ class NoisyLayer(nn.Module):
     def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
         """`noise_scale` from the present weights. Called within `constants`."""
         weight, lora_A, lora_B, scaling = self._weight_in_use()
-        if weight.dim() != 2 or hasattr(weight, "device_mesh"):
+        if weight.dim() != self._weight_dim or hasattr(weight, "device_mesh"):
             raise RuntimeError(
                 f"{type(self).__name__}: expected a whole weight (N, K), got a shard, {type(weight).__name__} of shape"
                 f" {tuple(weight.shape)}; FSDP and tensor parallelism are not supported"
@@ -199,22 +209,34 @@ class NoisyLayer(nn.Module):
         if not sigma:
             unit = None
         elif weight.is_meta:
-            unit = torch.empty(weight.shape[0], device="meta")
+            unit = torch.empty(weight.shape[:-1], device="meta")
         else:
-            unit = flat_noise_scale(
-                weight,
-                lora_A,
-                lora_B,
-                scaling=scaling,
-                sigma=1.0,
-                in_features=1 if self.noise_controller.norm == "row" else None,
-                backend=self.backend,
-            )
+            in_features = 1 if self.noise_controller.norm == "row" else None
+            unit = self._unit_noise_scale(weight, lora_A, lora_B, scaling, in_features)
         seen = stamps(self._norm_sources())
         # Past nn.Module.__setattr__, which takes 4 us for each. An interrupt before the end leaves the layer stale.
         self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=None)
         self._multiply(sigma)
         self.__dict__["_scaled"] = seen
+
+    def _unit_noise_scale(
+        self,
+        weight: Weight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        in_features: int | None,
+    ) -> Tensor:
+        """`noise_scale` at sigma = 1, of what `_weight_in_use` gives."""
+        return flat_noise_scale(
+            weight,
+            lora_A,
+            lora_B,
+            scaling=scaling,
+            sigma=1.0,
+            in_features=in_features,
+            backend=self.backend,
+        )
 
     def _rescale(self, sigma: float | None) -> None:
         """`noise_scale` from the norms known, for this strength. Called within `constants`."""
