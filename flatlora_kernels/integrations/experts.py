@@ -30,8 +30,8 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
     PEFT, neither ``W + B A`` nor a gradient of its size is materialised. Expert e draws from stream ``stream + e``,
     with the norms of its own rows. Experts without tokens are neither drawn nor read, except for the norms.
 
-    Where each expert's tokens end is read on the host once in a forward: on a GPU that waits for the device. No noise in
-    eval mode or at sigma = 0: then the result is PEFT's up to rounding. With the adapters disabled or none of them
+    Where each expert's tokens end is read on the host once in a forward: on a GPU that waits for the device. No noise
+    in eval mode or at sigma = 0: then the result is PEFT's up to rounding. With the adapters disabled or none of them
     active, PEFT's own forward runs.
 
     Raises:
@@ -147,6 +147,27 @@ def _adapter(wrapper: Any, names: list[str], dtype: torch.dtype) -> tuple[Tensor
         B = B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()
         pairs.append((B.transpose(1, 2), A.transpose(1, 2)) if turned else (A, B))
     return as_one(pairs, [wrapper.scaling[name] for name in names])
+
+
+def _product(
+    experts: Any,
+    name: str,
+    wrapper: Any,
+    adapters: list[str],
+    rows: Tensor,
+    ends: list[int],
+    noise: dict[str, Any],
+) -> Tensor:
+    """That of the parameter `name`, with these adapters of its wrapper."""
+    weight = _weight(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    lora_A, lora_B, scaling = _adapter(wrapper, adapters, weight.dtype) if adapters else (None, None, 1.0)
+    noise = {key: value for key, value in noise.items() if key != "samples"}  # it is 1
+    if not autocasts(rows.device.type):
+        rows = rows.to(weight.dtype)  # as transformers does
+    return fused_flat_lora_grouped_linear(
+        rows, weight, lora_A, lora_B, bias, offsets=ends, scaling=scaling, **noise
+    )
 
 
 def _mixture(experts: Any, project: Project, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ def apply_flat_lora(
     """Train the LoRA layers of a PEFT model under weight noise, in place.
 
     Every LoRA layer of an `nn.Linear`, a `Conv1D` or a packed weight becomes a `FlatLinear`. One of a mixture of
-    experts (`target_parameters`) becomes a `FlatParamWrapper`, is named as its parameter, and has a stream for each one.
+    experts (`target_parameters`) becomes a `FlatParamWrapper`, is named as its parameter, and has a stream for each.
     Streams are numbered in order of `named_modules()`. Adapters added later are seen at the next forward of
     `peft_model`; layers of theirs that cannot be converted are left to PEFT with a warning. A second call converts what
     has come since, or returns the controller as it is. Conv1D, DoRA, several adapters, initialisations and dropout work
