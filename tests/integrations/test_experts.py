@@ -136,7 +136,9 @@ def eps_of(layer: Any, controller: NoiseController) -> Tensor:
     norms = in_use.norm(dim=1 if turned else 2)
     K = weight.shape[1 if turned else 2]
     expected = controller.sigma / K**0.5 * norms
-    torch.testing.assert_close(layer.noise_scale, expected.float(), rtol=1e-5, atol=0)
+    # PEFT rounds what it adds to the type of the weight.
+    rtol = 1e-3 if weight.dtype.itemsize == 2 else 1e-5
+    torch.testing.assert_close(layer.noise_scale, expected.float(), rtol=rtol, atol=0)
     return torch.stack(
         [
             materialize_noise(scale, K, seed=controller.value, stream=layer.stream + e, noise=layer.noise)
@@ -156,7 +158,7 @@ def with_noise(peft: Any, flat: Any) -> Any:
             with torch.no_grad():
                 own = getattr(experts, layer.parameter_name)
                 own.add_(eps.transpose(1, 2) if experts.is_transposed else eps)
-        elif isinstance(layer, FlatLinear):
+        elif isinstance(layer, FlatLinear) and set(layer.active_adapters) & set(layer.lora_A):
             eps = materialize_noise(
                 layer.noise_scale,
                 layer.in_features,
@@ -386,7 +388,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = copy.deepcopy(peft).unload()
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    agree({"y": of_batch(flat.eval())["y"]}, {"y": of_batch(loaded)["y"]})
+    ids = torch.arange(14).view(2, 7)
+    want, got = (model(input_ids=ids).logits for model in (loaded, flat.eval()))
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(flat.train()(input_ids=ids).logits, want, atol=1e-3)
 
 
 def test_the_way_back() -> None:
@@ -511,9 +516,10 @@ def test_nothing_of_the_weights_size() -> None:
 def test_the_layout_of_older_peft() -> None:
     """Before it knew is_transposed, PEFT took every parameter to be (E, in_features, out_features)."""
     block = Block()
-    block.experts.is_transposed = True
+    experts = block.experts
+    experts.is_transposed = True
     peft = get_peft_model(block, lora()).train()
-    block.experts.is_transposed = False
+    experts.is_transposed = False
     scramble(peft)
     flat = copy.deepcopy(peft)
     flat.controller = apply_flat_lora(flat, sigma=0.3, seed=5, verbose=False)
