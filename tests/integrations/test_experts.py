@@ -52,6 +52,7 @@ def experts_of(kind: str) -> Any:
         **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), FF),
         **dict.fromkeys(("hidden_act", "mlp_hidden_act"), "silu"),
         **{"hidden_size": H, "moe_latent_size": None, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        **{"moe_hidden_size": H, "post_norm_eps": 1e-5},
     }
     made = getattr(module, kind)(SimpleNamespace(**sizes, _experts_implementation="eager"))
     for parameter in made.parameters():
@@ -178,6 +179,7 @@ KINDS = {
     "transposed": ("aria.AriaExperts", BOTH),
     "no gate": ("nemotron_h.NemotronHExperts", ("experts.up_proj", "experts.down_proj")),
     "a limit": ("deepseek_v4.DeepseekV4Experts", BOTH),
+    "a norm afterwards": ("muse_spark.MuseSparkExperts", BOTH),
     "one parameter": ("mixtral.MixtralExperts", BOTH[:1]),
     "the other": ("gpt_oss.GptOssExperts", BOTH[1:]),
 }
