@@ -132,7 +132,7 @@ def plane(
     Unlike the rest of this module it makes, for each s, a copy of the layers' weights: the op adds one noise at a time.
 
     Raises:
-        ValueError: a layer has a packed weight, or is a mixture of experts, which cannot be moved.
+        ValueError: a layer has a packed weight, which cannot be moved.
     """
     layers = layers_of(model)
     for layer in layers:
@@ -141,11 +141,6 @@ def plane(
             raise ValueError(
                 f"model: expected dense weights, which plane moves, got one of format {weight.format!r} in"
                 f" {layer.flat_lora_name!r}; line and flatness take packed ones"
-            )
-        if layer.stream_count > 1:
-            raise ValueError(
-                f"model: expected layers of one weight, which plane moves, got a mixture of experts,"
-                f" {layer.flat_lora_name!r}; line and flatness take mixtures"
             )
     rows = []
     with eval_mode(model), torch.no_grad():
@@ -278,20 +273,23 @@ def _moved(
     try:
         for p, layer in parameters.values():
             weight = layer._weight_in_use()[0].detach()
-            moved = perturb_weight(
-                weight,
-                unit[layer] * abs(step),
-                seed=seed,
-                stream=layer.stream,
-                sample=int(step < 0),
-                antithetic=True,
-                backend=layer.backend,
-            )
-            p.data = moved if weight.shape == p.shape and weight.stride() == p.stride() else moved.t()
+            moved = _perturbed(layer, weight, unit[layer] * abs(step), seed, int(step < 0))
+            p.data = moved if weight.shape == p.shape and weight.stride() == p.stride() else moved.mT
         yield
     finally:
         for key, (p, _) in parameters.items():
             p.data = kept[key]
+
+
+def _perturbed(layer: NoisyLayer, weight: Any, scale: Tensor, seed: int, sample: int) -> Tensor:
+    def one(weight: Tensor, scale: Tensor, stream: int) -> Tensor:
+        return perturb_weight(
+            weight, scale, seed=seed, stream=stream, sample=sample, antithetic=True, backend=layer.backend
+        )
+
+    if layer.stream_count == 1:
+        return one(weight, scale, layer.stream)
+    return torch.stack([one(weight[e], scale[e], layer.stream + e) for e in range(layer.stream_count)])
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -304,7 +304,7 @@ def row_sq_norms(
     checks.weight(weight)
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
-    return _row_sq_norms(weight, lora_A, lora_B, scaling, backend_for(weight, backend))
+    return sq_norms_of(weight, lora_A, lora_B, scaling, backend_for(weight, backend))
 
 
 def flat_noise_scale(
@@ -473,7 +473,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed - (1 << 64) if seed >> 63 else seed, dtype=torch.int64, device=device)
 
 
-def _row_sq_norms(
+def sq_norms_of(
     weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
 ) -> Tensor:
     if lora_A is not None:
@@ -493,7 +493,12 @@ def noise_scale_of(
     in_features: int,
     backend: str,
 ) -> Tensor:
-    norms = _row_sq_norms(weight, lora_A, lora_B, scaling, backend).sqrt_()
+    return scaled_norms(sq_norms_of(weight, lora_A, lora_B, scaling, backend), sigma, in_features)
+
+
+def scaled_norms(squares: Tensor, sigma: float | Tensor, in_features: int) -> Tensor:
+    """`noise_scale` from squared norms, in their place."""
+    norms = squares.sqrt_()
     if isinstance(sigma, Tensor):
         return norms.mul_(sigma.detach()).mul_(1 / math.sqrt(max(in_features, 1)))
     return norms.mul_(sigma / math.sqrt(max(in_features, 1)))

@@ -22,7 +22,9 @@ from .functional import (
     drawn_tile_bits,
     may_be_direct,
     noise_scale_of,
+    scaled_norms,
     seed_tensor,
+    sq_norms_of,
 )
 
 
@@ -161,11 +163,13 @@ def grouped_noise_scale(
     if in_features is None:
         in_features = weight.shape[2]
     backend = backend_for(weight[0], backend)
-    scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
-    for e, own in enumerate(scale):
-        A, B = (None if t is None else t[e] for t in (lora_A, lora_B))
-        own.copy_(noise_scale_of(weight[e], A, B, scaling, sigma, in_features, backend))
-    return scale
+    nothing = (None,) * weight.shape[0]
+    As, Bs = (nothing if t is None else t.detach().unbind() for t in (lora_A, lora_B))
+    squares = [
+        sq_norms_of(W, A, B, scaling, backend)
+        for W, A, B in zip(weight.detach().unbind(), As, Bs, strict=True)
+    ]
+    return scaled_norms(torch.stack(squares), sigma, in_features)
 
 
 def _first(of_experts: Tensor | None) -> Tensor | None:

@@ -636,13 +636,11 @@ def test_what_comes_after_the_conversion_is_an_error_with_noise() -> None:
 
 
 def test_measures_and_methods() -> None:
-    """What asks a layer for one matrix refuses mixtures, and the rest works on them."""
+    """Methods that ask a layer for one pair of matrices refuse mixtures, and the rest works on them."""
     _, flat = pair(sigma=0.3)
     x = torch.randn(11, H)
     found = expected_increase(flat, lambda: flat(x).square().mean(), (0.3,), draws=4)
     assert found[0].mean != 0
-    with pytest.raises(ValueError, match="mixture of experts"):
-        plane(flat, lambda: flat(x).square().mean())
     parameters = [p for p in flat.parameters() if p.requires_grad]
     for name in ("bi-lora", "eflat-lora"):
         with pytest.raises(ValueError, match="mixture of experts, 'experts"):
@@ -651,3 +649,30 @@ def test_measures_and_methods() -> None:
         loss = make(name, flat, torch.optim.SGD(parameters, 0.1)).step(lambda: flat(x).square().mean())
         assert loss.isfinite()
     assert warm_up(flat, [16]) == 0  # there is nothing to compile on a CPU
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "transposed"])
+def test_a_plane_of_losses(kind: str) -> None:
+    """The weights of every expert move, and come back."""
+    peft, flat = pair(*of(kind), sigma=0.0)
+    x = torch.randn(11, H)
+    before = copy.deepcopy(flat.state_dict())
+    rows = plane(flat, lambda: flat(x).square().mean(), (0.0, 0.2), seed=4)
+    assert all(torch.equal(value, before[name]) for name, value in flat.state_dict().items())
+    flat.controller.target_sigma = 0.2
+    noisy = copy.deepcopy(peft).eval()
+    modules = dict(noisy.named_modules())
+    for name, layer in flat.named_modules():
+        if isinstance(layer, FlatParamWrapper):
+            K = layer._weight_in_use()[0].shape[2]
+            eps = torch.stack(
+                [
+                    materialize_noise(scale, K, seed=5, stream=layer.stream + e, antithetic=True)
+                    for e, scale in enumerate(layer.noise_scale)
+                ]
+            )
+            experts = modules[name].get_base_layer()
+            with torch.no_grad():
+                getattr(experts, layer.parameter_name).add_(eps.mT if experts.is_transposed else eps)
+    want = [model(x).square().mean().item() for model in (peft.eval(), noisy)]
+    assert [row[0] for row in rows] == pytest.approx(want, rel=1e-5) and rows[0][1] != rows[0][0]
