@@ -16,7 +16,7 @@ from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
 from ..core.noise import KINDS, tile_bits
 from ..core.quantized import QuantizedWeight
-from ..core.records import NO_DRAW, Choice, Draw, Operands, Weight
+from ..core.records import NO_DRAW, Draw, Operands, Weight
 from . import autograd, checks
 from . import schema as _ops  # noqa: F401  (registers torch.ops.flatlora)
 from .flat import flat
@@ -167,31 +167,15 @@ def fused_flat_lora_linear(
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
     with _NOTHING if disabled is None else disabled:
-        y = computed(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice, direct)
+        if direct and not watched():
+            y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
+        else:
+            codes, more = flat(weight)
+            operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
+            # By name: torch.compile of 2.11 cannot unpack a record that it holds constant.
+            chosen = (choice.strategy, choice.noise_accum, choice.backend)
+            y = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *chosen, *more)[0]
     return y[0] if vector else y
-
-
-def computed(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-    draw: Draw | None,
-    choice: Choice,
-    direct: bool,
-) -> Tensor:
-    """The op on checked arguments; past torch's dispatcher where it may (`may_be_direct`) and nobody watches."""
-    if direct and not _watched():
-        return autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
-    codes, more = flat(weight)
-    operands = Operands(x, codes, lora_A, lora_B, bias, lora_x, scaling)  # type: ignore[arg-type]
-    # By name: torch.compile of 2.11 cannot unpack a record that it holds constant.
-    chosen = (choice.strategy, choice.noise_accum, choice.backend)
-    y: Tensor = torch.ops.flatlora.linear(*operands, *(NO_DRAW if draw is None else draw), *chosen, *more)[0]
-    return y
 
 
 _UINT32 = 1 << 32
@@ -235,7 +219,7 @@ def _all_watchers() -> tuple[Callable[[], Any], ...]:
 _watchers = _all_watchers()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody has to see the ops: a mode, a transform, a trace, a profile."""
     for watcher in _watchers:
         if watcher():

@@ -1,30 +1,25 @@
-"""Mixtures of experts: a weight (E, N, K), and rows that each belong to one expert.
-
-A loop over the experts that have rows, each through the op on its own 2-D weight, so that every backend has it.
-"""
+"""Mixtures of experts: a weight (E, N, K), and rows that each belong to one expert. mixture.py computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
-from ..core.records import Draw
-from . import checks
+from ..core.records import NO_DRAW, Draw
+from . import checks, mixture
 from .functional import (
     backend_for,
     cast_as_autocast,
-    computed,
     drawn_tile_bits,
     may_be_direct,
-    noise_scale_of,
     scaled_norms,
     seed_tensor,
     sq_norms_of,
+    watched,
 )
 
 
@@ -103,38 +98,39 @@ def fused_flat_lora_grouped_linear(
         checks.grouped_noise_scale(noise_scale, (experts, N), device)
     if drawn or seed is not None:
         checks.seed(seed, device)
-    ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
-    checks.ends(ends, x.shape[0])
+    # Traced, it is the op that reads and checks them.
+    known = not torch.compiler.is_compiling()
+    if known:
+        ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
+        checks.ends(ends, x.shape[0])
+    elif not isinstance(offsets, Tensor):
+        offsets = torch.tensor(offsets)
 
-    noise_seed: Any = seed_tensor(seed, device) if drawn else None  # type: ignore[arg-type]
-    bits = drawn_tile_bits(noise, layer_shape, N, K)
-    compiles = torch.compiler.is_compiling()
-    direct = not compiles and may_be_direct(
-        (x, weight, lora_A, lora_B, bias, noise_scale, noise_seed), antithetic
-    )
-    counts = [end - start for start, end in zip((0, *ends), ends, strict=False)]
-    # One node of autograd each, so that what the experts' gradients go to is allocated once.
-    rows = x.split(counts)
-    weights = weight.unbind()
-    nothing = (None,) * experts
-    As, Bs, biases, scales = (
-        nothing if t is None else t.unbind() for t in (lora_A, lora_B, bias, noise_scale)
-    )
-    parts = []
+    draw = None
     with without_autocast(device.type):
-        # Without any rows one expert gives the empty result, and the gradients of all.
-        for e in [e for e in range(experts) if counts[e]] or [0]:
-            W = weights[e] if cast is None else cast_as_autocast(cast, weights[e])[0]
-            draw = None
-            if drawn and counts[e]:
-                scale = scales[e]
-                if scale is None:
-                    scale = noise_scale_of(W, As[e], Bs[e], scaling, sigma, K, choice.backend)
-                draw = Draw(
-                    scale, noise_seed, stream + e, noise, 1, sample_offset, antithetic, row_offset, col_offset, bits,
-                )  # fmt: skip
-            parts.append(computed(rows[e], W, As[e], Bs[e], biases[e], None, scaling, draw, choice, direct))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if drawn:
+            if noise_scale is None:
+                used = [end > begin for begin, end in zip((0, *ends), ends, strict=False)] if known else None
+                noise_scale = _noise_scale(
+                    weight, x.dtype, lora_A, lora_B, scaling, sigma, K, choice.backend, used
+                )
+            draw = Draw(
+                noise_scale, seed_tensor(seed, device), stream, noise, 1, sample_offset, antithetic, row_offset,  # type: ignore[arg-type]
+                col_offset, drawn_tile_bits(noise, layer_shape, N, K),
+            )  # fmt: skip
+        if (
+            known
+            and may_be_direct((x, weight, lora_A, lora_B, bias, noise_scale, seed), antithetic)
+            and not watched()
+        ):
+            return mixture.direct_linear(x, weight, lora_A, lora_B, bias, ends, scaling, draw, choice)
+        where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets)
+        chosen = (choice.strategy, choice.noise_accum, choice.backend)
+        operands = (x, weight, lora_A, lora_B, bias, where, scaling)
+        y: Tensor = torch.ops.flatlora.grouped_linear(
+            *operands, *(NO_DRAW if draw is None else draw), *chosen
+        )[0]
+        return y
 
 
 def grouped_noise_scale(
@@ -163,12 +159,33 @@ def grouped_noise_scale(
     if in_features is None:
         in_features = weight.shape[2]
     backend = backend_for(weight[0], backend)
-    nothing = (None,) * weight.shape[0]
-    As, Bs = (nothing if t is None else t.detach().unbind() for t in (lora_A, lora_B))
-    squares = [
-        sq_norms_of(W, A, B, scaling, backend)
-        for W, A, B in zip(weight.detach().unbind(), As, Bs, strict=True)
-    ]
+    return _noise_scale(weight, weight.dtype, lora_A, lora_B, scaling, sigma, in_features, backend)
+
+
+def _noise_scale(
+    weight: Tensor,
+    dtype: torch.dtype,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    sigma: float | Tensor,
+    in_features: int,
+    backend: str,
+    used: Sequence[bool] | None = None,
+) -> Tensor:
+    """(E, N), of weights in the type `dtype`.
+
+    Args:
+        used: experts whose weight is read; the others get zeros.
+    """
+    experts, N = weight.shape[:2]
+    squares = []
+    for e in range(experts):
+        if used is None or used[e]:
+            A, B = (None if t is None else t[e] for t in (lora_A, lora_B))
+            squares.append(sq_norms_of(weight[e].to(dtype), A, B, scaling, backend))
+        else:
+            squares.append(torch.zeros(N, dtype=torch.float32, device=weight.device))
     return scaled_norms(torch.stack(squares), sigma, in_features)
 
 
