@@ -17,7 +17,8 @@ from ..train.layer import check_noise_options
 from ..train.obstacles import HOOKS, only_placed
 from .adapters import FlatAdapter, as_one
 
-Project = Callable[[str, Tensor, list[int]], Tensor]
+Ends = Tensor | list[int]
+Project = Callable[[str, Tensor, Ends], Tensor]
 
 
 class FlatParamWrapper(FlatAdapter, ParamWrapper):
@@ -77,7 +78,7 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
             return super().forward(x, *args, **kwargs)
         experts = self.get_base_layer()
 
-        def project(name: str, rows: Tensor, ends: list[int]) -> Tensor:
+        def project(name: str, rows: Tensor, ends: Ends) -> Tensor:
             wrapper, names = active.get(name, (None, []))
             return _product(
                 experts, name, wrapper, names, rows, ends, noise.get(name, {"backend": self.backend})
@@ -88,7 +89,7 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
     def _example(self, x: Tensor) -> Tensor:
         """All rows to the first expert: the kernels of the others are the same."""
         rows, names = x.flatten(0, -2), self._active()
-        ends = [rows.shape[0]] * self.num_experts
+        ends: Ends = [rows.shape[0]] * self.num_experts
         noise = self.noise_arguments(rows)
         return _product(self.get_base_layer(), self.parameter_name, self, names, rows, ends, noise)
 
@@ -155,7 +156,7 @@ def _product(
     wrapper: Any,
     adapters: list[str],
     rows: Tensor,
-    ends: list[int],
+    ends: Ends,
     noise: dict[str, Any],
 ) -> Tensor:
     """That of the parameter `name`, with these adapters of its wrapper."""
@@ -179,8 +180,10 @@ def _mixture(experts: Any, project: Project, x: Tensor, top_k_index: Tensor, top
     T, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     each = torch.arange(experts.num_experts, device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(ids, each, right=True).tolist()
-    order = order[: ends[-1]]
+    ends: Any = torch.searchsorted(ids, each, right=True)
+    if not torch.compiler.is_compiling():  # traced, the op reads them, and refuses rows for nobody
+        ends = ends.tolist()
+        order = order[: ends[-1]]
     rows = project("gate_up_proj" if experts.has_gate else "up_proj", x[order // top_k], ends)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = project("down_proj", rows, ends)

@@ -50,8 +50,7 @@ def fused_flat_lora_grouped_linear(
 
     Rows ``offsets[e - 1]`` to ``offsets[e]`` (from 0 for e = 0) are expert e's. It draws from stream ``stream + e``,
     so that a rank that holds the experts from e0 on passes ``stream + e0`` and draws what the whole would. An expert
-    without rows is neither read nor drawn, and gets zeros as gradient. Under `torch.compile` the graph breaks here,
-    and ``fullgraph=True`` is an error.
+    without rows is neither read nor drawn, and gets zeros as gradient. `torch.compile` sees one op.
 
     Args:
         x: (M, K) float16, bfloat16, float32 or float64.
@@ -60,8 +59,10 @@ def fused_flat_lora_grouped_linear(
         bias: (E, N).
         offsets: where each expert's rows end, E numbers that never fall, the last of them M: an int32 or int64 tensor
             as of `torch.nn.functional.grouped_mm`, or ints. A tensor is read on the host: on a GPU that waits for the
-            device, and fails while a graph is captured; ints do neither. Unlike there, no rows may follow the last end.
-        noise_scale: (E, N) float32 >= 0. Not given, it is that of `grouped_noise_scale` for the experts with rows.
+            device, and fails while a graph is captured. Ints do neither, but `torch.compile` compiles anew for others.
+            Unlike there, no rows may follow the last end.
+        noise_scale: (E, N) float32 >= 0. Not given, it is that of `grouped_noise_scale`, for the experts with rows
+            alone unless `torch.compile` traces.
         sample_offset: all rows see the noise of this sample. There is no `samples`: rows are sorted by expert.
         layer_shape: (out_features, in_features) of one whole expert where `weight` has a shard of each.
         scaling, sigma, seed, stream, noise, antithetic, row_offset, col_offset, strategy, noise_accum, backend: see

@@ -3,8 +3,8 @@
     flatlora::grouped_linear         y and u, as flatlora::linear, with each row's expert in its formula
     flatlora::grouped_linear_grads   dX, dW, dA, dB and dbias; empty where not needed
 
-Each expert goes through compute.py on its own 2-D weight, so that every backend has mixtures. What arrives here has been
-checked; only the values of a tensor of offsets have not, because reading them waits for the device.
+Each expert goes through compute.py on its own 2-D weight, so that every backend has mixtures. What arrives here has
+been checked; only the values of a tensor of offsets have not, because reading them waits for the device.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def linear_grads(
     lora_B: Tensor | None,
     u: Tensor | None,
     offsets: Offsets,
+    need_x: bool,
     like: Sequence[Tensor | None],
     scaling: float,
     draw: Draw | None,
@@ -93,9 +94,10 @@ def linear_grads(
     """dX, dW, dA, dB and dbias.
 
     Args:
-        like: what each of them is allocated like; None for what is not needed.
+        like: what the last four are allocated like, None for what is not needed.
     """
-    dx, dW, dA, dB, dbias = (
+    dx = grad_y.new_empty(len(grad_y), weight.shape[2]) if need_x else None
+    dW, dA, dB, dbias = (
         None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in like
     )
     need_v = lora_B is not None and (dx is not None or dA is not None)
@@ -112,7 +114,7 @@ def linear_grads(
             A = None if v is None else lora_A[e]  # type: ignore[index]
             dx[rows] = compute.linear_input_grad(dy, W, A, v, _draw_of(draw, e), choice)
         if dA is not None:
-            dA[e] = cast(matmul(v.t(), x[rows]), dA.dtype)  # type: ignore[union-attr,index]
+            dA[e] = cast(matmul(v.t(), x[rows]), dA.dtype)  # type: ignore[index]
         if dbias is not None:
             dbias[e] = cast(dy.sum(0), dbias.dtype)
         if dW is not None:
@@ -131,12 +133,13 @@ class _Dispatched:
 
     @staticmethod
     def linear_grads(grad_y: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-        *tensors, like, scaling, draw, choice = arguments
+        *tensors, need_x, like, scaling, draw, choice = arguments
         with below_autograd():
             found = torch.ops.flatlora.grouped_linear_grads(
-                grad_y, *tensors, *like, scaling, *(draw or NO_DRAW), *choice
+                grad_y, *tensors, need_x, *like, scaling, *(draw or NO_DRAW), *choice
             )
-        return tuple(None if t is None else g for t, g in zip(like, found, strict=True))
+        needed = (need_x, *(t is not None for t in like))
+        return tuple(g if need else None for need, g in zip(needed, found, strict=True))
 
 
 class _Direct:
@@ -162,9 +165,13 @@ class GroupedFunction(torch.autograd.Function):
         need_x, need_W, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         ends = offsets if isinstance(offsets, Tensor) else None
-        # What a gradient is allocated like is saved even where its values are not read: it is there anyway.
-        like = (x if need_x else None, weight if need_W else None, lora_A if need_A else None)
-        like += (lora_B if need_B else None, bias if need_bias else None)
+        # Parameters, which are there anyway.
+        like = (
+            weight if need_W else None,
+            lora_A if need_A else None,
+            lora_B if need_B else None,
+            bias if need_bias else None,
+        )
         noise_scale, seed = (None, None) if draw is None or not need_x else draw[:2]
         ctx.save_for_backward(
             x if need_W or need_A else None,
@@ -202,7 +209,18 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         draw = draw._replace(noise_scale=noise_scale, seed=seed)  # as somebody's hooks bring them back
     offsets = ends if on_host is None else on_host
     found: tuple[Tensor | None, ...] = run.linear_grads(
-        grad_y, x, weight, lora_A, lora_B, u, offsets, tuple(like), scaling, draw, choice
+        grad_y,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        u,
+        offsets,
+        ctx.needs_input_grad[0],
+        tuple(like),
+        scaling,
+        draw,
+        choice,
     )
     return found
 
@@ -218,10 +236,10 @@ _OPERANDS = (
     "Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? bias, Tensor offsets, float scaling"
 )
 _SAVED = "Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor offsets"
-_LIKE = ", ".join(f"Tensor? like_{name}" for name in ("x", "weight", "lora_A", "lora_B", "bias"))
+_LIKE = ", ".join(f"Tensor? like_{name}" for name in ("weight", "lora_A", "lora_B", "bias"))
 lib.define(f"grouped_linear({_OPERANDS}, {DRAW}, {CHOICE}) -> (Tensor, Tensor)")
 lib.define(
-    f"grouped_linear_grads(Tensor grad_y, {_SAVED}, {_LIKE}, float scaling, {DRAW}, {CHOICE})"
+    f"grouped_linear_grads(Tensor grad_y, {_SAVED}, bool need_x, {_LIKE}, float scaling, {DRAW}, {CHOICE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _OF_DRAW = len(Draw._fields)
@@ -232,13 +250,15 @@ def _records(rest: tuple[Any, ...]) -> tuple[Draw | None, Choice]:
 
 
 def _linear_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    y, u = linear(*arguments[:7], *_records(arguments[7:]))
+    draw, choice = _records(arguments[7:])
+    y, u = linear(*arguments[:7], draw, choice)  # type: ignore[call-arg]
     return y, y.new_empty(0) if u is None else u
 
 
 def _linear_grads_op(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    saved, like, scaling, rest = arguments[:6], arguments[6:11], arguments[11], arguments[12:]
-    found = linear_grads(grad_y, *saved, like, scaling, *_records(rest))
+    saved, like, scaling = arguments[:7], arguments[7:11], arguments[11]
+    draw, choice = _records(arguments[12:])
+    found = linear_grads(grad_y, *saved, like, scaling, draw, choice)  # type: ignore[call-arg]
     return tuple(grad_y.new_empty(0) if t is None else t for t in found)
 
 
@@ -265,4 +285,6 @@ def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("flatlora::grouped_linear_grads", lib=lib)
 def _linear_grads_fake(grad_y, *rest):  # type: ignore[no-untyped-def]
-    return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[6:11])
+    weight, need_x, like = rest[1], rest[6], rest[7:11]
+    dx = grad_y.new_empty((grad_y.shape[0], weight.shape[2]) if need_x else 0)
+    return dx, *(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in like)

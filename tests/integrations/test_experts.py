@@ -237,6 +237,38 @@ def test_streams_of_all_experts() -> None:
     assert other._stream_for(layers[2]) == layers[1].stream + layers[1].stream_count
 
 
+def test_norms_follow_the_weights() -> None:
+    """They are measured again where a weight was written to, and nowhere else."""
+    peft, flat = pair(sigma=0.3)
+    seen = {layer: layer._scaled for layer in wrappers(flat).values()}
+    run(flat), run(flat.eval()), run(flat.train())
+    assert all(layer._scaled is stamps for layer, stamps in seen.items())
+    for model in (peft, flat):
+        with torch.no_grad():
+            model.base_model.model.experts.get_base_layer().down_proj.mul_(2)
+    agree(run(flat), run(with_noise(peft, flat)))
+    changed = [layer.parameter_name for layer, stamps in seen.items() if layer._scaled is not stamps]
+    assert changed == ["down_proj"]
+
+
+def test_tied_experts_have_one_noise() -> None:
+    class Two(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = experts_of("mixtral.MixtralExperts")
+            self.others.down_proj = self.experts.down_proj
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, index = self.router(x).softmax(-1).topk(TOP_K)
+            return super().forward(self.others(x, index, weights))
+
+    _, flat = pair(Two(), *BOTH, "others.gate_up_proj", "others.down_proj", sigma=0.3)
+    streams = {name: layer.stream for name, layer in wrappers(flat).items()}
+    assert streams["experts.down_proj"] == streams["others.down_proj"]
+    assert len(set(streams.values())) == 3 and max(streams.values()) == 2 * E
+    assert run(flat)["y"].isfinite().all()
+
+
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     peft = get_peft_model(Block(), lora())
     apply_flat_lora(peft, sigma=0.1)
@@ -547,14 +579,22 @@ def test_adapters_added_later() -> None:
     agree(run(flat), run(with_noise(peft, flat)))
 
 
-def test_compiled_with_a_break() -> None:
+def test_compiled() -> None:
+    """In one graph for every routing."""
     _, flat = pair(sigma=0.3)
-    x = torch.randn(11, H)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(flat, backend="eager")
-    for _ in range(2):
+    compiled = torch.compile(flat, backend=backend, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(11, H)
         torch.testing.assert_close(compiled(x), flat(x))
         flat.controller.advance()
+    assert len(graphs) == 1
     torch._dynamo.reset()
 
 

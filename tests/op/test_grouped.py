@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_close
-from targets import Target, randn
+from targets import Target, randn, ready
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatlora_kernels as fk
-from flatlora_kernels.op import compute
+from flatlora_kernels.core.records import Choice, Draw
+from flatlora_kernels.op import compute, mixture
 
 E, M, N, K, R = 5, 23, 17, 40, 3
 SEED, STREAM = 0x9E3779B97F4A7C15, 7
@@ -257,6 +258,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_a_frozen_weight_gets_no_gradient_and_nothing_of_its_size() -> None:
+    ready(Target("cpu", "cpu"))
     given = {
         "x": randn(M, 96).requires_grad_(),
         "weight": randn(E, 96, 96),
@@ -269,6 +271,12 @@ def test_a_frozen_weight_gets_no_gradient_and_nothing_of_its_size() -> None:
         ).sum().backward()
     assert given["weight"].grad is None
     assert 0 < ours.largest < 96 * 96
+    # What is below the op, too.
+    draw = Draw(torch.ones(E, 96), torch.tensor(5), STREAM)
+    with Allocations() as inside:
+        arguments = (*given.values(), None, ROUTINGS["uneven"], 1.0, draw, Choice("fused", "folded", "cpu"))
+        mixture.direct_linear(*arguments).sum().backward()
+    assert 0 < inside.largest < 96 * 96
 
 
 def test_autocast(target: Target) -> None:
@@ -288,27 +296,77 @@ def test_float32_adapter_beside_16_bits(target: Target) -> None:
     assert torch.equal(grouped(target, given, ends, options), separately(target, given, ends, options))
 
 
-def test_compiled_with_a_break(target: Target) -> None:
-    """What is around the op is compiled; a whole graph cannot be, and says so."""
+def test_compiled(target: Target) -> None:
+    """One graph for every routing: the op reads the offsets when it runs, and refuses them then."""
     options = {**drawn(target), "strategy": "fused", "backend": target.backend}
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
 
     def layer(given: Inputs, offsets: Tensor) -> Tensor:
         return torch.tanh(fk.fused_flat_lora_grouped_linear(**given, offsets=offsets, **options)) * 2
 
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="eager")
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for ends in ROUTINGS.values():
         offsets = torch.tensor(ends, device=target.device)
         ours, theirs = (with_gradients(inputs(target)) for _ in range(2))
         y, want = compiled(ours, offsets), layer(theirs, offsets)
-        assert_close(y, want)
+        assert torch.equal(y, want)
         expected = gradients(want, theirs)
         for name, grad in gradients(y, ours).items():
-            assert_close(grad, expected[name])
+            assert torch.equal(grad, expected[name])
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match=r"^offsets: expected .*, got 22 as the last end"):
+        compiled(with_gradients(inputs(target)), torch.tensor([4, 4, 4, 4, 22], device=target.device))
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="(?i)graph break|data-dependent|fullgraph|Unsupported|tolist"):
-        torch.compile(layer, backend="eager", fullgraph=True)(inputs(target), offsets)
-    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_op(target: Target, frozen: bool) -> None:
+    """Schema, fakes and derivative, as torch checks them."""
+    given, options = inputs(target), drawn(target)
+    for name, t in given.items():
+        t.requires_grad_(not (frozen and name in ("weight", "bias")))
+    scale, seed = options["noise_scale"], torch.tensor(5, device=target.device)
+    draw = Draw(scale, seed, STREAM, "gaussian", 1, 0, False, 0, 0, 0)
+    offsets = torch.tensor(ROUTINGS["uneven"], device=target.device)
+    torch.library.opcheck(
+        torch.ops.flatlora.grouped_linear.default,
+        (*given.values(), offsets, 0.75, *draw, "fused", "folded", target.backend),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+def test_watched(target: Target) -> None:
+    """A mode sees the ops, and the results are the same."""
+    ends, options = ROUTINGS["uneven"], drawn(target)
+    ours, theirs = (with_gradients(inputs(target)) for _ in range(2))
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        y = grouped(target, ours, ends, options)
+        got = gradients(y, ours)
+    want = grouped(target, theirs, ends, options)
+    assert torch.equal(y, want)
+    expected = gradients(want, theirs)
+    assert all(torch.equal(grad, expected[name]) for name, grad in got.items())
+    assert {f"flatlora.{name}.default" for name in ("grouped_linear", "grouped_linear_grads")} <= set(seen)
+
+
+def test_no_second_derivative(target: Target) -> None:
+    given = with_gradients(inputs(target))
+    y = grouped(target, given, ROUTINGS["uneven"], drawn(target))
+    (grad,) = torch.autograd.grad(y.square().sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="flatlora::grouped_linear: cannot be differentiated twice"):
+        grad.sum().backward()
 
 
 REFUSED = {
