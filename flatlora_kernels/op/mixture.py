@@ -106,7 +106,6 @@ def linear_grads(
         if need_v or dB is not None:
             given = u[rows] if dB is not None else None, lora_B[e] if need_v else None  # type: ignore[index]
             v, own = compute.adapter_grads(dy, *given, scaling, choice.backend)
-            v = v if need_v else None
             if dB is not None:
                 dB[e] = cast(own, dB.dtype)
         if dx is not None:

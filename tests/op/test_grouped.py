@@ -286,8 +286,11 @@ def test_autocast(target: Target) -> None:
     want = grouped(target, cast, ends, options)
     with torch.autocast(target.device, dtype=torch.bfloat16):
         y = grouped(target, given, ends, options)
-    assert torch.equal(y, want)
-    assert all(grad.dtype == torch.float32 and grad.any() for grad in gradients(y, given).values())
+        assert torch.equal(y, want)
+        inside = gradients(grouped(target, given, ends, options), given)
+    outside = gradients(y, given)
+    assert all(grad.dtype == torch.float32 and grad.any() for grad in outside.values())
+    assert all(torch.equal(grad, outside[name]) for name, grad in inside.items())
 
 
 def test_float32_adapter_beside_16_bits(target: Target) -> None:
@@ -359,6 +362,50 @@ def test_watched(target: Target) -> None:
     expected = gradients(want, theirs)
     assert all(torch.equal(grad, expected[name]) for name, grad in got.items())
     assert {f"flatlora.{name}.default" for name in ("grouped_linear", "grouped_linear_grads")} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    "trained", [("x",), ("lora_A",), ("lora_B",), ("lora_A", "lora_B"), ("bias",), ("weight",)]
+)
+def test_gradients_of_some_inputs(target: Target, trained: tuple[str, ...]) -> None:
+    ends, options = ROUTINGS["uneven"], drawn(target)
+    ours, theirs = (with_gradients(inputs(target)) for _ in range(2))
+    for given in (ours, theirs):
+        for name, t in given.items():
+            t.requires_grad_(name in trained)
+    expected = gradients(separately(target, theirs, ends, options), theirs)
+    got = gradients(grouped(target, ours, ends, options), ours)
+    assert got.keys() == set(trained)
+    assert all(torch.equal(grad, expected[name]) for name, grad in got.items())
+
+
+def test_what_is_saved_may_be_kept_elsewhere(target: Target) -> None:
+    """Hooks bring back what the forward saw, whatever has become of it."""
+    ends, options, given = ROUTINGS["uneven"], drawn(target), with_gradients(inputs(target))
+    want = gradients(grouped(target, given, ends, options), given)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y = grouped(target, given, ends, options)
+    options["noise_scale"].zero_()
+    got = gradients(y, given)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_a_backward_that_comes_too_late(target: Target) -> None:
+    options, given = drawn(target), with_gradients(inputs(target))
+    y = grouped(target, given, ROUTINGS["uneven"], options)
+    options["noise_scale"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_lazily_negated_gradient(target: Target) -> None:
+    ends, options, given = ROUTINGS["uneven"], drawn(target), with_gradients(inputs(target))
+    grads = []
+    for negate in (torch._neg_view, torch.neg):
+        y = grouped(target, given, ends, options)
+        grad_y = negate(randn(*y.shape, device=target.device))
+        grads.append(torch.autograd.grad(y, list(given.values()), grad_y))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_no_second_derivative(target: Target) -> None:
