@@ -236,10 +236,13 @@ _OPERANDS = (
 )
 _SAVED = "Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor offsets"
 _LIKE = ", ".join(f"Tensor? like_{name}" for name in ("weight", "lora_A", "lora_B", "bias"))
-lib.define(f"grouped_linear({_OPERANDS}, {DRAW}, {CHOICE}) -> (Tensor, Tensor)")
+# They read the offsets on the host, which a CUDA graph cannot record.
+_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+lib.define(f"grouped_linear({_OPERANDS}, {DRAW}, {CHOICE}) -> (Tensor, Tensor)", tags=_TAGS)
 lib.define(
     f"grouped_linear_grads(Tensor grad_y, {_SAVED}, bool need_x, {_LIKE}, float scaling, {DRAW}, {CHOICE})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _OF_DRAW = len(Draw._fields)
 

@@ -102,7 +102,7 @@ def test_a_step_of_a_mixture_compiles_nothing(compiled: dict[Any, str]) -> None:
     config = peft.LoraConfig(r=8, target_modules=[], target_parameters=targets)
     model = peft.get_peft_model(nn.ModuleDict({"experts": experts.bfloat16()}), config).train()
     controller = apply_flat_lora(model, sigma=0.1, seed=1, backend="triton", verbose=False)
-    assert fk.warm_up(model, [16], progress=False) >= len(compiled) > 1
+    assert fk.warm_up(model, [16], progress=False) > 2  # those that other tests compiled are counted
     compiled.clear()
     controller.advance()
     x = torch.zeros(32, 64, dtype=torch.bfloat16, requires_grad=True)
