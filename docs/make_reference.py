@@ -20,7 +20,11 @@ MODULES = (
     "flatlora_kernels.methods",
     "flatlora_kernels.flatness",
 )
-ALSO = ("flatlora_kernels.train.attach.Attachment", "flatlora_kernels.choice.dispatch.Explanation")
+ALSO = (
+    "flatlora_kernels.train.attach.Attachment",
+    "flatlora_kernels.choice.dispatch.Explanation",
+    "flatlora_kernels.integrations.experts.FlatParamWrapper",
+)
 SECTIONS = ("Args", "Returns", "Raises", "Yields")
 
 Definition = ast.ClassDef | ast.FunctionDef

@@ -16,6 +16,7 @@ from .op.functional import (
     perturb_weight,
     row_sq_norms,
 )
+from .op.grouped import fused_flat_lora_grouped_linear, grouped_noise_scale
 from .train.controller import NoiseController
 from .train.convert import apply_flat_lora, print_trainable_parameters
 from .train.layer import NoisyLayer
@@ -33,7 +34,9 @@ __all__ = [
     "backend_info",
     "explain",
     "flat_noise_scale",
+    "fused_flat_lora_grouped_linear",
     "fused_flat_lora_linear",
+    "grouped_noise_scale",
     "materialize_noise",
     "noise_product",
     "perturb_weight",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.quantized import QuantizedWeight
-from ..op.functional import flat_noise_scale, perturb_weight
+from ..op.functional import perturb_weight
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 
 Loss = Callable[[], Tensor]
@@ -234,8 +234,7 @@ def layers_of(model: nn.Module) -> list[NoisyLayer]:
 
 def _row_scale(layer: NoisyLayer) -> Tensor:
     """std of eps per row at sigma = 1, of the weights of now."""
-    weight, lora_A, lora_B, scaling = layer._weight_in_use()
-    return flat_noise_scale(weight, lora_A, lora_B, scaling=scaling, sigma=1.0, backend=layer.backend)
+    return layer._unit_noise_scale(*layer._weight_in_use(), None)
 
 
 def _loss_at(
@@ -274,20 +273,23 @@ def _moved(
     try:
         for p, layer in parameters.values():
             weight = layer._weight_in_use()[0].detach()
-            moved = perturb_weight(
-                weight,
-                unit[layer] * abs(step),
-                seed=seed,
-                stream=layer.stream,
-                sample=int(step < 0),
-                antithetic=True,
-                backend=layer.backend,
-            )
-            p.data = moved if weight.shape == p.shape and weight.stride() == p.stride() else moved.t()
+            moved = _perturbed(layer, weight, unit[layer] * abs(step), seed, int(step < 0))
+            p.data = moved if weight.shape == p.shape and weight.stride() == p.stride() else moved.mT
         yield
     finally:
         for key, (p, _) in parameters.items():
             p.data = kept[key]
+
+
+def _perturbed(layer: NoisyLayer, weight: Any, scale: Tensor, seed: int, sample: int) -> Tensor:
+    def one(weight: Tensor, scale: Tensor, stream: int) -> Tensor:
+        return perturb_weight(
+            weight, scale, seed=seed, stream=stream, sample=sample, antithetic=True, backend=layer.backend
+        )
+
+    if layer.stream_count == 1:
+        return one(weight, scale, layer.stream)
+    return torch.stack([one(weight[e], scale[e], layer.stream + e) for e in range(layer.stream_count)])
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

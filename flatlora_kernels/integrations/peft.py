@@ -29,7 +29,7 @@ from ..op.functional import fused_flat_lora_linear, row_sq_norms
 from ..train import packed
 from ..train.controller import NoiseController
 from ..train.convert import check_options, print_noise
-from ..train.layer import NoisyLayer, controller_of
+from ..train.layer import controller_of
 from ..train.names import Pattern, listed, pattern, within
 from ..train.obstacles import bypass_of, foreign_hooks, obstacle_to
 
@@ -45,29 +45,28 @@ if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 17):
         f"flatlora_kernels.integrations.peft needs peft 0.17 or later, found {peft.__version__}; {_INSTALL}"
     )
 
-from peft.tuners.lora.layer import Linear, LoraLayer  # noqa: E402
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper  # noqa: E402
 from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from . import experts  # noqa: E402
+from .adapters import FlatAdapter  # noqa: E402
+from .experts import FlatParamWrapper  # noqa: E402
 
 OPTIONS = ("noise", "samples", "antithetic", "strategy", "noise_accum", "backend")
 # How far sums of squares in another order may move a norm.
 _NORM_ERROR = 2.0**-18
 
 
-class FlatLayer(NoisyLayer, LoraLayer):
+class FlatLayer(FlatAdapter):
     """A LoRA layer of PEFT on the fused op: a mixin before PEFT's own class, see `FlatLinear`."""
 
-    of_peft: type[LoraLayer]  # the class that it stands before
-    noisy_adapters: tuple[str, ...] | None = None  # None = all
     weight_is_packed: bool = False
     # PEFT's
     base_layer: Any
-    lora_A: Any
-    lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
     lora_variant: dict[str, Any]
-    scaling: dict[str, float]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._active()
@@ -86,13 +85,6 @@ class FlatLayer(NoisyLayer, LoraLayer):
     def _needs_op(self) -> bool:
         """Whether the owner of a packed weight cannot compute what is wanted without noise."""
         return (self.training and self.auxiliary is not None) or packed.loses_gradients(self.base_layer)
-
-    def _draws(self) -> bool:
-        only = self.noisy_adapters
-        return self.training and (only is None or any(name in only for name in self._active()))
-
-    def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
 
     def _obstacle(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the fused op cannot compute this forward; PEFT's own can."""
@@ -118,20 +110,11 @@ class FlatLayer(NoisyLayer, LoraLayer):
         if obstacle:
             _warn_of({f"{self.flat_lora_name} ({adapter_name})": obstacle})
 
-    def extra_repr(self) -> str:
-        if "noise_controller" not in vars(self):
-            return "no noise"
-        only = (
-            "" if self.noisy_adapters is None else f", with adapters {', '.join(self.noisy_adapters)} alone"
-        )
-        return self.describe_noise() + only
-
     def _fused(self, x: Tensor, names: list[str], noise: dict[str, Any]) -> Tensor:
         dropped = [self._dropped(x, name) for name in names] if self._drops(names) else []
         weight, bias = self._weight(), getattr(self.base_layer, "bias", None)
-        if sharded.is_sharded(
-            weight
-        ):  # in transformers' tensor parallel models, whose layers talk in tensors
+        if sharded.is_sharded(weight):
+            # In transformers' tensor parallel models, whose layers talk in tensors.
             x, *dropped = (sharded.input_for(weight, t) for t in (x, *dropped))
             return sharded.output_of(self._product(x, dropped, weight, bias, names, noise))
         if not isinstance(weight, QuantizedWeight):
@@ -208,17 +191,6 @@ class FlatLayer(NoisyLayer, LoraLayer):
         weight = self.base_layer.weight
         return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
-    def _adapter(self, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        """A (r, K), B (N, r) and scaling of these adapters as one, in types the op takes beside `dtype`."""
-        pairs, base = [], self.base_layer._parameters.get("weight")
-        for name in names:
-            A, B = packed.beside(dtype, self.lora_A[name].weight, self.lora_B[name].weight)
-            pairs.append((sharded.replicated(A, base), sharded.replicated(B, base)))
-        if len(pairs) == 1:
-            return *pairs[0], self.scaling[names[0]]
-        scaled = [B * self.scaling[name] for (_, B), name in zip(pairs, names, strict=True)]
-        return torch.cat([A for A, _ in pairs]), torch.cat(scaled, 1), 1.0
-
     def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
         # With DoRA without its m / c: the forward multiplies eps by that, too.
         weight = self._weight()
@@ -269,14 +241,16 @@ _KEEP_TYPES_UNDER_AUTOCAST = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "Hq
 
 def _may_be_flat(kind: type[LoraLayer]) -> bool:
     module = f"peft.tuners.lora.{_OF_PACKED.get(kind.__name__)}"
-    return kind is Linear or kind.__module__ == module
+    return kind in (Linear, ParamWrapper) or kind.__module__ == module
 
 
 @functools.cache
-def _flat_class(kind: type[LoraLayer]) -> type[FlatLayer]:
+def _flat_class(kind: type[LoraLayer]) -> type[FlatAdapter]:
     """The class of the layers that were of PEFT's class `kind`; an attribute of this module, so that they pickle."""
     if kind is Linear:
         return FlatLinear
+    if kind is ParamWrapper:
+        return FlatParamWrapper
     doc = f"PEFT's `{kind.__name__}` on the fused op, see `FlatLinear`."
     attributes = {"__module__": __name__, "__doc__": doc, "of_peft": kind}
     made: type[FlatLayer] = type(f"Flat{kind.__name__}", (FlatLayer, kind), attributes)
@@ -325,7 +299,7 @@ class _ConvertLater:
         if list(map(id, adapters)) == list(map(id, self.known)):
             return
         self.known = adapters
-        layers, obstacles = _to_convert(model, self.exclude)
+        layers, obstacles = _to_convert(model, self.exclude, self.options)
         for name, layer in layers.items():
             _make_flat(layer, name, self.noise_controller, self.adapters, self.options)
         new = {name: obstacle for name, obstacle in obstacles.items() if name not in self.left}
@@ -349,10 +323,12 @@ def apply_flat_lora(
 ) -> NoiseController:
     """Train the LoRA layers of a PEFT model under weight noise, in place.
 
-    Every LoRA layer of an `nn.Linear`, a `Conv1D` or a packed weight becomes a `FlatLinear`; streams are numbered in
-    order of `named_modules()`. Adapters added later are seen at the next forward of `peft_model`; layers of theirs that
-    cannot be converted are left to PEFT with a warning. A second call converts what has come since, or returns the
-    controller as it is. Conv1D, DoRA, several adapters, initialisations and dropout work as in PEFT.
+    Every LoRA layer of an `nn.Linear`, a `Conv1D` or a packed weight becomes a `FlatLinear`. One of a mixture of
+    experts (`target_parameters`) becomes a `FlatParamWrapper`, is named as its parameter, and has a stream for each.
+    Streams are numbered in order of `named_modules()`. Adapters added later are seen at the next forward of
+    `peft_model`; layers of theirs that cannot be converted are left to PEFT with a warning. A second call converts what
+    has come since, or returns the controller as it is. Conv1D, DoRA, several adapters, initialisations and dropout work
+    as in PEFT.
 
     Args:
         peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or a model with LoRA layers injected.
@@ -379,11 +355,11 @@ def apply_flat_lora(
     _check_names(options)
     exclude = pattern(exclude_modules)
     _check_excluded(peft_model, exclude)
-    existing = [module for module in peft_model.modules() if isinstance(module, FlatLayer)]
+    existing = [module for module in peft_model.modules() if isinstance(module, FlatAdapter)]
     settings = {"sigma": sigma, "schedule": schedule, "total_steps": total_steps, "seed": seed}
     controller = controller_of(existing, noise_controller, **settings)
     noisy_adapters = _checked_adapters(peft_model, adapters)
-    layers, obstacles = _to_convert(peft_model, exclude)
+    layers, obstacles = _to_convert(peft_model, exclude, options)
     if obstacles:
         raise ValueError(
             f"peft_model: expected LoRA layers that can train under weight noise, got {_reasons(obstacles)};"
@@ -403,7 +379,7 @@ def apply_flat_lora(
     )
     if verbose:
         found = _lora_layers(peft_model).values()
-        noisy = [layer for layer in found if isinstance(layer, FlatLayer)]
+        noisy = [layer for layer in found if isinstance(layer, FlatAdapter)]
         print_noise(noisy, controller, left=len(found) - len(noisy))
     return controller
 
@@ -414,7 +390,7 @@ def remove_flat_lora(peft_model: nn.Module) -> None:
     Raises:
         ValueError: there are none.
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, FlatLayer)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FlatAdapter)]
     if not layers:
         raise ValueError("peft_model: expected layers made by apply_flat_lora, got none")
     for layer in layers:
@@ -468,7 +444,9 @@ def custom_modules(
                 "its weight is packed, and PEFT has a class of its own for it; apply_flat_lora converts that"
             )
         if kwargs.get("parameter_name"):
-            obstacle = "a bare parameter is adapted (target_parameters)"
+            obstacle = (
+                "a bare parameter is adapted (target_parameters); apply_flat_lora converts those of experts"
+            )
         if obstacle:
             refuse(name, obstacle)
         transposed = isinstance(target, Conv1D)
@@ -484,19 +462,33 @@ def custom_modules(
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """By their names in the base model."""
-    named = model.named_modules()
-    return {n.removeprefix("base_model.model."): m for n, m in named if isinstance(m, LoraLayer)}
+    """By their names in the base model; wrappers of parameters by the names of these."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = name.removeprefix("base_model.model.")
+            if isinstance(module, ParamWrapper):
+                while name.endswith(_NESTED):
+                    name = name.removesuffix(_NESTED)
+                name = f"{name}.{module.parameter_name}"
+            found[name] = module
+    return found
 
 
-def _to_convert(model: nn.Module, exclude: Pattern) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+_NESTED = ".base_layer"
+
+
+def _to_convert(
+    model: nn.Module, exclude: Pattern, options: dict[str, Any]
+) -> tuple[dict[str, LoraLayer], dict[str, str]]:
     """The layers that are not yet converted, and why some of the others cannot be."""
     layers, obstacles = {}, {}
     modules = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
     for name, module in _lora_layers(model).items():
-        if isinstance(module, FlatLayer) or within(name, exclude):
+        if isinstance(module, FlatAdapter) or within(name, exclude):
             continue
-        obstacle = _layer_obstacle(module) or _parent_obstacle(modules, name)
+        where = name.rpartition(".")[0] if isinstance(module, ParamWrapper) else name
+        obstacle = _layer_obstacle(module, options) or _parent_obstacle(modules, where)
         if obstacle:
             obstacles[name] = obstacle
         else:
@@ -513,12 +505,13 @@ def _make_flat(
 ) -> None:
     kind: Any = type(layer)
     layer.__class__ = _flat_class(kind)
-    layer.weight_is_packed = find(layer.base_layer) is not None
+    if isinstance(layer, FlatLayer):
+        layer.weight_is_packed = find(layer.base_layer) is not None
     try:
         layer._set_up_noise(noise_controller, **options)
     except Exception:
         layer.__class__ = kind
-        del layer.weight_is_packed
+        layer.__dict__.pop("weight_is_packed", None)
         raise
     layer.flat_lora_name, layer.noisy_adapters = name, adapters
 
@@ -559,7 +552,7 @@ def _check_excluded(model: nn.Module, exclude: Pattern) -> None:
                 f"exclude_modules: expected to match LoRA layers or modules around them, got {got}, which matches none"
                 f" of {len(layers)} ({listed(layers)})"
             )
-        converted = [name for name in found if isinstance(layers[name], FlatLayer)]
+        converted = [name for name in found if isinstance(layers[name], FlatAdapter)]
         if converted:
             raise ValueError(
                 f"exclude_modules: expected to match LoRA layers without noise, got {got}, which matches"
@@ -574,12 +567,14 @@ def _base_obstacle(base: nn.Module) -> str | None:
     return f"it is neither an nn.Linear nor a Conv1D ({obstacle}), its class is {type(base).__name__}"
 
 
-def _layer_obstacle(layer: LoraLayer) -> str | None:
+def _layer_obstacle(layer: LoraLayer, options: dict[str, Any]) -> str | None:
     if not _may_be_flat(type(layer)):
-        kinds = ", ".join(("Linear", *_OF_PACKED))
+        kinds = ", ".join(("Linear", *_OF_PACKED, "ParamWrapper"))
         return f"its class in PEFT is {type(layer).__name__}, none of {kinds}"
     if "forward" in vars(layer):
         return "it has a forward of its own, in the place of its class's"
+    if isinstance(layer, ParamWrapper):
+        return experts.obstacle_to(layer, options.get("samples", 1))
     return _base_obstacle(layer.base_layer) or _unknown_variants(layer, layer.lora_variant)
 
 

@@ -157,12 +157,22 @@ class Method:
         if not self.layers:
             raise ValueError(f"model: expected layers with noise for {type(self).__name__}, got none")
 
-    def _adapters(self) -> list[Adapter]:
-        """The trained pairs of all layers, of which there has to be one at least."""
+    def _adapters(self, *, one_each: bool = False) -> list[Adapter]:
+        """The trained pairs of all layers, of which there has to be one at least.
+
+        Args:
+            one_each: each has to be one pair of matrices, and not those of a mixture of experts side by side.
+        """
         every = [a for layer in self.layers for a in adapters(layer)]
         found = [a for a in every if a.lora_A.requires_grad or a.lora_B.requires_grad]
         if not found:
             raise ValueError(f"model: expected trainable adapters for {type(self).__name__}, got none")
+        mixtures = [a.layer.flat_lora_name for a in found if a.layer.stream_count > 1]
+        if one_each and mixtures:
+            raise ValueError(
+                f"model: expected adapters of single weights for {type(self).__name__}, got a mixture of experts,"
+                f" {mixtures[0]!r}"
+            )
         return found
 
 

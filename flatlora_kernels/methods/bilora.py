@@ -67,7 +67,7 @@ class BiLoRA(Method):
         if ascent is not None and ascent_lr is not None:
             raise ValueError("ascent_lr: expected None where ascent is given, which has a rate of its own")
         self.rho, self.ascent_lr = rho, ascent_lr
-        found = self._adapters()
+        found = self._adapters(one_each=True)
         if len({id(a.layer) for a in found}) < len(found):
             raise ValueError("model: expected one active adapter in each layer for Bi-LoRA, got several")
         self._pairs = [

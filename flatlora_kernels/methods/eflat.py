@@ -47,7 +47,8 @@ class EFlatLoRA(Method):
         if not 0 < beta <= 1:
             raise ValueError(f"beta: expected 0 < beta <= 1, got {beta}")
         self.rho, self.beta = rho, beta
-        self._pairs = [a for a in self._adapters() if a.lora_A.requires_grad and a.lora_B.requires_grad]
+        every = self._adapters(one_each=True)
+        self._pairs = [a for a in every if a.lora_A.requires_grad and a.lora_B.requires_grad]
         if not self._pairs:
             raise ValueError("model: expected adapters of which A and B are trained, got none")
         self.perturbation = [

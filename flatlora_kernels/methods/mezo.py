@@ -65,7 +65,12 @@ class MeZO(Method):
         trained = {id(p): (p, group) for group in groups for p in group["params"] if p.requires_grad}
         if not trained:
             raise ValueError("optimizer: expected parameters that require gradients, got none")
-        self._noisy = [layer for layer in self.layers if id(layer._base_parameter()) in trained]
+        # A mixture's weight is moved, as other parameters are.
+        self._noisy = [
+            layer
+            for layer in self.layers
+            if id(layer._base_parameter()) in trained and layer.stream_count == 1
+        ]
         self._in_op = {}  # by weight: a tied one is updated once
         for layer in self._noisy:
             group = trained[id(layer._base_parameter())][1]
@@ -73,7 +78,7 @@ class MeZO(Method):
             self._in_op[id(layer._base_parameter())] = _Trained(
                 matrix, group, layer.stream, layer.noise, layer.backend
             )
-        stream = 1 + max((layer.stream for layer in self.layers), default=-1)
+        stream = max((layer.stream + layer.stream_count for layer in self.layers), default=0)
         others = [found for key, found in trained.items() if key not in self._in_op]
         self._others = []
         for i, (p, group) in enumerate(others):

@@ -125,14 +125,19 @@ class LinearFunction(torch.autograd.Function):
         if autocasts(grad_y.device.type):  # it would cast what torch multiplies, and what it multiplies into
             with without_autocast(grad_y.device.type):
                 return LinearFunction.backward(ctx, grad_y, None)
-        if not torch.is_grad_enabled():
-            return *_gradients(ctx, grad_y), None
-        # create_graph=True: fine until somebody differentiates the result
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_y)
-        given = [g for g in grads if g is not None]
-        marked = iter(_NoSecondDerivative.apply("linear", *(g.requires_grad_() for g in given)))
-        return *(None if g is None else next(marked) for g in grads), None
+        return *once("linear", lambda: _gradients(ctx, grad_y)), None
+
+
+def once(name: str, gradients: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """Gradients of the op `name`, which cannot be differentiated again."""
+    if not torch.is_grad_enabled():
+        return gradients()
+    # create_graph=True: fine until somebody differentiates the result
+    with torch.no_grad():
+        grads = gradients()
+    given = [g for g in grads if g is not None]
+    marked = iter(_NoSecondDerivative.apply(name, *(g.requires_grad_() for g in given)))
+    return tuple(None if g is None else next(marked) for g in grads)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,7 +187,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(_TWICE.format(ctx.name))
 
 
-def _differentiates(inputs: Iterable[Any]) -> bool:
+def differentiates(inputs: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
@@ -197,7 +202,7 @@ def linear(*arguments: Any) -> Tensor:
 
 def of_the_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Autograd kernel of `flatlora::linear`."""
-    if _differentiates(inputs[:6]):
+    if differentiates(inputs[:6]):
         (x, codes, *tensors, scaling), draw, choice, more = records(inputs, _OF_OPERANDS)
         return LinearFunction.apply(x, weight_of(codes, more), *tensors, (scaling, draw, choice, _Dispatched))
     with below_autograd():
@@ -210,7 +215,7 @@ def first_order_only(name: str) -> Callable[..., Any]:
     def kernel(*inputs: Any) -> Any:
         with below_autograd():
             result = getattr(torch.ops.flatlora, name)(*inputs)
-        if not _differentiates(inputs):
+        if not differentiates(inputs):
             return result
         results = result if isinstance(result, tuple) else (result,)
         marked = _NoSecondDerivative.apply(name, *(r.requires_grad_() for r in results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,6 +118,66 @@ def linear(x: Any, W: Any, lora_A: Any, lora_B: Any, bias: Any, lora_x: Any, sca
         _device("lora_x", lora_x, "x", x)
 
 
+def grouped(W: Any, lora_A: Any, lora_B: Any) -> None:
+    """That each expert has its own weight and adapter; what these are is checked of one expert."""
+    if not isinstance(W, Tensor):
+        raise _type_error("weight", type(W).__name__, "a tensor (num_experts, out_features, in_features)")
+    if W.dim() != 3 or not W.shape[0]:
+        expected = "shape (num_experts, out_features, in_features) with num_experts >= 1"
+        raise _value_error("weight", f"shape {tuple(W.shape)}", expected)
+    for name, given in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if isinstance(given, Tensor) and (given.dim() != 3 or given.shape[0] != W.shape[0]):
+            expected = f"3 dimensions, of which the first is num_experts = {W.shape[0]}"
+            raise _value_error(name, f"shape {tuple(given.shape)}", expected)
+
+
+def grouped_linear(x: Any, W: Any, lora_A: Any, lora_B: Any, bias: Any) -> None:
+    grouped(W, lora_A, lora_B)
+    tensor("x", x)
+    if x.dim() != 2:
+        raise _value_error("x", f"shape {tuple(x.shape)}", "shape (M, in_features)")
+    if bias is not None:
+        tensor("bias", bias)
+        _shape("bias", bias, tuple(W.shape[:2]), "(num_experts, out_features)")
+
+
+def offsets(value: Any, num_experts: int) -> None:
+    """What offsets are; what is in them is `ends` to check, where they have been read."""
+    if isinstance(value, Tensor):
+        if value.dtype not in (torch.int32, torch.int64):
+            raise _type_error("offsets", value.dtype, "torch.int32 or torch.int64")
+        _shape("offsets", value, (num_experts,), "(num_experts,)")
+    elif not isinstance(value, (list, tuple)) or not all(type(end) is int for end in value):
+        raise _type_error("offsets", repr(value)[:80], "an int32 or int64 tensor, or a list or tuple of ints")
+    elif len(value) != num_experts:
+        raise _value_error("offsets", f"{len(value)} ints", f"one for each of {num_experts} experts")
+
+
+def ends(value: Sequence[int], num_rows: int) -> None:
+    """That offsets on the host part all rows."""
+    before = 0
+    for expert, end in enumerate(value):
+        if end < before:
+            raise _value_error("offsets", f"{end} for expert {expert} after {before}", "ends that never fall")
+        before = end
+    if before != num_rows:
+        raise _value_error("offsets", f"{before} as the last end", f"the number of rows of x, {num_rows}")
+
+
+def grouped_noise_scale(value: Any, shape: tuple[int, int], device: torch.device) -> None:
+    tensor("noise_scale", value)
+    if value.dtype != torch.float32:
+        raise _type_error("noise_scale", value.dtype, "torch.float32")
+    _shape("noise_scale", value, shape, "(num_experts, out_features)")
+    _constant_scale(value, device)
+
+
+def streams(first: Any, count: int) -> None:
+    uint32("stream", first)
+    if first + count > _UINT32:
+        raise _value_error("stream", f"{first} for {count} experts", "stream + num_experts <= 2**32")
+
+
 def uint32(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise _type_error(name, type(value).__name__, "an int")
@@ -142,6 +203,10 @@ def noise_scale(value: Any, num_rows: int | None, device: torch.device | None) -
     if value.dim() != 1 or (num_rows is not None and value.shape[0] != num_rows):
         letters = "(out_features,)" + ("" if num_rows is None else f" = ({num_rows},)")
         raise _value_error("noise_scale", f"shape {tuple(value.shape)}", f"shape {letters}")
+    _constant_scale(value, device)
+
+
+def _constant_scale(value: Tensor, device: torch.device | None) -> None:
     if value.requires_grad:
         raise _value_error(
             "noise_scale",
@@ -150,6 +215,15 @@ def noise_scale(value: Any, num_rows: int | None, device: torch.device | None) -
         )
     if device is not None and value.device != device:
         raise _value_error("noise_scale", value.device, f"the device of weight, {device}")
+
+
+def in_features(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _type_error("in_features", type(value).__name__, "an int")
+    if value < 1:
+        raise _value_error("in_features", value, "an int >= 1")
 
 
 def noise_product(x: Any, scale: Any) -> None:

@@ -94,7 +94,7 @@ def fused_flat_lora_linear(
     """
     if isinstance(x, Tensor) and autocasts(x.device.type):
         device_type = x.device.type
-        x, weight, lora_A, lora_B, bias, lora_x = _autocast(
+        x, weight, lora_A, lora_B, bias, lora_x = cast_as_autocast(
             torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias, lora_x
         )
         disabled = torch.autocast(device_type, enabled=False)
@@ -164,25 +164,25 @@ def fused_flat_lora_linear(
             checks.noise_scale(noise_scale, N, device)
         if drawn or seed is not None:
             checks.seed(seed, device)
-        bits, direct = _tile_bits(noise, layer_shape, N, K), False
+        bits, direct = drawn_tile_bits(noise, layer_shape, N, K), False
         if facts is not None:
-            direct = _may_be_direct((x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
+            direct = may_be_direct((x, weight, lora_A, lora_B, bias, lora_x, noise_scale, seed), antithetic)
             _remember(facts, (bits, direct))
     else:
         bits, direct = passed
     draw = None
     if drawn:
         if noise_scale is None:
-            noise_scale = _noise_scale(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
+            noise_scale = noise_scale_of(weight, lora_A, lora_B, scaling, sigma, K, choice.backend)
         draw = Draw(
-            noise_scale, _seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
+            noise_scale, seed_tensor(seed, device), stream, noise, samples, sample_offset, antithetic,  # type: ignore[arg-type]
             row_offset, col_offset, bits,
         )  # fmt: skip
     vector = x.dim() == 1
     if vector:
         x, lora_x = x[None], None if lora_x is None else lora_x[None]
     with _NOTHING if disabled is None else disabled:
-        if direct and not _watched():
+        if direct and not watched():
             y = autograd.linear(x, weight, lora_A, lora_B, bias, lora_x, scaling, draw, choice)
         else:
             codes, more = flat(weight)
@@ -206,7 +206,7 @@ def _remember(facts: tuple[Any, ...], passed: tuple[int, bool]) -> None:
     _passed[facts] = passed
 
 
-def _may_be_direct(given: tuple[Any, ...], antithetic: Any) -> bool:
+def may_be_direct(given: tuple[Any, ...], antithetic: Any) -> bool:
     """The dispatcher resolves lazy negation and zeros, and knows what subclasses and other devices want."""
     return type(antithetic) is bool and not any(
         type(t) not in (Tensor, torch.nn.Parameter)
@@ -234,7 +234,7 @@ def _all_watchers() -> tuple[Callable[[], Any], ...]:
 _watchers = _all_watchers()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody has to see the ops: a mode, a transform, a trace, a profile."""
     for watcher in _watchers:
         if watcher():
@@ -304,7 +304,7 @@ def row_sq_norms(
     checks.weight(weight)
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
-    return _row_sq_norms(weight, lora_A, lora_B, scaling, _backend_for(weight, backend))
+    return sq_norms_of(weight, lora_A, lora_B, scaling, backend_for(weight, backend))
 
 
 def flat_noise_scale(
@@ -329,13 +329,10 @@ def flat_noise_scale(
     checks.adapter(lora_A, lora_B, weight)
     checks.scaling(scaling)
     checks.sigma(sigma, weight)
+    checks.in_features(in_features)
     if in_features is None:
         in_features = weight.shape[1]
-    elif isinstance(in_features, bool) or not isinstance(in_features, int):
-        raise TypeError(f"in_features: expected an int, got {type(in_features).__name__}")
-    elif in_features < 1:
-        raise ValueError(f"in_features: expected an int >= 1, got {in_features}")
-    return _noise_scale(weight, lora_A, lora_B, scaling, sigma, in_features, _backend_for(weight, backend))
+    return noise_scale_of(weight, lora_A, lora_B, scaling, sigma, in_features, backend_for(weight, backend))
 
 
 def materialize_noise(
@@ -369,7 +366,7 @@ def materialize_noise(
     draw = _one_draw(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
-    torch.ops.flatlora.perturb(None, *draw, _backend_for(out, backend), out)
+    torch.ops.flatlora.perturb(None, *draw, backend_for(out, backend), out)
     return out
 
 
@@ -411,7 +408,7 @@ def perturb_weight(
         out, noise_scale, seed, stream, noise, sample, antithetic, row_offset, col_offset, layer_shape
     )
     codes, more = flat(weight)
-    torch.ops.flatlora.perturb(codes, *draw, _backend_for(out, backend), out, *more)
+    torch.ops.flatlora.perturb(codes, *draw, backend_for(out, backend), out, *more)
     return out
 
 
@@ -459,7 +456,7 @@ def noise_product(
         )
 
 
-def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+def cast_as_autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     """Casts what `F.linear` would under autocast: floating point, but not float64."""
     return [
         t.to(dtype)
@@ -469,7 +466,7 @@ def _autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     ]
 
 
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     seed %= 1 << 64
@@ -477,7 +474,7 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed - (1 << 64) if seed >> 63 else seed, dtype=torch.int64, device=device)
 
 
-def _row_sq_norms(
+def sq_norms_of(
     weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, backend: str
 ) -> Tensor:
     if lora_A is not None:
@@ -485,7 +482,7 @@ def _row_sq_norms(
     if sharded.is_sharded(weight):
 
         def local(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
-            return _row_sq_norms(weight, lora_A, lora_B, scaling, backend)
+            return sq_norms_of(weight, lora_A, lora_B, scaling, backend)
 
         return sharded.row_sq_norms(local, weight.detach(), lora_A, lora_B)
     codes, more = flat(weight.detach())
@@ -494,7 +491,7 @@ def _row_sq_norms(
         return torch.ops.flatlora.row_sq_norms(*arguments)
 
 
-def _noise_scale(
+def noise_scale_of(
     weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -503,13 +500,18 @@ def _noise_scale(
     in_features: int,
     backend: str,
 ) -> Tensor:
-    norms = _row_sq_norms(weight, lora_A, lora_B, scaling, backend).sqrt_()
+    return scaled_norms(sq_norms_of(weight, lora_A, lora_B, scaling, backend), sigma, in_features)
+
+
+def scaled_norms(squares: Tensor, sigma: float | Tensor, in_features: int) -> Tensor:
+    """`noise_scale` from squared norms, in their place."""
+    norms = squares.sqrt_()
     if isinstance(sigma, Tensor):
         return norms.mul_(sigma.detach()).mul_(1 / math.sqrt(max(in_features, 1)))
     return norms.mul_(sigma / math.sqrt(max(in_features, 1)))
 
 
-def _backend_for(like: Weight, backend: str | None) -> str:
+def backend_for(like: Weight, backend: str | None) -> str:
     """Asked for by name or not: the one that a linear with a weight like this would use."""
     return resolve(backend, None, None, like.device.type, like.dtype, like.numel()).backend
 
@@ -530,10 +532,10 @@ def _one_draw(
     checks.draw(noise, stream, row_offset, col_offset, layer_shape, *out.shape)
     checks.uint32("sample", sample)
     checks.seed(seed, noise_scale.device)
-    seed = _seed_tensor(seed, noise_scale.device)
-    tile_bits = _tile_bits(noise, layer_shape, *out.shape)
+    seed = seed_tensor(seed, noise_scale.device)
+    tile_bits = drawn_tile_bits(noise, layer_shape, *out.shape)
     return Draw(noise_scale, seed, stream, noise, 1, sample, antithetic, row_offset, col_offset, tile_bits)
 
 
-def _tile_bits(noise: str, layer_shape: tuple[int, int] | None, N: int, K: int) -> int:
+def drawn_tile_bits(noise: str, layer_shape: tuple[int, int] | None, N: int, K: int) -> int:
     return tile_bits(*((N, K) if layer_shape is None else layer_shape)) if noise == "hadamard" else 0

@@ -9,6 +9,8 @@ backward.
     flatlora::adapter_grads      v = scaling dY B;  dB = scaling dY^T u
     flatlora::row_sq_norms       || W[n] + scaling (B A)[n] ||^2
     flatlora::perturb            out = W + eps, or eps
+
+mixture.py adds those of mixtures of experts.
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ def _arguments(record: type) -> str:
     return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
 
 
-_DRAW, _CHOICE = _arguments(Draw).replace("Tensor ", "Tensor? "), _arguments(Choice)
+DRAW, CHOICE = _arguments(Draw).replace("Tensor ", "Tensor? "), _arguments(Choice)
 _SCHEMAS = (
-    f"linear({_arguments(Operands)}, {_DRAW}, {_CHOICE}, {MORE}) -> (Tensor, Tensor)",
-    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {_DRAW}, {_CHOICE}, {MORE}) -> Tensor",
+    f"linear({_arguments(Operands)}, {DRAW}, {CHOICE}, {MORE}) -> (Tensor, Tensor)",
+    f"linear_input_grad(Tensor grad_y, Tensor weight, Tensor? lora_A, Tensor? v, {DRAW}, {CHOICE}, {MORE}) -> Tensor",
     "adapter_grads(Tensor grad_y, Tensor? u, Tensor? lora_B, float scaling, str backend) -> (Tensor, Tensor)",
     f"row_sq_norms(Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, str backend, {MORE}) -> Tensor",
-    f"perturb(Tensor? weight, {_DRAW}, str backend, Tensor(a!) out, {MORE}) -> ()",
+    f"perturb(Tensor? weight, {DRAW}, str backend, Tensor(a!) out, {MORE}) -> ()",
 )
-_lib = torch.library.Library("flatlora", "DEF")
+lib = torch.library.Library("flatlora", "DEF")
 for _schema in _SCHEMAS:
-    _lib.define(_schema)
+    lib.define(_schema)
 
 
 def _linear(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -78,10 +80,10 @@ for _name, _kernel in (
     ("row_sq_norms", _row_sq_norms),
     ("perturb", _perturb),
 ):
-    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    lib.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flatlora::linear", lib=_lib)
+@torch.library.register_fake("flatlora::linear", lib=lib)
 def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
     more = autograd.records(rest, len(Operands._fields) - 3)[3]
     y = x.new_empty((*x.shape[:-1], shape_of(weight, more)[0]))
@@ -90,12 +92,12 @@ def _linear_fake(x, weight, lora_A, *rest):  # type: ignore[no-untyped-def]
     return y, u
 
 
-@torch.library.register_fake("flatlora::linear_input_grad", lib=_lib)
+@torch.library.register_fake("flatlora::linear_input_grad", lib=lib)
 def _linear_input_grad_fake(grad_y, weight, *rest):  # type: ignore[no-untyped-def]
     return grad_y.new_empty((*grad_y.shape[:-1], shape_of(weight, autograd.records(rest, 2)[3])[1]))
 
 
-@torch.library.register_fake("flatlora::adapter_grads", lib=_lib)
+@torch.library.register_fake("flatlora::adapter_grads", lib=lib)
 def _adapter_grads_fake(grad_y, u, lora_B, *rest):  # type: ignore[no-untyped-def]
     M, N = math.prod(grad_y.shape[:-1]), grad_y.shape[-1]
     v = grad_y.new_empty(0 if lora_B is None else (M, lora_B.shape[1]))
@@ -103,16 +105,16 @@ def _adapter_grads_fake(grad_y, u, lora_B, *rest):  # type: ignore[no-untyped-de
     return v, dB
 
 
-@torch.library.register_fake("flatlora::row_sq_norms", lib=_lib)
+@torch.library.register_fake("flatlora::row_sq_norms", lib=lib)
 def _row_sq_norms_fake(weight, lora_A, lora_B, scaling, backend, *more):  # type: ignore[no-untyped-def]
     return weight.new_empty(shape_of(weight, more)[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("flatlora::perturb", lib=_lib)
+@torch.library.register_fake("flatlora::perturb", lib=lib)
 def _perturb_fake(*args):  # type: ignore[no-untyped-def]
     return None
 
 
-_lib.impl("linear", autograd.of_the_op, "Autograd")
+lib.impl("linear", autograd.of_the_op, "Autograd")
 for _name in ("linear_input_grad", "adapter_grads", "row_sq_norms"):
-    _lib.impl(_name, autograd.first_order_only(_name), "Autograd")
+    lib.impl(_name, autograd.first_order_only(_name), "Autograd")

@@ -341,7 +341,7 @@ class NoiseController:
         for other in others:
             if other._base_parameter() is weight:
                 return other.stream
-        return 1 + max((other.stream for other in others), default=-1)
+        return max((other.stream + other.stream_count for other in others), default=0)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_off", "_tensors", "_layers", "_attachment", "_undriven")  # of this object and this process

@@ -95,7 +95,7 @@ def apply_flat_lora(
     if not targets:
         check_options(again, controller, options)
     tied = {id(layer._base_parameter()): layer.stream for layer in existing}
-    stream = 1 + max((layer.stream for layer in existing), default=-1)
+    stream = max((layer.stream + layer.stream_count for layer in existing), default=0)
     if not existing:
         model.requires_grad_(False)
     replacements: dict[int, FlatLoraLinear] = {}
@@ -174,8 +174,9 @@ def print_noise(layers: Sequence[NoisyLayer], controller: NoiseController, *, le
     """
     if not _first_process():
         return
-    streams = sorted({layer.stream for layer in layers})
-    shown = f"streams {streams[0]} to {streams[-1]}" if len(streams) > 1 else f"stream {streams[0]}"
+    streams = {layer.stream for layer in layers}
+    first, last = min(streams), max(layer.stream + layer.stream_count - 1 for layer in layers)
+    shown = f"streams {first} to {last}" if last > first else f"stream {first}"
     tied = ", tied weights share one" if len(streams) < len(layers) else ""
     without = f", {_count(left, 'LoRA layer')} left without (exclude_modules)" if left else ""
     schedule = controller.schedule if isinstance(controller.schedule, str) else "a schedule of your own"

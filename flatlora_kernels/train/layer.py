@@ -41,21 +41,21 @@ class NoisyLayer(nn.Module):
     noise_controller: NoiseController
     noise: str = "gaussian"
     stream: int = 0
+    stream_count: int = 1  # of a mixture of experts, one for each: stream, stream + 1, ...
     samples: int | str = 1
     antithetic: bool = False
     strategy: str | None = None
     noise_accum: str | None = None
     backend: str | None = None
-    noise_scale: Tensor | None = None  # (N,) float32, None at sigma = 0
+    noise_scale: Tensor | None = None  # (N,) float32, of a mixture (E, N); None at sigma = 0
     # A second adapter ((r2, K), (N, r2)) beside the first, in training mode; set only while a method steps.
     auxiliary: tuple[Tensor, Tensor] | None = None
     flat_lora_name: str = ""  # in the model, for messages
     _unit_scale: Tensor | None = None  # noise_scale at sigma = 1
     _ready: torch.cuda.Event | None = None  # both are, where another stream computes them
+    _weight_dim: int = 2
     _scaled: Stamps | None = None  # what _unit_scale was computed from
-    _gathered: bool = (
-        False  # whether forwards alone have its parameters, see zero.py; the first of a step measures them
-    )
+    _gathered: bool = False  # whether only forwards have its parameters; the first of a step measures them
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
     _seed: Tensor
     _called: bool = False  # see roles.py
@@ -63,7 +63,10 @@ class NoisyLayer(nn.Module):
     _captured: bool = False
 
     def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
-        """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from."""
+        """weight (N, K), lora_A (r, K), lora_B (N, r), scaling: what the norms are made from.
+
+        Each with E before its dimensions where the layer is a mixture of experts.
+        """
         raise NotImplementedError
 
     def _norm_sources(self) -> tuple[Any, ...]:
@@ -164,6 +167,11 @@ class NoisyLayer(nn.Module):
         """Whether this forward has noise where the controller wants any."""
         return self.training
 
+    def _example(self, x: Tensor) -> Tensor:
+        """The layer's product of an `x` (..., K), for `warm_up`."""
+        y: Tensor = self.forward(x)
+        return y
+
     def _note_call(self, x: Tensor) -> None:
         """That the forward runs; and it waits for the norms, also where it does not use them: what follows it may
         write to what they are computed from."""
@@ -192,7 +200,8 @@ class NoisyLayer(nn.Module):
             self._postpone(sigma)
             return
         weight, lora_A, lora_B, scaling = self._weight_in_use()
-        if any(t is not None and len(t.shape) != 2 for t in (weight, lora_A, lora_B)):  # FSDP1's flat parts
+        # FSDP1 leaves flat parts.
+        if any(t is not None and len(t.shape) != self._weight_dim for t in (weight, lora_A, lora_B)):
             self._postpone(sigma)
             return
         if overlap and weight.device.type == "cuda":
@@ -208,17 +217,10 @@ class NoisyLayer(nn.Module):
         if not sigma:
             unit = None
         elif weight.is_meta:
-            unit = torch.empty(weight.shape[0], device="meta")
+            unit = torch.empty(weight.shape[:-1], device="meta")
         else:
-            unit = flat_noise_scale(
-                weight,
-                lora_A,
-                lora_B,
-                scaling=scaling,
-                sigma=1.0,
-                in_features=1 if self.noise_controller.norm == "row" else None,
-                backend=self.backend,
-            )
+            in_features = 1 if self.noise_controller.norm == "row" else None
+            unit = self._unit_noise_scale(weight, lora_A, lora_B, scaling, in_features)
         seen = stamps(self._norm_sources())
         # Past nn.Module.__setattr__, which takes 4 us for each. An interrupt before the end leaves the layer stale.
         self.__dict__.update(_ready=None, _unit_scale=unit, _scaled=None)
@@ -230,6 +232,25 @@ class NoisyLayer(nn.Module):
         self._attach(self._base_parameter().device)
         self.__dict__.update(_scaled=None, _gathered=True)
         self._multiply(sigma)
+
+    def _unit_noise_scale(
+        self,
+        weight: Weight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        in_features: int | None,
+    ) -> Tensor:
+        """`noise_scale` at sigma = 1, of what `_weight_in_use` gives."""
+        return flat_noise_scale(
+            weight,
+            lora_A,
+            lora_B,
+            scaling=scaling,
+            sigma=1.0,
+            in_features=in_features,
+            backend=self.backend,
+        )
 
     def _rescale(self, sigma: float | None) -> None:
         """`noise_scale` from the norms known, for this strength. Called within `constants`."""

@@ -95,7 +95,7 @@ def obstacle_to(base: nn.Module, *forwards: Callable[..., Any]) -> str | None:
     """
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    placed = _only_placed(base)
+    placed = only_placed(base)
     if hasattr(base, "_hf_hook") and not placed:
         return "accelerate's hook moves its weight (it is offloaded), or is not known"
     try:
@@ -135,7 +135,7 @@ def too_late(base: nn.Module) -> str | None:
     return None
 
 
-def _only_placed(base: nn.Module) -> bool:
+def only_placed(base: nn.Module) -> bool:
     """Whether accelerate's hook does no more than to move what the layer is called with to where its weight is.
 
     A `device_map` over several devices gives such hooks to every layer, 8 bits of bitsandbytes also over one. What is

@@ -16,6 +16,7 @@ class Drawing(Protocol):
     """A layer as its controller sees it, see `layer.NoisyLayer`."""
 
     stream: int
+    stream_count: int
     flat_lora_name: str
     training: bool
     _called: bool  # whether its forward ran since the last step

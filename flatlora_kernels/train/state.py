@@ -57,14 +57,15 @@ def layer_states(layers: Mapping[str, Drawing], found: Mapping[str, tuple[int, i
             )
     drawn: dict[tuple[int, int], tuple[str, Any]] = {}
     for name, layer in layers.items():
-        stream = found[name][2] if name in found else layer.stream
+        begin = found[name][2] if name in found else layer.stream
         weight = layer._base_parameter()
-        other, its = drawn.setdefault((id(layer.noise_controller), stream), (name, weight))
-        if its is not weight:
-            raise ValueError(
-                "state_dict: expected a stream of its own for each layer, because equal ones draw equal noise, got"
-                f" {stream} for {other!r} and for {name!r}, whose weights are not tied"
-            )
+        for stream in range(begin, begin + layer.stream_count):
+            other, its = drawn.setdefault((id(layer.noise_controller), stream), (name, weight))
+            if its is not weight:
+                raise ValueError(
+                    "state_dict: expected a stream of its own for each layer, because equal ones draw equal noise, got"
+                    f" {stream} for {other!r} and for {name!r}, whose weights are not tied"
+                )
 
 
 def tensors(name: str, saved: Any, like: Sequence[Tensor]) -> list[Tensor]:

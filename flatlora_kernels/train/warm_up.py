@@ -10,11 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import backends
 from ..op import checks
-from ..op.functional import row_sq_norms
 from ..op.sharded import is_sharded
 from .layer import NoisyLayer, instead_of_noise
 
@@ -168,7 +167,7 @@ def _pass(layer: NoisyLayer, shape: tuple[int, ...]) -> None:
         "seed": layer._seed,
         "stream": layer.stream,
         "noise": layer.noise,
-        "noise_scale": torch.ones(weight.shape[0], device=device),
+        "noise_scale": torch.ones(weight.shape[:-1], device=device),
         "samples": samples,
         "antithetic": layer.antithetic,
         "strategy": layer.strategy,
@@ -183,9 +182,9 @@ def _pass(layer: NoisyLayer, shape: tuple[int, ...]) -> None:
     ):
         try:
             layer.train()
-            row_sq_norms(weight, lora_A, lora_B, scaling=scaling, backend=layer.backend)
-            x = torch.empty(*shape, weight.shape[1], dtype=weight.dtype, device=device, requires_grad=True)
-            y: Tensor = layer.forward(x)
+            layer._unit_noise_scale(weight, lora_A, lora_B, scaling, None)
+            x = torch.empty(*shape, weight.shape[-1], dtype=weight.dtype, device=device, requires_grad=True)
+            y = layer._example(x)
             trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
             torch.autograd.grad(y, trained, torch.empty_like(y), allow_unused=True)
         finally:

@@ -243,7 +243,7 @@ def test_custom_modules_name_what_cannot_be_built(kind: str) -> None:
 @pytest.mark.parametrize(
     "options, name",
     [
-        ({"target_parameters": ["up.weight"], "target_modules": ["down"]}, "up"),
+        ({"target_parameters": ["up.weight"], "target_modules": ["down"]}, "up.weight"),
         ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "up"),
     ],
 )

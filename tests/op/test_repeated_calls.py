@@ -136,7 +136,7 @@ def test_nobody_pays_for_the_dispatcher_who_does_not_watch(
     given = small()
     step(given)
     calls: list[int] = []
-    monkeypatch.setattr(functional, "_watched", lambda: bool(calls.append(1)))
+    monkeypatch.setattr(functional, "watched", lambda: bool(calls.append(1)))
     op = torch.ops.flatlora.linear
     monkeypatch.setattr(torch.ops.flatlora, "linear", None)
     step(given)

@@ -147,18 +147,18 @@ def train(
 def measured_shapes() -> Iterator[list[tuple[int, ...]]]:
     """Of the weights whose norms this process computes."""
     found: list[tuple[int, ...]] = []
-    original = fk.op.functional._row_sq_norms
+    original = fk.op.functional.sq_norms_of
 
     def noted(weight: Tensor, *rest: Any) -> Tensor:
         if not hasattr(weight, "device_mesh"):
             found.append(tuple(weight.shape))
         return original(weight, *rest)
 
-    fk.op.functional._row_sq_norms = noted
+    fk.op.functional.sq_norms_of = noted
     try:
         yield found
     finally:
-        fk.op.functional._row_sq_norms = original
+        fk.op.functional.sq_norms_of = original
 
 
 def run(

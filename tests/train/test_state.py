@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from small_models import all_equal, layers, model_and_controller, small_model, t
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, NoiseController
+from flatlora_kernels.train.state import layer_states
 
 GOOD = {"base": 5, "step": 3}
 
@@ -244,3 +246,23 @@ def test_a_step_waits_for_norms_that_no_forward_waited_for(monkeypatch: pytest.M
     assert seen == [idle._ready]
     for layer in (reading, idle):
         layer._ready = None
+
+
+def test_streams_of_mixtures_may_not_overlap() -> None:
+    """A mixture of experts draws from as many streams as it has experts."""
+    controller = NoiseController()
+
+    def layer(stream: int, count: int, weight: Tensor) -> Any:
+        return SimpleNamespace(
+            noise_controller=controller, stream=stream, stream_count=count, _base_parameter=lambda: weight
+        )
+
+    weights = [torch.zeros(1) for _ in range(2)]
+    layers = {"experts": layer(2, 4, weights[0]), "tied": layer(2, 4, weights[0])}
+    layer_states({**layers, "before": layer(1, 1, weights[1]), "after": layer(6, 1, weights[1])}, {})
+    with pytest.raises(
+        ValueError, match="a stream of its own for each layer.*got 5 for 'experts' and for 'q'"
+    ):
+        layer_states({**layers, "q": layer(5, 1, weights[1])}, {})
+    with pytest.raises(ValueError, match="got 2 for 'experts' and for 'q'"):
+        layer_states({**layers, "q": layer(9, 1, weights[1])}, {"q": (0, 0, 2)})

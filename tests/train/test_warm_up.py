@@ -87,6 +87,30 @@ def test_a_step_compiles_nothing(
     assert not compiled
 
 
+def test_a_step_of_a_mixture_compiles_nothing(compiled: dict[Any, str]) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("transformers.integrations.moe")
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+
+    from flatlora_kernels.integrations.peft import apply_flat_lora
+
+    sizes = {"num_local_experts": 2, "hidden_size": 64, "intermediate_size": 128}
+    experts = MixtralExperts(MixtralConfig(**sizes, experts_implementation="eager"))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=8, target_modules=[], target_parameters=targets)
+    model = peft.get_peft_model(nn.ModuleDict({"experts": experts.bfloat16()}), config).train()
+    controller = apply_flat_lora(model, sigma=0.1, seed=1, backend="triton", verbose=False)
+    assert fk.warm_up(model, [16], progress=False) > 2  # those that other tests compiled are counted
+    compiled.clear()
+    controller.advance()
+    x = torch.zeros(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    index, weights = torch.arange(32).remainder(2)[:, None], torch.ones(32, 1, dtype=torch.bfloat16)
+    model.base_model.model["experts"](x, index, weights).float().sum().backward()
+    assert not compiled
+
+
 def test_without_it_the_step_compiles(compiled: dict[Any, str]) -> None:
     step(model(noise_accum="split"), 200)
     assert {"_linear_forward_kernel", "_linear_input_grad_kernel"} <= set(compiled.values())
