@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..core.autocast import autocasts
-from ..op import checks
+from ..op import checks, sharded
 from ..op.grouped import fused_flat_lora_grouped_linear, grouped_noise_scale
 from ..train import packed
 from ..train.layer import check_noise_options
@@ -101,9 +101,20 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
     def _unit_noise_scale(
         self, weight: Any, lora_A: Any, lora_B: Any, scaling: float, in_features: int | None
     ) -> Tensor:
-        return grouped_noise_scale(
-            weight, lora_A, lora_B, scaling=scaling, sigma=1.0, in_features=in_features, backend=self.backend
-        )
+        def norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
+            return grouped_noise_scale(
+                weight,
+                lora_A,
+                lora_B,
+                scaling=scaling,
+                sigma=1.0,
+                in_features=in_features,
+                backend=self.backend,
+            )
+
+        if sharded.is_sharded(weight):
+            return sharded.of_own_experts(norms, weight, lora_A, lora_B)
+        return norms(weight, lora_A, lora_B)
 
     def _norm_sources(self) -> tuple[Any, ...]:
         names = () if self.merged else self._active()
@@ -142,7 +153,9 @@ def _adapter(wrapper: Any, names: list[str], dtype: torch.dtype) -> tuple[Tensor
     turned = swaps == wrapper.get_base_layer().is_transposed
     pairs = []
     for name in names:
-        A, B = packed.beside(dtype, wrapper.lora_A[name].weight, wrapper.lora_B[name].weight)
+        weights = (wrapper.lora_A[name].weight, wrapper.lora_B[name].weight)
+        # Between steps of FSDP, for norms alone: experts are not what it cuts them by.
+        A, B = packed.beside(dtype, *(w.full_tensor() if sharded.is_sharded(w) else w for w in weights))
         A = A.reshape(E, -1, A.shape[1])
         # The experts are its innermost dimension: each would read all of it.
         B = B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()

@@ -146,6 +146,35 @@ def row_sq_norms(local: Callable[..., Tensor], weight: Any, lora_A: Any, lora_B:
     return whole
 
 
+def of_own_experts(local: Callable[..., Tensor], weight: Any, lora_A: Any, lora_B: Any) -> Tensor:
+    """(E, N) of a mixture (E, N, K) whose experts are shared out, a tensor of all of them on each rank.
+
+    Args:
+        local: from weight, lora_A and lora_B of some experts to their (e, N).
+        lora_A, lora_B: (E, r, K) and (E, N, r) of all experts, tensors.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not all(w.is_replicate() or type(w).__name__ == "Shard" and w.dim == 0 for w in weight.placements):
+        raise ValueError(
+            f"weight: expected whole experts, Replicate or Shard(0), got {', '.join(map(str, weight.placements))}"
+        )
+    mesh, (E, N) = weight.device_mesh, weight.shape[:2]
+    first, count = 0, E
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_shard():
+            first, count = _cut(first, count, mesh.size(dim), mesh.get_local_rank(dim))
+    own = slice(first, first + count)
+    if count:
+        found = local(weight.to_local(), *(None if t is None else t[own] for t in (lora_A, lora_B)))
+    else:
+        found = torch.empty(0, N, dtype=torch.float32, device=weight.device)
+    whole: Tensor = DTensor.from_local(
+        found, mesh, weight.placements, run_check=False, shape=torch.Size((E, N)), stride=(N, 1)
+    ).full_tensor()
+    return whole
+
+
 def part_of(weight: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """(first, size) of the rows of a DTensor that this rank holds, and of its columns."""
     parts = [(0, size) for size in weight.shape]
@@ -164,9 +193,17 @@ def part_of(weight: Any) -> tuple[tuple[int, int], tuple[int, int]]:
                 f"weight: expected columns cut at multiples of 8, because noise comes in groups of 8, got {size}"
                 f" columns for {weight.device_mesh.size(dim)} ranks, cut at {chunk}"
             )
-        skipped = min(size, chunk * weight.device_mesh.get_local_rank(dim))
-        parts[placement.dim] = first + skipped, min(chunk, size - skipped)
+        parts[placement.dim] = _cut(
+            first, size, weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim)
+        )
     return parts[0], parts[1]
+
+
+def _cut(first: int, size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """(first, size) of what a rank gets of these, as `Shard` and torch.chunk cut."""
+    chunk = -(-size // ranks)
+    skipped = min(size, chunk * rank)
+    return first + skipped, min(chunk, size - skipped)
 
 
 def beside(weight: Any, value: Tensor, dim: int) -> Tensor:
@@ -261,9 +298,7 @@ def _samples(x: Any, samples: int, sample_offset: int) -> tuple[int, int]:
         if placement.dim:
             inner = inner or math.prod(x.shape[: placement.dim]) % samples != 0
             continue
-        chunk = -(-outer[0] // x.device_mesh.size(dim))
-        skipped = min(outer[0], chunk * x.device_mesh.get_local_rank(dim))
-        outer[0] = min(chunk, outer[0] - skipped)
+        skipped, outer[0] = _cut(0, outer[0], x.device_mesh.size(dim), x.device_mesh.get_local_rank(dim))
         first += skipped * math.prod(x.shape[1:-1])
         rows = outer[0] * math.prod(x.shape[1:-1])
     size = M // samples

@@ -237,7 +237,7 @@ def test_streams_of_all_experts() -> None:
     assert sorted(taken) == list(range(2 * E + 1))
     assert wrappers(flat).keys() == {"experts.gate_up_proj", "experts.down_proj"}
     other = NoiseController(sigma=0.3)
-    other._layers.add(layers[0]), other._layers.add(layers[1])
+    other._layers.update({layers[0]: None, layers[1]: None})
     assert other._stream_for(layers[2]) == layers[1].stream + layers[1].stream_count
 
 

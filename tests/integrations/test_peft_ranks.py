@@ -22,6 +22,7 @@ from flatlora_kernels.integrations.peft import apply_flat_lora  # noqa: E402
 from flatlora_kernels.op import sharded  # noqa: E402
 
 STEPS, RANKS, BATCH = 5, 2, 4
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "tensor parallel": {"layout": "tp"},
@@ -32,12 +33,14 @@ CASES: dict[str, dict[str, Any]] = {
     "FSDP2, recomputed": {"layout": "fsdp", "recomputed": True},
     "FSDP2, DoRA": {"layout": "fsdp", "lora": {"use_dora": True}},
     "FSDP2, converted late": {"layout": "fsdp", "late": True},
+    "mixture, FSDP2": {"layout": "fsdp", "model": "mixtral"},
+    "mixture, FSDP2, recomputed": {"layout": "fsdp", "model": "mixtral", "recomputed": True},
 }
 
 
 def load(folder: str, layout: str | None) -> Any:
     if layout != "tp":
-        return transformers.LlamaForCausalLM.from_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
     from transformers.distributed import DistributedConfig
 
     config = DistributedConfig(tp_plan="auto", tp_size=RANKS)
@@ -51,12 +54,16 @@ def train(
     layout: str,
     recomputed: bool = False,
     late: bool = False,
+    model: str = "llama",
     lora: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = load(folder, layout if world > 1 else None)
-    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **(lora or {})))
+    base = load(f"{folder}/{model}", layout if world > 1 else None)
+    lora = {"target_modules": TARGETS, **(lora or {})}
+    if model == "mixtral":
+        lora = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    peft_model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **lora))
     fill(peft_model)
     if recomputed:
         peft_model.gradient_checkpointing_enable()
@@ -64,7 +71,7 @@ def train(
     if not late:
         controller = apply_flat_lora(peft_model, sigma=0.3, seed=5, verbose=False, **options)
     if layout == "fsdp" and world > 1:
-        for block in model.model.layers:
+        for block in base.model.layers:
             fully_shard(block)
         fully_shard(peft_model)
     if late:  # the classes of layers change, and no parameter
@@ -121,30 +128,32 @@ def runs(case: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)
-    folder = str(tmp_path_factory.mktemp("llama"))
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    sizes |= {"vocab_size": 64, "num_key_value_heads": 2}
+    folder = str(tmp_path_factory.mktemp("models"))
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(f"{folder}/llama")
+    mixtral = transformers.MixtralConfig(num_local_experts=5, **sizes)  # no number of ranks divides them
+    transformers.MixtralForCausalLM(mixtral).save_pretrained(f"{folder}/mixtral")
     return folder
 
 
 @pytest.fixture(scope="module")
-def ranks(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(models: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("peft")
-    return on_ranks(RANKS, functools.partial(all_cases, folder=llama), folder)
+    return on_ranks(RANKS, functools.partial(all_cases, folder=models), folder)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_are_one_process(ranks: list[dict[str, Any]], llama: str, case: str) -> None:
+def test_ranks_are_one_process(ranks: list[dict[str, Any]], models: str, case: str) -> None:
     if case not in ranks[0]:
         pytest.skip("needs a PEFT and a transformers whose tensor parallelism is that of DTensors")
-    alone = train(0, 1, llama, **CASES[case])
+    alone = train(0, 1, models, **CASES[case])
     for rank in ranks:
         torch.testing.assert_close(rank[case], alone, rtol=1e-4, atol=2e-5)
 
 
-def test_noise_matters(ranks: list[dict[str, Any]], llama: str) -> None:
-    quiet = train(0, 1, llama, layout="fsdp", noise="rademacher")
+def test_noise_matters(ranks: list[dict[str, Any]], models: str) -> None:
+    quiet = train(0, 1, models, layout="fsdp", noise="rademacher")
     assert abs(quiet["losses"][-1] - ranks[0]["FSDP2"]["losses"][-1]) > 1e-4
