@@ -82,7 +82,7 @@ def scale_of(given: dict[str, Any]) -> Tensor:
 
 def body(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,))
-    found: dict[str, Any] = {"errors": errors(mesh)}
+    found: dict[str, Any] = {"errors": errors(mesh), "experts": experts(rank, world)}
     for (name, (w, x)), (index, options) in itertools.product(PLACEMENTS.items(), enumerate(OPTIONS)):
         given = placed(tensors(), mesh, w, x)
         scale = scale_of(given)
@@ -100,6 +100,27 @@ def body(rank: int, world: int) -> dict[str, Any]:
             eps = product(only, noise_scale=torch.ones(N), noise=options["noise"])
             found[name, "eps", index] = eps.full_tensor()
     return found
+
+
+E, ENDS, STREAM = 5, (3, 3, 8, 9, 14), 40
+
+
+def experts(rank: int, world: int) -> dict[str, Any]:
+    """Of a mixture, its own experts with their rows; the last rank has fewer."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(ENDS[-1], K).double(), torch.randn(E, N, K).double()
+    lora_A, lora_B = torch.randn(E, R, K).double(), torch.randn(E, N, R).double()
+    each = -(-E // world)
+    own = slice(rank * each, min(E, (rank + 1) * each))
+    begin = ENDS[own.start - 1] if own.start else 0
+    rows = slice(begin, ENDS[own.stop - 1])
+    leaves = [t.clone().requires_grad_() for t in (x[rows], lora_A[own], lora_B[own])]
+    y = fk.fused_flat_lora_grouped_linear(
+        leaves[0], weight[own], *leaves[1:], offsets=[end - begin for end in ENDS[own]], scaling=0.7, sigma=0.4, seed=3,
+        stream=STREAM + own.start, backend="reference",
+    )  # fmt: skip
+    y.square().sum().backward()
+    return {"y": y.detach(), "grads": [t.grad for t in leaves]}
 
 
 def errors(mesh: Any) -> list[str]:
@@ -164,6 +185,16 @@ def test_sigma_in_the_place_of_a_scale(ranks: list[dict[Any, Any]]) -> None:
     for rank in ranks:
         for name in ("rows", "columns"):
             torch.testing.assert_close(rank[name, "sigma"], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_experts_shared_out(ranks: list[dict[Any, Any]]) -> None:
+    """Bit for bit: no sum goes over experts."""
+    alone = experts(0, 1)
+    assert torch.equal(torch.cat([rank["experts"]["y"] for rank in ranks]), alone["y"])
+    for parts, whole in zip(
+        zip(*(rank["experts"]["grads"] for rank in ranks), strict=True), alone["grads"], strict=True
+    ):
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_errors(ranks: list[dict[Any, Any]]) -> None:
