@@ -106,6 +106,18 @@ def test_weights_that_a_forward_alone_has_whole(monkeypatch: pytest.MonkeyPatch)
     assert len(measured) == 2
 
 
+def test_a_weight_that_moves_between_forwards() -> None:
+    """As FSDP2's may in the first step: it is measured anew, and what an earlier forward has saved stays as it was."""
+    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference", sigma=0.3)
+    x = torch.randn(2, 8, requires_grad=True)
+    grads = []
+    for _ in range(2):
+        layer.weight.data = layer.weight.data.clone()
+        grads.append(layer(x).sum())
+    first, second = (torch.autograd.grad(y, x)[0] for y in grads)
+    assert torch.equal(first, second)
+
+
 def test_second_call_adds_to_the_first() -> None:
     model = Net()
     first = apply_flat_lora(model, ["first"], r=2, backend="reference", verbose=False)

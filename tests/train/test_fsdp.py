@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole from forward to backward": {"fsdp": {"reshard_after_forward": False}},
     "hadamard": {"noise": "hadamard"},
     "recomputed": {"recomputed": True},
+    "recomputed with noise from the first step on": {"recomputed": True, "schedule": "constant"},
     "compiled blocks": {"compile": True},
     "begun on meta": {"meta": True},
     "accumulated": {"parts": 2},
