@@ -18,8 +18,25 @@ def on_ranks(world: int, body: Body, folder: Path) -> list[Any]:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs a torch with gloo")
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_run, args=(world, body, str(folder)), nprocs=world)
+    start(_run, (world, body, str(folder)), world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def start(function: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """``function(rank, *arguments)`` in `count` processes, forked from one that has imported torch and no more."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+
+# Importing takes longer than what most ranks do.
+_IMPORTED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "flatlora_kernels",
+]
 
 
 def _run(rank: int, world: int, body: Body, folder: str) -> None:

@@ -307,4 +307,4 @@ def _samples(x: Any, samples: int, sample_offset: int) -> tuple[int, int]:
             f"samples: expected groups that each lie on one rank, got samples={samples} for x of shape"
             f" {tuple(x.shape)} with {', '.join(map(str, x.placements))}"
         )
-    return rows // size, sample_offset + first // size
+    return max(1, rows // size), sample_offset + first // size  # 1 = of no rows

@@ -43,6 +43,10 @@ def tensors() -> dict[str, Tensor]:
     return {n: torch.randn(s, dtype=torch.float64) for n, s in zip(NAMES, shapes, strict=True)}
 
 
+def one_row() -> dict[str, Tensor]:
+    return {n: t[:1] if n in ("weight", "lora_B", "bias") else t for n, t in tensors().items()}
+
+
 def product(given: dict[str, Any], **options: Any) -> Any:
     return fk.fused_flat_lora_linear(**given, scaling=0.7, seed=11, stream=5, backend="reference", **options)
 
@@ -87,6 +91,8 @@ def body(rank: int, world: int) -> dict[str, Any]:
         given = placed(tensors(), mesh, w, x)
         scale = scale_of(given)
         found[name, index] = results(given, noise_scale=scale, **options), scale
+    given = placed(one_row(), mesh, Shard(0), Replicate())  # the last rank has none
+    found["one row"] = results(given, noise_scale=scale_of(given)), scale_of(given)
     for name in ("rows", "columns"):
         w, x = PLACEMENTS[name]
         given = placed(tensors(), mesh, w, x)
@@ -185,6 +191,13 @@ def test_sigma_in_the_place_of_a_scale(ranks: list[dict[Any, Any]]) -> None:
     for rank in ranks:
         for name in ("rows", "columns"):
             torch.testing.assert_close(rank[name, "sigma"], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rank_without_rows(ranks: list[dict[Any, Any]]) -> None:
+    scale = scale_of(one_row())
+    alone = results(one_row(), noise_scale=scale)
+    for rank in ranks:
+        torch.testing.assert_close(rank["one row"], (alone, scale), rtol=1e-6, atol=1e-6)
 
 
 def test_experts_shared_out(ranks: list[dict[Any, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import start
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 SCRIPT = re.compile(r"^```python\n(# (\w+\.py): (torchrun [^\n]*)\n.*?)^```$", re.M | re.S)
@@ -60,7 +60,7 @@ def test_scripts_run(tmp_path: Path) -> None:
         if can_run(code):
             ports[name] = free_port()
     assert ports
-    torch.multiprocessing.spawn(functools.partial(run_all, folder=str(tmp_path), ports=ports), nprocs=RANKS)
+    start(run_all, (str(tmp_path), ports), RANKS)
 
 
 def test_command_runs(tmp_path: Path) -> None:

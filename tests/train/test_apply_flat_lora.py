@@ -106,6 +106,19 @@ def test_weights_that_a_forward_alone_has_whole(monkeypatch: pytest.MonkeyPatch)
     assert len(measured) == 2
 
 
+def test_a_compiled_forward_measures_what_it_alone_has() -> None:
+    layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference", sigma=0.3)
+    whole, x = layer.weight.detach(), torch.randn(2, 8)
+    compiled = torch.compile(layer, backend="eager")
+    for factor in (1.0, 2.0):
+        layer.weight = nn.Parameter(whole.flatten()[:32], requires_grad=False)
+        layer.noise_controller.advance()
+        layer.weight = nn.Parameter(whole * factor, requires_grad=False)
+        y = compiled(x)
+        torch.testing.assert_close(layer.noise_scale, noise_scale_now(layer, 0.3), rtol=1e-6, atol=0)
+        assert torch.equal(y, layer(x))
+
+
 def test_a_weight_that_moves_between_forwards() -> None:
     """As FSDP2's may in the first step: it is measured anew, and what an earlier forward has saved stays as it was."""
     layer = FlatLoraLinear.from_linear(nn.Linear(8, 8), backend="reference", sigma=0.3)

