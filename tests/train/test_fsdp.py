@@ -103,6 +103,7 @@ def train(
     hybrid: bool = False,
     solo: bool = False,
     first: bool = False,
+    by_rank: bool = False,
     fsdp: dict[str, Any] | None = None,
     meta: bool = False,
     **options: Any,
@@ -129,6 +130,7 @@ def train(
             block.compile(backend="aot_eager")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     controller.attach(optimizer)
+    controller.rank = rank if by_rank else 0
     losses, scales = [], []
     with measured_shapes() as measured:
         for step in range(STEPS):
@@ -188,6 +190,7 @@ SIXTEEN = {"fsdp": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.floa
 def all_cases(rank: int, world: int, folder: str) -> dict[str, Any]:
     """`folder`: of a checkpoint that one process has written."""
     found = {name: train(rank, world, **case) for name, case in CASES.items()}
+    found["noise by rank"] = train(rank, world, by_rank=True)
     found["resumed"] = some_steps(rank, world, folder, begin=2, seed=99)
     found["mixed precision"] = train(rank, world, **SIXTEEN)
     found["mixed precision, solo"] = train(rank, world, solo=True, **SIXTEEN)
@@ -240,6 +243,13 @@ def test_mixed_precision(ranks: list[dict[str, Any]]) -> None:
     """Rounded to 16 bits alike, whoever holds what: beside the same on one rank."""
     for rank in ranks:
         agree(rank["mixed precision"], rank["mixed precision, solo"], ROUNDED)
+
+
+def test_noise_by_rank(ranks: list[dict[str, Any]]) -> None:
+    """No one process has these draws; but ranks agree on the weights that come of them."""
+    first, *others = (rank["noise by rank"]["weights"] for rank in ranks)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    assert any((first[name] - w).abs().max() > 1e-3 for name, w in ranks[0]["plain"]["weights"].items())
 
 
 def test_noise_matters(ranks: list[dict[str, Any]]) -> None:
