@@ -101,20 +101,9 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
     def _unit_noise_scale(
         self, weight: Any, lora_A: Any, lora_B: Any, scaling: float, in_features: int | None
     ) -> Tensor:
-        def norms(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
-            return grouped_noise_scale(
-                weight,
-                lora_A,
-                lora_B,
-                scaling=scaling,
-                sigma=1.0,
-                in_features=in_features,
-                backend=self.backend,
-            )
-
-        if sharded.is_sharded(weight):
-            return sharded.of_own_experts(norms, weight, lora_A, lora_B)
-        return norms(weight, lora_A, lora_B)
+        return grouped_noise_scale(
+            weight, lora_A, lora_B, scaling=scaling, sigma=1.0, in_features=in_features, backend=self.backend
+        )
 
     def _norm_sources(self) -> tuple[Any, ...]:
         names = () if self.merged else self._active()
@@ -260,7 +249,7 @@ def obstacle_to(wrapper: Any, samples: Any = 1) -> str | None:
     if name not in projections:
         return f"its parameter {name!r} is none of {', '.join(projections)}"
     parameter = wrapper.get_param()
-    if getattr(experts, "_is_expert_parallel", False) or hasattr(parameter, "device_mesh"):
+    if getattr(experts, "_is_expert_parallel", False) or sharded.is_sharded(parameter):
         return f"its parameter {name!r} is sharded (expert or tensor parallelism)"
     known = type(parameter) is nn.Parameter and parameter.dtype in checks.FLOAT_DTYPES
     if not known or parameter.dim() != 3 or parameter.shape[0] < 2:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.noise import KINDS
 from ..core.quantized import QuantizedWeight
 from ..core.records import Weight
+from .sharded import is_sharded
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UINT32 = 2**32
@@ -53,7 +54,7 @@ def weight(value: Any) -> None:
 
 def whole(name: str, value: Any) -> None:
     """That a tensor is no DTensor, for functions that take none."""
-    if hasattr(value, "device_mesh"):
+    if is_sharded(value):
         raise _type_error(
             name, "a DTensor", "a tensor; pass its to_local(), with row_offset, col_offset and layer_shape"
         )

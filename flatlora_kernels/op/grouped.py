@@ -10,7 +10,7 @@ from torch import Tensor
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
 from ..core.records import NO_DRAW, Draw
-from . import checks, mixture
+from . import checks, mixture, sharded
 from .functional import (
     backend_for,
     cast_as_autocast,
@@ -147,10 +147,18 @@ def grouped_noise_scale(
     """`flat_noise_scale` of each expert's own weight, (E, N) float32, as a constant. Nothing E x N x K is allocated.
 
     Args:
-        weight: (E, N, K) with any strides.
-        lora_A, lora_B: (E, r, K) and (E, N, r), both or none.
+        weight: (E, N, K) with any strides. Or a DTensor of it, whose experts ranks share out (`Shard(0)`): each
+            measures its own, and the result is that of all, a tensor on each rank. All ranks of the mesh have to call.
+        lora_A, lora_B: (E, r, K) and (E, N, r) of all experts, tensors; both or none.
         scaling, sigma, in_features, backend: see `flat_noise_scale`.
     """
+    if sharded.is_sharded(weight):
+
+        def local(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
+            own = {"scaling": scaling, "sigma": sigma, "in_features": in_features, "backend": backend}
+            return grouped_noise_scale(weight, lora_A, lora_B, **own)  # type: ignore[arg-type]
+
+        return sharded.of_own_experts(local, weight, lora_A, lora_B)
     checks.grouped(weight, lora_A, lora_B)
     checks.weight(weight[0])
     checks.adapter(_first(lora_A), _first(lora_B), weight[0])

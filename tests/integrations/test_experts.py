@@ -18,10 +18,10 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 moe = pytest.importorskip("transformers.integrations.moe")
 
+from allocations import Allocations  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from peft_models import agree  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from flatlora_kernels import NoiseController, materialize_noise, warm_up  # noqa: E402
 from flatlora_kernels.flatness import expected_increase, plane  # noqa: E402
@@ -522,19 +522,6 @@ def test_tokens_for_nobody() -> None:
     got, want = (m.base_model.model.experts(x, index, weights) for m in (flat, with_noise(peft, flat)))
     torch.testing.assert_close(got, want)
     assert not got[1].any() and got[0].any()
-
-
-class Allocations(TorchDispatchMode):
-    """The largest result of an operator that is no view."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not any(r.alias_info for r in func._schema.returns):
-            sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            self.largest = max(self.largest, *sizes, 0)
-        return result
 
 
 def test_nothing_of_the_weights_size() -> None:

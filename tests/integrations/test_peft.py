@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from allocations import Allocations  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 from peft_models import (  # noqa: E402
@@ -29,7 +30,6 @@ from peft_models import (  # noqa: E402
     two_adapters,
     with_noise,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from flatlora_kernels.integrations.peft import (  # noqa: E402
     FlatLinear,
@@ -385,19 +385,6 @@ def test_other_types_of_adapter(base: torch.dtype, adapter: torch.dtype) -> None
 
     peft, flat = pair(lora(), prepare=convert, dtype=base)
     rounded_like(run(flat, base), run(copy.deepcopy(peft).double(), torch.float64), run(peft, base))
-
-
-class Allocations(TorchDispatchMode):
-    """The largest result of an operator that is no view."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not any(r.alias_info for r in func._schema.returns):
-            sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            self.largest = max(self.largest, *sizes, 0)
-        return result
 
 
 def test_dora_makes_nothing_of_the_weights_size() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from compare import assert_close
 from targets import Target, randn, ready
 from torch import Tensor
@@ -242,19 +243,6 @@ def test_experts_without_rows_cost_nothing(target: Target) -> None:
         patch.setattr(target.module, "row_sq_norms", lambda *a, **k: calls.append(a) or norms(*a, **k))
         assert grouped(target, given, ends, {**options, "sigma": 0.3}).isfinite().all()
     assert len(calls) == 4
-
-
-class Allocations(TorchDispatchMode):
-    """The largest result of an operator that is no view."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not any(r.alias_info for r in func._schema.returns):
-            sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            self.largest = max(self.largest, *sizes, 0)
-        return result
 
 
 def test_a_frozen_weight_gets_no_gradient_and_nothing_of_its_size() -> None:
