@@ -6,6 +6,7 @@
 #   truth        150 s  driver wrappers check time: each instruction, each kernel's values, first times
 #   correctness  200 s  cuda large triton: the tests; large are tensors of more than 2^31 elements
 #   numbers      230 s  targets strategies-cuda strategies-triton quantized training-cuda training-triton
+#   mixture       40 s  experts in one launch, one after the other, and the vendor's grouped product
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
@@ -25,7 +26,7 @@ python=${PYTHON:-python3}
 truth="driver wrappers check time"
 correctness="cuda large triton"
 numbers="targets strategies-cuda strategies-triton quantized training-cuda training-triton"
-all="setup $truth $correctness $numbers sanitizer"
+all="setup $truth $correctness $numbers mixture sanitizer"
 dry_run=false
 wanted=
 for argument in "$@"; do
@@ -120,6 +121,8 @@ targets="--set targets --budget 0.04 --providers auto plain lora peft perturb in
 training="--budget 1 --providers plain lora peft inplace"
 quantized="--size 4096 --dtypes bfloat16 --m 16 2048 256 8192 --noise gaussian rademacher hadamard --budget 0.012"
 quantized="$quantized --ways dense op {decode,fused,panel}:{cuda,triton}"
+mixture="--n 4096 --k 4096 --m 128 1024 4096 --routings falling --dtypes bfloat16 --noise gaussian rademacher --budget 0.012"
+mixture="$mixture --ways vendor materialised op loop {op,loop}:triton"
 if $dry_run; then
   export FLATLORA_EMULATE=90
   device=cpu backends="cuda:cpu triton:reference" workers=2
@@ -131,6 +134,7 @@ if $dry_run; then
   targets="$targets --providers fused:reference"
   training="--size tiny --dtypes float32 --noise rademacher --budget 0 --min-rounds 1 --no-memory --providers plain"
   quantized="--size 64 --m 16 --noise rademacher --budget 0 --ways dense op {decode,fused,panel}:{cpu,reference}"
+  mixture="--n 64 --k 64 --m 16 --experts 3 --dtypes float32 --modes forward --budget 0"
 fi
 
 end=300
@@ -186,6 +190,9 @@ for pair in $backends; do
   $dry_run || flatlora=flatlora:${pair#*:}
   part training-${pair%:*} 45 "$bench training $training ${flatlora:-} $to training-${pair%:*}"
 done
+
+stage 40
+part mixture 40 "$bench mixture $mixture --no-memory $to mixture"
 
 stage 100
 if $dry_run; then export FLATLORA_EMULATE=90; fi

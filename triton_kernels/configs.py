@@ -118,6 +118,14 @@ ADAPTER_GRADS = Pass(256, 64, 8, 2)  # columns and rows of dY
 ADAPTER_GRADS_PARTS = 16  # of the rows, at most
 ADAPTER_GRADS_BYTES = 48 << 20  # of dY at least, what an L2 holds: below, reading it twice costs little
 ADAPTER_GRADS_WORKSPACE = 16 << 20
+# Of the gradients of an expert's weight or adapter: up to so many rows of the result, its tile and the steps through
+# the expert's rows (block_m), of 16 bits and of float32.
+EXPERT_GRADS = (
+    (16, Config(32, 16, 128, 4, 3)),
+    (32, Config(32, 32, 128, 4, 3)),
+    (ANY, Config(32, 128, 128, 8, 3)),
+)
+EXPERT_GRADS_SINGLE = ((16, Config(32, 16, 64, 4, 2)), (ANY, Config(32, 32, 64, 4, 2)))
 ADD_SPLITS_BLOCK = 512
 # The forward makes u = x A^T itself up to so many rows that see one sample, rank, and elements of a weight of 16 bits:
 # its loop then has 3 to 6 % more instructions (docs/internals/kernels.md), and there is a launch less.

@@ -15,6 +15,7 @@ from .tile import (
     loads_ahead,
     perturb_tile,
     place,
+    place_among,
     round_to,
     sample_of,
     step_at,
@@ -55,11 +56,12 @@ def _linear_forward_kernel(
     x,  # (M, K), or its descriptor
     weight,  # (N, K), or None
     packed,  # packed.Operand, or None
+    mixture,  # tile.Mixture, or None: weight, lora_A, lora_B, bias and noise_scale have experts as a first dimension
     u,  # (M, r), contiguous; with MAKES_U written, and with CUT.split float32 parts of it (splits, M, r)
     lora_A,  # (r, K), with MAKES_U
     lora_B,  # (N, r)
     bias,  # (N,)
-    noise_scale,  # (N,)
+    noise_scale,  # (N,), or None as seed where nothing is drawn
     seed,
     y,  # (M, N), or with CUT.split float32 partial sums (splits, M, N); contiguous
     scaling: tl.float32,
@@ -97,7 +99,24 @@ def _linear_forward_kernel(
     PRECISION: tl.constexpr = CUT.precision
     DTYPE: tl.constexpr = weight.dtype.element_ty if PACKED is None else PACKED.target
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
-    group, first_m, last_m, first_n = place(M, rows_per_sample, N, BLOCK_N, CUT)
+    if CUT.experts:
+        expert, first_m, last_m, first_n, wrong = place_among(mixture, M, N, BLOCK_N, CUT)
+        if first_m >= M:
+            return
+        group = 0
+        stream_id += expert
+        expert = expert.to(tl.int64)
+        weight += expert * (mixture.stride_weight // MULTIPLE * MULTIPLE)
+        if BLOCK_R > 0:
+            lora_B += expert * mixture.stride_B
+        if MAKES_U:
+            lora_A += expert * mixture.stride_A
+        if HAS_BIAS:
+            bias += expert * mixture.stride_bias
+        if DRAW.noise != "none":
+            noise_scale += expert * mixture.stride_scale
+    else:
+        group, first_m, last_m, first_n = place(M, rows_per_sample, N, BLOCK_N, CUT)
     split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
     N = N // MULTIPLE * MULTIPLE
@@ -143,12 +162,14 @@ def _linear_forward_kernel(
     else:
         w_cols = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
         table = lookup(packed, PACKED, ARITHMETIC)
-    scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
+    scale = None
+    if DRAW.noise != "none":
+        scale = tl.load(noise_scale + w_rows.to(tl.int64) * stride_scale)
+        seed = tl.load(seed)
     rows = w_rows.to(tl.uint32) + row_offset.to(tl.uint32)
     first_row = tl.cast(first_n, tl.int64) + row_offset
     col_offset = tl.cast(col_offset, tl.int64)
     sample, negate = sample_of(group, sample_offset, DRAW)
-    seed = tl.load(seed)
 
     # Few rows: loads of the weight are what takes time, and the compiler keeps several under way.
     # Many: the noise of one tile is drawn while the tensor cores multiply by the one before. With AHEAD its weight was
@@ -208,6 +229,8 @@ def _linear_forward_kernel(
             else:
                 tl.store(u_tile, round_to(u_acc, DTYPE), mask=inside_u)
 
+    if CUT.experts:
+        acc += wrong
     inside = (offs_m[:, None] < last_m) & (offs_n[None, :] < N)
     y += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
     if CUT.split:

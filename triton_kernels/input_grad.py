@@ -15,6 +15,7 @@ from .tile import (
     loads_ahead,
     perturb_tile,
     place,
+    place_among,
     round_to,
     sample_of,
     step_at,
@@ -38,26 +39,29 @@ def _load_tile(
             w = held(tl.load(weight), DRAW)
         else:
             w = held(tl.load(weight, mask=(rows < N - n) & (cols < K), other=0), DRAW)
-    noise_scale += tl.cast(n, tl.int64) * stride_scale
-    if CUT.even:
-        return w, tl.load(noise_scale)
+    if DRAW.noise == "none":
+        return w, tl.zeros([1, 1], tl.float32)  # Triton 3.6 returns no None
+    elif CUT.even:
+        return w, tl.load(noise_scale + tl.cast(n, tl.int64) * stride_scale)
     else:
-        return w, tl.load(noise_scale, mask=rows < N - n, other=0)
+        return w, tl.load(noise_scale + tl.cast(n, tl.int64) * stride_scale, mask=rows < N - n, other=0)
 
 
 @triton.jit(
-    do_not_specialize=[*CHANGING, "M", "rows_per_sample", "steps_per_split"],
+    do_not_specialize=[*CHANGING, "scaling", "M", "rows_per_sample", "steps_per_split"],
     do_not_specialize_on_alignment=["seed"],
 )
 def _linear_input_grad_kernel(
     grad_y,  # (M, N), or its descriptor
     weight,  # (N, K), or None
     packed,  # packed.Operand, or None
-    v,  # (M, r), contiguous; scaling dY lora_B
+    mixture,  # tile.Mixture, or None, see the forward kernel
+    v,  # (M, r), contiguous; scaling dY lora_B, of a mixture dY lora_B
     lora_A,  # (r, K)
-    noise_scale,  # (N,)
+    noise_scale,  # (N,), or None as seed where nothing is drawn
     seed,
     grad_x,  # (M, K), or with CUT.split float32 partial sums (splits, M, K); contiguous
+    scaling: tl.float32,
     stream_id: tl.int64,
     sample_offset: tl.int64,
     row_offset: tl.int64,
@@ -87,7 +91,20 @@ def _linear_input_grad_kernel(
     PRECISION: tl.constexpr = CUT.precision
     DTYPE: tl.constexpr = weight.dtype.element_ty if PACKED is None else PACKED.target
     ARITHMETIC: tl.constexpr = DRAW.arithmetic
-    group, first_m, last_m, first_k = place(M, rows_per_sample, K, BLOCK_K, CUT)
+    if CUT.experts:
+        expert, first_m, last_m, first_k, wrong = place_among(mixture, M, K, BLOCK_K, CUT)
+        if first_m >= M:
+            return
+        group = 0
+        stream_id += expert
+        expert = expert.to(tl.int64)
+        weight += expert * (mixture.stride_weight // MULTIPLE * MULTIPLE)
+        if BLOCK_R > 0:
+            lora_A += expert * mixture.stride_A
+        if DRAW.noise != "none":
+            noise_scale += expert * mixture.stride_scale
+    else:
+        group, first_m, last_m, first_k = place(M, rows_per_sample, K, BLOCK_K, CUT)
     split = tl.program_id(1)
     # So that the compiler knows, and loads and masks eight elements at a time.
     N = N // MULTIPLE * MULTIPLE
@@ -113,6 +130,8 @@ def _linear_input_grad_kernel(
                     other=0,
                 )
                 acc = dot(v_r, round_to(A_r.to(tl.float32), DTYPE), acc, PRECISION)
+            if CUT.experts:
+                acc *= scaling
 
     begin = split * steps_per_split * BLOCK_N
     end = tl.minimum(begin + steps_per_split * BLOCK_N, N)
@@ -130,9 +149,11 @@ def _linear_input_grad_kernel(
     else:
         w_cols = weight_blocks(BLOCK_N, BLOCK_K, DRAW)
         table = lookup(packed, PACKED, ARITHMETIC)
-    scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
+    scale_tile = None
+    if DRAW.noise != "none":
+        scale_tile = noise_scale + w_rows.to(tl.int64) * stride_scale
+        seed = tl.load(seed)
     sample, negate = sample_of(group, sample_offset, DRAW)
-    seed = tl.load(seed)
     row_offset = tl.cast(row_offset, tl.int64)
 
     # As in the forward kernel; but behind the wait for dY the compiler would put off the loads until after the product.
@@ -182,6 +203,8 @@ def _linear_input_grad_kernel(
             if DRAW.apart:
                 acc = dot(y_n, in_order(rest, DRAW), acc, PRECISION)
 
+    if CUT.experts:
+        acc += wrong
     grad_x += (tl.cast(split, tl.int64) * M + offs_m[:, None]) * K + offs_k[None, :]
     inside = (offs_m[:, None] < last_m) & (offs_k[None, :] < K)
     if CUT.split:

@@ -54,6 +54,7 @@ def machine_of(tensor: Tensor) -> Machine:
 
 # Parameters of kernels that change from one call to the next: their values select no machine code.
 CHANGING = ("stream_id", "sample_offset", "row_offset", "col_offset")
+NOTHING = (0, 0, 0, 0)  # in their place where nothing is drawn
 _REMEMBERED = 4096  # calls, in each of which everything but addresses is the same
 _prepared: dict[Any, Any] = {}
 _thread = threading.local()
@@ -229,8 +230,15 @@ def by_eight(tensor: Any) -> bool:
     """Eight elements of a row can be loaded at once."""
     if isinstance(tensor, QuantizedWeight):
         return tensor.shape[1] % 8 == 0 and packed_facts(tensor).by_blocks
-    aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or tensor.shape[0] == 1)
-    return tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0 and aligned
+    apart = zip(tensor.shape[:-1], tensor.stride(), strict=False)
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 or size == 1 for size, stride in apart)
+    return tensor.stride(-1) == 1 and tensor.shape[-1] % 8 == 0 and aligned
+
+
+def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
+    """Those of the last dimensions, by the names of a kernel's parameters."""
+    found = (0,) * len(names) if tensor is None else tensor.stride()[-len(names) :]
+    return dict(zip(names, found, strict=True))
 
 
 def precision_of(a: Tensor) -> str:
@@ -264,6 +272,9 @@ def plan(p: Any, samples: int, noise_accum: str, workspace: int, precision: str)
     if a.dtype == torch.float32:
         kind = "tf32" if regular and precision == "tf32" else "single"
     rows = M // samples
+    if p.offsets is not None:
+        samples = min(len(p.offsets), M)  # experts, of which nobody knows here how many rows each has
+        rows = -(-M // samples)
     config, tiles = configs.linear(
         machine.architecture,
         kind,
@@ -274,6 +285,10 @@ def plan(p: Any, samples: int, noise_accum: str, workspace: int, precision: str)
         machine.processors,
         noise_accum == "split",
     )
+    if p.offsets is not None:
+        # No routing has more tiles: all but one row of each expert fill theirs.
+        tiles = ((M - samples) // config.block_m + samples) * -(-outputs // config.block_out)
+        workspace = workspace if p.bias is None else 0  # `add_splits` has one bias for all rows
     splits, steps = configs.splits(config, tiles, length, 4 * M * outputs, workspace, machine.processors)
     by_engine = machine.has_descriptors and config.block_m > configs.DESCRIPTOR_ROWS and addressable(a)
     box = (config.block_m, config.block_in) if by_engine else None

@@ -12,7 +12,7 @@ from ..core.quantized import QuantizedWeight
 from . import configs
 from .launch import CHANGING, Kernel, by_eight, draw_facts, drawn, facts, machine_of, prepared
 from .packed import decoded, load_blocks, lookup, operand, packed_facts, scales_of, values_at
-from .tile import held, let_go, perturb_tile, round_to, sample_of, weight_blocks, weight_cols, weight_rows
+from .tile import held, perturb_tile, round_to, sample_of, weight_blocks, weight_cols, weight_rows
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=["seed"])
@@ -93,13 +93,10 @@ def _perturb_kernel(
                 w = tl.load(w_tile + k_long * stride_wk, mask=cols < K - k, other=0)
             if PACKED is None or not PACKED.by_blocks:
                 w = held(w, DRAW)
-            if DRAW.noise == "none":
-                w = let_go(w, DRAW)
-            else:
-                w, _ = perturb_tile(
-                    w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample,
-                    negate, seed, DTYPE, DRAW,
-                )  # fmt: skip
+            w, _ = perturb_tile(
+                w, scale, row_offset + rows, row_offset + first_n, first_col + k, stream_id, sample, negate, seed,
+                DTYPE, DRAW,
+            )  # fmt: skip
             tl.store(out_tile + k_long * stride_ok, w, mask=inside if EVEN else inside & (cols < K - k))
 
 

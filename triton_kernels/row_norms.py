@@ -1,4 +1,4 @@
-"""|| W[n] + scaling (lora_B lora_A)[n] ||^2 per row, W read once."""
+"""|| W[n] + scaling (lora_B lora_A)[n] ||^2 per row, W read once; of all experts of a mixture in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.quantized import QuantizedWeight
 from . import configs
-from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block
+from .launch import Kernel, by_eight, facts, machine_of, prepared, rank_block, strides
 from .packed import decoded, load_blocks, lookup, operand, packed_facts, scales_of, values_at
 from .tile import dot, round_to, to_float
 
@@ -39,7 +39,7 @@ def _row_sq_norms_kernel(
     packed,  # packed.Operand, or None
     lora_A,  # (r, K)
     lora_B,  # (N, r)
-    out,  # (N,) float32
+    out,  # (experts, N) float32, contiguous
     scaling: tl.float32,
     N,
     K,
@@ -50,6 +50,9 @@ def _row_sq_norms_kernel(
     stride_ak,
     stride_bn,
     stride_br,
+    stride_weight,  # from one expert to the next
+    stride_A,
+    stride_B,
     PACKED: tl.constexpr,  # packed.Packed, or None
     ARITHMETIC: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_K divides K
@@ -62,6 +65,13 @@ def _row_sq_norms_kernel(
 ):
     K = K // MULTIPLE * MULTIPLE
     stride_wn = stride_wn // MULTIPLE * MULTIPLE
+    expert = tl.program_id(1).to(tl.int64)
+    if PACKED is None:
+        weight += expert * (stride_weight // MULTIPLE * MULTIPLE)
+    if BLOCK_R > 0:
+        lora_A += expert * stride_A
+        lora_B += expert * stride_B
+    out += expert * N
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n32 = tl.minimum(offs_n, N - 1)
     n = n32.to(tl.int64)
@@ -110,9 +120,14 @@ def _row_sq_norms_kernel(
 
 
 def _prepare(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None) -> Kernel:
-    N, K = weight.shape
-    rank = 0 if lora_A is None else lora_A.shape[0]
+    N, K = weight.shape[-2:]
+    rank = 0 if lora_A is None else lora_A.shape[-2]
     packs = isinstance(weight, QuantizedWeight)
+    experts = 1 if len(weight.shape) == 2 else weight.shape[0]
+
+    def apart(tensor: Tensor | None) -> int:
+        return 0 if tensor is None or tensor.dim() == 2 else tensor.stride(0)
+
     like = weight.parts.codes if packs else weight
     config = configs.ROW_NORMS
     if rank:
@@ -122,12 +137,12 @@ def _prepare(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None) -> Kerne
         "N": N,
         "K": K,
         "rank": rank,
-        "stride_wn": 0 if packs else weight.stride(0),
-        "stride_wk": 0 if packs else weight.stride(1),
-        "stride_ar": 0 if lora_A is None else lora_A.stride(0),
-        "stride_ak": 0 if lora_A is None else lora_A.stride(1),
-        "stride_bn": 0 if lora_B is None else lora_B.stride(0),
-        "stride_br": 0 if lora_B is None else lora_B.stride(1),
+        **strides(None if packs else weight, "stride_wn", "stride_wk"),
+        **strides(lora_A, "stride_ar", "stride_ak"),
+        **strides(lora_B, "stride_bn", "stride_br"),
+        "stride_weight": apart(None if packs else weight),
+        "stride_A": apart(lora_A),
+        "stride_B": apart(lora_B),
         "PACKED": packed_facts(weight) if packs else None,
         "ARITHMETIC": machine_of(like).arithmetic,
         "EVEN": K % config.block_k == 0,
@@ -138,13 +153,16 @@ def _prepare(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None) -> Kerne
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    grid = (triton.cdiv(N, config.block_n),)
+    grid = (triton.cdiv(N, config.block_n), experts)
     return Kernel(_row_sq_norms_kernel, grid, like, rest, {"num_warps": config.num_warps})
 
 
 def row_sq_norms(weight: Any, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
-    """(N,) float32 of weight (N, K), packed or not, lora_A (r, K) and lora_B (N, r), both of one type or None."""
-    out = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    """(N,) float32 of weight (N, K), packed or not, lora_A (r, K) and lora_B (N, r), both of one type or None.
+
+    Or (E, N) of a weight (E, N, K) with lora_A (E, r, K) and lora_B (E, N, r).
+    """
+    out = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
     kernel = prepared(_prepare, facts(weight, lora_A, lora_B), weight, lora_A, lora_B)
     packed = None
     if isinstance(weight, QuantizedWeight):

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,7 +27,7 @@ from .philox import (
 class Drawn:
     """All of a draw that machine code depends on; kernels take it as one constant, `DRAW`."""
 
-    noise: str
+    noise: str  # "none": the weight as it is
     antithetic: bool
     aligned: bool  # tiles begin where a word or unit of the noise does, see `launch.draw_facts`
     tile_bits: int  # of hadamard
@@ -50,6 +51,20 @@ class Cut:
     multiple: int  # 8 where that divides N, K and the strides of rows, else 1
     by_engine: bool  # the first operand is a descriptor for the copy engine
     precision: str  # `input_precision` of products
+    experts: int = 0  # of a mixture, rounded up to a power of two; 0 = one weight for all rows
+
+
+class Mixture(NamedTuple):
+    """Of rows that belong to experts, as kernels take it: the parameter `mixture`; None = one weight for all rows."""
+
+    offsets: Any  # (E,), where each expert's rows end
+    experts: int  # E
+    # From one expert to the next:
+    stride_weight: int
+    stride_A: int
+    stride_B: int
+    stride_bias: int
+    stride_scale: int
 
 
 # The interpreter multiplies bfloat16 as if it were integers, and cuts where it should round.
@@ -126,6 +141,42 @@ def place(M, rows_per_sample, outputs, BLOCK_OUT: tl.constexpr, CUT: tl.constexp
     group = pid_m // tiles_per_sample
     first_m = group * rows_per_sample + pid_m % tiles_per_sample * CUT.block_m
     return group, first_m, (group + 1) * rows_per_sample, pid_out * BLOCK_OUT
+
+
+@triton.jit
+def rows_of_experts(offsets, experts, M, EXPERTS: tl.constexpr):
+    """Where the rows of each expert begin and end, and 0.
+
+    Nobody else has seen the numbers in `offsets`, so where they do not part M rows the first expert gets all, and NaN
+    comes in the place of 0, to be added to the result.
+    """
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + e, mask=e < experts, other=M).to(tl.int64)
+    begins = tl.load(offsets + e - 1, mask=(e > 0) & (e < experts), other=0).to(tl.int64)
+    begins = tl.where(e < experts, begins, M)
+    wrong = tl.sum(((ends < begins) | ((e == experts - 1) & (ends != M))).to(tl.int32), 0) > 0
+    ends = tl.where(wrong, M, ends).to(tl.int32)
+    begins = tl.where(wrong & (e > 0), M, begins).to(tl.int32)
+    return begins, ends, tl.where(wrong, float("nan"), 0.0)
+
+
+@triton.jit
+def place_among(mixture, M, outputs, BLOCK_OUT: tl.constexpr, CUT: tl.constexpr):
+    """Where a program is in a mixture: its expert, its first row, or M where nothing is left to do, the end of the
+    expert's rows, its first output, and what `rows_of_experts` wants added."""
+    e = tl.arange(0, CUT.experts)
+    begins, ends, wrong = rows_of_experts(mixture.offsets, mixture.experts, M, CUT.experts)
+    tiles = tl.cdiv(ends - begins, CUT.block_m)
+    until = tl.cumsum(tiles, 0)
+    num_m, num_out = tl.sum(tiles, 0), tl.cdiv(outputs, BLOCK_OUT)
+    is_left = tl.program_id(0) < num_m * num_out
+    pid_m, pid_out = tile_of(tl.where(is_left, tl.program_id(0), 0), num_m, num_out, CUT.group_m)
+    expert = tl.sum((until <= pid_m).to(tl.int32), 0)
+    own = e == expert
+    tile = pid_m - tl.sum(tl.where(own, until - tiles, 0), 0)
+    first_m = tl.sum(tl.where(own, begins, 0), 0) + tile * CUT.block_m
+    first_m = tl.where(is_left, first_m, M)
+    return expert, first_m, tl.sum(tl.where(own, ends, 0), 0), pid_out * BLOCK_OUT, wrong
 
 
 @triton.jit
@@ -345,30 +396,35 @@ def perturb_tile(
     blocks = (tl.cast(first_col, tl.uint32) >> 3) + tl.arange(0, BLOCK_K // 8).to(tl.uint32)
     stream = tl.cast(stream, tl.uint32)
     rows = rows.to(tl.uint32)
-    if DRAW.noise == "gaussian":
+    if DRAW.noise == "none":
+        w = let_go(w, DRAW)
+        return w, w
+    elif DRAW.noise == "gaussian":
         c = scale * scale * RADIUS_FACTOR
         radius, direction = gaussian(rows, blocks[None, :], stream, sample, seed, c, ARITHMETIC)
         if DRAW.antithetic:
             radius = radius * (1 - 2 * negate.to(tl.float32))
         return _rounded(tl.fma(radius, direction, _to_float(w, DRAW)), DTYPE, DRAW)
-    f = factor(scale, negate, DTYPE, DRAW)
-    if DRAW.noise == "near_gaussian":
-        if ALIGNED:
-            return _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE, DRAW)
-        else:
-            halves = near_gaussian_anywhere(rows, blocks[None, :], stream, sample, seed, ARITHMETIC)
-            return _rounded(tl.fma(2 * f, halves, _to_float(w, DRAW)), DTYPE, DRAW)
-    elif DRAW.noise == "rademacher":
-        if ALIGNED:
-            rows = tl.cast(first_row, tl.uint32) + 4 * tl.arange(0, BLOCK_N // 4).to(tl.uint32)[None, :, None]
-        else:
-            rows = tl.reshape(rows, [4, BLOCK_N // 4, 1])
-        signs = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED, ARITHMETIC)
-        return _add_signs(w, f, signs, DTYPE, DRAW)
     else:
-        ONE_TILE: tl.constexpr = ALIGNED and BLOCK_N <= 64 and BLOCK_K <= 64
-        signs = hadamard(rows, blocks[None, :], stream, sample, seed, BITS, ONE_TILE, ARITHMETIC)
-        return _add_signs(w, f, signs, DTYPE, DRAW)
+        f = factor(scale, negate, DTYPE, DRAW)
+        if DRAW.noise == "near_gaussian":
+            if ALIGNED:
+                return _add_units(w, f, first_row, first_col, stream, sample, seed, DTYPE, DRAW)
+            else:
+                halves = near_gaussian_anywhere(rows, blocks[None, :], stream, sample, seed, ARITHMETIC)
+                return _rounded(tl.fma(2 * f, halves, _to_float(w, DRAW)), DTYPE, DRAW)
+        elif DRAW.noise == "rademacher":
+            if ALIGNED:
+                first = 4 * tl.arange(0, BLOCK_N // 4).to(tl.uint32)
+                rows = tl.cast(first_row, tl.uint32) + first[None, :, None]
+            else:
+                rows = tl.reshape(rows, [4, BLOCK_N // 4, 1])
+            signs = rademacher(rows, blocks[None, None, :], stream, sample, seed, ALIGNED, ARITHMETIC)
+            return _add_signs(w, f, signs, DTYPE, DRAW)
+        else:
+            ONE_TILE: tl.constexpr = ALIGNED and BLOCK_N <= 64 and BLOCK_K <= 64
+            signs = hadamard(rows, blocks[None, :], stream, sample, seed, BITS, ONE_TILE, ARITHMETIC)
+            return _add_signs(w, f, signs, DTYPE, DRAW)
 
 
 @triton.jit

@@ -142,7 +142,7 @@ def _truth() -> Iterator[Callable[[], object]]:
 
 
 def _numbers() -> Iterator[Callable[[], object]]:
-    from .. import quantized, run, shapes, strategies, training
+    from .. import mixture, quantized, run, shapes, strategies, training
 
     size = training.SIZES["llama3-8b"]
     weights = dict.fromkeys(size.shapes())
@@ -162,6 +162,13 @@ def _numbers() -> Iterator[Callable[[], object]]:
         for M in (16, 256, 2048, 8192)
     ]
     jobs += quantized.jobs([(case, ways) for case in packed])
+    # As the part `mixture`.
+    experts = [
+        mixture.Case("cpu", "bfloat16", 8, M, 4096, 4096, "falling", "forward+backward", noise)
+        for noise in ("gaussian", "rademacher")
+        for M in (128, 1024, 4096)
+    ]
+    jobs += mixture.jobs(experts, ["op:triton", "loop:triton"])
     yield from (partial(precompile.step, job) for job in jobs)
 
 

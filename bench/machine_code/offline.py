@@ -94,7 +94,9 @@ _VARIANTS = {
     "dX": "input gradient",
     "nf4": "NF4",
     "nested": "NF4 with nested scales",
+    "mixture": "8 experts",
 }
+_EXPERTS = 8
 _PACKED = ("nf4", "nested")
 
 
@@ -161,6 +163,7 @@ def cases() -> list[Case]:
         found += [odd, *(perturb._replace(noise=noise) for noise in KINDS)]
         found += [odd._replace(noise=noise) for noise in KINDS if hopper or noise == "hadamard"]
         found += _transforms(architecture)
+        found += _mixtures(architecture)
         found += [norms._replace(rank=rank) for rank in (0, 16, 64)]
         if hopper:
             found.append(perturb._replace(dtype="float32", variant="noise"))
@@ -185,6 +188,24 @@ def _packed_cases(architecture: str) -> list[Case]:
         perturb,
         Case("row_sq_norms", architecture, "bfloat16", rank=0, noise="none", variant="nf4"),
     ]
+
+
+def _mixtures(architecture: str) -> list[Case]:
+    """Products with noise, and without it what u = x lora_A^T and v = dY lora_B are; sums over the rows of experts."""
+    found = []
+    for kernel in _PRODUCTS:
+        many = Case(kernel, architecture, "bfloat16", _MANY, variant="mixture")
+        found.append(many)
+        low = {"N": 16} if kernel == "forward" else {"K": 16}
+        found.append(many._replace(rank=0, noise="none", **low))  # type: ignore[arg-type]
+        if architecture == "sm90":
+            found += [many._replace(noise=noise) for noise in ("rademacher", "near_gaussian")]
+            found.append(many._replace(rows=16 * _EXPERTS))
+            found.append(many._replace(rows=16 * _EXPERTS, rank=0, noise="none"))
+    sums = Case("expert_grads", architecture, "bfloat16", _MANY, noise="none", variant="mixture")
+    found += [sums._replace(rank=rank) for rank in (16, 32, 64)]
+    found += [sums._replace(rank=rank, dtype="float32") for rank in (16, 64)]
+    return found
 
 
 def _transforms(architecture: str) -> list[Case]:
@@ -228,6 +249,9 @@ def _unreached(rows: Iterable[Row]) -> list[str]:
             tile = _tile(c[:2], c.num_warps, c.num_stages)
             targets = ("sm90", "sm100") if name == "ADAPTER_GRADS" else _MAIN
             missing += [f"{name} for {target}: {c}" for target in targets if (target, tile) not in have]
+    for c in (c for table in (configs.EXPERT_GRADS, configs.EXPERT_GRADS_SINGLE) for _, c in table):
+        tile = _tile(c[:3], c.num_warps, c.num_stages)
+        missing += [f"EXPERT_GRADS for {target}: {c}" for target in _MAIN if (target, tile) not in have]
     return [f"no case of bench/machine_code/offline.py compiles configs.{entry}" for entry in missing]
 
 
@@ -274,6 +298,9 @@ def _named(case: Case, kernel: str, arguments: dict[str, Any]) -> Row:
         blocks = [arguments["BLOCK_M"], low, high]
         size = f"{case.N} x {case.K}"
         about = {f"{case.rows} rows": True, size: True, _VARIANTS.get(case.variant, ""): case.variant}
+    elif name == "expert_grads":
+        blocks = [arguments[block] for block in ("BLOCK_M", "BLOCK_P", "BLOCK_Q")]
+        about = {f"{case.rows} rows": True, f"rank {case.rank}": True, _VARIANTS[case.variant]: True}
     else:
         n = arguments["BLOCK_N"]
         k = arguments.get("BLOCK_K") or arguments["BLOCK_M"]  # adapter_grads has no K
@@ -295,7 +322,14 @@ def _named(case: Case, kernel: str, arguments: dict[str, Any]) -> Row:
 def call(case: Case) -> None:
     """One call of the launcher that `case` names, on tensors without memory."""
     import torch
-    from flatlora_kernels.triton_kernels import adapter_grads, perturb, product, row_norms, transform
+    from flatlora_kernels.triton_kernels import (
+        adapter_grads,
+        expert_grads,
+        perturb,
+        product,
+        row_norms,
+        transform,
+    )
 
     from flatlora_kernels.backends.shared.workspace import workspace_limit
     from flatlora_kernels.core.noise import tile_bits
@@ -326,16 +360,27 @@ def call(case: Case) -> None:
         tile_bits=tile_bits(N, K) if case.noise == "hadamard" else 0,
     )
     A, B = (matrix(r, K), matrix(N, r)) if r else (None, None)
+    offsets = None
+    if case.variant == "mixture":
+        weight, A, B = (
+            None if t is None else t.expand(_EXPERTS, *t.shape).contiguous() for t in (weight, A, B)
+        )
+        draw = draw._replace(noise_scale=torch.empty(_EXPERTS, N, dtype=torch.float32, device="meta"))
+        draw = None if case.noise == "none" else draw
+        offsets = torch.empty(_EXPERTS, dtype=torch.int64, device="meta")
     if case.kernel in _PRODUCTS:
         own = A if case.variant == "u" else None
         low = matrix(M, r).contiguous() if r and own is None else None
         bias = torch.empty(N, dtype=dtype, device="meta") if samples else None
         if case.kernel == "forward":
-            p = Product(matrix(M, K), weight, False, low, B, bias, 2.0)
+            p = Product(matrix(M, K), weight, False, low, B, bias, 2.0, offsets)
         else:
-            p = Product(matrix(M, N), weight, True, low, None if A is None else A.t())
+            p = Product(matrix(M, N), weight, True, low, None if A is None else A.mT, None, 2.0, offsets)
         accum = "split" if case.variant == "apart" else "folded"
         product.product(p, draw, accum, workspace_limit(weight), own)
+    elif case.kernel == "expert_grads":
+        out = torch.empty(_EXPERTS, r, K, dtype=dtype, device="meta")
+        expert_grads.expert_grads(matrix(M, r), matrix(M, K), offsets, 2.0, out)
     elif case.kernel == "adapter_grads":
         adapter_grads.adapter_grads(matrix(M, N), matrix(M, r), B, 2.0)
     elif case.kernel == "transform":
@@ -396,6 +441,8 @@ def _work(only: str, listings: str, architectures: str) -> tuple[str, list[Row],
 
 def _elements(arguments: dict[str, Any]) -> int:
     """Of the weight, in one round of the main loop."""
+    if "BLOCK_P" in arguments:  # of b
+        return int(arguments["BLOCK_M"] * arguments["BLOCK_Q"])
     others = (arguments.get(block) for block in ("BLOCK", "BLOCK_K", "BLOCK_M"))
     return arguments.get("BLOCK_N", 1) * next(filter(None, others)) * arguments.get("TOGETHER", 1)
 
@@ -431,7 +478,8 @@ def _measure(launch: _Launch) -> tuple[str, Row]:
     else:
         elements = _elements(arguments)
     per_thread = elements / (CHIPS[row.target].lanes * arguments["num_warps"])
-    tensor = reader.tensor_cores(body) if row.kernel in (*_PRODUCTS, "adapter_grads", "transform") else "-"
+    multiplies = (*_PRODUCTS, "adapter_grads", "expert_grads", "transform")
+    tensor = reader.tensor_cores(body) if row.kernel in multiplies else "-"
     row = row._replace(
         instr=round(len(body) / per_thread, 2),
         tensor=tensor,
@@ -474,7 +522,9 @@ def _body(row: Row, code: reader.Body) -> reader.Body:
     """The instructions that are counted."""
     if row.kernel == "add_splits" or (row.kernel == "perturb" and not reader.loops(code)):
         return [code[i] for i in reader.reachable(code)]
-    if row.kernel in ("adapter_grads", "transform"):
+    if row.kernel in ("adapter_grads", "transform") or (
+        row.kernel == "expert_grads" and row.dtype != "float32"
+    ):
         return reader.main_loop(code, lambda body: any(map(reader.is_tensor, body)))
     if row.kernel == "row_sq_norms":  # the adapter has a loop inside
         return reader.main_loop(
@@ -484,7 +534,8 @@ def _body(row: Row, code: reader.Body) -> reader.Body:
 
     def main(body: reader.Body) -> bool:
         multiplies = any(reader.is_tensor(i) or i.opcode.startswith(products) for i in body)
-        return sum(map(_wide_multiply, body)) >= 10 and (row.kernel == "perturb" or multiplies)
+        draws = row.noise == "none" or sum(map(_wide_multiply, body)) >= 10
+        return draws and (row.kernel == "perturb" or multiplies)
 
     return reader.main_loop(code, main)
 

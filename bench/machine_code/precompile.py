@@ -60,9 +60,9 @@ def compile_for(architecture: str, pretended: Any = None) -> None:
 class Job(NamedTuple):
     """The kernels of one case."""
 
-    case: Any  # of shapes, or of quantized
+    case: Any  # of shapes, of quantized or of mixture
     noise: str
-    what: str = "fused"  # provider, or "panel"; "noise_scale": its refresh; a way of quantized
+    what: str = "fused"  # provider, or "panel"; "noise_scale": its refresh; a way of quantized or mixture
     tile: Any = None  # triton_kernels.configs.Config; None = what the table says
     precision: str = "highest"  # of torch.set_float32_matmul_precision
 
@@ -118,12 +118,15 @@ def step(job: Job) -> None:
     """What the benchmark calls."""
     import flatlora_kernels as fk
 
-    from .. import quantized
+    from .. import mixture, quantized
     from ..problem import SCALING, SIGMA
     from ..providers import Fused, Perturb
 
     if isinstance(job.case, quantized.Case):
         quantized.way(quantized.Layer(job.case, 0), job.what, job.case)()
+        return
+    if isinstance(job.case, mixture.Case):
+        mixture.way(mixture.Layer(job.case, 0), job.what)()
         return
     problem = _problem(job.case)
     if job.what == "noise_scale":

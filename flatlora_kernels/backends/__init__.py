@@ -14,6 +14,9 @@ Every module of this folder is a backend and has the same members:
     transform                the product of "hadamard" noise alone
     product_and_u            optional: the forward's product, and u of the adapter in the same kernel
     adapter_grads            optional: its own way to the gradients of the adapter
+    GROUPS                   optional, True: `product`, also without noise, and `product_and_u` take the `offsets` of a
+                             mixture, `row_sq_norms` takes its weight (E, N, K), each in one launch; and it has
+    expert_grads             sums over the rows of each expert
 
 so that a new backend is a new file here and no edit elsewhere.
 """
@@ -73,6 +76,11 @@ def fuses(name: str, noise: str) -> bool:
 def fuses_packed(name: str, weight: QuantizedWeight) -> bool:
     """Whether `name` has strategy "fused" for this weight, with noise that it fuses."""
     return bool(get(name).fuses_packed(weight))
+
+
+def groups(name: str) -> bool:
+    """Whether `name` computes a mixture of experts in one launch."""
+    return getattr(get(name), "GROUPS", False)
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:

@@ -27,6 +27,7 @@ DEVICE_TYPES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOISE_ACCUMS = ("folded", "split")
 FUSES = ("gaussian", "near_gaussian", "rademacher")
+GROUPS = True
 
 _MINIMUM = (3, 6)
 
@@ -76,15 +77,18 @@ def _kernel(name: str) -> Any:
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
-    if draw is None or p.empty:
+    if p.empty or (draw is None and p.offsets is None):
         return products.plain(p)
-    return _kernel("product").product(p, draw, noise_accum, workspace_limit(p.weight))[0]
+    # Without noise it may be an adapter's own product, whose weight is small beside the rows.
+    workspace = workspace_limit(p.weight if draw is not None else p.a)
+    return _kernel("product").product(p, draw, noise_accum, workspace)[0]
 
 
 def product_and_u(p: Product, lora_A: Tensor, draw: Draw, noise_accum: str) -> tuple[Tensor, Tensor] | None:
     """`product` of a forward without its u, and u = a lora_A^T, in one kernel; None where two are faster."""
     kernel = _kernel("product")
-    if p.empty or not kernel.makes_u(p.a, p.weight, lora_A.shape[0], draw.samples):
+    parts = draw.samples if p.offsets is None else len(p.offsets)
+    if p.empty or not kernel.makes_u(p.a, p.weight, lora_A.shape[-2], parts):
         return None
     return kernel.product(p, draw, noise_accum, workspace_limit(p.weight), lora_A)
 
@@ -102,10 +106,16 @@ def adapter_grads(
 def row_sq_norms(weight: Weight, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
     """See `reference.row_sq_norms`."""
     if 0 in weight.shape:
-        return weight.new_zeros(weight.shape[0], dtype=torch.float32)
+        return weight.new_zeros(weight.shape[:-1], dtype=torch.float32)
     if lora_A is not None and lora_A.dtype != lora_B.dtype:
         lora_A, lora_B = lora_A.float(), lora_B.float()
     return _kernel("row_norms").row_sq_norms(weight, lora_A, lora_B, scaling)
+
+
+def expert_grads(a: Tensor, b: Tensor, offsets: Tensor, scaling: float, out: Tensor) -> None:
+    """``out[e] = scaling a^T b`` over the rows of expert e, for a (M, P), b (M, Q) of one type and out (E, P, Q)."""
+    if out.numel():
+        _kernel("expert_grads").expert_grads(a, b, offsets, scaling, out)
 
 
 def perturb(weight: Weight | None, draw: Draw | None, out: Tensor) -> None:

@@ -58,6 +58,10 @@ _AMX_ROWS = 16
 # Rows up to which `cuda` multiplies codes on sm_90: its product there is that of sm_80, 4.2 of a plain one at 2048 rows
 # of rademacher noise where panels take 2.0 (an H200).
 _PACKED_ROWS = 64
+# Mean rows of an expert up to which a mixture is one launch, whatever is fastest for one expert by itself. Up to here
+# the ways are within 15 % of each other on an H200, where an expert takes some 100 us and its launches half of that;
+# from 1024 rows on panels take half as long.
+_TOGETHER_ROWS = 512
 
 
 class Problem(NamedTuple):
@@ -291,6 +295,38 @@ def way(
     return choose(tuple(names), (choice.strategy,), p)._replace(reason="asked for")
 
 
+def grouping(choice: Choice, noise: str | None, device_type: str, dtype: torch.dtype) -> str | None:
+    """The backend that has mixtures of experts in one launch, among those that the choice leaves; None: there is none.
+
+    Args:
+        noise: None = nothing is drawn.
+    """
+    names = [choice.backend]
+    if choice.strategy == BACKEND_AND_STRATEGY:
+        names = competitors(choice.backend, choice.noise_accum, device_type, dtype)
+    return next(
+        (n for n in names if registry.groups(n) and (noise is None or registry.fuses(n, noise))), None
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def together(
+    choice: Choice, noise: str | None, rows: int, device: torch.device, dtype: torch.dtype, N: int, K: int
+) -> str | None:
+    """The backend that computes a mixture in one launch; None: its experts are computed one after the other.
+
+    Args:
+        noise: None = nothing is drawn. rows: of an expert, in the mean, > 0 as N and K.
+    """
+    if choice.strategy not in (*FREE, "fused"):
+        return None
+    name = grouping(choice, noise, device.type, dtype)
+    if name is None or choice.strategy == "fused" or rows <= _TOGETHER_ROWS:
+        return name
+    found = None if noise is None else way(choice, noise, rows, device, dtype, N, K)
+    return name if found is not None and (found.backend, found.strategy) == (name, "fused") else None
+
+
 def of_packed(choice: Choice, backend: str, strategy: str, weight: QuantizedWeight, rows: int) -> str:
     """`strategy`, or "panel" where `backend` has none of this name for a weight packed like this, or a slow one.
 
@@ -361,5 +397,5 @@ def explain(
 
 def forget() -> None:
     """What was decided and read from tables: for those who change them."""
-    for cached in (_table, choose, way):
+    for cached in (_table, choose, way, together):
         cached.cache_clear()

@@ -65,7 +65,7 @@ class Product(NamedTuple):
     """``y = a P^T + scaling u lora^T + bias`` with P = W + eps, or in the input gradient its transpose.
 
     Forward and input gradient are this one product: of x, u = lora_x A^T and lora = B; of dY, u = scaling dY B and
-    lora = A^T.
+    lora = A^T. With `offsets` it is of a mixture: weight, lora, bias and noise_scale have experts as a first dimension.
     """
 
     a: Tensor  # (M, contraction)
@@ -75,10 +75,13 @@ class Product(NamedTuple):
     lora: Tensor | None = None  # (outputs, r), in the type of a or float32
     bias: Tensor | None = None  # (outputs,), likewise
     scaling: float = 1.0
+    offsets: Tensor | None = (
+        None  # (E,) where each expert's rows end, on the device of a; see `backends`, GROUPS
+    )
 
     @property
     def outputs(self) -> int:
-        return self.weight.shape[1 if self.input_grad else 0]
+        return self.weight.shape[-1 if self.input_grad else -2]
 
     @property
     def empty(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.quantized import QuantizedWeight
 from ..op.functional import perturb_weight
+from ..op.sharded import is_sharded
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 
 Loss = Callable[[], Tensor]
@@ -132,11 +133,16 @@ def plane(
     Unlike the rest of this module it makes, for each s, a copy of the layers' weights: the op adds one noise at a time.
 
     Raises:
-        ValueError: a layer has a packed weight, which cannot be moved.
+        ValueError: a layer has a packed weight, which cannot be moved, or a shard of one.
     """
     layers = layers_of(model)
     for layer in layers:
         weight = layer._weight_in_use()[0]
+        if is_sharded(weight):
+            raise ValueError(
+                f"model: expected whole weights, which plane moves, got a DTensor in {layer.flat_lora_name!r}; line and"
+                " expected_increase take shards"
+            )
         if isinstance(weight, QuantizedWeight):
             raise ValueError(
                 f"model: expected dense weights, which plane moves, got one of format {weight.format!r} in"
@@ -173,10 +179,18 @@ def top_eigenvalue(
             weights of layers made with ``train_weight=True``.
         iterations: at most. tolerance: stop where the value changes by less, relatively.
         step: h, relative to the norm of the parameters.
+
+    Raises:
+        ValueError: no parameter requires gradients, or one is a shard.
     """
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not chosen:
         raise ValueError("parameters: expected some that require gradients, got none")
+    if any(map(is_sharded, chosen)):
+        raise ValueError(
+            "parameters: expected tensors, which top_eigenvalue moves, got DTensors; flatness(..., iterations=0) and"
+            " expected_increase take shards"
+        )
     generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in chosen}
     wide = [torch.promote_types(p.dtype, torch.float32) for p in chosen]
     direction = [

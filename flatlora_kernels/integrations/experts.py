@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.autocast import autocasts
 from ..op import checks, sharded
-from ..op.grouped import fused_flat_lora_grouped_linear, grouped_noise_scale
+from ..op.grouped import fused_flat_lora_grouped_linear, grouped_noise_scale, reads_offsets
 from ..train import packed
 from ..train.layer import check_noise_options
 from ..train.obstacles import HOOKS, only_placed
@@ -31,8 +31,9 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
     PEFT, neither ``W + B A`` nor a gradient of its size is materialised. Expert e draws from stream ``stream + e``,
     with the norms of its own rows. Experts without tokens are neither drawn nor read, except for the norms.
 
-    Where each expert's tokens end is read on the host once in a forward: on a GPU that waits for the device. No noise
-    in eval mode or at sigma = 0: then the result is PEFT's up to rounding. With the adapters disabled or none of them
+    On a GPU backend `triton` computes all experts in one launch. Where it is not used, each expert is computed by
+    itself, and where its tokens end is read on the host once in a forward, which waits for the device. No noise in eval
+    mode or at sigma = 0: then the result is PEFT's up to rounding. With the adapters disabled or none of them
     active, PEFT's own forward runs.
 
     Raises:
@@ -80,16 +81,22 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
 
         def project(name: str, rows: Tensor, ends: Ends) -> Tensor:
             wrapper, names = active.get(name, (None, []))
-            return _product(
-                experts, name, wrapper, names, rows, ends, noise.get(name, {"backend": self.backend})
-            )
+            return _product(experts, name, wrapper, names, rows, ends, options(name))
 
-        return _mixture(experts, project, x, *routing)
+        def options(name: str) -> dict[str, Any]:
+            return noise.get(name, {"backend": self.backend})
+
+        def reads(name: str, rows: Tensor, ends: Tensor) -> bool:
+            weight = _weight(experts, name)
+            rows = rows if autocasts(rows.device.type) else rows.to(weight.dtype)
+            return reads_offsets(rows, weight, ends, **_without_samples(options(name)))
+
+        return _mixture(experts, project, reads, x, *routing)
 
     def _example(self, x: Tensor) -> Tensor:
         """All rows to the first expert: the kernels of the others are the same."""
         rows, names = x.flatten(0, -2), self._active()
-        ends: Ends = [rows.shape[0]] * self.num_experts
+        ends = torch.full((self.num_experts,), rows.shape[0], device=rows.device)
         noise = self.noise_arguments(rows)
         return _product(self.get_base_layer(), self.parameter_name, self, names, rows, ends, noise)
 
@@ -165,28 +172,41 @@ def _product(
     weight = _weight(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     lora_A, lora_B, scaling = _adapter(wrapper, adapters, weight.dtype) if adapters else (None, None, 1.0)
-    noise = {key: value for key, value in noise.items() if key != "samples"}  # it is 1
     if not autocasts(rows.device.type):
         rows = rows.to(weight.dtype)  # as transformers does
     return fused_flat_lora_grouped_linear(
-        rows, weight, lora_A, lora_B, bias, offsets=ends, scaling=scaling, **noise
+        rows, weight, lora_A, lora_B, bias, offsets=ends, scaling=scaling, **_without_samples(noise)
     )
 
 
-def _mixture(experts: Any, project: Project, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _without_samples(noise: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in noise.items() if key != "samples"}  # it is 1
+
+
+def _mixture(
+    experts: Any,
+    project: Project,
+    reads: Callable[[str, Tensor, Tensor], bool],
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """The formula of transformers' `grouped_mm_experts_forward`, with `project` for the two products.
 
     Args:
+        reads: whether a product reads its ends on the host.
         x: (T, H). top_k_index: (T, top_k), E or above for none of the experts. top_k_weights: (T, top_k).
     """
     T, top_k = top_k_index.shape
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    # Rows for none of the experts go to the last, and count nothing.
+    top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
+    ids, order = torch.sort(top_k_index.reshape(-1).clamp(max=experts.num_experts - 1), stable=True)
     each = torch.arange(experts.num_experts, device=ids.device, dtype=ids.dtype)
     ends: Any = torch.searchsorted(ids, each, right=True)
-    if not torch.compiler.is_compiling():  # traced, the op reads them, and refuses rows for nobody
-        ends = ends.tolist()
-        order = order[: ends[-1]]
-    rows = project("gate_up_proj" if experts.has_gate else "up_proj", x[order // top_k], ends)
+    first, rows = "gate_up_proj" if experts.has_gate else "up_proj", x[order // top_k]
+    if not torch.compiler.is_compiling() and reads(first, rows, ends):
+        ends = ends.tolist()  # once for all products
+    rows = project(first, rows, ends)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = project("down_proj", rows, ends)
     if getattr(experts, "has_post_expert_norm", False):

@@ -161,4 +161,6 @@ def _auxiliary(adapter: Adapter, rank: int | None, seed: int, index: int) -> tup
     rng = generator(A.device, seed, "bi-lora", index)
     A2 = torch.empty(rank, A.shape[1], dtype=A.dtype, device=A.device).uniform_(-1, 1, generator=rng)
     A2.mul_(math.sqrt(1 / A.shape[1]))  # as kaiming_uniform_ with a = sqrt(5)
-    return A2.requires_grad_(), B.new_zeros(B.shape[0], rank, requires_grad=True)
+    # Not new_zeros, which of a shard makes one.
+    B2 = torch.zeros(B.shape[0], rank, dtype=B.dtype, device=B.device, requires_grad=True)
+    return A2.requires_grad_(), B2

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.shared.panel import slices
 from ..backends.shared.workspace import workspace_limit
 from ..op.functional import materialize_noise
+from ..op.sharded import is_sharded
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from .base import Closure, Method, kept, mean, mean_over_ranks
 
@@ -65,6 +66,10 @@ class MeZO(Method):
         trained = {id(p): (p, group) for group in groups for p in group["params"] if p.requires_grad}
         if not trained:
             raise ValueError("optimizer: expected parameters that require gradients, got none")
+        if any(is_sharded(p) for p, _ in trained.values()):
+            raise ValueError(
+                "optimizer: expected tensors, which MeZO moves, got DTensors: shards of parameters"
+            )
         # A mixture's weight is moved, as other parameters are.
         self._noisy = [
             layer

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..choice import dispatch
 from ..choice.resolve import STRATEGIES, resolve
 from ..core.autocast import autocasts, without_autocast
-from ..core.records import NO_DRAW, Draw
+from ..core.records import NO_DRAW, Choice, Draw
 from . import checks, mixture, sharded
 from .functional import (
-    backend_for,
     cast_as_autocast,
     drawn_tile_bits,
     may_be_direct,
@@ -58,11 +59,13 @@ def fused_flat_lora_grouped_linear(
         lora_A, lora_B: (E, r, K) and (E, N, r), in the type of `x` or float32; both or none.
         bias: (E, N).
         offsets: where each expert's rows end, E numbers that never fall, the last of them M: an int32 or int64 tensor
-            as of `torch.nn.functional.grouped_mm`, or ints. A tensor is read on the host: on a GPU that waits for the
-            device, and fails while a graph is captured. Ints do neither, but `torch.compile` compiles anew for others.
-            Unlike there, no rows may follow the last end.
-        noise_scale: (E, N) float32 >= 0. Not given, it is that of `grouped_noise_scale`, for the experts with rows
-            alone unless `torch.compile` traces.
+            as of `torch.nn.functional.grouped_mm`, or ints. Unlike there, no rows may follow the last end. A tensor on
+            the device of `x` lets backend `triton` compute all experts in one launch, without a wait; then nobody can
+            refuse wrong numbers, of which a GPU makes NaN. Elsewhere a tensor is read on the host: on a GPU that waits
+            for the device, and fails while a graph is captured. Ints do neither, but take a launch for each expert, and
+            `torch.compile` compiles anew for others.
+        noise_scale: (E, N) float32 >= 0. Not given, it is that of `grouped_noise_scale`, and where the offsets are read
+            on the host and `torch.compile` does not trace, of the experts with rows alone.
         sample_offset: all rows see the noise of this sample. There is no `samples`: rows are sorted by expert.
         layer_shape: (out_features, in_features) of one whole expert where `weight` has a shard of each.
         scaling, sigma, seed, stream, noise, antithetic, row_offset, col_offset, strategy, noise_accum, backend: see
@@ -99,32 +102,30 @@ def fused_flat_lora_grouped_linear(
         checks.grouped_noise_scale(noise_scale, (experts, N), device)
     if drawn or seed is not None:
         checks.seed(seed, device)
-    # Traced, it is the op that reads and checks them.
-    known = not torch.compiler.is_compiling()
-    if known:
+    # Traced, it is the op that reads and checks them, as where all is one launch.
+    traced = torch.compiler.is_compiling()
+    ends: Sequence[int] | None = None
+    if not traced and mixture.together(x, weight, offsets, K, noise if drawn else None, choice) is None:
         ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
         checks.ends(ends, x.shape[0])
-    elif not isinstance(offsets, Tensor):
-        offsets = torch.tensor(offsets)
 
     draw = None
     with without_autocast(device.type):
         if drawn:
             if noise_scale is None:
-                used = [end > begin for begin, end in zip((0, *ends), ends, strict=False)] if known else None
-                noise_scale = _noise_scale(
-                    weight, x.dtype, lora_A, lora_B, scaling, sigma, K, choice.backend, used
-                )
+                used = None if ends is None else [b > a for a, b in zip((0, *ends), ends, strict=False)]
+                noise_scale = _noise_scale(weight, x.dtype, lora_A, lora_B, scaling, sigma, K, choice, used)
             draw = Draw(
                 noise_scale, seed_tensor(seed, device), stream, noise, 1, sample_offset, antithetic, row_offset,  # type: ignore[arg-type]
                 col_offset, drawn_tile_bits(noise, layer_shape, N, K),
             )  # fmt: skip
         if (
-            known
+            not traced
             and may_be_direct((x, weight, lora_A, lora_B, bias, noise_scale, seed), antithetic)
             and not watched()
         ):
-            return mixture.direct_linear(x, weight, lora_A, lora_B, bias, ends, scaling, draw, choice)
+            where = offsets if ends is None else ends
+            return mixture.direct_linear(x, weight, lora_A, lora_B, bias, where, scaling, draw, choice)
         where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets)
         chosen = (choice.strategy, choice.noise_accum, choice.backend)
         operands = (x, weight, lora_A, lora_B, bias, where, scaling)
@@ -132,6 +133,30 @@ def fused_flat_lora_grouped_linear(
             *operands, *(NO_DRAW if draw is None else draw), *chosen
         )[0]
         return y
+
+
+def reads_offsets(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    noise: str = "gaussian",
+    noise_scale: Tensor | None = None,
+    strategy: str | None = None,
+    noise_accum: str | None = None,
+    backend: str | None = None,
+    **others: Any,
+) -> bool:
+    """Whether `fused_flat_lora_grouped_linear` with these arguments reads the tensor `offsets` on the host.
+
+    Who calls it several times with the same offsets can then read them once. Noise is drawn where a `noise_scale` is
+    given.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+    drawn, (N, K) = noise_scale is not None, weight.shape[1:]
+    kind = noise if drawn else None
+    choice = resolve(backend, strategy, noise_accum, x.device.type, dtype, N * K, kind)
+    return mixture.together(_as_if_cast(x, dtype), weight, offsets, K, kind, choice) is None
 
 
 def grouped_noise_scale(
@@ -167,8 +192,9 @@ def grouped_noise_scale(
     checks.in_features(in_features)
     if in_features is None:
         in_features = weight.shape[2]
-    backend = backend_for(weight[0], backend)
-    return _noise_scale(weight, weight.dtype, lora_A, lora_B, scaling, sigma, in_features, backend)
+    one = weight[0]
+    choice = resolve(backend, None, None, one.device.type, one.dtype, one.numel())
+    return _noise_scale(weight, weight.dtype, lora_A, lora_B, scaling, sigma, in_features, choice)
 
 
 def _noise_scale(
@@ -179,7 +205,7 @@ def _noise_scale(
     scaling: float,
     sigma: float | Tensor,
     in_features: int,
-    backend: str,
+    choice: Choice,
     used: Sequence[bool] | None = None,
 ) -> Tensor:
     """(E, N), of weights in the type `dtype`.
@@ -188,14 +214,19 @@ def _noise_scale(
         used: experts whose weight is read; the others get zeros.
     """
     experts, N = weight.shape[:2]
-    squares = []
+    if weight.dtype == dtype and (used is None or all(used)):
+        name = dispatch.grouping(choice, None, weight.device.type, dtype)
+        if name is not None:
+            squares = sq_norms_of(weight, lora_A, lora_B, scaling, name)
+            return scaled_norms(squares, sigma, in_features)
+    each = []
     for e in range(experts):
         if used is None or used[e]:
             A, B = (None if t is None else t[e] for t in (lora_A, lora_B))
-            squares.append(sq_norms_of(weight[e].to(dtype), A, B, scaling, backend))
+            each.append(sq_norms_of(weight[e].to(dtype), A, B, scaling, choice.backend))
         else:
-            squares.append(torch.zeros(N, dtype=torch.float32, device=weight.device))
-    return scaled_norms(torch.stack(squares), sigma, in_features)
+            each.append(torch.zeros(N, dtype=torch.float32, device=weight.device))
+    return scaled_norms(torch.stack(each), sigma, in_features)
 
 
 def _first(of_experts: Tensor | None) -> Tensor | None:
@@ -204,7 +235,7 @@ def _first(of_experts: Tensor | None) -> Tensor | None:
 
 
 def _as_if_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the checks see of a weight that is still to be cast; takes no memory."""
+    """A tensor that is still to be cast, for who looks at its type and shape alone; takes no memory."""
     if not weight.is_floating_point() or weight.dtype == torch.float64:
         return weight
     return torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)

@@ -1,29 +1,59 @@
-"""What the grouped op computes, its derivative and its schema: a loop over the experts that have rows.
+"""What the grouped op computes, its derivative and its schema.
 
     flatlora::grouped_linear         y and u, as flatlora::linear, with each row's expert in its formula
     flatlora::grouped_linear_grads   dX, dW, dA, dB and dbias; empty where not needed
 
-Each expert goes through compute.py on its own 2-D weight, so that every backend has mixtures. What arrives here has
+Each expert that has rows goes through compute.py on its own 2-D weight, so that every backend has mixtures. Or a
+backend computes all of them in one launch (`together`), which reads the offsets on the device. What arrives here has
 been checked; only the values of a tensor of offsets have not, because reading them waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 
+from .. import backends
 from ..backends.shared.products import cast, matmul
+from ..choice import dispatch
 from ..core.autocast import autocasts, without_autocast
-from ..core.records import NO_DRAW, Choice, Draw
+from ..core.records import NO_DRAW, Choice, Draw, Product
 from . import checks, compute
 from .autograd import differentiates, once
 from .schema import CHOICE, DRAW, lib
 
 Offsets = Tensor | Sequence[int]
+
+
+def together(
+    a: Tensor, weight: Tensor | None, offsets: Offsets, K: int, noise: str | None, choice: Choice
+) -> str | None:
+    """The backend that computes a mixture in one launch; None: its experts are computed one after the other.
+
+    One launch wants the offsets where the rows are, and a weight of their type.
+
+    Args:
+        a: x or dY, (M, any). weight: None where the product does not take it. K: in_features. noise: None = nothing is
+            drawn.
+    """
+    if not isinstance(offsets, Tensor) or offsets.device != a.device:
+        return None
+    M, N = len(a), a.shape[1] if weight is None else weight.shape[1]
+    if not (0 < M < 1 << 31 and N and K) or (weight is not None and weight.dtype != a.dtype):
+        return None
+    rows = -(-M // min(len(offsets), M))
+    return dispatch.together(choice, noise, rows, a.device, a.dtype, N, K)
+
+
+def _check_ends(offsets: Tensor, num_rows: int) -> None:
+    """Where to read them waits for nobody; a kernel makes NaN of wrong ones."""
+    if offsets.device.type == "cpu":
+        checks.ends(offsets.tolist(), num_rows)
 
 
 def _with_rows(offsets: Offsets, num_rows: int) -> Iterator[tuple[int, slice]]:
@@ -61,6 +91,11 @@ def linear(
     choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and u (M, r), where there is an adapter."""
+    name = together(x, weight, offsets, x.shape[1], None if draw is None else draw.noise, choice)
+    if name is not None:
+        _check_ends(offsets, len(x))  # type: ignore[arg-type]
+        p = Product(x, weight, False, None, lora_B, bias, scaling, offsets)  # type: ignore[arg-type]
+        return _linear_together(backends.get(name), p, lora_A, draw, choice.noise_accum)
     parts, us = [], []
     for e, rows in _with_rows(offsets, x.shape[0]):
         A, B, b = (None if t is None else t[e] for t in (lora_A, lora_B, bias))
@@ -71,6 +106,18 @@ def linear(
     if not parts:
         return x.new_empty(0, weight.shape[1]), None if lora_A is None else x.new_empty(0, lora_A.shape[1])
     return _joined(parts), None if lora_A is None else _joined(us)  # type: ignore[arg-type]
+
+
+def _linear_together(
+    module: ModuleType, p: Product, lora_A: Tensor | None, draw: Draw | None, noise_accum: str
+) -> tuple[Tensor, Tensor | None]:
+    u = None
+    if lora_A is not None:
+        made = None if draw is None else module.product_and_u(p, lora_A, draw, noise_accum)
+        if made is not None:
+            return made
+        u = module.product(Product(p.a, cast(lora_A, p.a.dtype), offsets=p.offsets), None, noise_accum)
+    return module.product(p._replace(u=u), draw, noise_accum), u
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -96,6 +143,11 @@ def linear_grads(
     Args:
         like: what the last four are allocated like, None for what is not needed.
     """
+    K = next(t.shape[-1] for t in (weight, x, grad_y) if t is not None)
+    name = together(grad_y, weight, offsets, K, None if draw is None else draw.noise, choice)
+    if name is not None:
+        module, saved = backends.get(name), (x, weight, lora_A, lora_B, u, offsets)
+        return _grads_together(module, grad_y, saved, need_x, like, scaling, draw, choice.noise_accum)
     dx = grad_y.new_empty(len(grad_y), weight.shape[2]) if need_x else None
     dW, dA, dB, dbias = (
         None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in like
@@ -119,6 +171,39 @@ def linear_grads(
         if dW is not None:
             dW[e] = cast(matmul(dy.t(), x[rows]), dW.dtype)  # type: ignore[index]
     return dx, dW, dA, dB, dbias
+
+
+def _grads_together(
+    module: ModuleType,
+    grad_y: Tensor,
+    saved: tuple[Any, ...],
+    need_x: bool,
+    like: Sequence[Tensor | None],
+    scaling: float,
+    draw: Draw | None,
+    noise_accum: str,
+) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, u, offsets = saved
+    like_W, like_A, like_B, like_bias = like
+    v, dx = None, None
+    if lora_B is not None and (need_x or like_A is not None):
+        p = Product(grad_y, cast(lora_B, grad_y.dtype), True, offsets=offsets)
+        v = module.product(p, None, noise_accum)
+    if need_x:
+        A = None if v is None else lora_A.transpose(1, 2)
+        p = Product(grad_y, weight, True, v, A, None, scaling, offsets)
+        dx = module.product(p, draw, noise_accum)
+
+    def sums(a: Tensor, b: Tensor, factor: float, like: Tensor | None) -> Tensor | None:
+        if like is None:
+            return None
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        module.expert_grads(a, b, offsets, factor, out if out.dim() == 3 else out[:, None])
+        return out
+
+    of_bias = None if like_bias is None else sums(grad_y.new_ones(len(grad_y), 1), grad_y, 1.0, like_bias)
+    dW, dA, dB = sums(grad_y, x, 1.0, like_W), sums(v, x, scaling, like_A), sums(grad_y, u, scaling, like_B)  # type: ignore[arg-type]
+    return dx, dW, dA, dB, of_bias
 
 
 class _Dispatched:

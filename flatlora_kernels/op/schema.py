@@ -107,7 +107,7 @@ def _adapter_grads_fake(grad_y, u, lora_B, *rest):  # type: ignore[no-untyped-de
 
 @torch.library.register_fake("flatlora::row_sq_norms", lib=lib)
 def _row_sq_norms_fake(weight, lora_A, lora_B, scaling, backend, *more):  # type: ignore[no-untyped-def]
-    return weight.new_empty(shape_of(weight, more)[0], dtype=torch.float32)
+    return weight.new_empty(shape_of(weight, more)[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("flatlora::perturb", lib=lib)

@@ -35,6 +35,7 @@ STAGES = {
         "training-cuda",
         "training-triton",
     },
+    "mixture": {"mixture"},
     "sanitizer": {"sanitizer"},
 }
 PARTS = set().union(*STAGES.values())
@@ -114,7 +115,13 @@ def test_correctness(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_numbers(tmp_path: Path) -> None:
-    wanted = ("targets", "strategies-cuda", "quantized", "training-cuda")  # the other two run what these do
+    wanted = (
+        "targets",
+        "strategies-cuda",
+        "quantized",
+        "training-cuda",
+        "mixture",
+    )  # the other two run what these do
     status, first, parts, files, out = suite(tmp_path, "--dry-run", *wanted)
     assert status == 0, (out / "suite.log").read_text()
     assert set(parts) == set(wanted)
@@ -124,6 +131,7 @@ def test_numbers(tmp_path: Path) -> None:
     packed = json.loads((out / "quantized.json").read_text())["rows"]
     assert {row["way"] for row in packed} >= {"dense", "op", "decode:cpu", "fused:cpu", "panel:cpu"}
     assert parts["quantized"].endswith(" cases, 0 failures")
+    assert parts["mixture"].endswith(" 2 cases, 0 failures")
 
 
 # --- how parts end: with a python that only says what it was asked for ---
@@ -160,6 +168,7 @@ def test_all_stages_on_a_gpu(tmp_path: Path) -> None:
     assert "training --budget 1 --providers plain lora peft inplace flatlora:triton --device cuda" in log
     assert "tune --strategies --quick --backends cuda --time-limit 25" in log
     assert "quantized --own --size 4096 --dtypes bfloat16 " in log
+    assert "mixture --n 4096 --k 4096 " in log and "loop op:triton loop:triton --no-memory" in log
     assert "decode:cuda decode:triton fused:cuda fused:triton panel:cuda panel:triton --no-memory" in log
     assert "bench.truth check --each 60 --limit 80" in log
 

@@ -1,4 +1,5 @@
-"""Mixtures of experts: the grouped op is one call of the op for each expert that has rows."""
+"""Mixtures of experts: the grouped op is one call of the op for each expert that has rows. Where it is one launch, see
+test_grouped_launch.py."""
 
 from __future__ import annotations
 
@@ -333,7 +334,7 @@ def test_the_op(target: Target, frozen: bool) -> None:
 
 def test_watched(target: Target) -> None:
     """A mode sees the ops, and the results are the same."""
-    ends, options = ROUTINGS["uneven"], drawn(target)
+    offsets, options = torch.tensor(ROUTINGS["uneven"], device=target.device), drawn(target)
     ours, theirs = (with_gradients(inputs(target)) for _ in range(2))
     seen = []
 
@@ -343,9 +344,9 @@ def test_watched(target: Target) -> None:
             return func(*args, **(kwargs or {}))
 
     with Names():
-        y = grouped(target, ours, ends, options)
+        y = grouped(target, ours, offsets, options)
         got = gradients(y, ours)
-    want = grouped(target, theirs, ends, options)
+    want = grouped(target, theirs, offsets, options)
     assert torch.equal(y, want)
     expected = gradients(want, theirs)
     assert all(torch.equal(grad, expected[name]) for name, grad in got.items())

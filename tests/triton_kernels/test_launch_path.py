@@ -32,7 +32,16 @@ from flatlora_kernels.triton_kernels import launch  # noqa: E402
 
 TRITON = backends.get("triton")
 # Each has one kernel.
-MODULES = ("forward", "input_grad", "perturb", "row_norms", "transform", "split", "adapter_grads")
+MODULES = (
+    "forward",
+    "input_grad",
+    "perturb",
+    "row_norms",
+    "transform",
+    "split",
+    "adapter_grads",
+    "expert_grads",
+)
 
 
 @pytest.fixture
@@ -83,6 +92,27 @@ def test_a_packed_weight_passes_its_parts(driver: nodriver.NoDriver) -> None:
             assert driver.values(8)[:7] == given
             assert driver.values(8)[7] & 0xFFFFFFFF == start
             assert y.shape == (16, 16)
+
+
+def test_a_mixture_passes_its_offsets(driver: nodriver.NoDriver) -> None:
+    """In the second call, too, which goes straight to the machine code."""
+    E, launched = 3, []
+    for _ in range(3):
+        x, weight, draw = operands(16, 64, 64)
+        weight = weight.expand(E, 64, 64).contiguous()
+        draw = draw._replace(noise_scale=torch.empty(E, 64))
+        ends = torch.full((E,), 16)
+        y = TRITON.product(Product(x, weight, offsets=ends), draw, "folded")
+        found = driver.values(9)
+        assert found[:3] == [x.data_ptr(), weight.data_ptr(), ends.data_ptr()]
+        assert [value & 0xFFFFFFFF for value in found[3:5]] == [E, 64 * 64]
+        assert driver.grid == (E, 1, 1) and y.shape == (16, 64)
+        out = torch.empty(E, 64, 64)
+        TRITON.expert_grads(y, x, ends, 1.0, out)
+        given = [t.data_ptr() for t in (y, x, ends, out)]
+        assert driver.values(4) == given and driver.grid[1] == E
+        launched.append(driver.launches)
+    assert launched[2] == launched[1] + 2
 
 
 def test_what_selects_machine_code_is_never_reused(driver: nodriver.NoDriver) -> None:

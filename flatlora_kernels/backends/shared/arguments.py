@@ -67,7 +67,7 @@ def _packed(weight: QuantizedWeight) -> Any:
 
 def linear(p: Product, draw: Draw | None, noise_accum: str, y: Tensor, lora_A: Tensor | None = None) -> bytes:
     """LinearArgs; with `lora_A`, whose columns are contiguous, p.u is made."""
-    a, weight, input_grad, u, lora, bias, scaling = p
+    a, weight, input_grad, u, lora, bias, scaling, _ = p
     rank, lora_fields, bias_fields = 0, _NO_LORA, _NO_BIAS
     if u is not None:
         rank = u.shape[1]

@@ -57,7 +57,7 @@ def _through_float32(dtype: torch.dtype, device_type: str) -> bool:
 
 def product(perturb: Perturb, p: Product, draw: Draw | None) -> Tensor:
     """The product `p` with slices of W + eps by `perturb`, or of a packed W where nothing is drawn; (M, outputs)."""
-    a, weight, input_grad, u, lora, bias, scaling = p
+    a, weight, input_grad, u, lora, bias, scaling, _ = p
     lora = None if lora is None else lora.to(a.dtype).t()  # (r, outputs)
     bias = None if bias is None else bias.to(a.dtype)
     dim = 1 if input_grad else 0

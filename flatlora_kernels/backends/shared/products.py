@@ -68,7 +68,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def plain(p: Product) -> Tensor:
     """The product without noise, where there is nothing that a vendor's does not do better."""
-    a, weight, input_grad, u, lora, bias, scaling = p
+    a, weight, input_grad, u, lora, bias, scaling, _ = p
     if not isinstance(weight, Tensor):
         assert p.empty or not weight.numel(), "a packed weight is multiplied by slices"
         y = a.new_zeros(len(a), p.outputs)

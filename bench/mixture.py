@@ -1,0 +1,245 @@
+"""A mixture's experts with adapters under noise, against the vendor's grouped product without.
+
+Ways:
+
+    vendor        torch.nn.functional.grouped_mm with the experts and their adapters, no noise
+    materialised  W + eps of all experts in memory, then the same: what noise costs without fusing it
+    loop          fused_flat_lora_grouped_linear with ints as offsets: the experts one after the other
+    op            the same with a tensor of offsets: all in one launch, where a backend has that
+
+"op:triton" is the op on that backend, loop likewise. Ratios, taken within a round, are to `vendor`. Rows are even, or
+fall from the first expert to the last, which has one. `noise_scale` is given, as in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flatlora_kernels as fk
+from flatlora_kernels import backends
+
+from . import environment, memory, results, run, timing
+from .machine_code.precompile import Job
+from .table import markdown
+
+SIGMA, SCALING, RANK, COPIES = 0.1, 2.0, 16, 2
+MODES = ("forward", "forward+backward")
+ROUTINGS = ("even", "falling")
+WAYS = ("vendor", "materialised", "loop", "op")
+CHOICES = (*WAYS, *(f"{way}:{name}" for way in ("loop", "op") for name in backends.names()))
+COLUMNS = (
+    "device", "dtype", "experts", "M", "N", "K", "routing", "mode", "noise", "way", "rounds", "median_us", "p20_us",
+    "p80_us", "to_vendor", "to_vendor_p20", "to_vendor_p80", "peak_extra_bytes",
+)  # fmt: skip
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
+
+
+class Case(NamedTuple):
+    device: str
+    dtype: str
+    experts: int
+    M: int  # rows of all experts
+    N: int
+    K: int
+    routing: str
+    mode: str
+    noise: str
+
+
+def ends_of(case: Case) -> list[int]:
+    """Where each expert's rows end."""
+    E = case.experts
+    shares = [1] * E if case.routing == "even" else [E - e for e in range(E)]
+    ends = [case.M * done // sum(shares) for done in itertools.accumulate(shares)]
+    if case.routing == "falling":
+        ends[-2] = case.M - 1
+    return ends
+
+
+class Layer:
+    """One copy of a case's inputs."""
+
+    def __init__(self, case: Case, number: int) -> None:
+        dtype = getattr(torch, case.dtype)
+        g = torch.Generator(case.device).manual_seed(number)
+
+        def normal(*size: int, std: float = 1.0) -> Tensor:
+            return torch.empty(*size, device=case.device).normal_(0, std, generator=g).to(dtype)
+
+        E, N, K = case.experts, case.N, case.K
+        backward = case.mode == "forward+backward"
+        self.weight = normal(E, N, K, std=K**-0.5)
+        self.lora_A = normal(E, RANK, K, std=K**-0.5).requires_grad_(backward)
+        self.lora_B = normal(E, N, RANK, std=0.02).requires_grad_(backward)
+        self.x = normal(case.M, K).requires_grad_(backward)
+        self.grad_y = normal(case.M, N)
+        self.host = ends_of(case)
+        self.ends = torch.tensor(self.host, dtype=torch.int32, device=case.device)
+        self.draw = {
+            "noise_scale": fk.grouped_noise_scale(
+                self.weight, self.lora_A, self.lora_B, scaling=SCALING, sigma=SIGMA
+            ),
+            "seed": torch.tensor(number, device=case.device),
+            "noise": case.noise,
+        }
+
+    def perturbed(self) -> Tensor:
+        """W + eps of all experts, (E, N, K)."""
+        of = {key: value for key, value in self.draw.items() if key != "noise_scale"}
+        scales = self.draw["noise_scale"]
+        each = [fk.perturb_weight(w, scales[e], stream=e, **of) for e, w in enumerate(self.weight)]
+        return torch.stack(each)
+
+    def product(self, weight: Tensor) -> Tensor:
+        """The vendor's grouped products."""
+        u = F.grouped_mm(self.x, self.lora_A.transpose(1, 2), offs=self.ends)
+        low = F.grouped_mm(u, self.lora_B.transpose(1, 2), offs=self.ends)
+        return F.grouped_mm(self.x, weight.transpose(1, 2), offs=self.ends) + SCALING * low
+
+    def step(self, call: Callable[[], Tensor]) -> Tensor:
+        if not self.x.requires_grad:
+            with torch.no_grad():
+                return call()
+        y = call()
+        torch.autograd.grad(y, [self.x, self.lora_A, self.lora_B], self.grad_y)
+        return y.detach()
+
+
+def way(layer: Layer, name: str) -> Callable[[], Tensor]:
+    """A step of this way."""
+    if name == "vendor":
+        return lambda: layer.step(lambda: layer.product(layer.weight))
+    if name == "materialised":
+        return lambda: layer.step(lambda: layer.product(layer.perturbed()))
+    kind, _, backend = name.partition(":")
+    op = functools.partial(
+        fk.fused_flat_lora_grouped_linear,
+        layer.x,
+        layer.weight,
+        layer.lora_A,
+        layer.lora_B,
+        offsets=layer.ends if kind == "op" else layer.host,
+        scaling=SCALING,
+        backend=backend or None,
+        **layer.draw,
+    )
+    return lambda: layer.step(op)
+
+
+def check(layer: Layer, y: Tensor, name: str) -> None:
+    """A way with noise against products of float64 with what `perturb_weight` gives."""
+    perturbed, begin, parts = layer.perturbed().double(), 0, []
+    A, B, x = (t.detach().double() for t in (layer.lora_A, layer.lora_B, layer.x))
+    for e, end in enumerate(layer.host):
+        full = perturbed[e] + SCALING * B[e] @ A[e]
+        parts.append(x[begin:end] @ full.t())
+        begin = end
+    exact = torch.cat(parts)
+    error = float((y.double() - exact).abs().max() / exact.abs().max())
+    limit = _TOLERANCE[y.dtype]
+    if not error <= limit:
+        raise ValueError(
+            f"{name}: expected the products of each expert within {limit} of the largest, got {error}"
+        )
+
+
+def _peak(case: Case, name: str) -> int | None:
+    way(Layer(case._replace(M=2 * case.experts, N=256, K=256), 0), name)()
+    return memory.peak_of(way(Layer(case, 0), name), case.device)
+
+
+def rows_of(
+    case: Case, ways: list[str], budget: float, measure_memory: bool, timer: timing.Timer
+) -> tuple[list[results.Row], list[str]]:
+    """A row to each way, all in turns, and a line to each that failed."""
+    layers = [Layer(case, number) for number in range(COPIES)]
+    calls: dict[str, timing.Call] = {}
+    failures = []
+    for name in ways:
+        try:
+            steps = [way(layer, name) for layer in layers]
+            y = steps[0]()
+            if name != "vendor":
+                check(layers[0], y, name)
+            calls[name] = lambda copy, steps=steps: steps[copy]()  # type: ignore[misc]
+        except Exception as error:  # the others are worth having
+            failures.append(f"{' '.join(map(str, case))} {name}: {timing.first_line(error)}")
+    rounds = timing.interleaved(calls, timer, COPIES, budget, 5, 200) if calls else []
+    rows = []
+    for name in calls:
+        bases = {"vendor": "vendor"} if "vendor" in calls and name != "vendor" else {}
+        row = {**case._asdict(), "way": name, **timing.row(rounds, name, bases)}
+        if measure_memory:
+            measure = memory.in_fresh_process if case.device == "cpu" else lambda peak, *of: peak(*of)
+            row["peak_extra_bytes"] = measure(_peak, case, name)
+        rows.append(row)
+    return rows, failures
+
+
+def table(rows: list[results.Row]) -> str:
+    """A line to each case, a column to each way: its time, or its ratio to the vendor's."""
+    names = list(dict.fromkeys(row["way"] for row in rows))
+    cases = dict.fromkeys(tuple(row[field] for field in Case._fields) for row in rows)
+    lines = []
+    for case in cases:
+        found = {r["way"]: r for r in rows if tuple(r[field] for field in Case._fields) == case}
+        cells = []
+        for name in names:
+            row = found.get(name)
+            cell = "" if row is None else f"{row['median_us']:,.0f} us"
+            if row is not None and "to_vendor" in row:
+                cell = f"{row['to_vendor']:.2f}"
+            if row is not None and row.get("peak_extra_bytes") is not None:
+                cell += f" ({row['peak_extra_bytes'] / 2**20:.1f} MiB)"
+            cells.append(cell)
+        lines.append([*map(str, case), *cells])
+    return markdown([*Case._fields, *names], lines)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    of = itertools.product(args.dtypes, args.m, args.routings, args.modes, args.noise)
+    return [
+        Case(args.device, dtype, args.experts, M, args.n, args.k, routing, mode, noise)
+        for dtype, M, routing, mode, noise in of
+    ]
+
+
+def jobs(cases: list[Case], ways: list[str]) -> list[Job]:
+    """The Triton kernels of the ways that name their backend; a step with its backward pass has the forward's."""
+    named = [name for name in ways if name.endswith(":triton")]
+    both = [case._replace(mode="forward+backward") for case in cases]
+    return list(dict.fromkeys(Job(case, case.noise, name) for case in both for name in named))
+
+
+def main(args: argparse.Namespace) -> int:
+    meta = environment.describe(args.device)
+    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "given"}
+    found = results.Results(meta, [], [], [])
+    stem = results.file_stem(args, meta, "mixture")
+    wanted = cases(args)
+    run.compile_jobs(args.device, jobs(wanted, args.ways))
+    timer = timing.timer(args.device)
+    for case in wanted:
+        rows, failures = rows_of(case, args.ways, args.budget, args.memory, timer)
+        found.rows.extend(rows)
+        found.failures.extend(failures)
+        print("\n".join([table(rows), *failures]), flush=True)
+        if isinstance(timer, timing.CudaTimer):
+            meta["launched_late"] = timer.launched_late
+        results.save_json(found, stem)
+    columns = [*COLUMNS, "date", "hardware", "threads", "torch", "flatlora_kernels", "commit", "dirty"]
+    about = {name: meta.get(name) for name in columns[len(COLUMNS) :]}
+    results.write_csv([{**row, **about} for row in found.rows], columns, stem.with_name(stem.name + ".csv"))
+    print(table(found.rows))
+    failed = len(found.failures)
+    print(f"{len(wanted)} cases, {failed} failures{': ' + found.failures[0] if failed else ''}")
+    return int(failed > 0)
