@@ -32,6 +32,7 @@ from .machine_code.precompile import Job
 from .table import markdown
 
 SIGMA, SCALING, RANK, COPIES = 0.1, 2.0, 16, 2
+RESULTS = ("y", "dX", "dA", "dB")
 MODES = ("forward", "forward+backward")
 ROUTINGS = ("even", "falling")
 WAYS = ("vendor", "materialised", "loop", "op")
@@ -92,11 +93,14 @@ class Layer:
             "noise": case.noise,
         }
 
-    def perturbed(self) -> Tensor:
+    def perturbed(self, backend: str | None = None) -> Tensor:
         """W + eps of all experts, (E, N, K)."""
         of = {key: value for key, value in self.draw.items() if key != "noise_scale"}
         scales = self.draw["noise_scale"]
-        each = [fk.perturb_weight(w, scales[e], stream=e, **of) for e, w in enumerate(self.weight)]
+        each = [
+            fk.perturb_weight(w, scales[e], stream=e, backend=backend, **of)
+            for e, w in enumerate(self.weight)
+        ]
         return torch.stack(each)
 
     def product(self, weight: Tensor) -> Tensor:
@@ -105,21 +109,21 @@ class Layer:
         low = F.grouped_mm(u, self.lora_B.transpose(1, 2), offs=self.ends)
         return F.grouped_mm(self.x, weight.transpose(1, 2), offs=self.ends) + SCALING * low
 
-    def step(self, call: Callable[[], Tensor]) -> Tensor:
+    def results(self, call: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """y, and of a step with its backward pass dX, dA and dB."""
         if not self.x.requires_grad:
             with torch.no_grad():
-                return call()
+                return (call(),)
         y = call()
-        torch.autograd.grad(y, [self.x, self.lora_A, self.lora_B], self.grad_y)
-        return y.detach()
+        return y.detach(), *torch.autograd.grad(y, [self.x, self.lora_A, self.lora_B], self.grad_y)
 
 
-def way(layer: Layer, name: str) -> Callable[[], Tensor]:
-    """A step of this way."""
+def way(layer: Layer, name: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A step of this way: what `Layer.results` has."""
     if name == "vendor":
-        return lambda: layer.step(lambda: layer.product(layer.weight))
+        return lambda: layer.results(lambda: layer.product(layer.weight))
     if name == "materialised":
-        return lambda: layer.step(lambda: layer.product(layer.perturbed()))
+        return lambda: layer.results(lambda: layer.product(layer.perturbed()))
     kind, _, backend = name.partition(":")
     op = functools.partial(
         fk.fused_flat_lora_grouped_linear,
@@ -132,24 +136,28 @@ def way(layer: Layer, name: str) -> Callable[[], Tensor]:
         backend=backend or None,
         **layer.draw,
     )
-    return lambda: layer.step(op)
+    return lambda: layer.results(op)
 
 
-def check(layer: Layer, y: Tensor, name: str) -> None:
-    """A way with noise against products of float64 with what `perturb_weight` gives."""
-    perturbed, begin, parts = layer.perturbed().double(), 0, []
-    A, B, x = (t.detach().double() for t in (layer.lora_A, layer.lora_B, layer.x))
+def exact(layer: Layer) -> tuple[Tensor, ...]:
+    """What the ways with noise compute, in float64, with the oracle's noise."""
+    perturbed, grad_y = layer.perturbed("reference").double(), layer.grad_y.double()
+    x, A, B = leaves = [t.detach().double().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
+    begin, parts = 0, []
     for e, end in enumerate(layer.host):
-        full = perturbed[e] + SCALING * B[e] @ A[e]
-        parts.append(x[begin:end] @ full.t())
+        parts.append(x[begin:end] @ (perturbed[e] + SCALING * B[e] @ A[e]).t())
         begin = end
-    exact = torch.cat(parts)
-    error = float((y.double() - exact).abs().max() / exact.abs().max())
-    limit = _TOLERANCE[y.dtype]
-    if not error <= limit:
-        raise ValueError(
-            f"{name}: expected the products of each expert within {limit} of the largest, got {error}"
-        )
+    y = torch.cat(parts)
+    return y.detach(), *torch.autograd.grad(y, leaves, grad_y)
+
+
+def check(layer: Layer, found: tuple[Tensor, ...], name: str) -> None:
+    """Results of a way with noise against `exact`."""
+    for what, value, right in zip(RESULTS, found, exact(layer), strict=False):
+        error = float((value.double() - right).abs().max() / right.abs().max())
+        limit = _TOLERANCE[value.dtype]
+        if not error <= limit:
+            raise ValueError(f"{name}: expected {what} within {limit} of its largest value, got {error}")
 
 
 def _peak(case: Case, name: str) -> int | None:
@@ -167,9 +175,9 @@ def rows_of(
     for name in ways:
         try:
             steps = [way(layer, name) for layer in layers]
-            y = steps[0]()
+            found = steps[0]()
             if name != "vendor":
-                check(layers[0], y, name)
+                check(layers[0], found, name)
             calls[name] = lambda copy, steps=steps: steps[copy]()  # type: ignore[misc]
         except Exception as error:  # the others are worth having
             failures.append(f"{' '.join(map(str, case))} {name}: {timing.first_line(error)}")

@@ -35,7 +35,7 @@ from flatlora_kernels import backends
 from flatlora_kernels.core.noise import KINDS, epsilon, tile_bits
 from flatlora_kernels.core.records import Draw
 
-from . import environment, problem, providers, timing
+from . import environment, mixture, problem, providers, timing
 from .options import add, option
 from .problem import SCALING, Inputs
 from .run import NOISES
@@ -71,6 +71,10 @@ SIZES = {
     ),
 }
 SHAPES, FEW, PACKED, MANY = SIZES[DEVICE]
+EXPERTS = {  # experts, M, N, K
+    "cuda": ((8, 100, 392, 520), (5, 1500, 1160, 1032), (8, 8192, 1536, 2048)),
+    "cpu": ((4, 20, 40, 72),),
+}[DEVICE]
 FORMATS = ("nf4", "int8", "fp8")
 TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
 AUTOMATIC = (-1, 0)  # see backends/cuda.py: configuration
@@ -225,6 +229,7 @@ def _families(libraries: list[str]) -> dict[str, Family]:
     products("triton half", -1, HALF[1:], SHAPES[:2])
     products("triton panel", -1, HALF[:1], SHAPES[:2], "panel")
     products("triton transform", -1, (*HALF, "float32"), SHAPES, "transform")
+    found["triton mixture"] = functools.partial(_mixtures, "triton")
     return found
 
 
@@ -328,6 +333,37 @@ def _passes(backend: str) -> Checks:
                 yield f"z {noise}, largest difference", functools.partial(generator, noise), most
         for rank in (0, 16):
             yield f"row_sq_norms rank {rank} {dtype}", functools.partial(norms, dtype, rank), 1e-5
+
+
+def _mixtures(backend: str) -> Checks:
+    """Experts in one launch: both products, the low-rank ones without noise, the sums over rows, and the norms."""
+
+    def error(case: mixture.Case, index: int) -> float:
+        layer = mixture.Layer(case, 0)
+        step = mixture.way(layer, f"op:{backend}")
+        return _again(lambda: step()[index], mixture.exact(layer)[index])
+
+    def norms(case: mixture.Case) -> float:
+        layer = mixture.Layer(case, 0)
+        W, A, B = (t.detach() for t in (layer.weight, layer.lora_A, layer.lora_B))
+        right = (W.double() + SCALING * B.double() @ A.double()).norm(dim=2) / case.K**0.5
+
+        def run() -> Tensor:
+            return fk.grouped_noise_scale(W, A, B, scaling=SCALING, sigma=1.0, backend=backend)
+
+        return _again(run, right)
+
+    for (experts, M, N, K), noise in itertools.product(EXPERTS, backends.get(backend).FUSES):
+        for dtype in ("bfloat16", "float32"):
+            case = mixture.Case(DEVICE, dtype, experts, M, N, K, "falling", "forward+backward", noise)
+            for index, what in enumerate(mixture.RESULTS):
+                most = (1 if what in ("y", "dX") else 2) * TOLERANCE[dtype]  # of what was rounded before
+                yield (
+                    f"{what} {noise} {dtype} {experts}x{M}x{N}x{K}",
+                    functools.partial(error, case, index),
+                    most,
+                )
+    yield f"norms {EXPERTS[0]}", functools.partial(norms, case), 1e-5
 
 
 def _norms(i: Inputs, backend: str) -> Tensor:

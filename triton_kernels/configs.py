@@ -122,7 +122,7 @@ ADAPTER_GRADS_WORKSPACE = 16 << 20
 # the expert's rows (block_m), of 16 bits and of float32.
 EXPERT_GRADS = (
     (16, Config(32, 16, 128, 4, 3)),
-    (32, Config(32, 32, 128, 4, 3)),
+    (32, Config(32, 32, 128, 4, 2)),
     (ANY, Config(32, 128, 128, 8, 3)),
 )
 EXPERT_GRADS_SINGLE = ((16, Config(32, 16, 64, 4, 2)), (ANY, Config(32, 32, 64, 4, 2)))

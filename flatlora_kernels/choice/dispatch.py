@@ -301,12 +301,20 @@ def grouping(choice: Choice, noise: str | None, device_type: str, dtype: torch.d
     Args:
         noise: None = nothing is drawn.
     """
-    names = [choice.backend]
-    if choice.strategy == BACKEND_AND_STRATEGY:
-        names = competitors(choice.backend, choice.noise_accum, device_type, dtype)
-    return next(
-        (n for n in names if registry.groups(n) and (noise is None or registry.fuses(n, noise))), None
-    )
+    return _grouping(*choice, noise, device_type, dtype)
+
+
+def _grouping(
+    strategy: str, noise_accum: str, backend: str, noise: str | None, device_type: str, dtype: torch.dtype
+) -> str | None:
+    names = [backend]
+    if strategy == BACKEND_AND_STRATEGY:
+        names = competitors(backend, noise_accum, device_type, dtype)
+    able = (n for n in names if registry.groups(n) and (noise is None or registry.fuses(n, noise)))
+    return next(able, None)
+
+
+_grouping._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see resolve.py
 
 
 @functools.lru_cache(maxsize=4096)

@@ -316,6 +316,27 @@ def test_compiled(target: Target) -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_with_norms(target: Target) -> None:
+    """Norms are measured in the graph, of all experts: it does not know which have rows."""
+    given, ends = inputs(target), torch.tensor(ROUTINGS["uneven"], device=target.device)
+    weight, A, B = given["weight"], given["lora_A"], given["lora_B"]
+    strategy = strategy_for(target, "gaussian")
+
+    def layer(sigma: float) -> Tensor:
+        return fk.fused_flat_lora_grouped_linear(
+            **given, offsets=ends, sigma=sigma, seed=SEED, backend=target.backend, strategy=strategy
+        )
+
+    def norms(sigma: float) -> Tensor:
+        return fk.grouped_noise_scale(weight, A, B, sigma=sigma, backend=target.backend)
+
+    torch._dynamo.reset()
+    for function in (layer, norms):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(0.3), function(0.3))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_op(target: Target, frozen: bool) -> None:
     """Schema, fakes and derivative, as torch checks them."""

@@ -266,6 +266,25 @@ def test_nothing_is_read_on_the_host(able: Target, monkeypatch: pytest.MonkeyPat
     assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_compiled(able: Target) -> None:
+    """The graph has one op, which goes the same way whatever the routing."""
+    options = {**drawn(able), "strategy": "fused", "backend": able.backend}
+
+    def layer(given: Inputs, offsets: Tensor) -> Tensor:
+        return fk.fused_flat_lora_grouped_linear(**given, offsets=offsets, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for routing in ("uneven", "last alone"):
+        offsets = offsets_of(ROUTINGS[routing], able)
+        ours, theirs = (with_gradients(inputs(able)) for _ in range(2))
+        y, want = compiled(ours, offsets), layer(theirs, offsets)
+        assert torch.equal(y, want)
+        expected = gradients(want, theirs)
+        assert all(torch.equal(grad, expected[name]) for name, grad in gradients(y, ours).items())
+    torch._dynamo.reset()
+
+
 def test_the_same_bits_again(able: Target) -> None:
     options, ends = drawn(able), offsets_of(ROUTINGS["uneven"], able, torch.int64)
     one, two = (with_gradients(inputs(able, torch.bfloat16)) for _ in range(2))
