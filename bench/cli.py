@@ -273,6 +273,7 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                     nargs="+", default=list(mixture.WAYS), choices=mixture.CHOICES, metavar="WAY",
                 ),
                 option("--budget", "seconds for each way of a case", type=float, default=1.0),
+                option("--time-limit", "seconds, no case is begun after, those left are named", type=float),
                 both("--memory", "measure the peak of a step", default=True),
                 *place,
             ),

@@ -192,7 +192,7 @@ for pair in $backends; do
 done
 
 stage 40
-part mixture 40 "$bench mixture $mixture --no-memory $to mixture"
+part mixture 40 "$bench mixture $mixture --no-memory --time-limit \$((limit - 10)) $to mixture"
 
 stage 100
 if $dry_run; then export FLATLORA_EMULATE=90; fi

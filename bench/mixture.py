@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,8 @@ from torch import Tensor
 import flatlora_kernels as fk
 from flatlora_kernels import backends
 
-from . import environment, memory, results, run, timing
+from . import memory, results, run, timing, ways
 from .machine_code.precompile import Job
-from .table import markdown
 
 SIGMA, SCALING, RANK, COPIES = 0.1, 2.0, 16, 2
 RESULTS = ("y", "dX", "dA", "dB")
@@ -37,10 +36,6 @@ MODES = ("forward", "forward+backward")
 ROUTINGS = ("even", "falling")
 WAYS = ("vendor", "materialised", "loop", "op")
 CHOICES = (*WAYS, *(f"{way}:{name}" for way in ("loop", "op") for name in backends.names()))
-COLUMNS = (
-    "device", "dtype", "experts", "M", "N", "K", "routing", "mode", "noise", "way", "rounds", "median_us", "p20_us",
-    "p80_us", "to_vendor", "to_vendor_p20", "to_vendor_p80", "peak_extra_bytes",
-)  # fmt: skip
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -166,51 +161,22 @@ def _peak(case: Case, name: str) -> int | None:
 
 
 def rows_of(
-    case: Case, ways: list[str], budget: float, measure_memory: bool, timer: timing.Timer
+    case: Case, names: list[str], budget: float, measure_memory: bool, timer: timing.Timer
 ) -> tuple[list[results.Row], list[str]]:
     """A row to each way, all in turns, and a line to each that failed."""
     layers = [Layer(case, number) for number in range(COPIES)]
-    calls: dict[str, timing.Call] = {}
-    failures = []
-    for name in ways:
-        try:
-            steps = [way(layer, name) for layer in layers]
-            found = steps[0]()
-            if name != "vendor":
-                check(layers[0], found, name)
-            calls[name] = lambda copy, steps=steps: steps[copy]()  # type: ignore[misc]
-        except Exception as error:  # the others are worth having
-            failures.append(f"{' '.join(map(str, case))} {name}: {timing.first_line(error)}")
-    rounds = timing.interleaved(calls, timer, COPIES, budget, 5, 200) if calls else []
-    rows = []
-    for name in calls:
-        bases = {"vendor": "vendor"} if "vendor" in calls and name != "vendor" else {}
-        row = {**case._asdict(), "way": name, **timing.row(rounds, name, bases)}
-        if measure_memory:
-            measure = memory.in_fresh_process if case.device == "cpu" else lambda peak, *of: peak(*of)
-            row["peak_extra_bytes"] = measure(_peak, case, name)
-        rows.append(row)
-    return rows, failures
 
+    def made(name: str) -> timing.Call:
+        steps = [way(layer, name) for layer in layers]
+        found = steps[0]()
+        if name != "vendor":
+            check(layers[0], found, name)
+        return lambda copy: steps[copy]()
 
-def table(rows: list[results.Row]) -> str:
-    """A line to each case, a column to each way: its time, or its ratio to the vendor's."""
-    names = list(dict.fromkeys(row["way"] for row in rows))
-    cases = dict.fromkeys(tuple(row[field] for field in Case._fields) for row in rows)
-    lines = []
-    for case in cases:
-        found = {r["way"]: r for r in rows if tuple(r[field] for field in Case._fields) == case}
-        cells = []
-        for name in names:
-            row = found.get(name)
-            cell = "" if row is None else f"{row['median_us']:,.0f} us"
-            if row is not None and "to_vendor" in row:
-                cell = f"{row['to_vendor']:.2f}"
-            if row is not None and row.get("peak_extra_bytes") is not None:
-                cell += f" ({row['peak_extra_bytes'] / 2**20:.1f} MiB)"
-            cells.append(cell)
-        lines.append([*map(str, case), *cells])
-    return markdown([*Case._fields, *names], lines)
+    def base_of(name: str) -> str | None:
+        return None if name == "vendor" else "vendor"
+
+    return ways.rows_of(case, names, made, base_of, _peak if measure_memory else None, budget, COPIES, timer)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -221,33 +187,18 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def jobs(cases: list[Case], ways: list[str]) -> list[Job]:
+def jobs(cases: list[Case], names: list[str]) -> list[Job]:
     """The Triton kernels of the ways that name their backend; a step with its backward pass has the forward's."""
-    named = [name for name in ways if name.endswith(":triton")]
+    named = [name for name in names if name.endswith(":triton")]
     both = [case._replace(mode="forward+backward") for case in cases]
     return list(dict.fromkeys(Job(case, case.noise, name) for case in both for name in named))
 
 
 def main(args: argparse.Namespace) -> int:
-    meta = environment.describe(args.device)
-    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "given"}
-    found = results.Results(meta, [], [], [])
-    stem = results.file_stem(args, meta, "mixture")
-    wanted = cases(args)
+    start, wanted = time.perf_counter(), cases(args)
     run.compile_jobs(args.device, jobs(wanted, args.ways))
-    timer = timing.timer(args.device)
-    for case in wanted:
-        rows, failures = rows_of(case, args.ways, args.budget, args.memory, timer)
-        found.rows.extend(rows)
-        found.failures.extend(failures)
-        print("\n".join([table(rows), *failures]), flush=True)
-        if isinstance(timer, timing.CudaTimer):
-            meta["launched_late"] = timer.launched_late
-        results.save_json(found, stem)
-    columns = [*COLUMNS, "date", "hardware", "threads", "torch", "flatlora_kernels", "commit", "dirty"]
-    about = {name: meta.get(name) for name in columns[len(COLUMNS) :]}
-    results.write_csv([{**row, **about} for row in found.rows], columns, stem.with_name(stem.name + ".csv"))
-    print(table(found.rows))
-    failed = len(found.failures)
-    print(f"{len(wanted)} cases, {failed} failures{': ' + found.failures[0] if failed else ''}")
-    return int(failed > 0)
+
+    def rows_of_case(case: Case, timer: timing.Timer) -> tuple[list[results.Row], list[str]]:
+        return rows_of(case, args.ways, args.budget, args.memory, timer)
+
+    return ways.run(args, "mixture", wanted, rows_of_case, Case._fields, ("base",), start=start)

@@ -29,7 +29,6 @@ import importlib.util
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,9 +39,8 @@ import flatlora_kernels as fk
 from flatlora_kernels import backends
 from flatlora_kernels.choice import resolve
 
-from . import environment, memory, results, run, timing
+from . import memory, results, run, timing, ways
 from .machine_code.precompile import Job
-from .table import markdown
 
 SIGMA, RANK, COPIES = 0.1, 16, 3
 FORMATS = ("nf4", "int8", "fp8")
@@ -53,10 +51,6 @@ OF_BACKENDS = ("op", "panel", "fused", "decode")
 CHOICES = (*WAYS, "fused", "decode", *(f"{way}:{name}" for way in OF_BACKENDS for name in backends.names()))
 BASES = {"op": "owner", "panel": "owner", "fused": "owner", "decode": "owner", "flat_lora": "qlora"}
 OWN = "flatlora_kernels"  # as who packs
-COLUMNS = (
-    "device", "format", "dtype", "M", "N", "K", "mode", "noise", "way", "rounds", "median_us", "p20_us", "p80_us",
-    "to_base", "to_base_p20", "to_base_p80", "peak_extra_bytes", "base", "packed_by",
-)  # fmt: skip
 _NEEDS = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 _ADAPTED = ("qlora", "flat_lora")
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
@@ -90,16 +84,16 @@ def chosen(format: str, asked: list[str] | None, own: bool) -> tuple[str, list[s
     """
     reason = "--own" if own else missing(format)
     if reason:
-        ways = [name for name in asked or WAYS_ALONE if name not in ("owner", *_ADAPTED)]
-        return OWN, ways, f"{reason}: packed here, without owner, qlora and flat_lora; ratios are to dense"
-    ways, reason = list(asked or WAYS), _not_installed("peft")
-    if reason and not set(_ADAPTED).isdisjoint(ways):
+        names = [name for name in asked or WAYS_ALONE if name not in ("owner", *_ADAPTED)]
+        return OWN, names, f"{reason}: packed here, without owner, qlora and flat_lora; ratios are to dense"
+    names, reason = list(asked or WAYS), _not_installed("peft")
+    if reason and not set(_ADAPTED).isdisjoint(names):
         return (
             _NEEDS[format],
-            [w for w in ways if w not in _ADAPTED],
+            [w for w in names if w not in _ADAPTED],
             f"{reason}: without qlora and flat_lora",
         )
-    return _NEEDS[format], ways, ""
+    return _NEEDS[format], names, ""
 
 
 def base_of(name: str, case: Case) -> str | None:
@@ -243,68 +237,34 @@ def _peak(case: Case, name: str) -> int | None:
 
 
 def rows_of(
-    case: Case, ways: list[str], budget: float, measure_memory: bool, timer: timing.Timer
+    case: Case, names: list[str], budget: float, measure_memory: bool, timer: timing.Timer
 ) -> tuple[list[results.Row], list[str]]:
     """A row to each way, all in turns, and a line to each that failed."""
     shared = [Layer(case, number) for number in range(COPIES)] if case.packed_by == OWN else None
-    calls: dict[str, timing.Call] = {}
-    failures = []
-    for name in ways:
-        try:
-            layers = shared or [Layer(case, number) for number in range(COPIES)]
-            steps = [way(layer, name, case) for layer in layers]
-            y = steps[0]()
-            if name.partition(":")[0] in OF_BACKENDS:
-                check(layers[0], y, name)
-            calls[name] = lambda copy, steps=steps: steps[copy]()  # type: ignore[misc]
-        except Exception as error:  # the others are worth having
-            failures.append(f"{' '.join(map(str, case))} {name}: {timing.first_line(error)}")
-    rounds = timing.interleaved(calls, timer, COPIES, budget, 5, 200) if calls else []
-    rows = []
-    for name in calls:
-        base = base_of(name, case)
-        row = {**case._asdict(), "way": name}
-        if base in calls:
-            row["base"] = base
-        row |= timing.row(rounds, name, {"base": base} if base in calls else {})
-        if measure_memory:
-            measure = memory.in_fresh_process if case.device == "cpu" else lambda peak, *of: peak(*of)
-            row["peak_extra_bytes"] = measure(_peak, case, name)
-        rows.append(row)
-    return rows, failures
 
+    def made(name: str) -> timing.Call:
+        layers = shared or [Layer(case, number) for number in range(COPIES)]
+        steps = [way(layer, name, case) for layer in layers]
+        y = steps[0]()
+        if name.partition(":")[0] in OF_BACKENDS:
+            check(layers[0], y, name)
+        return lambda copy: steps[copy]()
 
-def table(rows: list[results.Row]) -> str:
-    """A line to each case and noise, a column to each way: its time, or its ratio to the base."""
-    names = list(dict.fromkeys(row["way"] for row in rows))
-    cases = dict.fromkeys(tuple(row[field] for field in Case._fields) for row in rows)
-    lines = []
-    for case in cases:
-        found = {r["way"]: r for r in rows if tuple(r[field] for field in Case._fields) == case}
-        cells = []
-        for name in names:
-            row = found.get(name)
-            if row is None:
-                cells.append("")
-                continue
-            cell = f"{row['to_base']:.2f}" if "to_base" in row else f"{row['median_us']:,.0f} us"
-            peak = row.get("peak_extra_bytes")
-            cells.append(cell + (f" ({peak / 2**20:.1f} MiB)" if peak is not None else ""))
-        lines.append([*map(str, case), *cells])
-    return markdown([*Case._fields, *names], lines)
+    peak = _peak if measure_memory else None
+    return ways.rows_of(case, names, made, lambda name: base_of(name, case), peak, budget, COPIES, timer)
 
 
 def _cases(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
     """With the ways of each; says what is left out."""
     found = []
     for format in args.formats:
-        packed_by, ways, reason = chosen(format, args.ways, args.own)
+        packed_by, names, reason = chosen(format, args.ways, args.own)
         if reason:
             print(f"{format}: {reason}", flush=True)
         of = itertools.product(args.dtypes, args.m, args.modes, args.noise)
-        for dtype, M, mode, noise in of if ways else ():
+        for dtype, M, mode, noise in of if names else ():
             found.append(
-                (Case(args.device, format, dtype, M, args.size, args.size, mode, noise, packed_by), ways)
+                (Case(args.device, format, dtype, M, args.size, args.size, mode, noise, packed_by), names)
             )
     return found
 
@@ -316,10 +276,10 @@ def jobs(cases: list[tuple[Case, list[str]]]) -> list[Job]:
     """
     known = {case for case, _ in cases}
     found = []
-    for case, ways in cases:
+    for case, names in cases:
         if case.mode == "forward" and case._replace(mode="forward+backward") in known:
             continue
-        for name in ways:
+        for name in names:
             kind, _, backend = name.partition(":")
             if backend == "triton":
                 found.append(Job(case if kind in ("op", "fused") else case._replace(M=16), case.noise, name))
@@ -327,35 +287,13 @@ def jobs(cases: list[tuple[Case, list[str]]]) -> list[Job]:
 
 
 def main(args: argparse.Namespace) -> int:
-    start = time.perf_counter()
-    meta = environment.describe(args.device)
-    meta["config"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "given"}
-    found = results.Results(meta, [], [], [])
-    stem = results.file_stem(args, meta, "quantized")
-    cases = _cases(args)
+    start, cases = time.perf_counter(), _cases(args)
+    of = dict(cases)
     run.compile_jobs(args.device, jobs(cases))
-    timer = timing.timer(args.device)
-    for case, ways in cases:
-        if args.time_limit is not None and time.perf_counter() - start > args.time_limit:
-            found.skipped.append(
-                f"{' '.join(map(str, case))}: no time left (--time-limit {args.time_limit:g})"
-            )
-            continue
-        rows, failures = rows_of(case, ways, args.budget, args.memory, timer)
-        found.rows.extend(rows)
-        found.failures.extend(failures)
-        print("\n".join([table(rows), *failures]), flush=True)
-        if isinstance(timer, timing.CudaTimer):
-            meta["launched_late"] = timer.launched_late
-        results.save_json(found, stem)
-    meta["clocks_after"] = environment.clocks(args.device)
-    results.save_json(found, stem)
-    columns = [*COLUMNS, "date", "hardware", "threads", "torch", "flatlora_kernels", "commit", "dirty"]
-    about = {name: meta.get(name) for name in columns[len(COLUMNS) :]}
-    results.write_csv([{**row, **about} for row in found.rows], columns, stem.with_name(stem.name + ".csv"))
-    print("\n".join([table(found.rows), *found.skipped, *found.failures]))
-    late, failed = len(found.skipped), len(found.failures)
-    print(
-        f"{len(cases) - late} of {len(cases)} cases, {failed} failures{': ' + found.failures[0] if failed else ''}"
+
+    def rows_of_case(case: Case, timer: timing.Timer) -> tuple[list[results.Row], list[str]]:
+        return rows_of(case, of[case], args.budget, args.memory, timer)
+
+    return ways.run(
+        args, "quantized", list(of), rows_of_case, Case._fields, ("base", "packed_by"), start=start
     )
-    return int(failed > 0)

@@ -121,7 +121,7 @@ ADAPTER_GRADS_WORKSPACE = 16 << 20
 # Of the gradients of an expert's weight or adapter: up to so many rows of the result, its tile and the steps through
 # the expert's rows (block_m), of 16 bits and of float32.
 EXPERT_GRADS = (
-    (16, Config(32, 16, 128, 4, 3)),
+    (16, Config(32, 16, 128, 4, 2)),
     (32, Config(32, 32, 128, 4, 2)),
     (ANY, Config(32, 128, 128, 8, 3)),
 )

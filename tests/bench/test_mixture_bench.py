@@ -17,7 +17,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments, str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "m.csv").open()))
     assert len(rows) == 2 * len(mixture.ROUTINGS) * len(mixture.MODES) * len(mixture.WAYS)
-    assert all(row["to_vendor"] for row in rows if row["way"] != "vendor")
+    assert all(row["to_base"] and row["base"] == "vendor" for row in rows if row["way"] != "vendor")
     assert capsys.readouterr().out.count("| cpu ") >= len(mixture.MODES)
 
 
