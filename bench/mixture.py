@@ -113,7 +113,7 @@ class Layer:
         return y.detach(), *torch.autograd.grad(y, [self.x, self.lora_A, self.lora_B], self.grad_y)
 
 
-def way(layer: Layer, name: str) -> Callable[[], tuple[Tensor, ...]]:
+def way(layer: Layer, name: str, strategy: str | None = None) -> Callable[[], tuple[Tensor, ...]]:
     """A step of this way: what `Layer.results` has."""
     if name == "vendor":
         return lambda: layer.results(lambda: layer.product(layer.weight))
@@ -128,6 +128,7 @@ def way(layer: Layer, name: str) -> Callable[[], tuple[Tensor, ...]]:
         layer.lora_B,
         offsets=layer.ends if kind == "op" else layer.host,
         scaling=SCALING,
+        strategy=strategy,
         backend=backend or None,
         **layer.draw,
     )

@@ -340,7 +340,7 @@ def _mixtures(backend: str) -> Checks:
 
     def error(case: mixture.Case, index: int) -> float:
         layer = mixture.Layer(case, 0)
-        step = mixture.way(layer, f"op:{backend}")
+        step = mixture.way(layer, f"op:{backend}", "fused")
         return _again(lambda: step()[index], mixture.exact(layer)[index])
 
     def norms(case: mixture.Case) -> float:
@@ -363,7 +363,9 @@ def _mixtures(backend: str) -> Checks:
                     functools.partial(error, case, index),
                     most,
                 )
-    yield f"norms {EXPERTS[0]}", functools.partial(norms, case), 1e-5
+    for dtype in ("bfloat16", "float32"):
+        case = mixture.Case(DEVICE, dtype, *EXPERTS[0], "even", "forward", "gaussian")
+        yield f"norms {dtype} {'x'.join(map(str, EXPERTS[0]))}", functools.partial(norms, case), 1e-5
 
 
 def _norms(i: Inputs, backend: str) -> Tensor:

@@ -91,8 +91,9 @@ def expert_grads(a: Tensor, b: Tensor, offsets: Tensor, scaling: float, out: Ten
     """out[e] = scaling a^T b over the rows of expert e; zeros of one that has none.
 
     a: (M, P) and b: (M, Q), of one type; offsets: (E,) int32 or int64, where each expert's rows end; out: (E, P, Q),
-    contiguous, of any type. Where `offsets` do not part the rows, all is NaN or 0.
+    contiguous, of any type. Where `offsets` do not part the rows, all is NaN.
     """
-    precision = precision_of(a)
+    # The sum of a bias is none of the products that may be tf32.
+    precision = "ieee" if a.shape[1] == 1 else precision_of(a)
     kernel = prepared(_prepare, (*facts(a, b, offsets, out), precision), a, b, offsets, out, precision)
     kernel(a, b, offsets, out, scaling)

@@ -77,6 +77,8 @@ def _kernel(name: str) -> Any:
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
     """See `reference.product`."""
+    if p.empty and p.offsets is not None:  # the product of an adapter of rank 0
+        return p.a.new_empty(len(p.a), p.outputs)
     if p.empty or (draw is None and p.offsets is None):
         return products.plain(p)
     # Without noise it may be an adapter's own product, whose weight is small beside the rows.

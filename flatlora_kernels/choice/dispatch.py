@@ -58,9 +58,9 @@ _AMX_ROWS = 16
 # Rows up to which `cuda` multiplies codes on sm_90: its product there is that of sm_80, 4.2 of a plain one at 2048 rows
 # of rademacher noise where panels take 2.0 (an H200).
 _PACKED_ROWS = 64
-# Mean rows of an expert up to which a mixture is one launch, whatever is fastest for one expert by itself. Up to here
-# the ways are within 15 % of each other on an H200, where an expert takes some 100 us and its launches half of that;
-# from 1024 rows on panels take half as long.
+# Mean rows of an expert up to which a mixture is one launch, whatever is fastest for one expert by itself. Of single
+# weights the fused ways are within 15 % of each other up to 256 rows on an H200 (sm90.csv), where one takes some 50 us
+# and its launches half of that; from 2048 rows on panels take half of triton's time. Not measured on mixtures.
 _TOGETHER_ROWS = 512
 
 

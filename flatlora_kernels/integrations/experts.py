@@ -94,8 +94,10 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
         return _mixture(experts, project, reads, x, *routing)
 
     def _example(self, x: Tensor) -> Tensor:
-        """All rows to the first expert: the kernels of the others are the same."""
-        rows, names = x.flatten(0, -2), self._active()
+        """All rows to the first expert, as many as there are of all: the kernels of any routing are the same."""
+        config = getattr(self.get_base_layer(), "config", None)
+        top_k = getattr(config, "num_experts_per_tok", 1)
+        rows, names = x.flatten(0, -2).repeat(top_k, 1), self._active()
         ends = torch.full((self.num_experts,), rows.shape[0], device=rows.device)
         noise = self.noise_arguments(rows)
         return _product(self.get_base_layer(), self.parameter_name, self, names, rows, ends, noise)
@@ -198,14 +200,17 @@ def _mixture(
         x: (T, H). top_k_index: (T, top_k), E or above for none of the experts. top_k_weights: (T, top_k).
     """
     T, top_k = top_k_index.shape
-    # Rows for none of the experts go to the last, and count nothing.
-    top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
-    ids, order = torch.sort(top_k_index.reshape(-1).clamp(max=experts.num_experts - 1), stable=True)
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     each = torch.arange(experts.num_experts, device=ids.device, dtype=ids.dtype)
     ends: Any = torch.searchsorted(ids, each, right=True)
     first, rows = "gate_up_proj" if experts.has_gate else "up_proj", x[order // top_k]
     if not torch.compiler.is_compiling() and reads(first, rows, ends):
         ends = ends.tolist()  # once for all products
+        order, rows = order[: ends[-1]], rows[: ends[-1]]
+    else:
+        # What belongs to none of the experts comes last: the last one computes it, and it counts nothing.
+        ends[-1:].fill_(len(rows))
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
     rows = project(first, rows, ends)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = project("down_proj", rows, ends)

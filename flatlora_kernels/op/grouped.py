@@ -126,7 +126,7 @@ def fused_flat_lora_grouped_linear(
         ):
             where = offsets if ends is None else ends
             return mixture.direct_linear(x, weight, lora_A, lora_B, bias, where, scaling, draw, choice)
-        where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets)
+        where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets, device="cpu")
         chosen = (choice.strategy, choice.noise_accum, choice.backend)
         operands = (x, weight, lora_A, lora_B, bias, where, scaling)
         y: Tensor = torch.ops.flatlora.grouped_linear(

@@ -50,10 +50,11 @@ def together(
     return dispatch.together(choice, noise, rows, a.device, a.dtype, N, K)
 
 
-def _check_ends(offsets: Tensor, num_rows: int) -> None:
-    """Where to read them waits for nobody; a kernel makes NaN of wrong ones."""
+def _in_kernels(offsets: Tensor, num_rows: int) -> Tensor:
+    """As kernels read them. Checked where that waits for nobody: a kernel makes NaN of wrong ones."""
     if offsets.device.type == "cpu":
         checks.ends(offsets.tolist(), num_rows)
+    return offsets.contiguous()
 
 
 def _with_rows(offsets: Offsets, num_rows: int) -> Iterator[tuple[int, slice]]:
@@ -93,8 +94,8 @@ def linear(
     """y (M, N), and u (M, r), where there is an adapter."""
     name = together(x, weight, offsets, x.shape[1], None if draw is None else draw.noise, choice)
     if name is not None:
-        _check_ends(offsets, len(x))  # type: ignore[arg-type]
-        p = Product(x, weight, False, None, lora_B, bias, scaling, offsets)  # type: ignore[arg-type]
+        ends = _in_kernels(offsets, len(x))  # type: ignore[arg-type]
+        p = Product(x, weight, False, None, lora_B, bias, scaling, ends)
         return _linear_together(backends.get(name), p, lora_A, draw, choice.noise_accum)
     parts, us = [], []
     for e, rows in _with_rows(offsets, x.shape[0]):
@@ -146,7 +147,8 @@ def linear_grads(
     K = next(t.shape[-1] for t in (weight, x, grad_y) if t is not None)
     name = together(grad_y, weight, offsets, K, None if draw is None else draw.noise, choice)
     if name is not None:
-        module, saved = backends.get(name), (x, weight, lora_A, lora_B, u, offsets)
+        ends = _in_kernels(offsets, len(grad_y))  # type: ignore[arg-type]
+        module, saved = backends.get(name), (x, weight, lora_A, lora_B, u, ends)
         return _grads_together(module, grad_y, saved, need_x, like, scaling, draw, choice.noise_accum)
     dx = grad_y.new_empty(len(grad_y), weight.shape[2]) if need_x else None
     dW, dA, dB, dbias = (
@@ -321,7 +323,7 @@ _OPERANDS = (
 )
 _SAVED = "Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor offsets"
 _LIKE = ", ".join(f"Tensor? like_{name}" for name in ("weight", "lora_A", "lora_B", "bias"))
-# They read the offsets on the host, which a CUDA graph cannot record.
+# They may read the offsets on the host, which a CUDA graph cannot record.
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 lib.define(f"grouped_linear({_OPERANDS}, {DRAW}, {CHOICE}) -> (Tensor, Tensor)", tags=_TAGS)
 lib.define(

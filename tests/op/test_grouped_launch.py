@@ -159,7 +159,7 @@ def test_eps_is_that_of_stream_plus_e(able: Target, fused: str, split: bool) -> 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "grad of one number"])
 def test_layouts(able: Target, layout: str) -> None:
     given, options = inputs(able), drawn(able)
-    weight = given["weight"]
+    weight, offsets = given["weight"], offsets_of(ROUTINGS["uneven"], able)
     if layout == "transposed":
         given["weight"] = weight.transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "strided":
@@ -167,10 +167,11 @@ def test_layouts(able: Target, layout: str) -> None:
         given["weight"] = weight.repeat_interleave(2, 0)[::2]
         given["bias"] = given["bias"].t().contiguous().t()
         options["noise_scale"] = options["noise_scale"].repeat_interleave(2, 1)[:, ::2]
+        offsets = offsets.repeat_interleave(2)[::2]
     elif layout == "expanded":
         given["weight"] = weight[:1].expand(E, N, K)
     ours, theirs = ({name: t.detach().requires_grad_() for name, t in given.items()} for _ in range(2))
-    y = grouped(able, ours, offsets_of(ROUTINGS["uneven"], able), options)
+    y = grouped(able, ours, offsets, options)
     want = grouped(Target("reference", able.device), theirs, ROUTINGS["uneven"], options)
     assert_close(y, want)
     if layout == "grad of one number":  # which is expanded
@@ -191,6 +192,19 @@ def test_what_may_be_left_out(able: Target, left_out: str) -> None:
     if left_out == "noise":
         options = {"scaling": 0.75}
     both(able, given, ROUTINGS["uneven"], options)
+
+
+def test_expanded_offsets(able: Target) -> None:
+    """All rows are the first expert's."""
+    given, options = inputs(able), drawn(able)
+    ends = torch.tensor(M, device=able.device).expand(E)
+    assert_close(grouped(able, given, ends, options), grouped(able, given, [M] * E, options))
+
+
+def test_an_adapter_of_rank_0(able: Target) -> None:
+    given = inputs(able)
+    given |= {"lora_A": given["lora_A"][:, :0], "lora_B": given["lora_B"][..., :0]}
+    both(able, given, ROUTINGS["uneven"], drawn(able))
 
 
 def test_split_noise(able: Target) -> None:
@@ -257,7 +271,7 @@ def test_nothing_is_read_on_the_host(able: Target, monkeypatch: pytest.MonkeyPat
     ends = offsets_of(ROUTINGS["uneven"], able)
     options["seed"] = torch.tensor(5, device=able.device)
     # What is free on a CPU is not done on a GPU.
-    monkeypatch.setattr(mixture, "_check_ends", lambda *a: None)
+    monkeypatch.setattr(mixture, "_in_kernels", lambda offsets, rows: offsets)
     with pytest.MonkeyPatch.context() as patch:
         for reader in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(Tensor, reader, lambda *a, reader=reader: pytest.fail(f"{reader} is called"))
