@@ -75,9 +75,7 @@ class Product(NamedTuple):
     lora: Tensor | None = None  # (outputs, r), in the type of a or float32
     bias: Tensor | None = None  # (outputs,), likewise
     scaling: float = 1.0
-    offsets: Tensor | None = (
-        None  # (E,) where each expert's rows end, on the device of a; see `backends`, GROUPS
-    )
+    offsets: Tensor | None = None  # (E,), where experts' rows end; see `backends`, GROUPS
 
     @property
     def outputs(self) -> int:

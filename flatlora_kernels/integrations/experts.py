@@ -87,9 +87,7 @@ class FlatParamWrapper(FlatAdapter, ParamWrapper):
             return noise.get(name, {"backend": self.backend})
 
         def reads(name: str, rows: Tensor, ends: Tensor) -> bool:
-            weight = _weight(experts, name)
-            rows = rows if autocasts(rows.device.type) else rows.to(weight.dtype)
-            return reads_offsets(rows, weight, ends, **_without_samples(options(name)))
+            return reads_offsets(rows, _weight(experts, name), ends, **_without_samples(options(name)))
 
         return _mixture(experts, project, reads, x, *routing)
 

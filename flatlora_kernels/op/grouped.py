@@ -150,9 +150,9 @@ def reads_offsets(
     """Whether `fused_flat_lora_grouped_linear` with these arguments reads the tensor `offsets` on the host.
 
     Who calls it several times with the same offsets can then read them once. Noise is drawn where a `noise_scale` is
-    given.
+    given, and `x` is still to be cast to the type of `weight`, or to that of autocast.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
     drawn, (N, K) = noise_scale is not None, weight.shape[1:]
     kind = noise if drawn else None
     choice = resolve(backend, strategy, noise_accum, x.device.type, dtype, N * K, kind)

@@ -7,6 +7,7 @@ The rest of the suite runs there too, on backend `triton` with tensors on the CP
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -590,7 +591,28 @@ def stay_inside() -> None:
         TRITON.module.transform(a, draw, input_grad, guarded(torch.empty(5, 67, dtype=torch.bfloat16)), True)
     halves = [guarded(randn(*shape, dtype=torch.bfloat16)) for shape in ((70, 72), (70, 5), (72, 5))]
     adapter_grads.adapter_grads(*halves, 0.5)
+    for rows, ends in itertools.product((5, 70), ([2, 2, 0], [5, 2**31 - 1, -7])):
+        ends[-1] = rows if ends[-1] == 0 else ends[-1]  # the others part no rows
+        mixture(rows, guarded(torch.tensor(ends, dtype=torch.int32)))
     print("inside")
+
+
+def mixture(rows: int, ends: torch.Tensor) -> None:
+    """Every kernel of experts, on operands that end where their memory does."""
+    E, N, K, R, low = len(ends), 41, 67, 5, {"dtype": torch.bfloat16}
+    x, dy = guarded(randn(rows, K, **low)), guarded(randn(rows, N, **low))
+    W, A, B = (guarded(randn(E, *shape, **low)) for shape in ((N, K), (R, K), (N, R)))
+    bias, module = guarded(randn(E, N, **low)), TRITON.module
+    draw = Draw(guarded(torch.rand(E, N)), torch.tensor(3), noise="near_gaussian")
+    p = Product(x, W, False, None, B, bias, 0.5, ends)
+    module.product_and_u(p, A, draw, "folded")
+    u = guarded(module.product(Product(x, A, offsets=ends), None, "folded"))
+    module.product(p._replace(u=u), draw, "folded")
+    v = guarded(module.product(Product(dy, B, True, offsets=ends), None, "folded"))
+    module.product(Product(dy, W, True, v, A.transpose(1, 2), None, 0.5, ends), draw, "folded")
+    for a, b in ((v, x), (dy, u), (dy, x)):
+        module.expert_grads(a, b, ends, 0.5, guarded(torch.empty(E, a.shape[1], b.shape[1])))
+    module.row_sq_norms(W, A, B, 0.5)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
