@@ -55,26 +55,25 @@ Shape = tuple[int, ...]  # M, N, K, rank, samples
 SIGMA = 0.2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the emulator or the interpreter runs
 # Tiles that are full, tiles that are not, several samples; for many and for few rows; and of a packed weight,
-# which has whole blocks of NF4 in a row. Then weights of which a quarter holds eight steps of a wave.
+# which has whole blocks of NF4 in a row. Then weights of which a quarter holds eight steps of a wave; and mixtures:
+# experts, rows of all, N, K.
 SIZES = {
     "cuda": (
         ((256, 256, 512, 0, 1), (300, 392, 520, 16, 1), (640, 1160, 1032, 24, 2)),
         ((16, 256, 512, 0, 1), (1, 392, 520, 16, 1), (12, 1160, 1032, 24, 2)),
         ((1, 392, 576, 16, 1), (100, 392, 576, 0, 1), (640, 1160, 1088, 24, 2)),
         ((2048, 4096, 4096, 0, 1), (1000, 2056, 4104, 16, 1), (1200, 3000, 4096, 24, 2)),
+        ((8, 100, 392, 520), (5, 1500, 1160, 1032), (8, 8192, 1536, 2048)),
     ),
     "cpu": (
         ((40, 72, 72, 0, 1), (36, 40, 72, 16, 1), (20, 40, 72, 24, 2)),
         ((16, 40, 72, 0, 1), (1, 40, 72, 16, 1), (12, 40, 72, 24, 2)),
         ((1, 40, 128, 16, 1), (20, 40, 192, 24, 2)),
         ((40, 1536, 1544, 16, 1),),
+        ((4, 20, 40, 72),),
     ),
 }
-SHAPES, FEW, PACKED, MANY = SIZES[DEVICE]
-EXPERTS = {  # experts, M, N, K
-    "cuda": ((8, 100, 392, 520), (5, 1500, 1160, 1032), (8, 8192, 1536, 2048)),
-    "cpu": ((4, 20, 40, 72),),
-}[DEVICE]
+SHAPES, FEW, PACKED, MANY, EXPERTS = SIZES[DEVICE]
 FORMATS = ("nf4", "int8", "fp8")
 TIMED = {"cuda": 4096, "cpu": 128}[DEVICE]  # N and K
 AUTOMATIC = (-1, 0)  # see backends/cuda.py: configuration

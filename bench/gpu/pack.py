@@ -126,11 +126,12 @@ def _pretend(arch: str) -> None:
 def _truth() -> Iterator[Callable[[], object]]:
     from .. import truth
 
-    truth.SHAPES, truth.FEW, truth.PACKED, truth.MANY = truth.SIZES["cuda"]
+    truth.SHAPES, truth.FEW, truth.PACKED, truth.MANY, truth.EXPERTS = truth.SIZES["cuda"]
     truth.TIMED = 4096
     truth._again = lambda run, exact: float(run() is None)
     truth.Problem.exact = lambda self, direction, way="fused": None
     truth.Problem.perturbed = lambda self, group=0: None
+    truth.mixture.exact = lambda layer: (None,) * 4
     families = truth._families([])
     yield from (run for name in families if name.startswith("triton") for _, run, _ in families[name]())
     for rank, noise, rows in itertools.product((16, 0), truth.KINDS, (16, 256, 2048, 8192)):
