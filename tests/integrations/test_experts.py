@@ -680,6 +680,10 @@ def test_measures_and_methods() -> None:
         loss = make(name, flat, torch.optim.SGD(parameters, 0.1)).step(lambda: flat(x).square().mean())
         assert loss.isfinite()
     assert warm_up(flat, [16]) == 0  # there is nothing to compile on a CPU
+    for layer in wrappers(flat).values():
+        layer.get_base_layer().config.num_experts_per_tok = TOP_K
+        width = layer._weight_in_use()[0].shape[2]
+        assert len(layer._example(torch.randn(16, width))) == 16 * TOP_K  # whose tiles a training takes
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "transposed"])
