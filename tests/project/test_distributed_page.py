@@ -35,6 +35,15 @@ def free_port() -> int:
 def run_all(rank: int, folder: str, ports: dict[str, int]) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
+    # Whoever lets go of a group last waits for its thread, and DistributedDataParallel holds the GIL meanwhile, for
+    # which that thread may wait to let go of its last all-reduce: seen once, in torch 2.13.
+    kept, destroy = [], torch.distributed.destroy_process_group
+
+    def keep_and_destroy() -> None:
+        kept.append(torch.distributed.group.WORLD)
+        destroy()
+
+    torch.distributed.destroy_process_group = keep_and_destroy
     for name, port in ports.items():
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
