@@ -135,7 +135,8 @@ def test_interrupted_at_many_lines(name: str) -> None:
         stop = int((i + random.random()) * total / points)
         run = begun(name)
         with pytest.raises(KeyboardInterrupt) as caught:
-            events(run.step, stop)
+            ran = events(run.step, stop)
+            pytest.fail(f"nothing came before line {stop} of {total}; {ran} ran")
         where = str(caught.value)
         del caught
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), where
