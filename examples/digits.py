@@ -6,7 +6,8 @@
 For each seed: pre-train on the images of 0 to 4, fit a new head to a few labelled images of 5 to 9, fine-tune head and
 adapters on these, and test on all other images of 5 to 9: as they are, with noise, and moved by a pixel. Methods share
 pre-training, images, head, adapters at the start and order of the batches, so that their differences are paired. The
-table ends with how flat the loss on the few images is around the weights, see docs/flatness.md.
+table ends with how flat the loss on the few images is around the weights, see docs/flatness.md; then come, with
+--compress, accuracies with the adapters merged and the weights rounded or pruned.
 
 Data: 1797 images of 8 x 8 pixels, UCI's test set of handwritten digits, as scikit-learn carries them.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import math
 import statistics
@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from common import COMPRESSIONS, METHODS, append_csv, compressed, read_csv, require, table
 from torch import Tensor, nn
 
-from flatlora_kernels import NoiseController, apply_flat_lora, flatness
+from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
 from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import make
 
@@ -35,27 +36,12 @@ ADAPTED = r"blocks\..*\.(qkv|out|up|down)"
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 ACCURACIES = ("clean", "noise", "moved")
 PROBE = "head only"
-# Of each: settings of the controller and options of the method, for a sigma.
-METHODS: dict[str, Any] = {
-    "lora": lambda args, sigma: ({}, {}),
-    "flat-lora": lambda args, sigma: ({"sigma": sigma}, {}),
-    "bi-lora": lambda args, sigma: ({}, {"rho": args.rho, "auxiliary_rank": args.r}),
-    "lora-sam": lambda args, sigma: ({}, {"rho": args.rho}),
-    "eflat-lora": lambda args, sigma: ({}, {"rho": args.rho}),
-    "rwp": lambda args, sigma: (_by_rows(args, sigma), {"mix": 0.5}),
-    "lpf-sgd": lambda args, sigma: (_by_rows(args, sigma), {}),
-}
 
 
 class Run(NamedTuple):
     method: str
-    sigma: float = 0.0
+    strength: float = 0.0
     noise: str = "gaussian"
-
-
-def _by_rows(args: argparse.Namespace, sigma: float) -> dict[str, Any]:
-    """Noise without the factor 1 / sqrt(in_features), as strong as Flat-LoRA's in most layers."""
-    return {"sigma": sigma / math.sqrt(args.width), "norm": "row"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -88,9 +74,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--test-limit", type=int, help="test on this many images; None = on all")
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--threads", type=int, default=1, help="of the CPU")
-    add("--csv", type=Path, help="file for a line per seed and method")
+    add("--compress", action="store_true", help="test with the merged weights rounded or pruned, too")
+    add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
     add(
-        "--figure", type=Path, help="file for the loss along a random direction, first seed; needs matplotlib"
+        "--figure",
+        type=Path,
+        help="file for the loss along a random direction, of the runs of the first seed; needs matplotlib",
     )
     arguments = parser.parse_args(argv)
     for name in ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads"):
@@ -235,7 +224,7 @@ def with_adapters(
 def finetune(
     model: ViT, run: Run, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
 ) -> None:
-    noise, options = METHODS[run.method](args, run.sigma)
+    noise, options = METHODS[run.method][1](run.strength, args.width)
     with_adapters(model, args, seed, run.noise, **noise)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
@@ -266,82 +255,89 @@ def flatness_of(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
     return values
 
 
-def summary(rows: list[dict[str, Any]], methods: list[str]) -> str:
-    """Means over the seeds with standard errors; then paired differences to the first method."""
+def accuracy_when_compressed(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """On clean images, with the adapters merged and the weights compressed; the head stays as it is."""
+    layers = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
+    found = {}
+    for how in COMPRESSIONS:
+        with compressed(layers, how):
+            found[f"clean, {how}"] = accuracies(model, {"clean": [images]}, labels)["clean"]
+    return found
 
-    def mean(values: list[float], percent: bool) -> str:
+
+def summary(rows: list[dict[str, Any]], to: str) -> str:
+    """Means over the seeds with standard errors; then differences to method `to`, paired by seed."""
+
+    def cell(column: str, values: list[float]) -> str:
+        percent = column.partition(",")[0] in ACCURACIES
         scale = 100 if percent else 1
         error = statistics.stdev(values) / math.sqrt(len(values)) * scale if len(values) > 1 else math.nan
         middle = statistics.fmean(values) * scale
         return f"{middle:.1f} +- {error:.1f}" if percent else f"{middle:.3g} +- {error:.1g}"
 
-    columns = [name for name in rows[0] if name not in ("seed", "method")]
-    table = {m: {c: [row[c] for row in rows if row["method"] == m] for c in columns} for m in methods}
-    width = max(map(len, methods)) + 2
-    lines = ["".ljust(width) + "".join(c.rjust(20) for c in columns)]
-    for m in methods:
-        lines.append(m.ljust(width) + "".join(mean(table[m][c], c in ACCURACIES).rjust(20) for c in columns))
-    others = [m for m in methods if m not in (PROBE, methods[1])]
-    if others:
-        lines.append(f"difference to {methods[1]}, paired by seed")
-    for m in others:
-        pairs = {c: [a - b for a, b in zip(table[m][c], table[methods[1]][c], strict=True)] for c in columns}
-        lines.append(m.ljust(width) + "".join(mean(pairs[c], c in ACCURACIES).rjust(20) for c in columns))
-    return "\n".join(lines)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = [c for c in rows[0] if c not in ("seed", "method")]
+    columns = [c for c in columns if all(row.get(c) not in (None, "") for row in rows)]
+    return table(rows, lambda row: row["method"], columns, to, cell=cell)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs everything and prints a table; returns what `--csv` writes, accuracies from 0 to 1."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
+    if args.compress:
+        require("bitsandbytes")
     images, labels = load_digits()
     old, (new_images, new_labels) = of_digits(OLD, images, labels), of_digits(NEW, images, labels)
     tests = shifted(new_images)
-    runs = {}
+    runs = {PROBE: Run(PROBE)}
     for name in args.method:
-        if not METHODS[name](args, 1.0)[0]:
-            runs[name] = Run(name)
+        if METHODS[name][0] != "sigma":
+            runs[name] = Run(name, args.rho)
             continue
         for sigma, noise in itertools.product(args.sigma, args.noise):
             label = f"{name} {sigma:g}" + (f" {noise}" if noise != "gaussian" else "")
             runs[label] = Run(name, sigma, noise)
+    earlier = read_csv(args.csv)
+    needed = [f"clean, {how}" for how in COMPRESSIONS if args.compress]
+    if missing := [name for name in needed if earlier and name not in earlier[0]]:
+        raise SystemExit(f"--csv: expected a new file or one with columns {', '.join(missing)}: {args.csv}")
+    done = {(row["seed"], row["method"]) for row in earlier}
+    if done:
+        print(f"{args.csv} holds {len(done)} runs already")
     rows: list[dict[str, Any]] = []
     lines = {}
     steps = [s / 20 for s in range(-10, 11)]
     for seed in range(args.seed, args.seed + args.seeds):
+        left = {name: run for name, run in runs.items() if (str(seed), name) not in done}
+        if not left:
+            continue
         few, rest = split(new_images, new_labels, args.shots, seed)
         rest = rest[: args.test_limit]
         train = new_images[few], new_labels[few]
         test = {name: [x[rest] for x in variants] for name, variants in tests.items()}
         base = pretrain(*old, args, seed)
         fit_head(base, *train)
-        for name in (PROBE, *runs):
+        for name, run in left.items():
             model = copy.deepcopy(base)
             if name == PROBE:
                 with_adapters(model, args, seed)
             else:
-                finetune(model, runs[name], *train, args, seed)
+                finetune(model, run, *train, args, seed)
             row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])
-            rows.append(row | flatness_of(model, *train))
+            row |= flatness_of(model, *train)
+            if args.compress:
+                row |= accuracy_when_compressed(model, new_images[rest], new_labels[rest])
+            rows.append(row)
             if args.csv:
-                write_csv(args.csv, rows)
+                append_csv(args.csv, [row])
             print(seed, name, *(f"{c} {row[c]:.1%}" for c in ACCURACIES), flush=True)
             if args.figure and seed == args.seed:
                 lines[name] = flatness.line(
                     model, lambda model=model, train=train: F.cross_entropy(model(train[0]), train[1]), steps
                 )
-    print(
-        f"\nmean and standard error, {args.seeds} seeds, {args.shots} images of each new digit; accuracy in %"
-    )
-    print(summary(rows, [PROBE, *runs]))
-    if args.figure:
+    print(f"\nmean and standard error over the seeds, {args.shots} images of each new digit; accuracy in %")
+    print(summary([*earlier, *rows], list(runs)[1]))
+    if lines:
         flatness.plot(lines, steps, args.figure)
     return rows
 

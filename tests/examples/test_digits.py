@@ -61,7 +61,7 @@ def test_every_method_runs(
     if "--figure" in files:
         assert "<svg" in figure.read_text()
     printed = capsys.readouterr().out
-    assert "difference to lora, paired by seed" in printed and "increase 0.2" in printed
+    assert "flat-lora 0.2 - lora" in printed and "increase 0.2" in printed
 
 
 def test_runs_are_reproducible_and_methods_share_their_start(digits: ModuleType, one_thread: None) -> None:
@@ -110,9 +110,71 @@ def test_summary_is_paired(digits: ModuleType) -> None:
         for seed in range(3)
         for method, value in (("head only", 0.1), ("lora", 0.5), ("flat-lora", 0.52))
     ]
-    text = digits.summary(rows, ["head only", "lora", "flat-lora"])
-    assert text.splitlines()[-1].split() == ["flat-lora", "2.0", "+-", "0.0"]
-    assert "60.0 +- 5.8" in text
+    rows[0]["noise"] = 0.3  # not measured in the other runs
+    text = digits.summary(rows, "lora")
+    assert text.splitlines()[-1].split() == ["flat-lora", "-", "lora", "2.0", "+-", "0.0", "3"]
+    assert "60.0 +- 5.8" in text and "noise" not in text
+
+
+def test_runs_are_not_repeated(
+    digits: ModuleType, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.csv"
+
+    def runs(options: str) -> list[tuple[int, str]]:
+        rows = digits.main(["--steps", "2", "--csv", str(found), *SMALL, *options.split()])
+        return [(row["seed"], row["method"]) for row in rows]
+
+    assert runs("--method lora") == [(0, "head only"), (0, "lora")]
+    assert runs("--method lora flat-lora") == [(0, "flat-lora 0.05")]
+    assert runs("--method lora flat-lora --seeds 2") == [
+        (1, "head only"), (1, "lora"), (1, "flat-lora 0.05"),
+    ]  # fmt: skip
+    assert runs("--method flat-lora --seeds 2") == []
+    assert "holds 6 runs already" in capsys.readouterr().out
+    with found.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and list(rows[0])[:5] == ["seed", "method", "clean", "noise", "moved"]
+    assert digits.summary(rows, "lora").splitlines()[-1].split()[-1] == "2"
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SystemExit, match="one with columns clean, nf4, .*, clean, prune 50 %: "):
+        runs("--compress")
+
+
+def test_compressed_columns(
+    digits: ModuleType, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tested is the merged weight, rounded or pruned, under the head that was trained."""
+    pytest.importorskip("bitsandbytes")
+    real, seen = digits.accuracies, []
+
+    def accuracies(
+        model: torch.nn.Module, tests: dict[str, list[torch.Tensor]], labels: torch.Tensor
+    ) -> object:
+        layers = [m for m in model.modules() if isinstance(m, digits.FlatLoraLinear)]
+        zeros = sum((m.weight == 0).sum().item() for m in layers) / sum(m.weight.numel() for m in layers)
+        seen.append((zeros, {m.merged for m in layers}, list(tests), model.head.weight.sum().item()))
+        return real(model, tests, labels)
+
+    monkeypatch.setattr(digits, "accuracies", accuracies)
+    found = tmp_path / "found.csv"
+    rows = digits.main(["--method", "lora", "--steps", "8", "--compress", "--csv", str(found), *SMALL])
+    count = len(digits.COMPRESSIONS)
+    assert len(seen) == 2 * (1 + count)
+    for start in (0, 1 + count):
+        (none, merged, tests, head), *others = seen[start : start + 1 + count]
+        assert (none, merged, tests) == (0, {False}, list(digits.ACCURACIES))
+        assert all(other[1:] == ({True}, ["clean"], head) for other in others)
+        for how, (zeros, *_) in zip(digits.COMPRESSIONS, others, strict=True):
+            if how.startswith("prune"):
+                assert zeros == pytest.approx(int(how.split()[1]) / 100, abs=0.002)
+            else:
+                assert 0 < zeros < 0.2
+    columns = [f"clean, {how}" for how in digits.COMPRESSIONS]
+    with found.open(newline="") as file:
+        assert next(csv.reader(file))[-count:] == columns
+    assert all(0 <= row[c] <= 1 for row in rows for c in columns)
+    assert digits.summary(rows, "lora").splitlines()[0].split("  ")[-2].strip() == columns[-1]
 
 
 def test_errors(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
