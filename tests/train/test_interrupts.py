@@ -24,6 +24,7 @@ import flatlora_kernels
 from flatlora_kernels import NoiseController
 from flatlora_kernels.backends import reference
 from flatlora_kernels.methods import METHODS
+from flatlora_kernels.train import steps
 
 PACKAGE = str(Path(flatlora_kernels.__file__).parent)
 
@@ -119,6 +120,7 @@ def same(left: list[Any], right: list[Any]) -> bool:
 
 
 def begun(name: str) -> Run:
+    steps._watched.clear()  # a step asks every controller alive, and those of earlier runs live on as long as they like
     run = Run(name)
     run.step()
     return run
@@ -135,8 +137,7 @@ def test_interrupted_at_many_lines(name: str) -> None:
         stop = int((i + random.random()) * total / points)
         run = begun(name)
         with pytest.raises(KeyboardInterrupt) as caught:
-            ran = events(run.step, stop)
-            pytest.fail(f"nothing came before line {stop} of {total}; {ran} ran")
+            events(run.step, stop)
         where = str(caught.value)
         del caught
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), where
