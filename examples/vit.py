@@ -50,19 +50,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
-SETTINGS = (
-    "seed",
-    "method",
-    "strength",
-    "noise",
-    "adapter",
-    "samples",
-    "shots",
-    "steps",
-    "batch_size",
-    "r",
-    "lr",
+# What tells one run of a seed from another, and what all runs of a table share.
+ARM = ("method", "strength", "noise", "adapter", "samples")
+SHARED = tuple(
+    "shots steps batch_size r lora_alpha lr sigma_schedule first_block size dtype test_limit".split()
 )
+SETTINGS = ("seed", *ARM, *SHARED)
 ACCURACIES = ("clean", "rotated", "corrupted")
 
 
@@ -428,27 +421,32 @@ def label(row: dict[str, Any]) -> str:
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The settings of each run: first the head alone, where no step is made, then all that is asked for."""
-    steps = {
-        "shots": args.shots,
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "r": args.r,
-        "lr": args.lr,
-    }
+    shared = {name: getattr(args, name) for name in SHARED}
+
+    def run(seed: int, *arm: Any) -> dict[str, Any]:
+        return {"seed": seed} | dict(zip(ARM, arm, strict=True)) | shared
+
     for seed in range(args.seed, args.seed + args.seeds):
-        plain = {"seed": seed, "method": PROBE, "strength": 0.0, "noise": "gaussian", "adapter": "lora"}
-        yield plain | {"samples": "1"} | steps | {"steps": 0}
+        yield run(seed, PROBE, 0.0, "gaussian", "lora", "1")
         for name, adapter in itertools.product(args.method, args.adapter):
             option = METHODS[name][0]
             noises, samples = (args.noise, args.samples) if option == "sigma" else (["gaussian"], ["1"])
             strengths = getattr(args, option) if option else [0.0]
             for strength, noise, draws in itertools.product(strengths, noises, samples):
-                yield (
-                    plain
-                    | {"method": name, "strength": strength, "noise": noise, "adapter": adapter}
-                    | {"samples": draws}
-                    | steps
-                )
+                yield run(seed, name, strength, noise, adapter, draws)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A table for each set of shared settings."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        percent = row | {name: 100 * float(row[name]) for name in ACCURACIES}
+        groups.setdefault(tuple(str(row[name]) for name in SHARED), []).append(percent)
+    lines = ["mean and standard error over the seeds; accuracy in %"]
+    for shared, group in groups.items():
+        lines += ["", ", ".join(f"{n} {v}" for n, v in zip(SHARED, shared, strict=True))]
+        lines.append(table(group, label, [*ACCURACIES, "clean loss"], to="lora"))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -457,6 +455,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu")
     earlier = read_csv(args.csv)
+    for option, column in (
+        ("compress", f"half, {COMPRESSIONS[0]}"),
+        ("flatness", f"increase {FLATNESS_SIGMAS[0]:g}"),
+    ):
+        if getattr(args, option) and earlier and column not in earlier[0]:
+            raise SystemExit(f"--csv: expected a new file or one that began with --{option}: {args.csv}")
     done = {tuple(row[k] for k in SETTINGS) for row in earlier}
     todo = [run for run in runs(args) if tuple(str(run[k]) for k in SETTINGS) not in done]
 
@@ -487,8 +491,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         else:
             model, seconds = finetune(model, run, *base[1], args)
         took = time.perf_counter() - start
-        row = run | {"sigma_schedule": args.sigma_schedule, "size": args.size, "dtype": args.dtype}
-        row |= {"training seconds": took, "seconds a step": seconds}
+        row = run | {"training seconds": took, "seconds a step": seconds}
         row |= measure(model, base[1], tests, labels[: args.test_limit].to(device), args)
         row["seconds"] = time.perf_counter() - start
         rows.append(row)
@@ -501,12 +504,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{row['seconds']:.0f} s",
             flush=True,
         )
-    everything = [r | {c: 100 * float(r[c]) for c in ACCURACIES} for r in (*earlier, *rows)]
-    columns = [*ACCURACIES, "clean loss"]
-    if everything:
-        print(
-            f"\nmean and standard error over the seeds; accuracy in %\n{table(everything, label, columns, to='lora')}"
-        )
+    if earlier or rows:
+        print(f"\n{report([*earlier, *rows])}")
     return rows
 
 

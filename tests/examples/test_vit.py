@@ -167,3 +167,15 @@ def test_errors(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             real.parse_arguments(option.split())
         assert message in capsys.readouterr().err
+
+
+def test_a_file_with_other_settings_is_gone_on_with_and_shown_apart(
+    vit: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.csv"
+    found(vit, f"--method lora --steps 1 --csv {path}")
+    assert found(vit, f"--method lora --steps 2 --csv {path}").keys() == {vit.PROBE, "lora"}
+    assert capsys.readouterr().out.split("mean and standard error")[-1].count("shots 3, steps") == 2
+    for option in ("compress", "flatness"):
+        with pytest.raises(SystemExit, match=f"one that began with --{option}"):
+            found(vit, f"--method lora --steps 1 --csv {path} --{option}")

@@ -1,0 +1,216 @@
+"""What the committed rows say to the questions of docs/internals/comparisons.md: means, intervals, p values, a figure.
+
+    python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/evidence.svg
+
+Reads the CSV files that the other examples wrote; a file that is not there leaves its questions out. Differences to
+LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests, it is Holm's over these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import language_model
+import vit
+from common import COMPRESSIONS, read_csv
+from scipy import stats
+
+Row = dict[str, Any]
+Value = Callable[[Row], float]
+
+
+class Test(NamedTuple):
+    name: str
+    value: Value
+    better: int  # +1 where more is better, -1 where less is
+
+
+class Question(NamedTuple):
+    title: str
+    file: str
+    label: Callable[[Row], str]
+    arm: str
+    tests: tuple[Test, ...]
+    unit: str
+
+
+class Found(NamedTuple):
+    mean: float
+    low: float  # of the 95 % interval
+    high: float
+    error: float
+    p: float
+    seeds: int
+
+
+def percent(column: str) -> Value:
+    return lambda row: 100 * float(row[column])
+
+
+def rise(after: str, before: str) -> Value:
+    return lambda row: float(row[after]) - float(row[before])
+
+
+def mean_of(*columns: str) -> Value:
+    return lambda row: statistics.fmean(float(row[c]) for c in columns)
+
+
+FILMS, *OTHERS = language_model.KINDS_OF_TEXT
+QUESTIONS = (
+    Question(
+        "DINOv2 on digits: accuracy",
+        "vit.csv",
+        vit.label,
+        "flat-lora 0.15",
+        tuple(Test(name, percent(name), 1) for name in vit.ACCURACIES),
+        "points",
+    ),
+    Question(
+        "DINOv2 on digits: what rounding and pruning add to the loss",
+        "vit.csv",
+        vit.label,
+        "flat-lora 0.15",
+        tuple(Test(h, rise(f"half loss, {h}", "half loss"), -1) for h in ("nf4", "prune 50 %")),
+        "nats",
+    ),
+    Question(
+        "SmolLM2 on film reviews: in-domain loss",
+        "language_model.csv",
+        language_model.label,
+        "flat-lora 0.05",
+        (Test("in-domain", mean_of(FILMS), -1),),
+        "nats a token",
+    ),
+    Question(
+        "SmolLM2 on film reviews: loss elsewhere",
+        "language_model.csv",
+        language_model.label,
+        "flat-lora 0.05",
+        (Test("elsewhere", mean_of(*OTHERS), -1),),
+        "nats a token",
+    ),
+    Question(
+        "SmolLM2 on film reviews: what rounding and pruning add to the loss",
+        "language_model.csv",
+        language_model.label,
+        "flat-lora 0.05",
+        tuple(Test(h, rise(f"{FILMS}, {h}", FILMS), -1) for h in ("nf4", "prune 50 %")),
+        "nats a token",
+    ),
+)
+
+
+def differences(rows: list[Row], label: Callable[[Row], str], arm: str, value: Value) -> list[float]:
+    """`arm` minus LoRA, a number for each seed that has every arm of the file: the same seeds for all."""
+    of: dict[str, dict[str, float]] = {}
+    for row in rows:
+        of.setdefault(label(row), {})[row["seed"]] = value(row)
+    seeds = set.intersection(*(set(found) for found in of.values()))
+    return [of[arm][s] - of["lora"][s] for s in sorted(seeds, key=int)]
+
+
+def judged(samples: list[list[float]]) -> list[Found]:
+    """Means with 95 % intervals, and p after Holm over the samples."""
+    raw = [stats.ttest_1samp(sample, 0.0) for sample in samples]
+    adjusted = holm([float(r.pvalue) for r in raw])
+    found = []
+    for sample, result, p in zip(samples, raw, adjusted, strict=True):
+        low, high = result.confidence_interval(0.95)
+        error = statistics.stdev(sample) / math.sqrt(len(sample))
+        found.append(Found(statistics.fmean(sample), float(low), float(high), error, p, len(sample)))
+    return found
+
+
+def holm(values: list[float]) -> list[float]:
+    """Each p times the number of those not smaller, never below a smaller one's, at most 1."""
+    adjusted, floor = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        floor = max(floor, min(1.0, values[i] * (len(values) - rank)))
+        adjusted[i] = floor
+    return adjusted
+
+
+def verdict(found: Found, better: int) -> str:
+    if found.p >= 0.05:
+        return "no difference shown"
+    return "better" if found.mean * better > 0 else "worse"
+
+
+def report(folder: Path) -> str:
+    lines: list[str] = []
+    for question in QUESTIONS:
+        rows = read_csv(folder / question.file)
+        if not rows:
+            continue
+        samples = [differences(rows, question.label, question.arm, test.value) for test in question.tests]
+        if len(samples[0]) < 3:
+            continue
+        lines += ["", f"{question.title}; {question.arm} minus lora, {question.unit}"]
+        for test, found in zip(question.tests, judged(samples), strict=True):
+            lines.append(
+                f"  {test.name:<12}{found.mean:+9.4f} +- {found.error:.4f}  95 % {found.low:+.4f} to {found.high:+.4f}"
+                f"  p {found.p:.2g}  {found.seeds} seeds: {verdict(found, test.better)}"
+            )
+    return "\n".join(lines)
+
+
+def compressions(folder: Path) -> str:
+    """Mean loss after each compression minus before, by arm: what the questions look at in two columns."""
+    lines: list[str] = []
+    for file, label, before in (
+        ("vit.csv", vit.label, "half loss"),
+        ("language_model.csv", language_model.label, FILMS),
+    ):
+        rows = [row for row in read_csv(folder / file) if row.get(f"{before}, {COMPRESSIONS[0]}")]
+        if rows:
+            lines += [
+                "",
+                f"{file}: loss after minus before",
+                " " * 20 + "".join(f"{h:>14}" for h in COMPRESSIONS),
+            ]
+        for name in dict.fromkeys(map(label, rows)):
+            of = [row for row in rows if label(row) == name]
+            means = [
+                statistics.fmean(rise(f"{before}, {h}", before)(row) for row in of) for h in COMPRESSIONS
+            ]
+            lines.append(name.ljust(20) + "".join(f"{m:>14.4f}" for m in means))
+    return "\n".join(lines)
+
+
+def plot(folder: Path, path: Path) -> None:
+    """Gain over LoRA by strength: a panel for each test set, bars of one standard error."""
+    from matplotlib.figure import Figure
+
+    rows = read_csv(folder / "vit.csv")
+    arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(vit.ACCURACIES)), vit.ACCURACIES, strict=True):
+        found = judged([differences(rows, vit.label, arm, percent(name)) for arm in arms])
+        strengths = [float(arm.split()[1]) for arm in arms]
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.errorbar(strengths, [f.mean for f in found], [f.error for f in found], marker=".", capsize=2)
+        axes.set_title(f"{name} images")
+        axes.set_xlabel("sigma")
+    figure.axes[0].set_ylabel("gain over LoRA, points")
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the CSV files")
+    parser.add_argument("--figure", type=Path, help="file for a plot; needs matplotlib")
+    args = parser.parse_args(argv)
+    text = report(args.folder) + "\n" + compressions(args.folder)
+    print(text.strip() or f"no rows in {args.folder}")
+    if args.figure:
+        plot(args.folder, args.figure)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The arithmetic behind docs/evidence.md, by numbers worked out by hand, and the committed rows."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench/results"
+
+
+@pytest.fixture(scope="module")
+def evidence() -> ModuleType:
+    pytest.importorskip("scipy", reason="needs scipy")
+    return importlib.import_module("evidence")
+
+
+def test_holm(evidence: ModuleType) -> None:
+    assert evidence.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evidence.holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    assert evidence.holm([0.02]) == [0.02]
+
+
+def test_a_mean_with_its_interval(evidence: ModuleType) -> None:
+    """1, 2, 3: deviation 1, error 1 / sqrt(3), t = 3.464, 4.303 errors to either side for two degrees of freedom."""
+    (found,) = evidence.judged([[1.0, 2.0, 3.0]])
+    assert found.mean == 2 and found.seeds == 3
+    assert found.error == pytest.approx(0.57735, rel=1e-4)
+    assert (found.low, found.high) == pytest.approx((2 - 2.4842, 2 + 2.4842), rel=1e-3)
+    assert found.p == pytest.approx(0.0742, rel=1e-2)
+
+
+def test_verdicts(evidence: ModuleType) -> None:
+    def found(mean: float, p: float) -> Any:
+        return evidence.Found(mean, mean - 1, mean + 1, 0.5, p, 8)
+
+    assert evidence.verdict(found(1, 0.04), +1) == "better"
+    assert evidence.verdict(found(1, 0.04), -1) == "worse"
+    assert evidence.verdict(found(-1, 0.04), -1) == "better"
+    assert evidence.verdict(found(1, 0.05), +1) == "no difference shown"
+
+
+def test_differences_are_paired_and_over_seeds_that_every_arm_has(evidence: ModuleType) -> None:
+    of = {
+        ("lora", 0): 1.0,
+        ("lora", 1): 5.0,
+        ("lora", 2): 0.0,
+        ("flat", 1): 6.0,
+        ("flat", 0): 4.0,
+        ("other", 0): 0.0,
+    }
+    rows = [{"name": n, "seed": str(s), "x": v} for (n, s), v in of.items()]
+
+    def found() -> list[float]:
+        return evidence.differences(rows, lambda row: row["name"], "flat", lambda row: row["x"])
+
+    assert found() == [3.0]
+    rows.append({"name": "other", "seed": "1", "x": 0.0})
+    assert found() == [3.0, 1.0]
+
+
+def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four seeds of which noise is better by 10 points, and whose loss rises less when pruned."""
+    columns = {c: 0.5 for c in ("clean", "rotated", "corrupted", "half loss")}
+    columns |= {f"half loss, {how}": 0.6 for how in evidence.COMPRESSIONS}
+    shared = {"noise": "gaussian", "adapter": "lora", "samples": "1"}
+    rows = []
+    for seed in range(4):
+        rows.append({"seed": seed, "method": "lora", "strength": 0.0} | shared | columns)
+        better = {"clean": 0.6 + 0.001 * seed, "half loss, prune 50 %": 0.55 + 0.001 * seed}
+        rows.append({"seed": seed, "method": "flat-lora", "strength": 0.15} | shared | columns | better)
+        rows[-1] |= {"rotated": 0.5 + 0.01 * (-1) ** seed, "corrupted": 0.5 + 0.01 * (-1) ** seed}
+        rows[-1]["half loss, nf4"] = 0.6 + 0.01 * (-1) ** seed
+    with (tmp_path / "vit.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = tmp_path / "gain.svg"
+    text = evidence.main([str(tmp_path), "--figure", str(figure)])
+    lines = {
+        line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and "seeds:" in line
+    }
+    assert "+10.1500" in lines["clean"] and lines["clean"].endswith("4 seeds: better")
+    assert lines["rotated"].endswith("no difference shown")
+    assert lines["prune"].endswith("better") and lines["nf4"].endswith("no difference shown")
+    assert "SmolLM2" not in text
+    assert "<svg" in figure.read_text()
+    assert "clean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/vit*.csv")), ids=lambda path: path.name)
+def test_committed_rows_can_be_read(evidence: ModuleType, path: Path) -> None:
+    rows = evidence.read_csv(path)
+    arms = {evidence.vit.label(row) for row in rows}
+    assert {"head only", "lora"} < arms
+    assert all(0 <= float(row["clean"]) <= 1 for row in rows)
