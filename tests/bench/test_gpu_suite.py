@@ -36,6 +36,7 @@ STAGES = {
         "training-triton",
     },
     "mixture": {"mixture"},
+    "evidence": {"evidence"},
     "sanitizer": {"sanitizer"},
 }
 PARTS = set().union(*STAGES.values())
@@ -60,6 +61,7 @@ def suite(folder: Path, *arguments: str, python: Path | str = sys.executable, **
     out = folder / "out"
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "OMP_NUM_THREADS": "1", **variables}
     environment["SUITE_PACK"] = str(folder / "none")
+    environment.setdefault("SUITE_EVIDENCE", str(folder))
     environment["FLATLORA_EMULATED_WRAPPERS"] = str(folder)  # compiled once for the parts that have them
     environment["PATH"] = f"{folder}:{environment['PATH']}"
     done = subprocess.run(
@@ -121,12 +123,15 @@ def test_numbers(tmp_path: Path) -> None:
         "quantized",
         "training-cuda",
         "mixture",
+        "evidence",
     )  # the other two run what these do
     status, first, parts, files, out = suite(tmp_path, "--dry-run", *wanted)
     assert status == 0, (out / "suite.log").read_text()
     assert set(parts) == set(wanted)
-    assert files == sorted([*(f"{name}.json" for name in wanted), "suite.log", "summary.txt"])
-    for name in wanted:
+    *timed, _ = wanted
+    assert files == sorted([*(f"{name}.json" for name in timed), "suite.log", "summary.txt", "vit-rows.txt"])
+    assert len((out / "vit-rows.txt").read_text().splitlines()) == 3  # names, head only, lora
+    for name in timed:
         assert json.loads((out / f"{name}.json").read_text())["rows"], name
     packed = json.loads((out / "quantized.json").read_text())["rows"]
     assert {row["way"] for row in packed} >= {"dense", "op", "decode:cpu", "fused:cpu", "panel:cpu"}
@@ -183,6 +188,18 @@ def test_a_failure_does_not_stop_the_rest(tmp_path: Path) -> None:
     status, first, parts, files, _ = fake(tmp_path, "check")
     assert status == 0 and first == "nothing failed in what ran"
     assert set(parts) == STAGES["truth"] | {"setup"}
+
+
+def test_evidence_counts_as_far_as_it_ran(tmp_path: Path) -> None:
+    status, first, parts, files, out = fake(
+        tmp_path, "evidence", SUITE_SECONDS="8", FAKE_SLOW="examples/vit.py", FAKE_FILE="vit-rows.txt"
+    )
+    assert status == 0 and parts["evidence"].startswith("passed as far as its time went")
+    assert "vit-rows.txt" in files
+    log = (out / "suite.log").read_text()
+    assert "--seeds 40 --backend cuda --device cuda --csv" in log
+    missing = fake(tmp_path, "evidence", SUITE_EVIDENCE=str(tmp_path / "nowhere"))
+    assert missing[0] == 0 and missing[2]["evidence"].startswith("skipped: no weights in ")
 
 
 def test_without_a_build_nothing_else_runs(tmp_path: Path) -> None:

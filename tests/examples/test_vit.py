@@ -26,7 +26,7 @@ def real() -> ModuleType:
     return module
 
 
-def images() -> tuple[torch.Tensor, torch.Tensor]:
+def images(random: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """A bar for each of ten classes, at another height."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (120,), generator=generator)
@@ -156,6 +156,11 @@ def test_the_weights_that_an_earlier_run_kept(real: ModuleType) -> None:
         found = real.Classifier(blocks, norm).features(embedding(real.prepare(image, 56)))
     expected = torch.tensor([0.6600, 1.9419, 1.5074, -4.0980, 0.4513])
     torch.testing.assert_close(found[0, :5], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_random_images_need_no_download(real: ModuleType) -> None:
+    pictures, labels = real.load_digits(True)
+    assert pictures.shape == (5000, 28, 28) and labels.bincount().tolist() == [500] * 10
 
 
 def test_errors(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
