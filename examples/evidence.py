@@ -1,9 +1,10 @@
-"""What the committed rows say to the questions of docs/internals/comparisons.md: means, intervals, p values, a figure.
+"""What committed rows say to the first questions of docs/internals/comparisons.md: intervals, p values, a figure.
 
     python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/evidence.svg
 
-Reads the CSV files that the other examples wrote; a file that is not there leaves its questions out. Differences to
-LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests, it is Holm's over these.
+Reads the CSV files that vit.py and language_model.py wrote; a question whose rows are not there is left out, with the
+reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests, it is
+Holm's over these. All seeds are tested on the same images and sentences: intervals leave their choice out.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Question(NamedTuple):
     file: str
     label: Callable[[Row], str]
     arm: str
+    seeds: range
     tests: tuple[Test, ...]
     unit: str
+    worth: float = 0.0  # where the interval ends below, there is no gain worth having; 0: not asked
 
 
 class Found(NamedTuple):
@@ -67,14 +70,17 @@ QUESTIONS = (
         "vit.csv",
         vit.label,
         "flat-lora 0.15",
+        range(16),
         tuple(Test(name, percent(name), 1) for name in vit.ACCURACIES),
         "points",
+        worth=1.0,
     ),
     Question(
         "DINOv2 on digits: what rounding and pruning add to the loss",
         "vit.csv",
         vit.label,
         "flat-lora 0.15",
+        range(16),
         tuple(Test(h, rise(f"half loss, {h}", "half loss"), -1) for h in ("nf4", "prune 50 %")),
         "nats",
     ),
@@ -83,6 +89,7 @@ QUESTIONS = (
         "language_model.csv",
         language_model.label,
         "flat-lora 0.05",
+        range(8),
         (Test("in-domain", mean_of(FILMS), -1),),
         "nats a token",
     ),
@@ -91,6 +98,7 @@ QUESTIONS = (
         "language_model.csv",
         language_model.label,
         "flat-lora 0.05",
+        range(8),
         (Test("elsewhere", mean_of(*OTHERS), -1),),
         "nats a token",
     ),
@@ -99,25 +107,36 @@ QUESTIONS = (
         "language_model.csv",
         language_model.label,
         "flat-lora 0.05",
+        range(8),
         tuple(Test(h, rise(f"{FILMS}, {h}", FILMS), -1) for h in ("nf4", "prune 50 %")),
         "nats a token",
     ),
 )
 
 
-def differences(rows: list[Row], label: Callable[[Row], str], arm: str, value: Value) -> list[float]:
-    """`arm` minus LoRA, a number for each seed that has every arm of the file: the same seeds for all."""
-    of: dict[str, dict[str, float]] = {}
+def differences(rows: list[Row], question: Question, value: Value) -> list[float]:
+    """The arm minus LoRA, a number for each of the question's seeds that has every arm of the file: the same for all.
+
+    Raises:
+        ValueError: a run is there twice.
+    """
+    of: dict[str, dict[int, float]] = {}
     for row in rows:
-        of.setdefault(label(row), {})[row["seed"]] = value(row)
-    seeds = set.intersection(*(set(found) for found in of.values()))
-    return [of[arm][s] - of["lora"][s] for s in sorted(seeds, key=int)]
+        values, seed = of.setdefault(question.label(row), {}), int(row["seed"])
+        if seed in values:
+            raise ValueError(
+                f"{question.file}: expected {question.label(row)!r} with seed {seed} once, got it twice"
+            )
+        values[seed] = value(row)
+    seeds = set(question.seeds).intersection(*of.values())
+    return [of[question.arm][s] - of["lora"][s] for s in sorted(seeds)]
 
 
 def judged(samples: list[list[float]]) -> list[Found]:
     """Means with 95 % intervals, and p after Holm over the samples."""
     raw = [stats.ttest_1samp(sample, 0.0) for sample in samples]
-    adjusted = holm([float(r.pvalue) for r in raw])
+    # Where all are equal, there is no deviation and no p.
+    adjusted = holm([1.0 if math.isnan(r.pvalue) else float(r.pvalue) for r in raw])
     found = []
     for sample, result, p in zip(samples, raw, adjusted, strict=True):
         low, high = result.confidence_interval(0.95)
@@ -135,26 +154,40 @@ def holm(values: list[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: Found, better: int) -> str:
-    if found.p >= 0.05:
-        return "no difference shown"
-    return "better" if found.mean * better > 0 else "worse"
+def verdict(found: Found, better: int, worth: float) -> str:
+    said = "no difference shown"
+    if found.p < 0.05:
+        said = "better" if found.mean * better > 0 else "worse"
+    if worth and found.high < worth:
+        said += f"; no gain of {worth:g}"
+    return said
+
+
+def missing(rows: list[Row], question: Question) -> str:
+    """Why the question cannot be answered; "" where it can."""
+    labels = {question.label(row) for row in rows}
+    if not {question.arm, "lora"} <= labels:
+        return f"{question.file} has no rows of {question.arm} and lora"
+    try:
+        samples = [differences(rows, question, test.value) for test in question.tests]
+    except (KeyError, ValueError) as error:
+        return f"{question.file}: {error}"
+    return "" if len(samples[0]) > 2 else f"{question.file} has {len(samples[0])} seeds with every arm"
 
 
 def report(folder: Path) -> str:
     lines: list[str] = []
     for question in QUESTIONS:
         rows = read_csv(folder / question.file)
-        if not rows:
-            continue
-        samples = [differences(rows, question.label, question.arm, test.value) for test in question.tests]
-        if len(samples[0]) < 3:
-            continue
         lines += ["", f"{question.title}; {question.arm} minus lora, {question.unit}"]
+        if why := missing(rows, question):
+            lines.append(f"  not answered: {why}")
+            continue
+        samples = [differences(rows, question, test.value) for test in question.tests]
         for test, found in zip(question.tests, judged(samples), strict=True):
             lines.append(
                 f"  {test.name:<12}{found.mean:+9.4f} +- {found.error:.4f}  95 % {found.low:+.4f} to {found.high:+.4f}"
-                f"  p {found.p:.2g}  {found.seeds} seeds: {verdict(found, test.better)}"
+                f"  p {found.p:.2g}  {found.seeds} seeds: {verdict(found, test.better, question.worth)}"
             )
     return "\n".join(lines)
 
@@ -186,15 +219,15 @@ def plot(folder: Path, path: Path) -> None:
     """Gain over LoRA by strength: a panel for each test set, bars of one standard error."""
     from matplotlib.figure import Figure
 
-    rows = read_csv(folder / "vit.csv")
+    rows, question = read_csv(folder / "vit.csv"), QUESTIONS[0]
     arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(vit.ACCURACIES)), vit.ACCURACIES, strict=True):
-        found = judged([differences(rows, vit.label, arm, percent(name)) for arm in arms])
+    for axes, test in zip(figure.subplots(1, len(question.tests)), question.tests, strict=True):
+        found = judged([differences(rows, question._replace(arm=arm), test.value) for arm in arms])
         strengths = [float(arm.split()[1]) for arm in arms]
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.errorbar(strengths, [f.mean for f in found], [f.error for f in found], marker=".", capsize=2)
-        axes.set_title(f"{name} images")
+        axes.set_title(f"{test.name} images")
         axes.set_xlabel("sigma")
     figure.axes[0].set_ylabel("gain over LoRA, points")
     figure.savefig(path)
@@ -206,7 +239,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--figure", type=Path, help="file for a plot; needs matplotlib")
     args = parser.parse_args(argv)
     text = report(args.folder) + "\n" + compressions(args.folder)
-    print(text.strip() or f"no rows in {args.folder}")
+    print(text.strip())
     if args.figure:
         plot(args.folder, args.figure)
     return text

@@ -49,7 +49,7 @@ from flatlora_kernels.methods import Method, make
 
 sys.path.append(str(Path(__file__).parent))  # the benchmark loads this file by its path
 import common
-from common import COMPRESSIONS, append_csv, cache_folder, compressed, read_csv, require, table, wheel
+from common import COMPRESSIONS, append_csv, cache_folder, compressed, require, rows_so_far, table, wheel
 
 DISTRIBUTION = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -63,6 +63,11 @@ TRAINED_ON = "movie reviews"
 TEST_FRACTION = 0.2
 MAX_TOKENS = 128
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
+
+# What all runs of a file share.
+SETTINGS = tuple(
+    "steps batch_size dtype lr noise sigma_schedule r lora_alpha eval_limit merge compress flatness".split()
+)
 
 Example = tuple[list[int], int]  # token ids, label
 
@@ -111,7 +116,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")
     add("--alpha", type=float, nargs="+", default=[5.0], help="NEFTune's")
     add("--r", type=int, default=8)
-    add("--lora-alpha", type=float, default=16)
+    add("--lora-alpha", type=float, default=16.0)
     add("--lr", type=float, help="None = 1e-3, less for the methods that train the weights themselves")
     add(
         "--labels", type=int, nargs="+", help="train on this many sentences, drawn by the seed; None = on all"
@@ -577,10 +582,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         require("bitsandbytes", "accelerate")  # transformers packs with both
     elif args.compress:
         require("bitsandbytes")
-    earlier = read_csv(args.csv)
-    needed = ["model", "weights"] + [f"others, {how}" for how in COMPRESSIONS if args.compress]
-    if missing := [name for name in needed if earlier and name not in earlier[0]]:
-        raise SystemExit(f"--csv: expected a new file or one with columns {', '.join(missing)}: {args.csv}")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    earlier = rows_so_far(args.csv, settings, ["model", "weights"])
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu")
@@ -617,8 +620,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 what = {"method": name, "strength": strength, "labels": labels, "seed": seed}
                 if tuple("" if v is None else str(v) for v in (what | same).values()) in done:
                     continue
-                what |= {"steps": args.steps, "batch_size": args.batch_size, "dtype": args.dtype}
-                rows += (found := run(make_model, examples, tests, what, args))
+                rows += (found := run(make_model, examples, tests, what | settings, args))
                 if args.csv:
                     append_csv(args.csv, [{k: v for k, v in r.items() if k != "losses"} for r in found])
                 print(

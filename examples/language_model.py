@@ -58,7 +58,9 @@ FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 FLATNESS_SENTENCES = 32
 UNTRAINED = "untrained"
 NOISY = tuple(name for name, (option, _) in common.METHODS.items() if option == "sigma")
-SETTINGS = tuple("sentences steps batch_size lr r lora_alpha sigma_schedule dtype eval_limit".split())
+SETTINGS = tuple(
+    "sentences steps batch_size lr r lora_alpha sigma_schedule dtype eval_limit compress flatness".split()
+)
 
 Tokens = list[int]
 
@@ -80,7 +82,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8)
     add("--lr", type=float, default=1e-3)
     add("--r", type=int, default=8)
-    add("--lora-alpha", type=float, default=16)
+    add("--lora-alpha", type=float, default=16.0)
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights; adapters: float32")
     add("--eval-limit", type=int, default=100, help="test on this many sentences of each kind")
     add("--compress", action="store_true", help="test merged weights rounded and pruned, too")
@@ -272,28 +274,10 @@ def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"method": name, "strength": strength, "noise": noise, "seed": seed}
 
 
-def rows_so_far(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the file holds, if its runs have the settings of this call."""
-    rows = common.read_csv(args.csv)
-    expected = [column for group in columns(args).values() for column in group]
-    if rows and list(rows[0]) != expected:
-        raise SystemExit(
-            f"--csv: {args.csv} has other columns: --compress and --flatness are as in its first call"
-        )
-    for row in rows:
-        for name in SETTINGS:
-            if row[name] != str(getattr(args, name)):
-                option = f"--{name.replace('_', '-')}"
-                raise SystemExit(
-                    f"--csv: {args.csv} has runs with {option} {row[name]}; got {getattr(args, name)}"
-                )
-    return rows
-
-
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Train and test all that is asked for, print tables; returns a row for each run, as in the CSV file."""
     args = parse_arguments(argv)
-    earlier = rows_so_far(args)
+    earlier = common.rows_so_far(args.csv, {name: getattr(args, name) for name in SETTINGS})
     if args.compress:
         common.require("bitsandbytes")
     if args.threads:

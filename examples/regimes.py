@@ -38,7 +38,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "width 32": {"width": 32},
     "short pre-training": {"pretrain_steps": 100},
 }
-# Regimes that a rule may be fitted to; it is judged by the others.
+# Regimes that a rule may be fitted to; it is judged by the others. Of limits that fit as well the smallest is taken.
 FITTED = ("base", "rank 1", "lr 5e-4", "40 labels", "100 steps", "width 32")
 
 
@@ -98,7 +98,17 @@ def lost(gain: dict[str, dict[float, list[float]]], choice: dict[str, float]) ->
     return statistics.fmean(max(of.values()) - of[choice[r]] for r, of in means.items())
 
 
+def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the seeds with which every regime and strength has run."""
+    of: dict[str, set[tuple[str, float]]] = {}
+    for row in rows:
+        of.setdefault(str(row["seed"]), set()).add((row["regime"], float(row["sigma"])))
+    everything = set().union(*of.values())
+    return [row for row in rows if of[str(row["seed"])] == everything]
+
+
 def report(rows: list[dict[str, Any]]) -> str:
+    rows = complete(rows)
     gain = gains(rows)
     sigmas = sorted({s for of in gain.values() for s in of})
     lines = ["gain over LoRA on clean images, points", " " * 22 + "".join(f"{s:>16g}" for s in sigmas)]

@@ -117,6 +117,24 @@ def test_csv(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected the columns \['a', 'b'\], got also \['c'\]"):
         common.append_csv(path, [{"a": 3}, {"a": 4, "c": 1}])
     assert common.read_csv(path) == expected
+    path.write_text("")
+    common.append_csv(path, [{"c": 1}])
+    assert common.read_csv(path) == [{"c": "1"}]
+
+
+def test_a_file_holds_runs_of_one_setting(tmp_path: Path) -> None:
+    path = tmp_path / "found.csv"
+    assert common.rows_so_far(path, {"lr": 0.1}, ["x"]) == common.rows_so_far(None, {}) == []
+    common.append_csv(path, [{"lr": 0.1, "labels": None, "x": 1}])
+    assert len(common.rows_so_far(path, {"lr": 0.1, "labels": None}, ["x"])) == 1
+    for settings, columns, message in (
+        ({"lr": 0.2}, [], "runs with lr 0.1, as .* has; got 0.2"),
+        ({"labels": 5}, [], "runs with labels None, as .* has; got 5"),
+        ({"lr": 0.1, "r": 4}, [], "one with columns r: "),
+        ({"lr": 0.1}, ["x", "y"], "one with columns y: "),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            common.rows_so_far(path, settings, columns)
 
 
 def test_mean_and_error() -> None:

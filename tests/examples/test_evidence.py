@@ -23,6 +23,7 @@ def test_holm(evidence: ModuleType) -> None:
     assert evidence.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert evidence.holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
     assert evidence.holm([0.02]) == [0.02]
+    assert [found.p < 0.01 for found in evidence.judged([[0.0] * 3, [1.0, 1.01, 1.02]])] == [False, True]
 
 
 def test_a_mean_with_its_interval(evidence: ModuleType) -> None:
@@ -38,10 +39,12 @@ def test_verdicts(evidence: ModuleType) -> None:
     def found(mean: float, p: float) -> Any:
         return evidence.Found(mean, mean - 1, mean + 1, 0.5, p, 8)
 
-    assert evidence.verdict(found(1, 0.04), +1) == "better"
-    assert evidence.verdict(found(1, 0.04), -1) == "worse"
-    assert evidence.verdict(found(-1, 0.04), -1) == "better"
-    assert evidence.verdict(found(1, 0.05), +1) == "no difference shown"
+    assert evidence.verdict(found(1, 0.04), +1, 0) == "better"
+    assert evidence.verdict(found(1, 0.04), -1, 0) == "worse"
+    assert evidence.verdict(found(-1, 0.04), -1, 0) == "better"
+    assert evidence.verdict(found(1, 0.05), +1, 0) == "no difference shown"
+    assert evidence.verdict(found(1, 0.05), +1, 2.0) == "no difference shown"
+    assert evidence.verdict(found(0.9, 0.05), +1, 2.0) == "no difference shown; no gain of 2"
 
 
 def test_differences_are_paired_and_over_seeds_that_every_arm_has(evidence: ModuleType) -> None:
@@ -54,13 +57,19 @@ def test_differences_are_paired_and_over_seeds_that_every_arm_has(evidence: Modu
         ("other", 0): 0.0,
     }
     rows = [{"name": n, "seed": str(s), "x": v} for (n, s), v in of.items()]
+    question = evidence.Question("", "x.csv", lambda row: row["name"], "flat", range(2), (), "")
 
     def found() -> list[float]:
-        return evidence.differences(rows, lambda row: row["name"], "flat", lambda row: row["x"])
+        return evidence.differences(rows, question, lambda row: row["x"])
 
     assert found() == [3.0]
     rows.append({"name": "other", "seed": "1", "x": 0.0})
     assert found() == [3.0, 1.0]
+    rows += [{"name": name, "seed": "2", "x": 9.0} for name in ("flat", "other")]
+    assert found() == [3.0, 1.0], "seeds that the entry does not name"
+    rows.append(rows[0])
+    with pytest.raises(ValueError, match="expected 'lora' with seed 0 once"):
+        found()
 
 
 def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,9 +94,9 @@ def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
         line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and "seeds:" in line
     }
     assert "+10.1500" in lines["clean"] and lines["clean"].endswith("4 seeds: better")
-    assert lines["rotated"].endswith("no difference shown")
+    assert lines["rotated"].endswith("no difference shown")  # the interval reaches beyond a point
     assert lines["prune"].endswith("better") and lines["nf4"].endswith("no difference shown")
-    assert "SmolLM2" not in text
+    assert "not answered: language_model.csv has no rows of flat-lora 0.05 and lora" in text
     assert "<svg" in figure.read_text()
     assert "clean" in capsys.readouterr().out
 

@@ -393,7 +393,7 @@ def test_compressed_columns(
     assert names[-len(before) - 14 : -14] == before
     assert names[-14:-10] == ["movie reviews, nf4", "others, nf4", "movie reviews, int8", "others, int8"]
     assert finetune(example, sentences, f"{options} {found}") == [], "all are there"
-    summary = example.summary(example.read_csv(found))
+    summary = example.summary(example.common.read_csv(found))
     assert "movie reviews, merged and compressed" in summary and "others, merged and compressed" in summary
     assert [row["seed"] for row in finetune(example, sentences, f"{options} {found} --seeds 2")] == 8 * [1]
 
@@ -415,22 +415,18 @@ def test_runs_on_other_encoders_are_other_runs(
         assert "lora mpnet" in figure.read_text()
 
 
-@pytest.mark.parametrize(
-    "columns, options, message",
-    [
-        ("method,strength,labels,seed", "", "one with columns model, weights: "),
-        ("method,strength,labels,seed,model,weights", "--compress", r"others, nf4, .*others, prune 50 %: "),
-    ],
-)
-def test_csv_without_the_columns(
-    example: ModuleType, sentences: Path, tiny: None, tmp_path: Path, columns: str, options: str, message: str
+def test_a_file_of_other_settings_is_refused(
+    example: ModuleType, sentences: Path, tiny: None, tmp_path: Path
 ) -> None:
-    if options:
-        pytest.importorskip("bitsandbytes")
     found = tmp_path / "found.csv"
-    found.write_text(f"{columns}\n{','.join('0' for _ in columns.split(','))}\n")
-    with pytest.raises(SystemExit, match=message):
-        finetune(example, sentences, f"--labels 32 {options} --csv {found}")
+    found.write_text("method,strength,labels,seed\n0,0,0,0\n")
+    with pytest.raises(SystemExit, match="one with columns steps, .*, model, weights: "):
+        finetune(example, sentences, f"--labels 32 --csv {found}")
+    found.unlink()
+    options = f"--labels 32 --steps 1 --method lora --csv {found}"
+    finetune(example, sentences, options)
+    with pytest.raises(SystemExit, match="runs with noise gaussian, as .* has; got rademacher"):
+        finetune(example, sentences, f"{options} --noise rademacher")
 
 
 @pytest.mark.parametrize(

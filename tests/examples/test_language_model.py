@@ -93,7 +93,10 @@ def test_every_method_runs_and_a_file_is_carried_on(
         more[0]["python, int8" if "python, int8" in base else "editorials, int8"] == base["editorials, int8"]
     )
     assert more[0]["training"] != base["training"], "other sentences"
-    for change, message in (("--lr 2e-2", "--lr 0.01; got 0.02"), ("--method lora", "other columns")):
+    for change, message in (
+        ("--lr 2e-2", "runs with lr 0.01, as .* has; got 0.02"),
+        ("--method lora", "compress True, as .* has; got False"),
+    ):
         flags = "" if change == "--method lora" else "--compress --flatness"
         with pytest.raises(SystemExit, match=message):
             found(example, data, f"{flags} --csv {file} {change}")
