@@ -2,7 +2,7 @@
 
     python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/evidence.svg
 
-Reads the CSV files that vit.py and language_model.py wrote; a question whose rows are not there is left out, with the
+Reads the CSV files that vit.py, digits.py and language_model.py wrote; a question whose rows are not there is left out, with the
 reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests, it is
 Holm's over these. All seeds are tested on the same images and sentences: intervals leave their choice out.
 """
@@ -55,12 +55,16 @@ def percent(column: str) -> Value:
     return lambda row: 100 * float(row[column])
 
 
-def rise(after: str, before: str) -> Value:
-    return lambda row: float(row[after]) - float(row[before])
+def rise(after: str, before: str, scale: float = 1.0) -> Value:
+    return lambda row: scale * (float(row[after]) - float(row[before]))
 
 
 def mean_of(*columns: str) -> Value:
     return lambda row: statistics.fmean(float(row[c]) for c in columns)
+
+
+def method_of(row: Row) -> str:
+    return row["method"]
 
 
 FILMS, *OTHERS = language_model.KINDS_OF_TEXT
@@ -83,6 +87,15 @@ QUESTIONS = (
         range(16),
         tuple(Test(h, rise(f"half loss, {h}", "half loss"), -1) for h in ("nf4", "prune 50 %")),
         "nats",
+    ),
+    Question(
+        "small vision transformer on digits: what rounding and pruning do to the accuracy",
+        "digits-compress.csv",
+        method_of,
+        "flat-lora 0.15",
+        range(3000, 3040),
+        tuple(Test(h, rise(f"clean, {h}", "clean", 100), 1) for h in ("nf4", "prune 50 %")),
+        "points",
     ),
     Question(
         "SmolLM2 on film reviews: in-domain loss",
@@ -193,25 +206,25 @@ def report(folder: Path) -> str:
 
 
 def compressions(folder: Path) -> str:
-    """Mean loss after each compression minus before, by arm: what the questions look at in two columns."""
+    """Means after each compression minus before, by arm: what the questions look at in two columns."""
     lines: list[str] = []
-    for file, label, before in (
-        ("vit.csv", vit.label, "half loss"),
-        ("language_model.csv", language_model.label, FILMS),
+    for file, label, before, unit in (
+        ("vit.csv", vit.label, "half loss", "loss"),
+        ("digits-compress.csv", method_of, "clean", "accuracy"),
+        ("language_model.csv", language_model.label, FILMS, "loss"),
     ):
         rows = [row for row in read_csv(folder / file) if row.get(f"{before}, {COMPRESSIONS[0]}")]
         if rows:
             lines += [
                 "",
-                f"{file}: loss after minus before",
-                " " * 20 + "".join(f"{h:>14}" for h in COMPRESSIONS),
+                f"{file}: {unit} after minus before".ljust(40) + "".join(f"{h:>12}" for h in COMPRESSIONS),
             ]
         for name in dict.fromkeys(map(label, rows)):
             of = [row for row in rows if label(row) == name]
             means = [
                 statistics.fmean(rise(f"{before}, {h}", before)(row) for row in of) for h in COMPRESSIONS
             ]
-            lines.append(name.ljust(20) + "".join(f"{m:>14.4f}" for m in means))
+            lines.append(name.ljust(40) + "".join(f"{m:>12.4f}" for m in means))
     return "\n".join(lines)
 
 
