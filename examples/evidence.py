@@ -2,9 +2,9 @@
 
     python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/evidence.svg
 
-Reads the CSV files that vit.py, digits.py and language_model.py wrote; a question whose rows are not there is left out, with the
-reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests, it is
-Holm's over these. All seeds are tested on the same images and sentences: intervals leave their choice out.
+Reads the CSV files that vit.py, digits.py and language_model.py wrote; a question whose rows are not there is left out,
+with the reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests,
+it is Holm's over these. All seeds of vit.py and language_model.py see the same test data, whose choice no interval has.
 """
 
 from __future__ import annotations
