@@ -1,6 +1,6 @@
 """What committed rows say to the first questions of docs/internals/comparisons.md: intervals, p values, a figure.
 
-    python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/evidence.svg
+    python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/dinov2.svg
 
 Reads the CSV files that vit.py, digits.py and language_model.py wrote; a question whose rows are not there is left out,
 with the reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests,
@@ -214,6 +214,10 @@ def compressions(folder: Path) -> str:
         ("language_model.csv", language_model.label, FILMS, "loss"),
     ):
         rows = [row for row in read_csv(folder / file) if row.get(f"{before}, {COMPRESSIONS[0]}")]
+        arms = {
+            name: {r["seed"] for r in rows if label(r) == name} for name in dict.fromkeys(map(label, rows))
+        }
+        rows = [row for row in rows if all(row["seed"] in seeds for seeds in arms.values())]
         if rows:
             lines += [
                 "",
