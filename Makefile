@@ -202,10 +202,10 @@ example-deps: install
 # skipped. hqq comes last: transformers imports it wherever it is installed, which takes two seconds of every process.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
-	$(PY) examples/vit.py --shots 2 --steps 2 --batch-size 4 --test-limit 20 --seeds 1 --compress
-	$(PY) examples/language_model.py --sentences 8 --steps 2 --batch-size 4 --eval-limit 4 --compress
-	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py tests/integrations/test_qlora.py::test_minilm \
-	  tests/examples/test_vit.py::test_the_weights_that_an_earlier_run_kept
+	$(PY) examples/vit.py --method flat-lora --shots 2 --steps 2 --batch-size 4 --test-limit 20 --seeds 1
+	$(PY) examples/language_model.py --method flat-lora --sentences 8 --steps 2 --batch-size 4 --eval-limit 4
+	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py::test_backends_agree_over_a_run \
+	  tests/integrations/test_qlora.py::test_minilm tests/examples/test_vit.py::test_the_weights_that_an_earlier_run_kept
 	$(PY) -m pip install --quiet 'hqq>=0.2.8'
 	$(PY) -m pytest $(PYTEST_ARGS) tests/core/test_formats_hqq.py
 
