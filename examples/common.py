@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import hashlib
@@ -83,6 +84,14 @@ def require(*modules: str) -> None:
         raise SystemExit(f"{error}; to install it: pip install -r examples/requirements.txt") from error
 
 
+def check_counts(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
+    """Ends the program where one of these options is less than 1; None is left alone."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
 def read_csv(path: Path | None) -> list[dict[str, Any]]:
     if path is None or not path.exists():
         return []
@@ -112,8 +121,11 @@ def rows_so_far(
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Adds lines; the first call writes the names of the columns, which are those of the first row."""
-    there = path.read_text().partition("\n")[0] if path.exists() else ""
-    columns = next(csv.reader([there])) if there else list(rows[0])
+    there: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            there = next(csv.reader(file), [])
+    columns = there or list(rows[0])
     for row in rows:
         if unknown := row.keys() - set(columns):
             raise ValueError(f"{path}: expected the columns {columns}, got also {sorted(unknown)}")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import COMPRESSIONS, METHODS, append_csv, compressed, require, rows_so_far, table
+from common import COMPRESSIONS, METHODS, append_csv, check_counts, compressed, require, rows_so_far, table
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
@@ -86,10 +86,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="file for the loss along a random direction, of what this call runs with the first seed; needs matplotlib",
     )
     arguments = parser.parse_args(argv)
-    for name in ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    counts = ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads")
+    check_counts(parser, arguments, *counts)
     if arguments.shots > 100:
         parser.error(f"--shots: expected at most 100, got {arguments.shots}")
     return arguments

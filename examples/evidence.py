@@ -176,16 +176,21 @@ def verdict(found: Found, better: int, worth: float) -> str:
     return said
 
 
-def missing(rows: list[Row], question: Question) -> str:
-    """Why the question cannot be answered; "" where it can."""
-    labels = {question.label(row) for row in rows}
-    if not {question.arm, "lora"} <= labels:
-        return f"{question.file} has no rows of {question.arm} and lora"
+def samples_for(rows: list[Row], question: Question) -> list[list[float]]:
+    """The differences of each test.
+
+    Raises:
+        ValueError: the question cannot be answered from these rows; the message says why.
+    """
+    if not {question.arm, "lora"} <= {question.label(row) for row in rows}:
+        raise ValueError(f"{question.file} has no rows of {question.arm} and lora")
     try:
         samples = [differences(rows, question, test.value) for test in question.tests]
-    except (KeyError, ValueError) as error:
-        return f"{question.file}: {error}"
-    return "" if len(samples[0]) > 2 else f"{question.file} has {len(samples[0])} seeds with every arm"
+    except KeyError as error:
+        raise ValueError(f"{question.file} has no column {error}") from error
+    if len(samples[0]) < 3:
+        raise ValueError(f"{question.file} has {len(samples[0])} seeds with every arm")
+    return samples
 
 
 def report(folder: Path) -> str:
@@ -193,10 +198,11 @@ def report(folder: Path) -> str:
     for question in QUESTIONS:
         rows = read_csv(folder / question.file)
         lines += ["", f"{question.title}; {question.arm} minus lora, {question.unit}"]
-        if why := missing(rows, question):
-            lines.append(f"  not answered: {why}")
+        try:
+            samples = samples_for(rows, question)
+        except ValueError as error:
+            lines.append(f"  not answered: {error}")
             continue
-        samples = [differences(rows, question, test.value) for test in question.tests]
         for test, found in zip(question.tests, judged(samples), strict=True):
             lines.append(
                 f"  {test.name:<12}{found.mean:+9.4f} +- {found.error:.4f}  95 % {found.low:+.4f} to {found.high:+.4f}"

@@ -150,10 +150,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="None = cuda where there is one and --backend is not cpu")
     add("--threads", type=int, help="of the CPU")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "eval_limit", "threads", "seeds"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    common.check_counts(parser, arguments, "steps", "batch_size", "eval_limit", "threads", "seeds")
     if arguments.base == "nf4":
         wanted = [*arguments.method, *(f"--{o}" for o in ("merge", "compress") if getattr(arguments, o))]
         for why, names in NOT_ON_NF4.items():

@@ -93,10 +93,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="None = cuda where there is one and --backend is not cpu")
     add("--threads", type=int, help="of the CPU")
     arguments = parser.parse_args(argv)
-    for name in ("seeds", "sentences", "steps", "batch_size", "eval_limit", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    common.check_counts(
+        parser, arguments, "seeds", "sentences", "steps", "batch_size", "eval_limit", "threads"
+    )
     if arguments.sentences < arguments.batch_size:
         parser.error(
             f"--sentences: expected at least --batch-size, {arguments.batch_size}, got {arguments.sentences}"

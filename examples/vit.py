@@ -34,6 +34,7 @@ from common import (
     METHODS,
     append_csv,
     cache_folder,
+    check_counts,
     compressed,
     require,
     rows_so_far,
@@ -120,9 +121,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of the CPU")
     add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
     arguments = parser.parse_args(argv)
-    for name in ("r", "shots", "steps", "batch_size", "seeds", "test_limit", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    counts = ("r", "shots", "steps", "batch_size", "seeds", "test_limit", "threads")
+    check_counts(parser, arguments, *counts)
     if arguments.size < PATCH or arguments.size % PATCH:
         parser.error(f"--size: expected a multiple of {PATCH}, got {arguments.size}")
     if not 0 <= arguments.first_block < DEPTH:

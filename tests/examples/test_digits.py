@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import math
 from pathlib import Path
@@ -11,17 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
     pytest.importorskip("sklearn", reason="needs scikit-learn")
-    path = ROOT / "examples/digits.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("digits")
 
 
 SMALL = "--width 24 --depth 1 --r 2 --pretrain-steps 40 --seeds 1 --test-limit 200".split()

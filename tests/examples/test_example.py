@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import math
 import random
@@ -27,11 +28,7 @@ def example() -> ModuleType:
     for needed in ("transformers", "tqdm"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"needs {needed}: pip install -r examples/requirements.txt")
-    path = ROOT / "examples/finetune_sentiment.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("finetune_sentiment")
 
 
 @pytest.fixture(scope="module")

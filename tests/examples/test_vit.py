@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--dtype float32 --r 2 --shots 3 --batch-size 16 --seeds 1 --test-limit 60 --size 28 --threads 1".split()
 )
@@ -19,11 +18,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def real() -> ModuleType:
-    path = ROOT / "examples/vit.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("vit")
 
 
 def images(random: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
