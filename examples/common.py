@@ -99,6 +99,15 @@ def read_csv(path: Path | None) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def complete(rows: list[dict[str, Any]], arm: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """Of the seeds with which every arm has run; `arm` tells one run of a seed from another."""
+    of: dict[str, set[Any]] = {}
+    for row in rows:
+        of.setdefault(str(row["seed"]), set()).add(arm(row))
+    everything = set().union(*of.values())
+    return [row for row in rows if of[str(row["seed"])] == everything]
+
+
 def rows_so_far(
     path: Path | None, settings: dict[str, Any], columns: Iterable[str] = ()
 ) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """What committed rows say to the first questions of docs/internals/comparisons.md: intervals, p values, a figure.
 
-    python examples/evidence.py bench/results/xeon-amx-2-cores --figure docs/figures/dinov2.svg
+    python examples/evidence.py bench/results/*-2-cores --figure docs/figures/dinov2.svg
 
-Reads the CSV files that vit.py, digits.py and language_model.py wrote; a question whose rows are not there is left out,
-with the reason. Differences to LoRA are paired by seed. p is of a two-sided t test; where an entry names several tests,
+Reads the CSV files that vit.py, digits.py, regimes.py and language_model.py wrote; a file may lie in several folders,
+each with seeds of its own: all runs of a seed are of one machine. A question whose rows are not there is left out, with
+the reason. Differences are paired by seed. p is of a two-sided t test; where an entry names several tests,
 it is Holm's over these. All seeds of vit.py and language_model.py see the same test data, whose choice no interval has.
 """
 
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import language_model
+import regimes
 import vit
-from common import COMPRESSIONS, read_csv
+from common import COMPRESSIONS, complete, read_csv
 from scipy import stats
 
 Row = dict[str, Any]
@@ -39,6 +41,7 @@ class Question(NamedTuple):
     seeds: range
     tests: tuple[Test, ...]
     unit: str
+    to: str = "lora"
     worth: float = 0.0  # where the interval ends below, there is no gain worth having; 0: not asked
 
 
@@ -98,6 +101,28 @@ QUESTIONS = (
         "points",
     ),
     Question(
+        "small vision transformer on digits: more noise",
+        "digits-strong.csv",
+        method_of,
+        "flat-lora 0.3",
+        range(4000, 4040),
+        (
+            Test("clean", percent("clean"), 1),
+            Test("prune 50 %", rise("clean, prune 50 %", "clean", 100), 1),
+        ),
+        "points",
+        to="flat-lora 0.15",
+    ),
+    Question(
+        "DINOv2 on digits: more noise",
+        "vit-strong.csv",
+        vit.label,
+        "flat-lora 0.3",
+        range(200, 216),
+        tuple(Test(name, percent(name), 1) for name in vit.ACCURACIES),
+        "points",
+    ),
+    Question(
         "SmolLM2 on film reviews: in-domain loss",
         "language_model.csv",
         language_model.label,
@@ -127,8 +152,13 @@ QUESTIONS = (
 )
 
 
+def rows_of(folders: list[Path], file: str, arm: Callable[[Row], Any]) -> list[Row]:
+    """Of each folder's file those of the seeds with which every arm has run there: no seed is mixed of two machines."""
+    return [row for folder in folders for row in complete(read_csv(folder / file), arm)]
+
+
 def differences(rows: list[Row], question: Question, value: Value) -> list[float]:
-    """The arm minus LoRA, a number for each of the question's seeds that has every arm of the file: the same for all.
+    """The arm minus the one it is compared to, a number for each of the question's seeds.
 
     Raises:
         ValueError: a run is there twice.
@@ -141,8 +171,8 @@ def differences(rows: list[Row], question: Question, value: Value) -> list[float
                 f"{question.file}: expected {question.label(row)!r} with seed {seed} once, got it twice"
             )
         values[seed] = value(row)
-    seeds = set(question.seeds).intersection(*of.values())
-    return [of[question.arm][s] - of["lora"][s] for s in sorted(seeds)]
+    arm, to = of[question.arm], of[question.to]
+    return [arm[s] - to[s] for s in question.seeds if s in arm and s in to]
 
 
 def judged(samples: list[list[float]]) -> list[Found]:
@@ -182,8 +212,8 @@ def samples_for(rows: list[Row], question: Question) -> list[list[float]]:
     Raises:
         ValueError: the question cannot be answered from these rows; the message says why.
     """
-    if not {question.arm, "lora"} <= {question.label(row) for row in rows}:
-        raise ValueError(f"{question.file} has no rows of {question.arm} and lora")
+    if not {question.arm, question.to} <= {question.label(row) for row in rows}:
+        raise ValueError(f"{question.file} has no rows of {question.arm} and {question.to}")
     try:
         samples = [differences(rows, question, test.value) for test in question.tests]
     except KeyError as error:
@@ -193,11 +223,11 @@ def samples_for(rows: list[Row], question: Question) -> list[list[float]]:
     return samples
 
 
-def report(folder: Path) -> str:
+def report(folders: list[Path]) -> str:
     lines: list[str] = []
     for question in QUESTIONS:
-        rows = read_csv(folder / question.file)
-        lines += ["", f"{question.title}; {question.arm} minus lora, {question.unit}"]
+        rows = rows_of(folders, question.file, question.label)
+        lines += ["", f"{question.title}; {question.arm} minus {question.to}, {question.unit}"]
         try:
             samples = samples_for(rows, question)
         except ValueError as error:
@@ -211,19 +241,16 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def compressions(folder: Path) -> str:
+def compressions(folders: list[Path]) -> str:
     """Means after each compression minus before, by arm: what the questions look at in two columns."""
     lines: list[str] = []
     for file, label, before, unit in (
         ("vit.csv", vit.label, "half loss", "loss"),
         ("digits-compress.csv", method_of, "clean", "accuracy"),
+        ("digits-strong.csv", method_of, "clean", "accuracy"),
         ("language_model.csv", language_model.label, FILMS, "loss"),
     ):
-        rows = [row for row in read_csv(folder / file) if row.get(f"{before}, {COMPRESSIONS[0]}")]
-        arms = {
-            name: {r["seed"] for r in rows if label(r) == name} for name in dict.fromkeys(map(label, rows))
-        }
-        rows = [row for row in rows if all(row["seed"] in seeds for seeds in arms.values())]
+        rows = [r for r in rows_of(folders, file, label) if r.get(f"{before}, {COMPRESSIONS[0]}")]
         if rows:
             lines += [
                 "",
@@ -238,11 +265,12 @@ def compressions(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def plot(folder: Path, path: Path) -> None:
+def plot(folders: list[Path], path: Path) -> None:
     """Gain over LoRA by strength: a panel for each test set, bars of one standard error."""
     from matplotlib.figure import Figure
 
-    rows, question = read_csv(folder / "vit.csv"), QUESTIONS[0]
+    question = QUESTIONS[0]
+    rows = rows_of(folders, question.file, question.label)
     arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     for axes, test in zip(figure.subplots(1, len(question.tests)), question.tests, strict=True):
@@ -258,10 +286,12 @@ def plot(folder: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the CSV files")
+    parser.add_argument("folder", type=Path, nargs="+", help="of CSV files")
     parser.add_argument("--figure", type=Path, help="file for a plot; needs matplotlib")
     args = parser.parse_args(argv)
     text = report(args.folder) + "\n" + compressions(args.folder)
+    if rows := rows_of(args.folder, "regimes.csv", regimes.arm):
+        text += "\n\n" + regimes.report(rows)
     print(text.strip())
     if args.figure:
         plot(args.folder, args.figure)

@@ -19,7 +19,7 @@ from typing import Any
 import digits
 import torch
 import torch.nn.functional as F
-from common import append_csv, mean_and_error, read_csv
+from common import append_csv, complete, mean_and_error, read_csv
 
 from flatlora_kernels import flatness
 
@@ -68,8 +68,7 @@ def gains(rows: list[dict[str, Any]]) -> dict[str, dict[float, list[float]]]:
     """Of each regime and strength: clean accuracy minus LoRA's, in points, a value for each seed that has both."""
     of: dict[tuple[str, float], dict[str, float]] = {}
     for row in rows:
-        key = (row["regime"], float(row["sigma"]))
-        of.setdefault(key, {})[str(row["seed"])] = 100 * float(row["clean"])
+        of.setdefault(arm(row), {})[str(row["seed"])] = 100 * float(row["clean"])
     found: dict[str, dict[float, list[float]]] = {}
     for (regime, sigma), values in of.items():
         plain = of.get((regime, 0.0), {})
@@ -98,17 +97,14 @@ def lost(gain: dict[str, dict[float, list[float]]], choice: dict[str, float]) ->
     return statistics.fmean(max(of.values()) - of[choice[r]] for r, of in means.items())
 
 
-def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the seeds with which every regime and strength has run."""
-    of: dict[str, set[tuple[str, float]]] = {}
-    for row in rows:
-        of.setdefault(str(row["seed"]), set()).add((row["regime"], float(row["sigma"])))
-    everything = set().union(*of.values())
-    return [row for row in rows if of[str(row["seed"])] == everything]
+def arm(row: dict[str, Any]) -> tuple[str, float]:
+    """Of rows that differ in the seed alone."""
+    return row["regime"], float(row["sigma"])
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    rows = complete(rows)
+    """The table, and what two ways of choosing lose, over the seeds with which every regime and strength has run."""
+    rows = complete(rows, arm)
     gain = gains(rows)
     sigmas = sorted({s for of in gain.values() for s in of})
     lines = ["gain over LoRA on clean images, points", " " * 22 + "".join(f"{s:>16g}" for s in sigmas)]
@@ -143,11 +139,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     old, new = digits.of_digits(digits.OLD, images, labels), digits.of_digits(digits.NEW, images, labels)
     tests = digits.shifted(new[0])
     earlier = read_csv(args.csv)
-    done = {(row["regime"], row["seed"], float(row["sigma"])) for row in earlier}
+    done = {(row["seed"], *arm(row)) for row in earlier}
     rows: list[dict[str, Any]] = []
     for seed in range(args.seed, args.seed + args.seeds):
         for regime in args.regime:
-            left = [s for s in (0.0, *args.sigma) if (regime, str(seed), s) not in done]
+            left = [s for s in (0.0, *args.sigma) if (str(seed), regime, s) not in done]
             if not left:
                 continue
             settings = digits.parse_arguments([])

@@ -47,29 +47,43 @@ def test_verdicts(evidence: ModuleType) -> None:
     assert evidence.verdict(found(0.9, 0.05), +1, 2.0) == "no difference shown; no gain of 2"
 
 
-def test_differences_are_paired_and_over_seeds_that_every_arm_has(evidence: ModuleType) -> None:
+def test_differences_are_paired(evidence: ModuleType) -> None:
     of = {
         ("lora", 0): 1.0,
         ("lora", 1): 5.0,
         ("lora", 2): 0.0,
-        ("flat", 1): 6.0,
+        ("flat", 1): 6.5,
         ("flat", 0): 4.0,
-        ("other", 0): 0.0,
+        ("flat", 2): 9.0,
     }
     rows = [{"name": n, "seed": str(s), "x": v} for (n, s), v in of.items()]
     question = evidence.Question("", "x.csv", lambda row: row["name"], "flat", range(2), (), "")
 
-    def found() -> list[float]:
-        return evidence.differences(rows, question, lambda row: row["x"])
+    def found(**changed: Any) -> list[float]:
+        return evidence.differences(rows, question._replace(**changed), lambda row: row["x"])
 
-    assert found() == [3.0]
-    rows.append({"name": "other", "seed": "1", "x": 0.0})
-    assert found() == [3.0, 1.0]
-    rows += [{"name": name, "seed": "2", "x": 9.0} for name in ("flat", "other")]
-    assert found() == [3.0, 1.0], "seeds that the entry does not name"
+    assert found() == [3.0, 1.5], "seeds that the entry names, and no other"
+    rows += [{"name": "more", "seed": seed, "x": 10.0} for seed in ("1", "0")]
+    assert found(arm="more", to="flat") == [6.0, 3.5]
     rows.append(rows[0])
     with pytest.raises(ValueError, match="expected 'lora' with seed 0 once"):
         found()
+
+
+def test_no_seed_is_mixed_of_two_folders(evidence: ModuleType, tmp_path: Path) -> None:
+    """Seed 1 was begun in one folder and done in another, seed 2 never finished."""
+    runs = {"a": [("lora", 0), ("flat", 0), ("lora", 1)], "b": [("lora", 1), ("flat", 1), ("flat", 2)]}
+    for folder, found in runs.items():
+        (tmp_path / folder).mkdir()
+        text = "".join(f"{name},{seed},{folder}\n" for name, seed in found)
+        (tmp_path / folder / "x.csv").write_text("name,seed,machine\n" + text)
+    rows = evidence.rows_of([tmp_path / "a", tmp_path / "b", tmp_path], "x.csv", lambda row: row["name"])
+    assert [tuple(row.values()) for row in rows] == [
+        ("lora", "0", "a"),
+        ("flat", "0", "a"),
+        ("lora", "1", "b"),
+        ("flat", "1", "b"),
+    ]
 
 
 def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,8 +46,8 @@ def test_gains_are_paired_by_seed(regimes: ModuleType, two: list[dict[str, Any]]
 
 def test_seeds_that_are_not_done_are_left_out(regimes: ModuleType, two: list[dict[str, Any]]) -> None:
     cut = [row for row in two if not (row["seed"] == 1 and row["regime"] == "base" and row["sigma"] == 0.2)]
-    assert {row["seed"] for row in regimes.complete(cut)} == {0}
-    assert len(regimes.complete(two)) == len(two)
+    assert {row["seed"] for row in regimes.complete(cut, regimes.arm)} == {0}
+    assert len(regimes.complete(two, regimes.arm)) == len(two)
 
 
 def test_a_choice_goes_by_the_rise_relative_to_the_loss(
