@@ -63,7 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
     "the base trains": {"train_weight": True},
     "no adapter": {"train_weight": True, "r": 0},
     "replicated groups": {"hybrid": True},
-    "float32 beside bfloat16": {"dtype": torch.bfloat16},
+    # AdamW makes a whole step of a gradient that is nothing but rounding, whose sign differs between processors.
+    "float32 beside bfloat16": {"dtype": torch.bfloat16, "optimizer": torch.optim.SGD},
     "FSDP1": {"first": True},
     "FSDP1, recomputed": {"first": True, "recomputed": True},
 }
@@ -104,6 +105,7 @@ def train(
     solo: bool = False,
     first: bool = False,
     by_rank: bool = False,
+    optimizer: Any = torch.optim.AdamW,
     fsdp: dict[str, Any] | None = None,
     meta: bool = False,
     **options: Any,
@@ -128,7 +130,7 @@ def train(
     if compile:
         for block in blocks:
             block.compile(backend="aot_eager")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.03)
     controller.attach(optimizer)
     controller.rank = rank if by_rank else 0
     losses, scales = [], []
