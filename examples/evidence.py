@@ -71,6 +71,33 @@ def method_of(row: Row) -> str:
 
 
 FILMS, *OTHERS = language_model.KINDS_OF_TEXT
+LANGUAGE_MODEL = {"language_model.csv": "bfloat16", "language_model-float32.csv": "float32"}
+
+
+def of_language_model(file: str, dtype: str) -> tuple[Question, ...]:
+    """The type of which all seeds are there first answers; the other is exploration."""
+    asked = Question(
+        f"SmolLM2 ({dtype}) on film reviews: in-domain loss",
+        file,
+        language_model.label,
+        "flat-lora 0.05",
+        range(8),
+        (Test("in-domain", mean_of(FILMS), -1),),
+        "nats a token",
+    )
+    return (
+        asked,
+        asked._replace(
+            title=f"SmolLM2 ({dtype}) on film reviews: loss elsewhere",
+            tests=(Test("elsewhere", mean_of(*OTHERS), -1),),
+        ),
+        asked._replace(
+            title=f"SmolLM2 ({dtype}) on film reviews: what rounding and pruning add to the loss",
+            tests=tuple(Test(h, rise(f"{FILMS}, {h}", FILMS), -1) for h in ("nf4", "prune 50 %")),
+        ),
+    )
+
+
 QUESTIONS = (
     Question(
         "DINOv2 on digits: accuracy",
@@ -122,33 +149,7 @@ QUESTIONS = (
         tuple(Test(name, percent(name), 1) for name in vit.ACCURACIES),
         "points",
     ),
-    Question(
-        "SmolLM2 on film reviews: in-domain loss",
-        "language_model.csv",
-        language_model.label,
-        "flat-lora 0.05",
-        range(8),
-        (Test("in-domain", mean_of(FILMS), -1),),
-        "nats a token",
-    ),
-    Question(
-        "SmolLM2 on film reviews: loss elsewhere",
-        "language_model.csv",
-        language_model.label,
-        "flat-lora 0.05",
-        range(8),
-        (Test("elsewhere", mean_of(*OTHERS), -1),),
-        "nats a token",
-    ),
-    Question(
-        "SmolLM2 on film reviews: what rounding and pruning add to the loss",
-        "language_model.csv",
-        language_model.label,
-        "flat-lora 0.05",
-        range(8),
-        tuple(Test(h, rise(f"{FILMS}, {h}", FILMS), -1) for h in ("nf4", "prune 50 %")),
-        "nats a token",
-    ),
+    *(q for named in LANGUAGE_MODEL.items() for q in of_language_model(*named)),
 )
 
 
@@ -248,7 +249,7 @@ def compressions(folders: list[Path]) -> str:
         ("vit.csv", vit.label, "half loss", "loss"),
         ("digits-compress.csv", method_of, "clean", "accuracy"),
         ("digits-strong.csv", method_of, "clean", "accuracy"),
-        ("language_model.csv", language_model.label, FILMS, "loss"),
+        *((file, language_model.label, FILMS, "loss") for file in LANGUAGE_MODEL),
     ):
         rows = [r for r in rows_of(folders, file, label) if r.get(f"{before}, {COMPRESSIONS[0]}")]
         if rows:

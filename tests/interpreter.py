@@ -1,7 +1,8 @@
-"""Triton's interpreter in half of the time: what it works out anew at every operation is kept. No value changes by that.
+"""Triton's interpreter in half of the time: what it works out anew at every operation is kept.
 
-Products of float32 add up in float64. NumPy's BLAS takes another order on each processor, and a tile of 256 columns in one
-chain, which no GPU's tile has: a rule on how much a sum may lose would judge the processor.
+No value changes but sums of float32 products, which are made in float64. NumPy's BLAS takes another order on each
+processor, and a tile of 256 columns in one chain, which no GPU's tile has: a rule on how much a sum may lose would
+judge the processor.
 """
 
 from __future__ import annotations
