@@ -127,13 +127,16 @@ emulator-sanitized:
 	$(call EMULATOR_CMAKE,build/emulator-sanitized,-DFLATLORA_SANITIZE=address)
 
 EMULATE := FLATLORA_EMULATE=1 FLATLORA_REQUIRE_BACKENDS=cuda
-MACHINE_TESTS := $(wildcard tests/csrc/test_emulator*.py tests/csrc/test_wrappers.py)
+# The first of these beside the matrix, so that each of two cores has as much.
+BESIDE := tests/csrc/test_wrappers.py tests/csrc/test_emulator_checks.py
+MACHINE_TESTS := $(filter-out $(BESIDE),$(wildcard tests/csrc/test_emulator*.py))
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FLATLORA_SANITIZE=1 FLATLORA_EMULATOR=build/emulator-sanitized/libflatlora_cuda_emulated.so
 test-emulator: install emulator
 	@$(MAKE) --no-print-directory --output-sync=target -j2 emulate-matrix emulate-machine
 emulate-matrix:
-	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(MACHINE_TESTS:%=--ignore=%)
+	$(EMULATE) $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) $(BESIDE:%=--ignore=%) $(MACHINE_TESTS:%=--ignore=%)
+	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(BESIDE)
 	FLATLORA_EMULATE=90 $(PY) -m pytest -q -m emulator $(PYTEST_ARGS) tests/backends/test_gpu.py -k 'bfloat16 or float16'
 emulate-machine:
 	$(EMULATE) $(PY) -m pytest -q $(PYTEST_ARGS) $(MACHINE_TESTS)

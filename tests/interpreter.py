@@ -22,6 +22,13 @@ def speed_up() -> None:
     tl.block_type.__init__ = _block_type(tl.block_type.__init__)
     tl.tensor.__init__ = _tensor(tl.tensor.__init__)
     interpreter.InterpreterBuilder.create_dot = _dot(interpreter.InterpreterBuilder.create_dot)
+    semantic = type(interpreter.interpreter_semantic)
+    for name, faster in (
+        ("binary_op_type_checking_impl", _operands),
+        ("binary_op_sanitize_overflow_impl", _overflow),
+    ):
+        if hasattr(semantic, name):
+            setattr(semantic, name, faster(getattr(semantic, name)))
 
 
 def _numpy_type(original: Any) -> Any:
@@ -100,3 +107,56 @@ def _dot(original: Any) -> Any:
         return TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
 
     return create_dot
+
+
+def _operands(original: Any) -> Any:
+    """Which finds for two operands of one type and shape that nothing is to be converted, and fills a constant anew."""
+    import numpy as np
+    from triton.language import constexpr, tensor
+
+    numpy_of = {name: np.dtype(name) for name in ("int32", "uint32", "int64", "uint64")}
+    numpy_of |= {"fp32": np.dtype("float32"), "fp64": np.dtype("float64")}
+    limits = {name: np.iinfo(dtype) for name, dtype in numpy_of.items() if dtype.kind in "iu"}
+
+    @functools.lru_cache(1 << 12)
+    def filled(shape: tuple[int, ...], name: str, value: float) -> Any:
+        data = np.full(shape, value, numpy_of[name])
+        data.flags.writeable = False
+        return data
+
+    def like(t: Any, other: Any) -> Any:
+        """The number `other` in the type and shape of the block `t`; None where more is to be thought of."""
+        value = other.value if type(other) is constexpr else other
+        name = t.dtype.name
+        if type(value) is int and name in limits and limits[name].min <= value <= limits[name].max:
+            data = filled(tuple(t.type.shape), name, value)
+        elif type(value) is float and name == "fp32" and value:
+            data = filled(tuple(t.type.shape), name, value)
+        else:
+            return None
+        return tensor(type(t.handle)(data, t.handle.dtype), t.type)
+
+    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *rest: Any, **more: Any) -> Any:
+        left, right = (type(t) is tensor and t.dtype.name in numpy_of for t in (lhs, rhs))
+        if left and right:
+            a, b = lhs.type, rhs.type
+            if lhs.dtype.name == rhs.dtype.name and a.is_block() == b.is_block():
+                if not a.is_block() or a.shape == b.shape:
+                    return lhs, rhs
+        elif left and lhs.type.is_block() and (number := like(lhs, rhs)) is not None:
+            return lhs, number
+        elif right and rhs.type.is_block() and (number := like(rhs, lhs)) is not None:
+            return number, rhs
+        return original(self, lhs, rhs, *rest, **more)
+
+    return binary_op_type_checking_impl
+
+
+def _overflow(original: Any) -> Any:
+    """Which computes again in int64, for an assertion that is left out but in Triton's debug mode."""
+
+    def binary_op_sanitize_overflow_impl(self: Any, *operands: Any) -> None:
+        if self.builder.options.debug:
+            original(self, *operands)
+
+    return binary_op_sanitize_overflow_impl

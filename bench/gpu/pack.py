@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from ..machine_code import precompile
+from ..problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,7 +139,10 @@ def _pretend(arch: str) -> None:
     backend.unavailable = lambda: None
     panel._through_float32 = lambda dtype, device_type: False
     precompile.DEVICE = "cpu"
-    torch.Tensor.normal_ = lambda self, *a, **k: self.zero_()  # values do not matter
+    # Values do not matter, and weights that nobody reads take no memory.
+    torch.Tensor.normal_ = lambda self, *a, **k: self.zero_()
+    Problem._randn = lambda self, rows, columns, std=1.0: torch.zeros(rows, columns, dtype=self.dtype)
+    torch.linalg.vector_norm = lambda t, *, dim, dtype: t.new_zeros(t.shape[1 - dim], dtype=dtype)
 
 
 def _truth() -> Iterator[Callable[[], object]]:
