@@ -22,6 +22,10 @@ from targets import Target
 from flatlora_kernels import backends
 from flatlora_kernels.core.noise import KINDS
 
+# Nothing here is for Triton's interpreter or the emulator, and to import it all takes a quarter of a minute.
+ELSEWHERE = ["choice", "examples", "flatness", "integrations", "methods", "project", "core/test_formats*"]
+collect_ignore_glob = ELSEWHERE if targets.INTERPRETED or targets.EMULATED else []
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if targets.INTERPRETED and importlib.util.find_spec("triton"):

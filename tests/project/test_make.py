@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,19 @@ def test_memory_is_that_of_the_container(tmp_path: Path) -> None:
     for limit, free in (("max", 4096), ("3000", 2000), ("9000", 4096)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert conftest.free_memory(machine, tmp_path) == free
+
+
+def test_what_emulated_runs_do_not_import_has_no_test_for_them() -> None:
+    tests = ROOT / "tests"
+    files = [
+        file
+        for name in conftest.ELSEWHERE
+        for path in tests.glob(name)
+        for file in [path, *path.rglob("*.py")]
+    ]
+    assert len(files) > 30
+    marked = re.compile(r"\btarget: Target\b|mark\.(interpreter|emulator)\b")
+    assert not [str(file) for file in files if file.is_file() and marked.search(file.read_text())]
 
 
 SUITE = """
