@@ -205,8 +205,8 @@ example-deps: install
 # skipped. hqq comes last: transformers imports it wherever it is installed, which takes two seconds of every process.
 test-example: example-deps
 	$(PY) examples/finetune_sentiment.py --backend cpu --steps 2 --eval-limit 20
-	$(PY) examples/vit.py --method flat-lora --shots 2 --steps 2 --batch-size 4 --test-limit 20 --seeds 1
-	$(PY) examples/language_model.py --method flat-lora --sentences 8 --steps 2 --batch-size 4 --eval-limit 4
+	$(PY) examples/vit.py --dtype float32 --method flat-lora --shots 2 --steps 2 --batch-size 4 --test-limit 20 --seeds 1
+	$(PY) examples/language_model.py --dtype float32 --method flat-lora --sentences 4 --steps 2 --batch-size 2 --eval-limit 2
 	$(PY) -m pytest $(PYTEST_ARGS) tests/examples/test_example.py::test_backends_agree_over_a_run \
 	  tests/integrations/test_qlora.py::test_minilm tests/examples/test_vit.py::test_the_weights_that_an_earlier_run_kept
 	$(PY) -m pip install --quiet 'hqq>=0.2.8'

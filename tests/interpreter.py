@@ -125,13 +125,13 @@ def _operands(original: Any) -> Any:
         return data
 
     def like(t: Any, other: Any) -> Any:
-        """The number `other` in the type and shape of the block `t`; None where more is to be thought of."""
+        """The number `other` in the type and shape of `t`; None where more is to be thought of."""
         value = other.value if type(other) is constexpr else other
         name = t.dtype.name
         if type(value) is int and name in limits and limits[name].min <= value <= limits[name].max:
-            data = filled(tuple(t.type.shape), name, value)
+            data = filled(t.handle.data.shape, name, value)
         elif type(value) is float and name == "fp32" and value:
-            data = filled(tuple(t.type.shape), name, value)
+            data = filled(t.handle.data.shape, name, value)
         else:
             return None
         return tensor(type(t.handle)(data, t.handle.dtype), t.type)
@@ -143,9 +143,9 @@ def _operands(original: Any) -> Any:
             if lhs.dtype.name == rhs.dtype.name and a.is_block() == b.is_block():
                 if not a.is_block() or a.shape == b.shape:
                     return lhs, rhs
-        elif left and lhs.type.is_block() and (number := like(lhs, rhs)) is not None:
+        elif left and (number := like(lhs, rhs)) is not None:
             return lhs, number
-        elif right and rhs.type.is_block() and (number := like(rhs, lhs)) is not None:
+        elif right and (number := like(rhs, lhs)) is not None:
             return number, rhs
         return original(self, lhs, rhs, *rest, **more)
 
