@@ -7,6 +7,7 @@ import contextlib
 import csv
 import hashlib
 import importlib
+import itertools
 import math
 import os
 import statistics
@@ -15,12 +16,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flatlora_kernels import FlatLoraLinear
+from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
 
 # Of each: the option that sets its strength; from that and the layers' width, settings of the controller and options
 # of the method.
@@ -33,7 +34,90 @@ METHODS: dict[str, tuple[str | None, Callable[[float, int], tuple[dict[str, Any]
     "rwp": ("sigma", lambda sigma, width: (by_rows(sigma, width), {"mix": 0.5})),
     "lpf-sgd": ("sigma", lambda sigma, width: (by_rows(sigma, width), {})),
 }
+# Of each: options of PEFT's LoraConfig. The adapter "lora" is this library's own.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+# Draws of a step: one, one for each row of the batch, or one with either sign for each pair of rows.
+SAMPLES = ("1", "batch", "pairs")
 COMPRESSIONS = ("nf4", "int8", *(f"prune {percent} %" for percent in (10, 20, 30, 40, 50)))
+
+
+class Arm(NamedTuple):
+    """What tells one run of a seed from another."""
+
+    method: str
+    strength: float = 0.0
+    noise: str = "gaussian"
+    adapter: str = "lora"
+    samples: str = "1"
+
+    def __str__(self) -> str:
+        words = [self.method]
+        words += [f"{self.strength:g}"] if self.strength else []
+        words += [word for word, usual in ((self.noise, "gaussian"), (self.adapter, "lora")) if word != usual]
+        words += [f"samples {self.samples}"] if self.samples != "1" else []
+        return " ".join(words)
+
+
+def arms(
+    methods: Iterable[str],
+    sigma: Iterable[float],
+    rho: Iterable[float],
+    noise: Iterable[str] = ("gaussian",),
+    adapter: Iterable[str] = ("lora",),
+    samples: Iterable[str] = ("1",),
+) -> Iterator[Arm]:
+    """Each method with each strength it has, and where it draws, with each kind of noise and number of draws."""
+    for name, on in itertools.product(methods, adapter):
+        option = METHODS[name][0]
+        if option != "sigma":
+            yield from (Arm(name, strength, adapter=on) for strength in (rho if option else [0.0]))
+            continue
+        draws = ["1"] if name == "lpf-sgd" else samples  # it counts its draws itself
+        for strength, kind, count in itertools.product(sigma, noise, draws):
+            yield Arm(name, strength, kind, on, count)
+
+
+def adapted(
+    model: nn.Module,
+    targets: str,
+    arm: Arm,
+    *,
+    r: int,
+    lora_alpha: float,
+    seed: int,
+    backend: str | None,
+    **noise: Any,
+) -> nn.Module:
+    """The model as it trains, with the arm's adapters on the layers that `targets` matches.
+
+    `noise`: of the `NoiseController`, whose sigma is 0 where it is not given. PEFT's adapters change the model's
+    structure: use what is returned.
+    """
+    options: dict[str, Any] = {
+        "noise_controller": NoiseController(**{"sigma": 0.0, "seed": seed} | noise),
+        "noise": arm.noise,
+        "samples": 1 if arm.samples == "1" else "batch",
+        "antithetic": arm.samples == "pairs",
+        "backend": backend,
+        "verbose": False,
+    }
+    torch.manual_seed(seed)
+    if arm.adapter == "lora":
+        apply_flat_lora(model, targets, r=r, lora_alpha=lora_alpha, **options)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    from flatlora_kernels.integrations import peft as in_peft
+
+    config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets, **ADAPTERS[arm.adapter])
+    model = get_peft_model(model, config).base_model.model
+    in_peft.apply_flat_lora(model, **options)
+    return model
 
 
 def by_rows(sigma: float, width: int) -> dict[str, Any]:

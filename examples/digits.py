@@ -16,18 +16,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import math
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import COMPRESSIONS, METHODS, append_csv, check_counts, compressed, require, rows_so_far, table
+from common import (
+    ADAPTERS,
+    COMPRESSIONS,
+    METHODS,
+    SAMPLES,
+    Arm,
+    adapted,
+    append_csv,
+    arms,
+    check_counts,
+    compressed,
+    require,
+    rows_so_far,
+    table,
+)
 from torch import Tensor, nn
 
-from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
+from flatlora_kernels import FlatLoraLinear, flatness
 from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import make
 
@@ -40,12 +53,6 @@ PROBE = "head only"
 SETTINGS = tuple(
     "shots steps batch_size r lora_alpha lr rho sigma_schedule pretrain_steps width depth test_limit compress".split()
 )
-
-
-class Run(NamedTuple):
-    method: str
-    strength: float = 0.0
-    noise: str = "gaussian"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +73,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
+    add("--adapter", nargs="+", choices=ADAPTERS, default=["lora"], help="those but lora are PEFT's")
+    add("--samples", nargs="+", choices=SAMPLES, default=["1"], help="draws of a step: one, one an image, or one with"
+        " either sign for each pair of images")  # fmt: skip
     add("--rho", type=float, default=0.05, help="radius of the methods with ascent")
     add("--r", type=int, default=4)
     add("--lora-alpha", type=float, default=8.0)
@@ -78,7 +88,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--test-limit", type=int, help="test on this many images; None = on all")
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--threads", type=int, default=1, help="of the CPU")
-    add("--compress", action="store_true", help="test with the merged weights rounded or pruned, too")
+    add("--compress", action="store_true", help="test with the merged weights rounded or pruned, too; not with PEFT's"
+        " adapters")  # fmt: skip
     add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
     add(
         "--figure",
@@ -90,6 +101,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     check_counts(parser, arguments, *counts)
     if arguments.shots > 100:
         parser.error(f"--shots: expected at most 100, got {arguments.shots}")
+    if arguments.compress and arguments.adapter != ["lora"]:
+        parser.error(f"--compress: expected --adapter lora alone, got {' '.join(arguments.adapter)}")
     return arguments
 
 
@@ -209,28 +222,25 @@ def fit_head(model: ViT, images: Tensor, labels: Tensor) -> None:
 
 
 def with_adapters(
-    model: ViT, args: argparse.Namespace, seed: int, kind: str = "gaussian", **noise: Any
-) -> NoiseController:
-    torch.manual_seed(seed)
-    controller = NoiseController(
-        schedule=args.sigma_schedule, total_steps=args.steps, seed=seed, **{"sigma": 0.0, **noise}
-    )
-    apply_flat_lora(
-        model, ADAPTED, r=args.r, lora_alpha=args.lora_alpha, noise_controller=controller, noise=kind,
-        backend=args.backend, verbose=False,
+    model: ViT, arm: Arm, args: argparse.Namespace, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as it trains, and the options of its method."""
+    noise, options = METHODS[arm.method][1](arm.strength, args.width)
+    trained = adapted(
+        model, ADAPTED, arm, r=args.r, lora_alpha=args.lora_alpha, seed=seed, backend=args.backend,
+        schedule=args.sigma_schedule, total_steps=args.steps, **noise,
     )  # fmt: skip
-    model.head.requires_grad_(True)
-    return controller
+    trained.head.requires_grad_(True)
+    return trained, options
 
 
 def finetune(
-    model: ViT, run: Run, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
-) -> None:
-    noise, options = METHODS[run.method][1](run.strength, args.width)
-    with_adapters(model, args, seed, run.noise, **noise)
+    model: ViT, arm: Arm, images: Tensor, labels: Tensor, args: argparse.Namespace, seed: int
+) -> nn.Module:
+    model, options = with_adapters(model, arm, args, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
-    method = make(run.method, model, optimizer, **options)
+    method = make(arm.method, model, optimizer, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     order = torch.Generator().manual_seed(seed)
     model.train()
@@ -238,6 +248,7 @@ def finetune(
         rows = torch.randperm(len(images), generator=order)[: args.batch_size]
         method.step(lambda rows=rows: F.cross_entropy(model(images[rows]), labels[rows]))
         schedule.step()
+    return model
 
 
 def flatness_of(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -287,17 +298,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(args.threads)
     if args.compress:
         require("bitsandbytes")
+    if args.adapter != ["lora"]:
+        require("peft")
     images, labels = load_digits()
     old, (new_images, new_labels) = of_digits(OLD, images, labels), of_digits(NEW, images, labels)
     tests = shifted(new_images)
-    runs = {PROBE: Run(PROBE)}
-    for name in args.method:
-        if METHODS[name][0] != "sigma":
-            runs[name] = Run(name, args.rho)
-            continue
-        for sigma, noise in itertools.product(args.sigma, args.noise):
-            label = f"{name} {sigma:g}" + (f" {noise}" if noise != "gaussian" else "")
-            runs[label] = Run(name, sigma, noise)
+    wanted = [Arm(PROBE), *arms(args.method, args.sigma, [args.rho], args.noise, args.adapter, args.samples)]
+    # A file has one rho: its names do not say it.
+    runs = {
+        str(a._replace(strength=0.0) if METHODS.get(a.method, (None,))[0] == "rho" else a): a for a in wanted
+    }
     settings = {name: getattr(args, name) for name in SETTINGS}
     earlier = rows_so_far(args.csv, settings)
     done = {(row["seed"], row["method"]) for row in earlier}
@@ -307,7 +317,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     lines = {}
     steps = [s / 20 for s in range(-10, 11)]
     for seed in range(args.seed, args.seed + args.seeds):
-        left = {name: run for name, run in runs.items() if (str(seed), name) not in done}
+        left = {name: arm for name, arm in runs.items() if (str(seed), name) not in done}
         if not left:
             continue
         few, rest = split(new_images, new_labels, args.shots, seed)
@@ -316,12 +326,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         test = {name: [x[rest] for x in variants] for name, variants in tests.items()}
         base = pretrain(*old, args, seed)
         fit_head(base, *train)
-        for name, run in left.items():
+        for name, arm in left.items():
             model = copy.deepcopy(base)
             if name == PROBE:
-                with_adapters(model, args, seed)
+                model, _ = with_adapters(model, Arm("lora"), args, seed)
             else:
-                finetune(model, run, *train, args, seed)
+                model = finetune(model, arm, *train, args, seed)
             row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])
             row |= flatness_of(model, *train)
             if args.compress:

@@ -2,7 +2,7 @@
 
     python examples/evidence.py bench/results/*-2-cores --figure docs/figures/dinov2.svg
 
-Reads the CSV files that vit.py, digits.py, regimes.py and language_model.py wrote; a file may lie in several folders,
+Reads the CSV files that the examples wrote; a file may lie in several folders,
 each with seeds of its own: all runs of a seed are of one machine. A question whose rows are not there is left out, with
 the reason. Differences are paired by seed. p is of a two-sided t test; where an entry names several tests,
 it is Holm's over these. All seeds of vit.py and language_model.py see the same test data, whose choice no interval has.
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import finetune_sentiment
 import language_model
 import regimes
 import vit
@@ -31,6 +32,8 @@ class Test(NamedTuple):
     name: str
     value: Value
     better: int  # +1 where more is better, -1 where less is
+    arm: str = ""  # where these are not the question's
+    to: str = ""
 
 
 class Question(NamedTuple):
@@ -43,6 +46,7 @@ class Question(NamedTuple):
     unit: str
     to: str = "lora"
     worth: float = 0.0  # where the interval ends below, there is no gain worth having; 0: not asked
+    more_files: tuple[str, ...] = ()  # of the same seeds
 
 
 class Found(NamedTuple):
@@ -70,12 +74,17 @@ def method_of(row: Row) -> str:
     return row["method"]
 
 
+def with_steps(row: Row) -> str:
+    return f"{row['method']}, {row['steps']} steps"
+
+
 FILMS, *OTHERS = language_model.KINDS_OF_TEXT
+# The type of which all seeds are there first answers; the other is exploration.
 LANGUAGE_MODEL = {"language_model.csv": "bfloat16", "language_model-float32.csv": "float32"}
+FILM_REVIEWS = {"sentiment-length.csv": "bfloat16", "sentiment-length-float32.csv": "float32"}
 
 
 def of_language_model(file: str, dtype: str) -> tuple[Question, ...]:
-    """The type of which all seeds are there first answers; the other is exploration."""
     asked = Question(
         f"SmolLM2 ({dtype}) on film reviews: in-domain loss",
         file,
@@ -94,6 +103,26 @@ def of_language_model(file: str, dtype: str) -> tuple[Question, ...]:
         asked._replace(
             title=f"SmolLM2 ({dtype}) on film reviews: what rounding and pruning add to the loss",
             tests=tuple(Test(h, rise(f"{FILMS}, {h}", FILMS), -1) for h in ("nf4", "prune 50 %")),
+        ),
+    )
+
+
+def of_film_reviews(file: str, dtype: str) -> tuple[Question, ...]:
+    asked = Question(
+        f"MiniLM ({dtype}) on film reviews, 1,150 steps: mean of four kinds of text",
+        file,
+        finetune_sentiment.label,
+        "flat-lora 0.05",
+        range(300, 308),
+        (Test("mean", lambda row: 100 * mean_of(*finetune_sentiment.FILES)(row), 1),),
+        "points",
+    )
+    kept = tuple(Test(h, rise(f"{FILMS}, {h}", FILMS, 100), 1) for h in ("nf4", "prune 50 %"))
+    return (
+        asked,
+        asked._replace(
+            title=f"MiniLM ({dtype}) on film reviews, 1,150 steps: what rounding and pruning do to the accuracy",
+            tests=kept,
         ),
     )
 
@@ -150,6 +179,39 @@ QUESTIONS = (
         "points",
     ),
     *(q for named in LANGUAGE_MODEL.items() for q in of_language_model(*named)),
+    *(q for named in FILM_REVIEWS.items() for q in of_film_reviews(*named)),
+    Question(
+        "small vision transformer on digits: noise on other adapters",
+        "digits-family.csv",
+        method_of,
+        "flat-lora 0.3",
+        range(5000, 5040),
+        tuple(
+            Test(name, percent("clean"), 1, f"flat-lora 0.3 {name}", f"lora {name}")
+            for name in ("rslora", "dora", "pissa")
+        ),
+        "points on clean images",
+    ),
+    Question(
+        "small vision transformer on digits: several draws a step, against one draw in as much time",
+        "digits-family.csv",
+        with_steps,
+        "flat-lora 0.3 samples",
+        range(5000, 5040),
+        tuple(
+            Test(
+                name,
+                percent("clean"),
+                1,
+                f"flat-lora 0.3 samples {name}, 300 steps",
+                f"flat-lora 0.3, {steps} steps",
+            )
+            for name, steps in (("batch", 396), ("pairs", 363))
+        ),
+        "points on clean images",
+        to="flat-lora 0.3",
+        more_files=("digits-draws-396.csv", "digits-draws-363.csv"),
+    ),
 )
 
 
@@ -158,8 +220,8 @@ def rows_of(folders: list[Path], file: str, arm: Callable[[Row], Any]) -> list[R
     return [row for folder in folders for row in complete(read_csv(folder / file), arm)]
 
 
-def differences(rows: list[Row], question: Question, value: Value) -> list[float]:
-    """The arm minus the one it is compared to, a number for each of the question's seeds.
+def differences(rows: list[Row], question: Question, test: Test) -> list[float]:
+    """The test's arm minus the one it is compared to, a number for each of the question's seeds.
 
     Raises:
         ValueError: a run is there twice.
@@ -171,8 +233,8 @@ def differences(rows: list[Row], question: Question, value: Value) -> list[float
             raise ValueError(
                 f"{question.file}: expected {question.label(row)!r} with seed {seed} once, got it twice"
             )
-        values[seed] = value(row)
-    arm, to = of[question.arm], of[question.to]
+        values[seed] = test.value(row)
+    arm, to = of[test.arm or question.arm], of[test.to or question.to]
     return [arm[s] - to[s] for s in question.seeds if s in arm and s in to]
 
 
@@ -213,10 +275,13 @@ def samples_for(rows: list[Row], question: Question) -> list[list[float]]:
     Raises:
         ValueError: the question cannot be answered from these rows; the message says why.
     """
-    if not {question.arm, question.to} <= {question.label(row) for row in rows}:
-        raise ValueError(f"{question.file} has no rows of {question.arm} and {question.to}")
+    there = {question.label(row) for row in rows}
+    for test in question.tests:
+        arm, to = test.arm or question.arm, test.to or question.to
+        if not {arm, to} <= there:
+            raise ValueError(f"{question.file} has no rows of {arm} and {to}")
     try:
-        samples = [differences(rows, question, test.value) for test in question.tests]
+        samples = [differences(rows, question, test) for test in question.tests]
     except KeyError as error:
         raise ValueError(f"{question.file} has no column {error}") from error
     if len(samples[0]) < 3:
@@ -227,7 +292,8 @@ def samples_for(rows: list[Row], question: Question) -> list[list[float]]:
 def report(folders: list[Path]) -> str:
     lines: list[str] = []
     for question in QUESTIONS:
-        rows = rows_of(folders, question.file, question.label)
+        files = question.file, *question.more_files
+        rows = [row for file in files for row in rows_of(folders, file, question.label)]
         lines += ["", f"{question.title}; {question.arm} minus {question.to}, {question.unit}"]
         try:
             samples = samples_for(rows, question)
@@ -275,7 +341,7 @@ def plot(folders: list[Path], path: Path) -> None:
     arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     for axes, test in zip(figure.subplots(1, len(question.tests)), question.tests, strict=True):
-        found = judged([differences(rows, question._replace(arm=arm), test.value) for arm in arms])
+        found = judged([differences(rows, question, test._replace(arm=arm)) for arm in arms])
         strengths = [float(arm.split()[1]) for arm in arms]
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.errorbar(strengths, [f.mean for f in found], [f.error for f in found], marker=".", capsize=2)

@@ -254,23 +254,16 @@ def columns(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def label(row: dict[str, Any]) -> str:
-    strength = float(row["strength"])
-    return " ".join(
-        [row["method"]]
-        + [f"{strength:g}"] * (strength > 0)
-        + [row["noise"]] * (row["noise"] not in ("", "gaussian"))
-    )
+    return str(common.Arm(row["method"], float(row["strength"]), row["noise"] or "gaussian"))
 
 
 def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Method, strength, noise and seed of the runs, a seed after the other."""
     for seed in range(args.seed, args.seed + args.seeds):
         yield {"method": UNTRAINED, "strength": 0.0, "noise": "", "seed": seed}
-        for name in args.method:
-            option = common.METHODS[name][0]
-            strengths = getattr(args, option) if option else [0.0]
-            for strength, noise in itertools.product(strengths, args.noise if name in NOISY else [""]):
-                yield {"method": name, "strength": strength, "noise": noise, "seed": seed}
+        for arm in common.arms(args.method, args.sigma, args.rho, args.noise):
+            noise = arm.noise if arm.method in NOISY else ""
+            yield {"method": arm.method, "strength": arm.strength, "noise": noise, "seed": seed}
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

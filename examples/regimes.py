@@ -19,7 +19,7 @@ from typing import Any
 import digits
 import torch
 import torch.nn.functional as F
-from common import append_csv, complete, mean_and_error, read_csv
+from common import Arm, append_csv, complete, mean_and_error, read_csv
 
 from flatlora_kernels import flatness
 
@@ -153,13 +153,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             test = {name: [x[rest] for x in variants] for name, variants in tests.items()}
             base = digits.pretrain(*old, settings, seed)
             digits.fit_head(base, *train)
-            probe = copy.deepcopy(base)
-            digits.with_adapters(probe, settings, seed)
+            probe, _ = digits.with_adapters(copy.deepcopy(base), Arm("lora"), settings, seed)
             start = before(probe, *train)
             for sigma in left:
                 model = copy.deepcopy(base)
-                run = digits.Run("flat-lora", sigma) if sigma else digits.Run("lora")
-                digits.finetune(model, run, *train, settings, seed)
+                run = Arm("flat-lora", sigma) if sigma else Arm("lora")
+                model = digits.finetune(model, run, *train, settings, seed)
                 row = {"regime": regime, "seed": seed, "sigma": sigma} | digits.accuracies(
                     model, test, new[1][rest]
                 )

@@ -30,9 +30,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import (
+    ADAPTERS,
     COMPRESSIONS,
     METHODS,
+    SAMPLES,
+    Arm,
+    adapted,
     append_csv,
+    arms,
     cache_folder,
     check_counts,
     compressed,
@@ -43,7 +48,7 @@ from common import (
 )
 from torch import Tensor, nn
 
-from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
+from flatlora_kernels import FlatLoraLinear, flatness
 from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import make
 
@@ -54,15 +59,7 @@ LINEARS = ("query", "key", "value", "out", "up", "down")
 STRENGTHS = range(1, 6)
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 PROBE = "head only"
-# Of each: options of PEFT's LoraConfig. The adapter "lora" is this library's own.
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-}
-# What tells one run of a seed from another, and what all runs of a file share.
-ARM = ("method", "strength", "noise", "adapter", "samples")
+# What all runs of a file share.
 SHARED = tuple(
     "shots steps batch_size r lora_alpha lr sigma_schedule first_block size dtype test_limit random_weights compress"
     " flatness".split()
@@ -81,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")
     add("--adapter", nargs="+", choices=ADAPTERS, default=["lora"], help="those but lora are PEFT's")
-    add("--samples", nargs="+", choices=["1", "batch", "pairs"], default=["1"], help="draws of a step: one, one an"
+    add("--samples", nargs="+", choices=SAMPLES, default=["1"], help="draws of a step: one, one an"
         " image, or one with either sign for each pair of images")  # fmt: skip
     add("--r", type=int, default=8)
     add("--lora-alpha", type=float, default=16.0)
@@ -339,32 +336,12 @@ def with_adapters(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model as it trains, and the options of its method."""
     settings, options = METHODS[run["method"]][1](run["strength"], WIDTH)
-    seed = run["seed"]
-    noise = NoiseController(**{"sigma": 0.0, "schedule": args.sigma_schedule, "total_steps": args.steps, "seed": seed}
-                            | settings)  # fmt: skip
-    drawn = {"samples": 1 if run["samples"] == "1" else "batch", "antithetic": run["samples"] == "pairs"}
-    common = {
-        "noise_controller": noise,
-        "noise": run["noise"],
-        "backend": args.backend,
-        "verbose": False,
-    } | drawn
-    targets = rf"blocks\..*\.({'|'.join(LINEARS)})"
-    torch.manual_seed(seed)
-    if run["adapter"] == "lora":
-        apply_flat_lora(model, targets, r=args.r, lora_alpha=args.lora_alpha, **common)
-    else:
-        from peft import LoraConfig, get_peft_model
-
-        from flatlora_kernels.integrations import peft as in_peft
-
-        config = LoraConfig(
-            r=args.r, lora_alpha=args.lora_alpha, target_modules=targets, **ADAPTERS[run["adapter"]]
-        )
-        model = get_peft_model(model, config).base_model.model
-        in_peft.apply_flat_lora(model, **common)
-    model.head.requires_grad_(True)
-    return model, options
+    trained = adapted(
+        model, rf"blocks\..*\.({'|'.join(LINEARS)})", arm_of(run), r=args.r, lora_alpha=args.lora_alpha,
+        seed=run["seed"], backend=args.backend, schedule=args.sigma_schedule, total_steps=args.steps, **settings,
+    )  # fmt: skip
+    trained.head.requires_grad_(True)
+    return trained, options
 
 
 def finetune(
@@ -432,32 +409,21 @@ def measure(
     return found
 
 
+def arm_of(row: dict[str, Any]) -> Arm:
+    return Arm(row["method"], float(row["strength"]), row["noise"], row["adapter"], row["samples"])
+
+
 def label(row: dict[str, Any]) -> str:
     """Of rows that differ in the seed alone."""
-    words = [row["method"]]
-    words += [f"{float(row['strength']):g}"] if float(row["strength"]) else []
-    words += [row["noise"]] if row["noise"] != "gaussian" else []
-    words += [row["adapter"]] if row["adapter"] != "lora" else []
-    words += [f"samples {row['samples']}"] if row["samples"] != "1" else []
-    return " ".join(words)
+    return str(arm_of(row))
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The settings of each run: first the head alone, where no step is made, then all that is asked for."""
     shared = {name: getattr(args, name) for name in SHARED}
-
-    def run(seed: int, *arm: Any) -> dict[str, Any]:
-        return {"seed": seed} | dict(zip(ARM, arm, strict=True)) | shared
-
-    for seed in range(args.seed, args.seed + args.seeds):
-        yield run(seed, PROBE, 0.0, "gaussian", "lora", "1")
-        for name, adapter in itertools.product(args.method, args.adapter):
-            option = METHODS[name][0]
-            noises, samples = (args.noise, args.samples) if option == "sigma" else (["gaussian"], ["1"])
-            samples = ["1"] if name == "lpf-sgd" else samples  # it counts its draws itself
-            strengths = getattr(args, option) if option else [0.0]
-            for strength, noise, draws in itertools.product(strengths, noises, samples):
-                yield run(seed, name, strength, noise, adapter, draws)
+    wanted = Arm(PROBE), *arms(args.method, args.sigma, args.rho, args.noise, args.adapter, args.samples)
+    for seed, arm in itertools.product(range(args.seed, args.seed + args.seeds), wanted):
+        yield {"seed": seed} | arm._asdict() | shared
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -467,8 +433,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     device = args.device or ("cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu")
     require(*["bitsandbytes"] * args.compress, *["peft"] * (args.adapter != ["lora"]))
     earlier = rows_so_far(args.csv, {name: getattr(args, name) for name in SHARED})
-    done = {tuple(row[k] for k in ("seed", *ARM)) for row in earlier}
-    todo = [run for run in runs(args) if tuple(str(run[k]) for k in ("seed", *ARM)) not in done]
+    done = {tuple(row[k] for k in ("seed", *Arm._fields)) for row in earlier}
+    todo = [run for run in runs(args) if tuple(str(run[k]) for k in ("seed", *Arm._fields)) not in done]
 
     images, labels = load_digits(args.random_weights)
     left = labels[args.test_limit :].bincount(minlength=10).min().item()

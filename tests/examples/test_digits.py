@@ -90,7 +90,7 @@ def test_fine_tuning_learns_and_leaves_the_weights(digits: ModuleType, one_threa
     before = {name: p.clone() for name, p in model.named_parameters()}
     images, labels = torch.rand(30, 8, 8), torch.arange(30) % 5
     start = torch.nn.functional.cross_entropy(model(images), labels).item()
-    digits.finetune(model, digits.Run("flat-lora", 0.2), images, labels, args, 0)
+    digits.finetune(model, digits.Arm("flat-lora", 0.2), images, labels, args, 0)
     assert digits.flatness_of(model, images, labels)["loss"] < 0.97 * start
     after = dict(model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -98,6 +98,29 @@ def test_fine_tuning_learns_and_leaves_the_weights(digits: ModuleType, one_threa
     assert {name for name, p in after.items() if p.requires_grad} == changed | {
         name for name in after if "lora_" in name
     }
+
+
+def test_adapters_and_draws_make_a_row_each(
+    digits: ModuleType, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="needs PEFT")
+    monkeypatch.setattr(digits, "FLATNESS_SIGMAS", (0.2,))
+    arms = "--sigma 0.4 --adapter lora rslora dora pissa --samples 1 batch pairs".split()
+    short = [*SMALL, "--steps", "3", "--lr", "5e-3"]
+    loss = {
+        row["method"]: row["loss"] for row in digits.main(["--method", "lora", "flat-lora", *arms, *short])
+    }
+    names = {
+        f"flat-lora 0.4{adapter}{draws}"
+        for adapter in ("", " rslora", " dora", " pissa")
+        for draws in ("", " samples batch", " samples pairs")
+    }
+    assert loss.keys() == {"head only", "lora", "lora rslora", "lora dora", "lora pissa"} | names
+    assert len(set(loss.values())) == len(loss), "two arms do the same"
+    again = digits.main(["--method", "flat-lora", "--sigma", "0.4", "--adapter", "dora", *short])[-1]
+    assert again["loss"] == loss["flat-lora 0.4 dora"]
+    silent = digits.main(["--method", "flat-lora", "--sigma", "1e-30", "--adapter", "pissa", *short])[-1]
+    assert silent["loss"] == pytest.approx(loss["lora pissa"], rel=1e-3)
 
 
 def test_summary_is_paired(digits: ModuleType) -> None:
@@ -176,6 +199,7 @@ def test_errors(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for option, message in (
         ("--seeds 0", "--seeds: expected at least 1"),
         ("--shots 101", "at most 100, got 101"),
+        ("--compress --adapter lora dora", "--compress: expected --adapter lora alone, got lora dora"),
     ):
         with pytest.raises(SystemExit):
             digits.parse_arguments(option.split())

@@ -60,7 +60,7 @@ def test_differences_are_paired(evidence: ModuleType) -> None:
     question = evidence.Question("", "x.csv", lambda row: row["name"], "flat", range(2), (), "")
 
     def found(**changed: Any) -> list[float]:
-        return evidence.differences(rows, question._replace(**changed), lambda row: row["x"])
+        return evidence.differences(rows, question, evidence.Test("", lambda row: row["x"], 1, **changed))
 
     assert found() == [3.0, 1.5], "seeds that the entry names, and no other"
     rows += [{"name": "more", "seed": seed, "x": 10.0} for seed in ("1", "0")]
@@ -84,6 +84,44 @@ def test_no_seed_is_mixed_of_two_folders(evidence: ModuleType, tmp_path: Path) -
         ("lora", "1", "b"),
         ("flat", "1", "b"),
     ]
+
+
+def test_each_test_names_its_own_arms_and_files(evidence: ModuleType, tmp_path: Path) -> None:
+    """Noise on an adapter against that adapter alone; several draws against one draw of another file's length."""
+    adapters, draws = (q for q in evidence.QUESTIONS if q.file == "digits-family.csv")
+    clean = {
+        "flat-lora 0.3": 0.7, "lora rslora": 0.6, "lora dora": 0.5, "lora pissa": 0.4, "flat-lora 0.3 rslora": 0.61,
+        "flat-lora 0.3 dora": 0.52, "flat-lora 0.3 pissa": 0.43, "flat-lora 0.3 samples batch": 0.75,
+        "flat-lora 0.3 samples pairs": 0.76,
+    }  # fmt: skip
+
+    def write(name: str, steps: int, found: dict[str, float]) -> None:
+        lines = [
+            f"{5000 + i},{arm},{steps},{v + i * len(arm) % 3 / 1e4}"
+            for i in range(4)
+            for arm, v in found.items()
+        ]
+        (tmp_path / name).write_text("\n".join(["seed,method,steps,clean", *lines]) + "\n")
+
+    write("digits-family.csv", 300, clean)
+    write("digits-draws-396.csv", 396, {"flat-lora 0.3": 0.73})
+    write("digits-draws-363.csv", 363, {"flat-lora 0.3": 0.72})
+
+    def means(question: Any) -> list[float]:
+        files = (question.file, *question.more_files)
+        rows = [row for file in files for row in evidence.rows_of([tmp_path], file, question.label)]
+        return [sample[0] for sample in evidence.samples_for(rows, question)]
+
+    assert means(adapters) == pytest.approx([1, 2, 3])
+    assert means(draws) == pytest.approx([2, 4])
+    lines = evidence.report([tmp_path]).splitlines()
+    (line,) = (line for line in lines if line.startswith("  pairs"))
+    assert "+4.0" in line and line.endswith("4 seeds: better")
+    (tmp_path / "digits-draws-363.csv").unlink()
+    with pytest.raises(
+        ValueError, match="no rows of flat-lora 0.3 samples pairs, 300 steps and flat-lora 0.3, 363"
+    ):
+        means(draws)
 
 
 def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
