@@ -126,8 +126,10 @@ quantized="$quantized --ways dense op {decode,fused,panel}:{cuda,triton}"
 mixture="--n 4096 --k 4096 --m 128 1024 4096 --routings falling --dtypes bfloat16 --noise gaussian rademacher --budget 0.012"
 mixture="$mixture --ways vendor materialised op loop {op,loop}:triton"
 evidence="--method lora flat-lora --sigma 0.1 0.15 --shots 20 --steps 100 --batch-size 16 --lr 2e-3 --seeds 40 --backend cuda"
+tools="memcheck racecheck synccheck initcheck"
 if $dry_run; then
   export FLATLORA_EMULATE=90
+  tools="memcheck racecheck" # each starts anew
   device=cpu backends="cuda:cpu triton:reference" workers=2
   on_gpu="-k emulated" of_cuda="-m emulator tests/backends/test_gpu.py -k noise_is_that"
   of_large="-m emulator tests/backends/test_gpu.py -k 'two_to_the_31 and rademacher'"
@@ -217,7 +219,7 @@ export FLATLORA_RECORD_WRAPPERS=$(mktemp -d); trap "rm -rf $FLATLORA_RECORD_WRAP
 # one lane's arrival for all.
 part sanitizer 100 "$sanitizer
 '$python' -m pytest -q -p no:cacheprovider $on_gpu tests/csrc/test_wrappers.py tests/csrc/test_emulator_layouts.py || exit 1
-for tool in memcheck racecheck synccheck initcheck; do echo \$tool; without=; [ \$tool != racecheck ] || without=turns
+for tool in $tools; do echo \$tool; without=; [ \$tool != racecheck ] || without=turns
 compute-sanitizer --error-exitcode 1 --tool \$tool '$python' tests/replay.py \$FLATLORA_RECORD_WRAPPERS \$without \
 || failed=\"\$failed \$tool\"; done
 [ \"\$failed\" = 0 ] && echo 'nothing found' || { echo \"found by: \${failed#0 }\"; exit 1; }"

@@ -140,9 +140,9 @@ pytestmark = pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/
     [
         ("float32", 8192, 4096, "row_major"),
         ("float32", 8192, 4096, "column_major"),
-        ("float32", 2048, 16384, "row_major"),
-        ("bfloat16", 8192, 8192, "column_major"),
-        ("float16", 8192, 8192, "row_major"),
+        ("float32", 1024, 16384, "row_major"),
+        ("bfloat16", 8192, 4096, "column_major"),
+        ("float16", 8192, 4096, "row_major"),
     ],
 )
 @pytest.mark.parametrize("strategy", resolve.STRATEGIES)
@@ -152,7 +152,7 @@ def test_workspace_is_bounded(
     if target.backend == "reference" or target.device != "cpu":
         pytest.skip("the bound is for fused backends; GPU memory is counted in another test")
     found = in_child(target.backend, name, N, K, layout, strategy)
-    assert found["weight"] >= 128 * MIB
+    assert found["weight"] >= 64 * MIB
     assert excess(found) <= 0, {k: f"{v / MIB:.1f} MiB" for k, v in found.items()}
 
 
