@@ -38,7 +38,7 @@ if not build:
         print("No CUDA kernels: torch is built for the CPU alone, and there is no GPU (FLATLORA_BUILD=cuda make compiles them)",
               file=sys.stderr)
 cuda = "C++ and CUDA kernels, about ten minutes of a core; FLATLORA_BUILD=cpu leaves out those for GPUs, none all"
-cpp = "C++ kernels, up to three minutes of a core; FLATLORA_BUILD=none leaves them out"
+cpp = "C++ kernels, up to five minutes of a core; FLATLORA_BUILD=none leaves them out"
 what = {"none": "nothing (FLATLORA_BUILD=none)", "cpu": cpp}.get(build, cuda if nvcc else cpp)
 print("Compiling", what, file=sys.stderr)
 print(build)

@@ -385,7 +385,7 @@ print(setup.jobs(cuda=True), setup.jobs(cuda=False))
 def test_compiling_is_announced(sdist: Path, tmp_path: Path, fakes: Path) -> None:
     shutil.copytree(sdist, tmp_path / "source")
     for build, said in (
-        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about three minutes of a core"),
+        ("cpu", "compiling flatlora_cpu, 3 processes at a time, about four minutes of a core"),
         (
             "cuda",
             "compiling flatlora_cpu and flatlora_cuda, 3 processes at a time, about ten minutes of a core",
