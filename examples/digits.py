@@ -303,11 +303,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     images, labels = load_digits()
     old, (new_images, new_labels) = of_digits(OLD, images, labels), of_digits(NEW, images, labels)
     tests = shifted(new_images)
-    wanted = [Arm(PROBE), *arms(args.method, args.sigma, [args.rho], args.noise, args.adapter, args.samples)]
+    wanted = arms(args.method, args.sigma, [args.rho], args.noise, args.adapter, args.samples)
+    runs = {PROBE: Arm("lora")}
     # A file has one rho: its names do not say it.
-    runs = {
-        str(a._replace(strength=0.0) if METHODS.get(a.method, (None,))[0] == "rho" else a): a for a in wanted
-    }
+    runs |= {str(a._replace(strength=0.0) if METHODS[a.method][0] == "rho" else a): a for a in wanted}
     settings = {name: getattr(args, name) for name in SETTINGS}
     earlier = rows_so_far(args.csv, settings)
     done = {(row["seed"], row["method"]) for row in earlier}
@@ -329,7 +328,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for name, arm in left.items():
             model = copy.deepcopy(base)
             if name == PROBE:
-                model, _ = with_adapters(model, Arm("lora"), args, seed)
+                model, _ = with_adapters(model, arm, args, seed)
             else:
                 model = finetune(model, arm, *train, args, seed)
             row = {"seed": seed, "method": name} | accuracies(model, test, new_labels[rest])

@@ -2,10 +2,10 @@
 
     python examples/evidence.py bench/results/*-2-cores --figure docs/figures/dinov2.svg
 
-Reads the CSV files that the examples wrote; a file may lie in several folders,
-each with seeds of its own: all runs of a seed are of one machine. A question whose rows are not there is left out, with
-the reason. Differences are paired by seed. p is of a two-sided t test; where an entry names several tests,
-it is Holm's over these. All seeds of vit.py and language_model.py see the same test data, whose choice no interval has.
+Reads the CSV files that the examples wrote; a file may lie in several folders, each with seeds of its own: all runs of
+a seed are of one machine. A question whose rows are not there is left out, with the reason. Differences are paired by
+seed. p is of a two-sided t test; where an entry names several tests, it is Holm's over these. All seeds of
+vit.py and language_model.py see the same test data, whose choice no interval has.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def rise(after: str, before: str, scale: float = 1.0) -> Value:
     return lambda row: scale * (float(row[after]) - float(row[before]))
 
 
-def mean_of(*columns: str) -> Value:
-    return lambda row: statistics.fmean(float(row[c]) for c in columns)
+def mean_of(*columns: str, scale: float = 1.0) -> Value:
+    return lambda row: scale * statistics.fmean(float(row[c]) for c in columns)
 
 
 def method_of(row: Row) -> str:
@@ -114,15 +114,14 @@ def of_film_reviews(file: str, dtype: str) -> tuple[Question, ...]:
         finetune_sentiment.label,
         "flat-lora 0.05",
         range(300, 308),
-        (Test("mean", lambda row: 100 * mean_of(*finetune_sentiment.FILES)(row), 1),),
+        (Test("mean", mean_of(*finetune_sentiment.FILES, scale=100), 1),),
         "points",
     )
-    kept = tuple(Test(h, rise(f"{FILMS}, {h}", FILMS, 100), 1) for h in ("nf4", "prune 50 %"))
     return (
         asked,
         asked._replace(
             title=f"MiniLM ({dtype}) on film reviews, 1,150 steps: what rounding and pruning do to the accuracy",
-            tests=kept,
+            tests=tuple(Test(h, rise(f"{FILMS}, {h}", FILMS, 100), 1) for h in ("nf4", "prune 50 %")),
         ),
     )
 

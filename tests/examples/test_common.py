@@ -237,3 +237,24 @@ def test_compressed(how: str) -> None:
     with pytest.raises(ValueError), common.compressed(layers, "unknown"):
         pass
     the_same_again()
+
+
+@pytest.mark.parametrize("adapter", common.ADAPTERS)
+def test_adapters_are_what_their_names_say(adapter: str) -> None:
+    if adapter != "lora":
+        pytest.importorskip("peft", reason="needs PEFT")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16))
+    before = model[0].weight.detach().clone()
+    arm = common.Arm("flat-lora", 0.1, adapter=adapter, samples="pairs")
+    trained = common.adapted(model, "0", arm, r=4, lora_alpha=8.0, seed=1, backend="reference", sigma=0.1)
+    names, layer = dict(trained.named_parameters()), trained[0]
+    weight = next(p for name, p in names.items() if name.endswith("weight") and "lora_" not in name)
+    assert any("magnitude" in name for name in names) == (adapter == "dora")
+    assert torch.equal(weight, before) == (adapter != "pissa")
+    scaling = layer.scaling if adapter == "lora" else layer.scaling["default"]
+    assert scaling == (4.0 if adapter == "rslora" else 2.0)
+    x = torch.randn(1, 24, generator=torch.Generator().manual_seed(2)).repeat(2, 1)
+    quiet, (plus, minus) = trained.eval()(x)[0], trained.train()(x)
+    assert not torch.equal(plus, minus)  # a pair has one draw with either sign
+    torch.testing.assert_close((plus + minus) / 2, quiet)
