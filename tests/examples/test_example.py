@@ -258,7 +258,7 @@ def test_mpnet_is_put_together_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     whole = tmp_path / "whole.zip"
     with zipfile.ZipFile(whole, "w") as archive:
-        archive.writestr("all-mpnet-base-v2/config.json", "{}")
+        archive.writestr("all-mpnet-base-v2/config.json", "whole")
         archive.writestr("all-mpnet-base-v2/1_Pooling/config.json", "[]")
     content = whole.read_bytes()
     asked = []
@@ -278,14 +278,14 @@ def test_mpnet_is_put_together_once(
     for _ in range(2):
         folder = Path(example.model_folder("mpnet"))
         assert folder == tmp_path / "flatlora_kernels/all-mpnet-base-v2"
-        assert (folder / "config.json").read_text() == "{}"
+        assert (folder / "config.json").read_text() == "whole"
         assert (folder / "1_Pooling/config.json").read_text() == "[]"
         assert sorted(p.name for p in folder.parent.iterdir()) == ["all-mpnet-base-v2", "wheels"]
     assert len(asked) == 5 and all(name.endswith(f"00{n}==0.0.1") for n, (name, _) in enumerate(asked, 1))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "broken"))
     asked.clear()
-    content = content.replace(b"{}", b"[}", 1)
+    content = content.replace(b"whole", b"wrong", 1)
     with pytest.raises(zipfile.BadZipFile):
         example.model_folder("mpnet")
     assert not example.cache_folder("all-mpnet-base-v2").exists()
