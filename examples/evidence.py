@@ -46,6 +46,7 @@ class Question(NamedTuple):
     unit: str
     to: str = "lora"
     worth: float = 0.0  # where the interval ends below, there is no gain worth having; 0: not asked
+    margin: float = 0.0  # where the interval begins above minus this, it is not worse; 0: not asked
     more_files: tuple[str, ...] = ()  # of the same seeds
 
 
@@ -79,7 +80,9 @@ def with_steps(row: Row) -> str:
 
 
 FILMS, *OTHERS = language_model.KINDS_OF_TEXT
+ADAPTERS = "rslora", "dora", "pissa"
 # The type of which all seeds are there first answers; the other is exploration.
+DINO = {"vit.csv": "bfloat16", "vit-float32.csv": "float32"}
 LANGUAGE_MODEL = {"language_model.csv": "bfloat16", "language_model-float32.csv": "float32"}
 FILM_REVIEWS = {"sentiment-length.csv": "bfloat16", "sentiment-length-float32.csv": "float32"}
 
@@ -126,9 +129,40 @@ def of_film_reviews(file: str, dtype: str) -> tuple[Question, ...]:
     )
 
 
+def of_dino_kinds(file: str) -> tuple[Question, ...]:
+    kinds = Question(
+        "DINOv2 (float32) on digits: kinds of noise",
+        file,
+        vit.label,
+        "flat-lora 0.2 of a kind",
+        range(100, 108),
+        tuple(
+            Test(kind, percent("clean"), 1, f"flat-lora 0.2 {kind}")
+            for kind in ("near_gaussian", "rademacher", "hadamard")
+        ),
+        "points on clean images",
+        to="flat-lora 0.2",
+        margin=0.5,
+    )
+    adapters = (
+        kinds._replace(
+            title=f"DINOv2 (float32) on digits: noise on other adapters, {column} images",
+            arm="flat-lora 0.2",
+            to="lora",
+            tests=tuple(
+                Test(name, percent(column), 1, f"flat-lora 0.2 {name}", f"lora {name}") for name in ADAPTERS
+            ),
+            unit="points",
+            margin=0.0,
+        )
+        for column in ("clean", "corrupted")
+    )
+    return kinds, *adapters
+
+
 QUESTIONS = (
     Question(
-        "DINOv2 on digits: accuracy",
+        "DINOv2 (bfloat16) on digits: accuracy",
         "vit.csv",
         vit.label,
         "flat-lora 0.15",
@@ -138,7 +172,7 @@ QUESTIONS = (
         worth=1.0,
     ),
     Question(
-        "DINOv2 on digits: what rounding and pruning add to the loss",
+        "DINOv2 (bfloat16) on digits: what rounding and pruning add to the loss",
         "vit.csv",
         vit.label,
         "flat-lora 0.15",
@@ -169,14 +203,20 @@ QUESTIONS = (
         to="flat-lora 0.15",
     ),
     Question(
-        "DINOv2 on digits: more noise",
-        "vit-strong.csv",
+        "DINOv2 (float32) on digits: accuracy",
+        "vit-float32.csv",
         vit.label,
-        "flat-lora 0.3",
-        range(200, 216),
-        tuple(Test(name, percent(name), 1) for name in vit.ACCURACIES),
+        "flat-lora at either strength",
+        range(300, 316),
+        tuple(
+            Test(f"{name} {sigma}", percent(name), 1, f"flat-lora {sigma}")
+            for sigma in ("0.15", "0.3")
+            for name in vit.ACCURACIES
+        ),
         "points",
+        worth=1.0,
     ),
+    *of_dino_kinds("vit-kinds-float32.csv"),
     *(q for named in LANGUAGE_MODEL.items() for q in of_language_model(*named)),
     *(q for named in FILM_REVIEWS.items() for q in of_film_reviews(*named)),
     Question(
@@ -185,10 +225,7 @@ QUESTIONS = (
         method_of,
         "flat-lora 0.3",
         range(5000, 5040),
-        tuple(
-            Test(name, percent("clean"), 1, f"flat-lora 0.3 {name}", f"lora {name}")
-            for name in ("rslora", "dora", "pissa")
-        ),
+        tuple(Test(name, percent("clean"), 1, f"flat-lora 0.3 {name}", f"lora {name}") for name in ADAPTERS),
         "points on clean images",
     ),
     Question(
@@ -259,12 +296,14 @@ def holm(values: list[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: Found, better: int, worth: float) -> str:
+def verdict(found: Found, better: int, worth: float, margin: float) -> str:
     said = "no difference shown"
     if found.p < 0.05:
         said = "better" if found.mean * better > 0 else "worse"
     if worth and found.high < worth:
         said += f"; no gain of {worth:g}"
+    if margin:
+        said += f"; {'' if found.low > -margin else 'not shown to be '}not worse by {margin:g}"
     return said
 
 
@@ -300,9 +339,10 @@ def report(folders: list[Path]) -> str:
             lines.append(f"  not answered: {error}")
             continue
         for test, found in zip(question.tests, judged(samples), strict=True):
+            said = verdict(found, test.better, question.worth, question.margin)
             lines.append(
                 f"  {test.name:<12}{found.mean:+9.4f} +- {found.error:.4f}  95 % {found.low:+.4f} to {found.high:+.4f}"
-                f"  p {found.p:.2g}  {found.seeds} seeds: {verdict(found, test.better, question.worth)}"
+                f"  p {found.p:.2g}  {found.seeds} seeds: {said}"
             )
     return "\n".join(lines)
 
@@ -335,18 +375,25 @@ def plot(folders: list[Path], path: Path) -> None:
     """Gain over LoRA by strength: a panel for each test set, bars of one standard error."""
     from matplotlib.figure import Figure
 
-    question = QUESTIONS[0]
-    rows = rows_of(folders, question.file, question.label)
-    arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
-    for axes, test in zip(figure.subplots(1, len(question.tests)), question.tests, strict=True):
-        found = judged([differences(rows, question, test._replace(arm=arm)) for arm in arms])
+    panels = dict(zip(vit.ACCURACIES, figure.subplots(1, len(vit.ACCURACIES)), strict=True))
+    for file, dtype in DINO.items():
+        rows = rows_of(folders, file, vit.label)
+        question = next(q for q in QUESTIONS if q.file == file)
+        arms = [name for name in dict.fromkeys(map(vit.label, rows)) if name.startswith("flat-lora")]
         strengths = [float(arm.split()[1]) for arm in arms]
+        for name, axes in panels.items():
+            test = Test(name, percent(name), 1)
+            found = judged([differences(rows, question, test._replace(arm=arm)) for arm in arms])
+            means, errors = [f.mean for f in found], [f.error for f in found]
+            seeds = f"{dtype}, {found[0].seeds} seeds" if found else None
+            axes.errorbar(strengths, means, errors, marker=".", capsize=2, label=seeds)
+    for name, axes in panels.items():
         axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.errorbar(strengths, [f.mean for f in found], [f.error for f in found], marker=".", capsize=2)
-        axes.set_title(f"{test.name} images")
+        axes.set_title(f"{name} images")
         axes.set_xlabel("sigma")
     figure.axes[0].set_ylabel("gain over LoRA, points")
+    figure.axes[0].legend(fontsize="small")
     figure.savefig(path)
 
 

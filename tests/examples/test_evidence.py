@@ -39,12 +39,14 @@ def test_verdicts(evidence: ModuleType) -> None:
     def found(mean: float, p: float) -> Any:
         return evidence.Found(mean, mean - 1, mean + 1, 0.5, p, 8)
 
-    assert evidence.verdict(found(1, 0.04), +1, 0) == "better"
-    assert evidence.verdict(found(1, 0.04), -1, 0) == "worse"
-    assert evidence.verdict(found(-1, 0.04), -1, 0) == "better"
-    assert evidence.verdict(found(1, 0.05), +1, 0) == "no difference shown"
-    assert evidence.verdict(found(1, 0.05), +1, 2.0) == "no difference shown"
-    assert evidence.verdict(found(0.9, 0.05), +1, 2.0) == "no difference shown; no gain of 2"
+    assert evidence.verdict(found(1, 0.04), +1, 0, 0) == "better"
+    assert evidence.verdict(found(1, 0.04), -1, 0, 0) == "worse"
+    assert evidence.verdict(found(-1, 0.04), -1, 0, 0) == "better"
+    assert evidence.verdict(found(1, 0.05), +1, 0, 0) == "no difference shown"
+    assert evidence.verdict(found(1, 0.05), +1, 2.0, 0) == "no difference shown"
+    assert evidence.verdict(found(0.9, 0.05), +1, 2.0, 0) == "no difference shown; no gain of 2"
+    assert evidence.verdict(found(0.6, 0.5), +1, 0, 0.5).endswith("; not worse by 0.5")
+    assert evidence.verdict(found(0.5, 0.5), +1, 0, 0.5).endswith("; not shown to be not worse by 0.5")
 
 
 def test_differences_are_paired(evidence: ModuleType) -> None:
