@@ -63,6 +63,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "lora": {"sigma": 0.2},
     "flat-lora": {"sigma": 0.2},
     "bi-lora": {},
+    "sam": {"r": 0, "train_weight": True},
     "lora-sam": {},
     "eflat-lora": {},
     "rwp": {"sigma": 0.2, "norm": "row"},

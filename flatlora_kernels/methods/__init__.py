@@ -20,12 +20,13 @@ from .eflat import EFlatLoRA
 from .mezo import MeZO
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
-from .sam import LoRASAM
+from .sam import SAM, LoRASAM
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "flat-lora": FlatLoRA,
     "bi-lora": BiLoRA,
+    "sam": SAM,
     "lora-sam": LoRASAM,
     "eflat-lora": EFlatLoRA,
     "rwp": RWP,
@@ -51,6 +52,7 @@ __all__ = [
     "LPFSGD",
     "METHODS",
     "RWP",
+    "SAM",
     "BiLoRA",
     "EFlatLoRA",
     "FlatLoRA",

@@ -299,6 +299,7 @@ def frozen() -> nn.Module:
         ("bi-lora", frozen, {}, "trainable adapters"),
         ("bi-lora", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("bi-lora", build, {"auxiliary_rank": 0}, "auxiliary_rank: expected an int >= 1"),
+        ("sam", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("lora-sam", build, {"rho": -1.0}, "rho: expected a number > 0"),
         ("lora-sam", lambda: build(r=0), {}, "trainable adapters"),
         ("eflat-lora", build, {"beta": 0.0}, "beta: expected 0 < beta <= 1"),

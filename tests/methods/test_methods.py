@@ -189,6 +189,20 @@ def test_other_ascents() -> None:
         make("bi-lora", model, sgd(model), ascent=lambda p: torch.optim.Adam(p, 0.01))
 
 
+def test_sam() -> None:
+    """On weights and biases."""
+    model, rho = build(r=0, train_weight=True), 0.4
+    method, eager = make("sam", model, sgd(model), rho=rho), Eager(model)
+    for _ in range(3):
+        loss, G = eager.loss_and_grads(eager.W, bias=eager.bias)
+        c = torch.cat([g.flatten() for g in G]).norm()
+        worst = add(eager.W + eager.bias, G, rho / c)
+        _, G = eager.loss_and_grads(worst[:2], bias=worst[2:])
+        torch.testing.assert_close(method.step(*closures(model)), loss)
+        eager.W, eager.bias = add(eager.W, G[:2], -LR), add(eager.bias, G[2:], -LR)
+    eager.agrees(model)
+
+
 def test_lora_sam() -> None:
     model, rho = build(), 0.4
     method, eager = make("lora-sam", model, sgd(model), rho=rho), Eager(model)
