@@ -17,10 +17,10 @@ from torch import nn
 from .base import Method
 from .bilora import BiLoRA
 from .eflat import EFlatLoRA
-from .mezo import MeZO
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
 from .sam import SAM, LoRASAM
+from .zeroth_order import EvolutionStrategy, MeZO
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -34,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "neftune": NEFTune,
     "full-noise": FullNoise,
     "mezo": MeZO,
+    "es": EvolutionStrategy,
 }
 
 
@@ -55,6 +56,7 @@ __all__ = [
     "SAM",
     "BiLoRA",
     "EFlatLoRA",
+    "EvolutionStrategy",
     "FlatLoRA",
     "FullNoise",
     "LoRA",

@@ -237,11 +237,12 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("bi-lora", 8 * 256), ("eflat-lora", 8 * 256), ("mezo", 256 * 256 // 4)]
+    ("name", "bound"),
+    [("bi-lora", 8 * 256), ("eflat-lora", 8 * 256), ("mezo", 256 * 256 // 4), ("es", 256 * 256 // 4)],
 )
 def test_nothing_of_the_weights_size(name: str, bound: int) -> None:
     """The whole step, but what the op itself may use."""
-    full = name == "mezo"
+    full = name in ("mezo", "es")
     model = nn.Sequential(nn.Linear(256, 256))
     options = {"r": 0, "train_weight": True} if full else {"r": 4, "lora_alpha": 8}
     apply_flat_lora(model, ["0"], noise_controller=NoiseController(sigma=0.0), verbose=False, **options)
@@ -275,6 +276,10 @@ def other_controllers() -> nn.Module:
     return model
 
 
+def trained_weights() -> nn.Module:
+    return build(r=0, train_weight=True)
+
+
 def frozen() -> nn.Module:
     return build().requires_grad_(False)
 
@@ -305,12 +310,22 @@ def frozen() -> nn.Module:
         ("eflat-lora", build, {"beta": 0.0}, "beta: expected 0 < beta <= 1"),
         ("neftune", build, {}, "embedding: expected to be given"),
         ("mezo", frozen, {}, "expected parameters that require gradients"),
-        ("mezo", lambda: build(r=0, train_weight=True), {"eps": 0.0}, "eps: expected a number > 0"),
+        ("mezo", trained_weights, {"eps": 0.0}, "eps: expected a number > 0"),
         (
             "mezo",
-            lambda: build(r=0, train_weight=True),
+            trained_weights,
             {"max_grad_norm": 1.0},
             "max_grad_norm: expected None",
+        ),
+        ("es", trained_weights, {"sigma": 0.0}, "sigma: expected a number > 0"),
+        ("es", trained_weights, {"population": 1}, "population: expected an int >= 2, got 1"),
+        ("es", trained_weights, {"population": 3, "antithetic": True}, "expected an even int >= 2, got 3"),
+        ("es", trained_weights, {"together": 31}, "together: expected 1 to the population, 30, got 31"),
+        (
+            "es",
+            trained_weights,
+            {"together": 2},
+            "together: expected 1 where more is trained .* got 2 and 2 other",
         ),
     ],
 )

@@ -286,6 +286,58 @@ def test_mezo(in_op: bool) -> None:
     eager.agrees(model)
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("together", [1, 4])
+def test_evolution_strategy(together: int, antithetic: bool) -> None:
+    """With biases, which are moved in place, or a population of six in passes of four and two."""
+    model, P, sigma = build(r=0, train_weight=True), 6, 2**-5
+    if together > 1:
+        for layer in layers(model):
+            layer.bias.requires_grad_(False)
+    options = {"population": P, "sigma": sigma, "antithetic": antithetic, "together": together}
+    method, eager = make("es", model, sgd(model, weight_decay=0.1), **options), Eager(model)
+    x, y = data()
+
+    def of_members(count: int) -> Tensor:
+        errors = model(x.repeat(count, 1)) - y.repeat(count, 1)
+        return errors.square().view(count, -1).mean(1)
+
+    for _ in range(3):
+        theta = eager.W if together > 1 else [*eager.W, *eager.bias]
+        z = [
+            [
+                materialize_noise(
+                    torch.ones(len(t) if t.dim() > 1 else 1),
+                    t.shape[-1],
+                    seed=method.controller.value,
+                    stream=stream,
+                    sample=sample,
+                    antithetic=antithetic,
+                    dtype=torch.float64,
+                ).view_as(t)
+                for stream, t in enumerate(theta)
+            ]
+            for sample in range(P)
+        ]
+        assert torch.equal(z[0][0], -z[1][0]) == antithetic
+        moved = [add(theta, member, sigma) for member in z]
+        losses = torch.stack([eager.loss_and_grads(m[:2], bias=m[2:] or None)[0] for m in moved])
+        Z = (losses - losses.mean()) / (((losses - losses.mean()) ** 2).mean().sqrt() + 1e-8)
+        found = method.step(of_members) if together > 1 else method.step(*closures(model))
+        torch.testing.assert_close(found, losses.mean())
+        steps = [sum(w * member[i] for w, member in zip(Z, z, strict=True)) / P for i in range(len(theta))]
+        theta = [t - LR * (s + 0.1 * t) for t, s in zip(theta, steps, strict=True)]
+        eager.W, eager.bias = theta[:2], theta[2:] or eager.bias
+    eager.agrees(model, atol=2e-8)  # the weights of the sum are float32
+
+
+def test_evolution_strategy_finds_its_way() -> None:
+    model = build(r=0, train_weight=True, seed=1)
+    method = make("es", model, sgd(model, lr=0.05), population=40, sigma=0.05)
+    losses = [float(method.step(*closures(model))) for _ in range(60)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
 def test_tied_weights_take_one_zeroth_order_step() -> None:
     once, twice = (build(r=0, train_weight=True) for _ in range(2))
     lone = layers(twice)[0]

@@ -1,0 +1,279 @@
+"""Training by forward passes alone, with noise drawn in the kernel: MeZO and evolution strategies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.shared.panel import slices
+from ..backends.shared.workspace import workspace_limit
+from ..op.functional import materialize_noise, perturb_weight
+from ..op.sharded import is_sharded
+from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
+from .base import Closure, Method, kept, mean, mean_over_ranks
+
+# Sums of many draws go slice by slice through a processor's cache; smaller slices cost more in calls.
+_CACHED = 4 << 20
+
+
+class _Trained(NamedTuple):
+    matrix: Tensor  # a view of the parameter
+    group: dict[str, Any]  # of the optimiser
+    stream: int
+    noise: str
+    backend: str | None
+
+
+class ZerothOrder(Method):
+    """What methods without a backward pass share: losses where the weights are moved, and steps along the same draws.
+
+    Each parameter has a z of its own. Weights of the layers are moved inside the op, where they were made with
+    ``train_weight=True``; one that another kind of module shares is moved in the layer only. Parameters that the op
+    does not perturb (biases, norms, adapters, embeddings) are moved in place, of which a copy is kept meanwhile, and
+    come back bit for bit. A step draws z again, a slice at a time: beyond the weights nothing of their size is
+    allocated.
+
+    lr and weight_decay are those of the parameter's group in the optimiser, which is ``torch.optim.SGD`` without
+    momentum and takes no step of its own (schedulers and hooks see one). The model is in eval mode meanwhile, without
+    dropout. In 16 bits the moved weight is rounded: where the move is far below a weight's last bit, give the layers
+    ``noise_accum="split"``. A loss in 16 bits may be the same for all: compute it in float32.
+    """
+
+    size: float  # of the moves
+    antithetic = False  # whether samples 2 i and 2 i + 1 are one z with either sign
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        name = type(self).__name__
+        if self.max_grad_norm is not None:
+            raise ValueError(f"max_grad_norm: expected None for {name}, got {self.max_grad_norm}")
+        groups = self.optimizer.param_groups
+        if not isinstance(self.optimizer, torch.optim.SGD) or any(g["momentum"] for g in groups):
+            raise ValueError(f"optimizer: expected torch.optim.SGD without momentum for {name}, got another")
+        trained = {id(p): (p, group) for group in groups for p in group["params"] if p.requires_grad}
+        if not trained:
+            raise ValueError("optimizer: expected parameters that require gradients, got none")
+        if any(is_sharded(p) for p, _ in trained.values()):
+            raise ValueError(
+                f"optimizer: expected tensors, which {name} moves, got DTensors: shards of parameters"
+            )
+        # A mixture's weight is moved, as other parameters are.
+        self._noisy = [
+            layer
+            for layer in self.layers
+            if id(layer._base_parameter()) in trained and layer.stream_count == 1
+        ]
+        self._in_op = {}  # by weight: a tied one is updated once
+        for layer in self._noisy:
+            group = trained[id(layer._base_parameter())][1]
+            matrix: Any = layer._weight_in_use()[0].detach()  # trains, so that it is no packed one
+            self._in_op[id(layer._base_parameter())] = _Trained(
+                matrix, group, layer.stream, layer.noise, layer.backend
+            )
+        stream = max((layer.stream + layer.stream_count for layer in self.layers), default=0)
+        others = [found for key, found in trained.items() if key not in self._in_op]
+        self._others = []
+        for i, (p, group) in enumerate(others):
+            matrix = p.detach().view(-1, p.shape[-1] if p.dim() > 1 else p.numel())
+            self._others.append(_Trained(matrix, group, stream + i, "gaussian", None))
+
+    @contextlib.contextmanager
+    def _moved(self, sample: int, together: int = 1) -> Iterator[None]:
+        """Weights of the layers are at ``W + size z`` of so many samples, one after another in the rows of a batch."""
+        with instead_of_noise(self._noisy, lambda layer: self._arguments(layer, sample, together)):
+            with kept(t.matrix for t in self._others):
+                for trained in self._others:
+                    self._move(trained, torch.tensor([self.size], dtype=torch.float64), [sample])
+                yield
+
+    def _arguments(self, layer: NoisyLayer, sample: int, together: int) -> dict[str, Any]:
+        weight = layer._base_parameter()
+        return {
+            "seed": self.controller.tensor(weight.device),
+            "stream": layer.stream,
+            "noise": layer.noise,
+            "noise_scale": torch.full((layer._weight_in_use()[0].shape[0],), self.size, device=weight.device),
+            "samples": together,
+            "sample_offset": sample,
+            "antithetic": self.antithetic,
+            "strategy": layer.strategy,
+            "noise_accum": layer.noise_accum,
+            "backend": layer.backend,
+        }
+
+    @torch.no_grad()
+    def _descend(self, slopes: Tensor, samples: Sequence[int]) -> None:
+        """``W <- W - lr (sum of slope z + weight_decay W)`` for every parameter."""
+        for trained in (*self._in_op.values(), *self._others):
+            matrix, group = trained.matrix, trained.group
+            if group["weight_decay"]:
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            self._move(trained, -group["lr"] * slopes, samples)
+        super()._update()  # no parameter has a gradient: only hooks and the controller move
+
+    @torch.no_grad()
+    def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
+        """Adds the sum of ``factor z`` in slices of bounded size, rounded once."""
+        matrix = trained.matrix
+        N, K = matrix.shape
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        limit = workspace_limit(matrix)
+        if len(samples) > 1:
+            limit = min(limit // 2, _CACHED) if matrix.device.type == "cpu" else limit // 2
+        largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(matrix.device, dtype)
+        factors = (factors.to(matrix.device) / largest).float()
+        for begin, end in slices(N, K, dtype.itemsize, limit):
+            draw = {
+                "seed": self.controller.tensor(matrix.device),
+                "stream": trained.stream,
+                "noise": trained.noise,
+                "antithetic": self.antithetic,
+                "row_offset": begin,
+                "layer_shape": (N, K),
+                "backend": trained.backend,
+            }
+            scales = factors[:, None].expand(-1, end - begin).contiguous()
+            total = materialize_noise(scales[0], K, sample=samples[0], dtype=dtype, **draw)
+            spare = torch.empty_like(total) if len(samples) > 1 else total
+            for scale, sample in zip(scales[1:], samples[1:], strict=True):
+                perturb_weight(total, scale, sample=sample, out=spare, **draw)
+                total, spare = spare, total
+            matrix[begin:end].add_(total.mul_(largest))
+
+
+class MeZO(ZerothOrder):
+    """MeZO: SPSA on the weights, no backward pass and no copy of the weights.
+
+    ::
+
+        z ~ N(0, 1)        g = (L(W + eps z) - L(W - eps z)) / (2 eps)
+        W <- W - lr (g z + weight_decay W)
+
+    Both losses are forward passes of the op: the same z as an antithetic pair, samples 0 and 1. One g for the whole
+    model; `ZerothOrder` says what is moved, and how. The authors' code decays neither biases nor layer norms: give them
+    a group of their own. Ranks of a process group average g.
+
+    Args:
+        eps: size of the two-sided step, > 0; the paper's is 1e-3.
+
+    Returns of `step`: ``(L(W + eps z) + L(W - eps z)) / 2``.
+
+    Source: Malladi et al., NeurIPS 2023, arXiv 2305.17333, definition 1 and algorithm 1, and the authors' code.
+    """
+
+    antithetic = True
+
+    def __init__(self, *args: Any, eps: float = 1e-3, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not eps > 0:
+            raise ValueError(f"eps: expected a number > 0, got {eps}")
+        self.size = self.eps = eps
+
+    def _gradients(self, closures: Sequence[Closure]) -> Tensor:
+        losses = []
+        with torch.no_grad(), eval_mode(self.model):
+            for side in (0, 1):
+                with self._moved(side):
+                    losses.append(
+                        mean([self._loss(closure, index) for index, closure in enumerate(closures)])
+                    )
+        plus, minus = losses
+        self._slope = (plus - minus) / (2 * self.eps)
+        mean_over_ranks([self._slope])
+        return (plus + minus) / 2
+
+    def _update(self) -> None:
+        slope = self._slope
+        del self._slope
+        self._descend(slope[None], [0])
+
+
+class EvolutionStrategy(ZerothOrder):
+    """Evolution strategies: a population of weights around W, and a step towards those of its members that do better.
+
+    ::
+
+        z_i ~ N(0, 1), i = 0 .. P - 1        L_i = L(W + sigma z_i)        Z_i = (L_i - mean L) / (std L + 1e-8)
+        W <- W - lr (1/P sum_i Z_i z_i + weight_decay W)
+
+    No backward pass and no copy of the weights. Member i is sample i of the step's seed, drawn inside the op. Each
+    layer has draws of its own. The step adds all P to a slice of the weight in float32 and rounds once. (The authors'
+    code seeds all layers alike, unless told otherwise: layers of one shape move alike.) The losses are all that ranks
+    exchange: they average them. `ZerothOrder` says what is moved, and how.
+
+    Args:
+        sigma: size of the members' moves, > 0. The paper's is 1e-3, beside a learning rate of sigma / 2.
+        population: P, >= 2; the paper's is 30.
+        antithetic: members 2 i and 2 i + 1 are one draw with either sign, for an even population. The paper has none.
+        together: so many members share a forward pass, one after another in the rows of the batch. Above 1 each closure
+            is called with the number of members m, and returns their losses, (m,): of its batch, repeated m times
+            (`torch.Tensor.repeat`). Only layers' weights can be trained then.
+
+    Returns of `step`: the mean of the L_i.
+
+    Source: Qiu et al., arXiv 2509.24372, algorithm 1 (1 / sigma is part of its learning rate), for a loss instead of a
+    reward.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sigma: float = 1e-3,
+        population: int = 30,
+        antithetic: bool = False,
+        together: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        if not sigma > 0:
+            raise ValueError(f"sigma: expected a number > 0, got {sigma}")
+        if population < 2 or (antithetic and population % 2):
+            expected = "an even int" if antithetic else "an int"
+            raise ValueError(f"population: expected {expected} >= 2, got {population}")
+        if not 1 <= together <= population:
+            raise ValueError(f"together: expected 1 to the population, {population}, got {together}")
+        if together > 1 and self._others:
+            raise ValueError(
+                f"together: expected 1 where more is trained than layers' weights, which are the same for all members;"
+                f" got {together} and {len(self._others)} other parameters"
+            )
+        self.size = self.sigma = sigma
+        self.population, self.antithetic, self.together = population, antithetic, together
+
+    def _gradients(self, closures: Sequence[Callable[..., Tensor]]) -> Tensor:
+        losses = []
+        with torch.no_grad(), eval_mode(self.model):
+            for first in range(0, self.population, self.together):
+                together = min(self.together, self.population - first)
+                with self._moved(first, together):
+                    losses.append(self._of_members(closures, together))
+        self._losses = torch.cat(losses)
+        mean_over_ranks([self._losses])
+        return self._losses.mean()
+
+    def _of_members(self, closures: Sequence[Callable[..., Tensor]], together: int) -> Tensor:
+        if self.together == 1:
+            return mean([self._loss(closure, index) for index, closure in enumerate(closures)])[None]
+        found = []
+        for index, closure in enumerate(closures):
+            losses = closure(together)
+            if losses.shape != (together,):
+                raise ValueError(
+                    f"closures[{index}]: expected to return the losses of {together} members, got shape"
+                    f" {tuple(losses.shape)}"
+                )
+            found.append(losses.to(torch.promote_types(losses.dtype, torch.float32)))
+        return torch.stack(found).mean(0)
+
+    def _update(self) -> None:
+        losses = self._losses
+        del self._losses
+        Z = (losses - losses.mean()) / (losses.std(correction=0) + 1e-8) / self.population
+        if self.antithetic:
+            self._descend(Z[::2] - Z[1::2], range(0, self.population, 2))
+        else:
+            self._descend(Z, range(self.population))
