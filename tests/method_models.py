@@ -64,6 +64,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "flat-lora": {"sigma": 0.2},
     "bi-lora": {},
     "sam": {"r": 0, "train_weight": True},
+    "esam": {},
+    "sl-sam": {},
     "lora-sam": {},
     "eflat-lora": {},
     "rwp": {"sigma": 0.2, "norm": "row"},
@@ -81,6 +83,8 @@ def ready(name: str, **options: Any) -> tuple[nn.Module, Any]:
         options["embedding"] = Embedded(model)
     if name == "rwp":
         options["mix"] = 0.5
+    if name == "esam":
+        options.setdefault("gamma", 1)  # closures without an argument
     if name == "es":
         options.setdefault("population", 4)
     return model, make(name, model, sgd(model), **options)

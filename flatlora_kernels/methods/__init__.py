@@ -19,7 +19,7 @@ from .bilora import BiLoRA
 from .eflat import EFlatLoRA
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
-from .sam import SAM, LoRASAM
+from .sam import ESAM, SAM, SLSAM, LoRASAM
 from .zeroth_order import EvolutionStrategy, MeZO
 
 METHODS: dict[str, type[Method]] = {
@@ -27,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     "flat-lora": FlatLoRA,
     "bi-lora": BiLoRA,
     "sam": SAM,
+    "esam": ESAM,
+    "sl-sam": SLSAM,
     "lora-sam": LoRASAM,
     "eflat-lora": EFlatLoRA,
     "rwp": RWP,
@@ -50,10 +52,12 @@ def make(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, **option
 
 
 __all__ = [
+    "ESAM",
     "LPFSGD",
     "METHODS",
     "RWP",
     "SAM",
+    "SLSAM",
     "BiLoRA",
     "EFlatLoRA",
     "EvolutionStrategy",

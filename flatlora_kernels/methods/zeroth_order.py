@@ -127,7 +127,7 @@ class ZerothOrder(Method):
         largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(matrix.device, dtype)
         factors = (factors.to(matrix.device) / largest).float()
         for begin, end in slices(N, K, dtype.itemsize, limit):
-            draw = {
+            draw: dict[str, Any] = {
                 "seed": self.controller.tensor(matrix.device),
                 "stream": trained.stream,
                 "noise": trained.noise,

@@ -115,7 +115,7 @@ def test_clipping_sees_the_mean_gradient() -> None:
         torch.testing.assert_close(layer.lora_A.detach(), A, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["bi-lora", "eflat-lora"])
+@pytest.mark.parametrize("name", ["bi-lora", "eflat-lora", "sl-sam"])
 def test_resumes(name: str) -> None:
     model, method = ready(name)
     for _ in range(2):
@@ -167,7 +167,7 @@ def test_bfloat16(name: str) -> None:
         if layer.r:
             layer.lora_A, layer.lora_B = (nn.Parameter(t.float()) for t in (layer.lora_A, layer.lora_B))
     before = snapshot(model)
-    options = {"embedding": Embedded(model)} if name == "neftune" else {}
+    options = {"neftune": {"embedding": Embedded(model)}, "esam": {"gamma": 1}}.get(name, {})
     method = make(name, model, sgd(model), **options)
     x, y = (t.bfloat16() for t in data())
     for _ in range(2):
@@ -304,6 +304,11 @@ def frozen() -> nn.Module:
         ("bi-lora", frozen, {}, "trainable adapters"),
         ("bi-lora", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("bi-lora", build, {"auxiliary_rank": 0}, "auxiliary_rank: expected an int >= 1"),
+        ("esam", build, {"beta": 0.0}, "beta: expected 0 < beta <= 1, got 0"),
+        ("esam", build, {"gamma": 1.5}, "gamma: expected 0 < gamma <= 1, got 1.5"),
+        ("sl-sam", build, {"share": 0.0}, "share: expected 0 < share <= 1, got 0"),
+        ("sl-sam", build, {"rate": 0.0}, "rate: expected a number > 0, got 0"),
+        ("sl-sam", frozen, {}, "expected parameters that require gradients"),
         ("sam", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("lora-sam", build, {"rho": -1.0}, "rho: expected a number > 0"),
         ("lora-sam", lambda: build(r=0), {}, "trainable adapters"),

@@ -21,6 +21,7 @@ from method_models import (
     data,
     ready,
     sgd,
+    snapshot,
 )
 from small_models import layers
 from torch import Tensor, nn
@@ -217,6 +218,130 @@ def test_lora_sam() -> None:
         torch.testing.assert_close(method.step(*closures(model)), loss)
         eager.descend(gA, gB)
     eager.agrees(model)
+
+
+def losses_of_samples(eager: Eager, trained: list[Tensor]) -> Tensor:
+    """`trained`: A and B of each layer in turn."""
+    x, y = data()
+    pairs = zip(eager.W, trained[::2], trained[1::2], eager.bias, strict=True)
+    first, second = ((W + SCALING * B @ A, b) for W, A, B, b in pairs)
+    return (F.linear(F.linear(x, *first).tanh(), *second) - y).square().mean(1)
+
+
+def grads_of(eager: Eager, trained: list[Tensor], rows: Tensor | None = None) -> list[Tensor]:
+    trained = [t.detach().requires_grad_() for t in trained]
+    losses = losses_of_samples(eager, trained)
+    return list(torch.autograd.grad((losses if rows is None else losses[rows]).mean(), trained))
+
+
+def ordered(model: nn.Module, method: Any) -> list[int]:
+    """Of each of the optimiser's parameters its place among A and B of each layer in turn."""
+    places = [id(p) for layer in layers(model) for p in (layer.lora_A, layer.lora_B)]
+    return [places.index(id(p)) for group in method.optimizer.param_groups for p in group["params"]]
+
+
+def drawn(method: Any, use: str, below: list[float]) -> list[int]:
+    rng = generator(torch.device("cpu"), method.controller.value, use, 0)
+    u = torch.rand(len(below), generator=rng, dtype=torch.float64).tolist()
+    return [i for i, p in enumerate(below) if u[i] < p]
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_esam(gamma: float) -> None:
+    model, rho, beta = build(), 0.4, 0.6
+    method, eager = make("esam", model, sgd(model), rho=rho, beta=beta, gamma=gamma), Eager(model)
+    x, y = data()
+    asked = []
+
+    def closure(rows: Tensor | None = None) -> Tensor:
+        asked.append(rows)
+        pick = slice(None) if rows is None else rows
+        losses = (model(x[pick]) - y[pick]).square().mean(1)
+        return losses if gamma < 1 else losses.mean()
+
+    parts = set()
+    for _ in range(4):
+        trained = [t for pair in zip(eager.A, eager.B, strict=True) for t in pair]
+        chosen = [ordered(model, method)[i] for i in drawn(method, "esam", [beta] * 4)]
+        assert chosen, "a seed with which one is chosen at once"
+        parts.add(tuple(chosen))
+        G = grads_of(eager, trained)
+        norm = torch.cat([G[i].flatten() for i in chosen]).norm()
+        worst = [t + (rho / beta / norm * G[i] if i in chosen else 0) for i, t in enumerate(trained)]
+        before, after = losses_of_samples(eager, trained), losses_of_samples(eager, worst)
+        rows = (after - before).argsort(descending=True)[: int(gamma * 8)]
+        G = grads_of(eager, worst, rows)
+        torch.testing.assert_close(method.step(closure), before.mean())
+        if gamma < 1:
+            assert sorted(asked[-1].tolist()) == sorted(rows.tolist())
+        eager.descend(G[::2], G[1::2])
+    eager.agrees(model)
+    assert len(parts) > 1
+    if gamma < 1:
+        with pytest.raises(ValueError, match=r"closures\[0\]: expected to return a loss for each sample"):
+            method.step(lambda rows: model(x).sum())
+
+
+def test_sl_sam() -> None:
+    model, rho, share, rate = build(), 0.4, 0.7, 3.0
+    method, eager = make("sl-sam", model, sgd(model), rho=rho, share=share, rate=rate), Eager(model)
+    order, p = ordered(model, method), [share] * 4
+    seen, capped = set(), False
+    for _ in range(6):
+        trained = [t for pair in zip(eager.A, eager.B, strict=True) for t in pair]
+        sampled = drawn(method, "sl-sam", p)
+        if not sampled:
+            method.controller.advance()
+            continue
+        seen.add(tuple(sampled))
+        G = grads_of(eager, trained)
+        norms = {i: float(G[order[i]].norm()) for i in sampled}
+        total = math.sqrt(sum(n**2 for n in norms.values()))
+        worst = list(trained)
+        for i in sampled:
+            worst[order[i]] = trained[order[i]] + rho / total * G[order[i]]
+        H = grads_of(eager, worst)
+        torch.testing.assert_close(method.step(*closures(model)), losses_of_samples(eager, trained).mean())
+        moved = [h if order.index(place) in sampled else torch.zeros_like(h) for place, h in enumerate(H)]
+        eager.descend(moved[::2], moved[1::2])
+        top = max((n / p[i]) ** 2 for i, n in norms.items())
+        v = [
+            q * math.exp(-rate / q * (top - (norms[i] / q) ** 2)) if i in norms else q
+            for i, q in enumerate(p)
+        ]
+        full: list[int] = []  # at 1
+        while True:
+            budget, rest = share * 4 - len(full), sum(q for i, q in enumerate(v) if i not in full)
+            p = [1.0 if i in full else q * budget / rest for i, q in enumerate(v)]
+            above = [i for i, q in enumerate(p) if q > 1]
+            if not above:
+                break
+            full += above
+        assert method.probabilities == pytest.approx(p, rel=1e-6)
+        assert sum(p) == pytest.approx(share * 4)
+        capped |= max(p) == 1
+    eager.agrees(model)
+    assert len(seen) > 2 and capped and min(p) < 0.5
+    assert all(q.requires_grad for q in method.optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="expected 4 numbers, got 1"):
+        method.load_state_dict({"probabilities": [1.0]})
+
+
+def test_sl_sam_leaves_the_others_alone() -> None:
+    """No weight decay and no moments: their gradients are none."""
+    model = build()
+    method = make(
+        "sl-sam",
+        model,
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.5),
+    )
+    trained = method.optimizer.param_groups[0]["params"]
+    before = snapshot(model)
+    method.step(*closures(model))
+    still = [torch.equal(a, b) for a, b in zip(snapshot(model), before, strict=True)]
+    frozen = sum(1 for p in model.parameters() if not p.requires_grad)
+    stepped = [p for p in trained if method.optimizer.state[p]]
+    assert 0 < len(stepped) < len(trained) and sum(still) == frozen + len(trained) - len(stepped)
 
 
 @pytest.mark.parametrize("zero_B", [False, True])
