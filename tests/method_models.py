@@ -74,6 +74,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "full-noise": {"r": 0, "train_weight": True, "sigma": 0.2},
     "mezo": {"r": 0, "train_weight": True},
     "es": {"r": 0, "train_weight": True},
+    "eggroll": {"r": 0, "train_weight": True},
 }
 
 
@@ -85,7 +86,7 @@ def ready(name: str, **options: Any) -> tuple[nn.Module, Any]:
         options["mix"] = 0.5
     if name == "esam":
         options.setdefault("gamma", 1)  # closures without an argument
-    if name == "es":
+    if name in ("es", "eggroll"):
         options.setdefault("population", 4)
     return model, make(name, model, sgd(model), **options)
 

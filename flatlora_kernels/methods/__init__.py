@@ -20,7 +20,7 @@ from .eflat import EFlatLoRA
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
 from .sam import ESAM, SAM, SLSAM, LoRASAM
-from .zeroth_order import EvolutionStrategy, MeZO
+from .zeroth_order import EGGROLL, EvolutionStrategy, MeZO
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -37,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "full-noise": FullNoise,
     "mezo": MeZO,
     "es": EvolutionStrategy,
+    "eggroll": EGGROLL,
 }
 
 
@@ -52,6 +53,7 @@ def make(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, **option
 
 
 __all__ = [
+    "EGGROLL",
     "ESAM",
     "LPFSGD",
     "METHODS",

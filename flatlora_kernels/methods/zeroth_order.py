@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ..backends.shared.workspace import workspace_limit
 from ..op.functional import materialize_noise, perturb_weight
 from ..op.sharded import is_sharded
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
+from ..train.undo import undone
 from .base import Closure, Method, kept, mean, mean_over_ranks
 
 # Sums of many draws go slice by slice through a processor's cache; smaller slices cost more in calls.
@@ -84,11 +86,13 @@ class ZerothOrder(Method):
     @contextlib.contextmanager
     def _moved(self, sample: int, together: int = 1) -> Iterator[None]:
         """Weights of the layers are at ``W + size z`` of so many samples, one after another in the rows of a batch."""
-        with instead_of_noise(self._noisy, lambda layer: self._arguments(layer, sample, together)):
-            with kept(t.matrix for t in self._others):
-                for trained in self._others:
-                    self._move(trained, torch.tensor([self.size], dtype=torch.float64), [sample])
-                yield
+        with self._moved_in_layers(sample, together), kept(t.matrix for t in self._others):
+            for trained in self._others:
+                self._move(trained, torch.tensor([self.size], dtype=torch.float64), [sample])
+            yield
+
+    def _moved_in_layers(self, sample: int, together: int) -> contextlib.AbstractContextManager[None]:
+        return instead_of_noise(self._noisy, lambda layer: self._arguments(layer, sample, together))
 
     def _arguments(self, layer: NoisyLayer, sample: int, together: int) -> dict[str, Any]:
         weight = layer._base_parameter()
@@ -108,12 +112,16 @@ class ZerothOrder(Method):
     @torch.no_grad()
     def _descend(self, slopes: Tensor, samples: Sequence[int]) -> None:
         """``W <- W - lr (sum of slope z + weight_decay W)`` for every parameter."""
-        for trained in (*self._in_op.values(), *self._others):
-            matrix, group = trained.matrix, trained.group
-            if group["weight_decay"]:
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            self._move(trained, -group["lr"] * slopes, samples)
+        for every, move in ((self._in_op.values(), self._move_weight), (self._others, self._move)):
+            for trained in every:
+                group = trained.group
+                if group["weight_decay"]:
+                    trained.matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                move(trained, -group["lr"] * slopes, samples)
         super()._update()  # no parameter has a gradient: only hooks and the controller move
+
+    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
+        self._move(trained, factors, samples)
 
     @torch.no_grad()
     def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
@@ -277,3 +285,87 @@ class EvolutionStrategy(ZerothOrder):
             self._descend(Z[::2] - Z[1::2], range(0, self.population, 2))
         else:
             self._descend(Z, range(self.population))
+
+
+class EGGROLL(EvolutionStrategy):
+    """Evolution strategies with moves of low rank: a population costs what adapters cost, and its step is one product.
+
+    ::
+
+        E_i = B_i A_i / sqrt(r),  A_i (r, K) and B_i (N, r) of N(0, 1)      L_i = L(W + sigma E_i)
+        W <- W - lr (1/P sum_i Z_i E_i + weight_decay W)
+
+    Z_i, `sigma`, `population`, `antithetic` and `together` are `EvolutionStrategy`'s. Only the layers' weights move by
+    low rank, and their products are torch's, beside the op without noise; other parameters move as there. The sum of a
+    step has rank P r: in 16 bits A and B are rounded, and the sum once more.
+
+    Args:
+        rank: r, >= 1; the paper's is 1.
+
+    Returns of `step`: the mean of the L_i.
+
+    Source: Sarkar et al., arXiv 2511.16652, algorithm 1 and eq. (6), which leaves 1 / sigma to the learning rate; the
+    authors' code (ESHyperscale/HyperscaleES) multiplies by sigma and sqrt(P) on top, and has antithetic pairs always.
+    """
+
+    def __init__(self, *args: Any, rank: int = 1, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if rank < 1:
+            raise ValueError(f"rank: expected an int >= 1, got {rank}")
+        self.rank = rank
+        of_layers = (layer.stream + layer.stream_count for layer in self.layers)
+        self._first_stream = max((*of_layers, *(t.stream + 1 for t in self._others)))
+
+    @contextlib.contextmanager
+    def _moved_in_layers(self, sample: int, together: int) -> Iterator[None]:
+        handles: list[Any] = []
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        with undone(undo):
+            for layer in self._noisy:
+                key = id(layer._base_parameter())
+                hook = self._adding(self._in_op[key], range(sample, sample + together))
+                handles.append(layer.register_forward_hook(hook))
+            yield
+
+    def _adding(self, trained: _Trained, samples: range) -> Callable[[Any, Any, Tensor], Tensor]:
+        A, B = self._pairs(trained, samples)
+
+        def hook(layer: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            x = inputs[0].to(y.dtype).reshape(len(samples), -1, A.shape[-1])
+            u = x @ A.to(y.dtype).transpose(1, 2)
+            scale = self.size / math.sqrt(self.rank)
+            return torch.baddbmm(
+                y.reshape(len(samples), -1, B.shape[-1]), u, B.to(y.dtype), alpha=scale
+            ).view_as(y)
+
+        return hook
+
+    def _pairs(self, trained: _Trained, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A (members, r, K) and B (members, r, N); of an antithetic pair A is the same, and B has either sign."""
+        halves = [sample // 2 for sample in samples] if self.antithetic else samples
+        N, K = trained.matrix.shape
+        A = [self._drawn(trained, 0, K, sample, False) for sample in halves]
+        B = [self._drawn(trained, 1, N, sample, self.antithetic) for sample in samples]
+        return torch.stack(A), torch.stack(B)
+
+    def _drawn(self, trained: _Trained, which: int, length: int, sample: int, antithetic: bool) -> Tensor:
+        device = trained.matrix.device
+        return materialize_noise(
+            torch.ones(self.rank, device=device),
+            length,
+            seed=self.controller.tensor(device),
+            stream=self._first_stream + 2 * trained.stream + which,
+            sample=sample,
+            antithetic=antithetic,
+        )
+
+    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
+        matrix = trained.matrix
+        A, B = self._pairs(trained, samples)
+        B = B.to(torch.promote_types(matrix.dtype, torch.float32))
+        B = B * (factors.to(B) / math.sqrt(self.rank))[:, None, None]
+        matrix.addmm_(B.flatten(0, 1).t().to(matrix.dtype), A.flatten(0, 1).to(matrix.dtype))

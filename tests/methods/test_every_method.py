@@ -238,11 +238,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "bound"),
-    [("bi-lora", 8 * 256), ("eflat-lora", 8 * 256), ("mezo", 256 * 256 // 4), ("es", 256 * 256 // 4)],
+    [
+        ("bi-lora", 8 * 256),
+        ("eflat-lora", 8 * 256),
+        ("mezo", 256 * 256 // 4),
+        ("es", 256 * 256 // 4),
+        ("eggroll", 30 * 256),
+    ],
 )
 def test_nothing_of_the_weights_size(name: str, bound: int) -> None:
     """The whole step, but what the op itself may use."""
-    full = name in ("mezo", "es")
+    full = name in ("mezo", "es", "eggroll")
     model = nn.Sequential(nn.Linear(256, 256))
     options = {"r": 0, "train_weight": True} if full else {"r": 4, "lora_alpha": 8}
     apply_flat_lora(model, ["0"], noise_controller=NoiseController(sigma=0.0), verbose=False, **options)
@@ -322,6 +328,7 @@ def frozen() -> nn.Module:
             {"max_grad_norm": 1.0},
             "max_grad_norm: expected None",
         ),
+        ("eggroll", trained_weights, {"rank": 0}, "rank: expected an int >= 1, got 0"),
         ("es", trained_weights, {"sigma": 0.0}, "sigma: expected a number > 0"),
         ("es", trained_weights, {"population": 1}, "population: expected an int >= 2, got 1"),
         ("es", trained_weights, {"population": 3, "antithetic": True}, "expected an even int >= 2, got 3"),

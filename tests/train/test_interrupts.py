@@ -211,7 +211,7 @@ def test_exception_in_a_hook(name: str, where: str) -> None:
         "backward hook": last.register_full_backward_hook,
         "step hook": run.optimizer.register_step_post_hook,  # after the controller's own where it is attached
     }[where](fail)
-    if where == "backward hook" and name in ("mezo", "es"):
+    if where == "backward hook" and name in ("mezo", "es", "eggroll"):
         pytest.skip("has no backward pass")
     with pytest.raises(Broken):
         run.step()
