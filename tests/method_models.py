@@ -68,6 +68,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "sl-sam": {},
     "lora-sam": {},
     "eflat-lora": {},
+    "lora-pro": {"sigma": 0.2},
     "rwp": {"sigma": 0.2, "norm": "row"},
     "lpf-sgd": {"sigma": 0.2, "norm": "row"},
     "neftune": {},

@@ -17,6 +17,7 @@ from torch import nn
 from .base import Method
 from .bilora import BiLoRA
 from .eflat import EFlatLoRA
+from .lorapro import LoRAPro
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
 from .sam import ESAM, SAM, SLSAM, LoRASAM
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "sl-sam": SLSAM,
     "lora-sam": LoRASAM,
     "eflat-lora": EFlatLoRA,
+    "lora-pro": LoRAPro,
     "rwp": RWP,
     "lpf-sgd": LPFSGD,
     "neftune": NEFTune,
@@ -66,6 +68,7 @@ __all__ = [
     "FlatLoRA",
     "FullNoise",
     "LoRA",
+    "LoRAPro",
     "LoRASAM",
     "MeZO",
     "Method",

@@ -286,6 +286,12 @@ def trained_weights() -> nn.Module:
     return build(r=0, train_weight=True)
 
 
+def frozen_A() -> nn.Module:
+    model = build()
+    layers(model)[0].lora_A.requires_grad_(False)
+    return model
+
+
 def frozen() -> nn.Module:
     return build().requires_grad_(False)
 
@@ -318,6 +324,8 @@ def frozen() -> nn.Module:
         ("sam", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("lora-sam", build, {"rho": -1.0}, "rho: expected a number > 0"),
         ("lora-sam", lambda: build(r=0), {}, "trainable adapters"),
+        ("lora-pro", lambda: build(r=0), {}, "trainable adapters"),
+        ("lora-pro", frozen_A, {}, "A and B trained together"),
         ("eflat-lora", build, {"beta": 0.0}, "beta: expected 0 < beta <= 1"),
         ("neftune", build, {}, "embedding: expected to be given"),
         ("mezo", frozen, {}, "expected parameters that require gradients"),

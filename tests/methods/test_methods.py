@@ -345,6 +345,49 @@ def test_sl_sam_leaves_the_others_alone() -> None:
     assert 0 < len(stepped) < len(trained) and sum(still) == frozen + len(trained) - len(stepped)
 
 
+def nearest(columns: list[Tensor], target: Tensor) -> Tensor:
+    """Least squares, the shortest of all that are nearest."""
+    return torch.linalg.pinv(torch.stack([c.flatten() for c in columns], 1)) @ target.flatten()
+
+
+def units(rows: int, columns: int) -> list[Tensor]:
+    return list(torch.eye(rows * columns, dtype=torch.float64).view(-1, rows, columns))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+@pytest.mark.parametrize("zero_B", [False, True])
+def test_lora_pro(zero_B: bool, sigma: float) -> None:
+    """By least squares over all entries of both gradients at once, and over those of X."""
+    model = build(sigma=sigma)
+    if zero_B:
+        for layer in layers(model):
+            nn.init.zeros_(layer.lora_B)
+    method, eager = make("lora-pro", model, sgd(model)), Eager(model)
+    for _ in range(2):
+        eps = eager.noise(method.controller, root_K=True)
+        loss, G = eager.loss_and_grads(add(eager.merged(), eps))
+        hA, hB = eager.adapter_grads(G)
+        gA, gB = [], []
+        for A, B, g, a, b in zip(eager.A, eager.B, G, hA, hB, strict=True):
+            columns = [SCALING * B @ E for E in units(*A.shape)] + [SCALING * E @ A for E in units(*B.shape)]
+            flat = nearest(columns, g)
+            first, second = flat[: A.numel()].view_as(A), flat[A.numel() :].view_as(B)
+            step = SCALING * (B @ first + second @ A)
+            if not zero_B:  # of all first + X A, second - B X
+                moves = [torch.cat([(E @ A).flatten(), -(B @ E).flatten()]) for E in units(RANK, RANK)]
+                wanted = torch.cat([(a - first).flatten(), (b - second).flatten()])
+                X = nearest(moves, wanted).view(RANK, RANK)
+                first, second = first + X @ A, second - B @ X
+            torch.testing.assert_close(SCALING * (B @ first + second @ A), step)
+            gA.append(first)
+            gB.append(second)
+        torch.testing.assert_close(method.step(*closures(model)), loss)
+        eager.descend(gA, gB)
+        if zero_B:
+            break
+    eager.agrees(model, atol=1e-8)
+
+
 @pytest.mark.parametrize("zero_B", [False, True])
 def test_eflat_lora(zero_B: bool) -> None:
     model, rho, beta = build(), 0.3, 0.6
