@@ -69,6 +69,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "lora-sam": {},
     "eflat-lora": {},
     "lora-pro": {"sigma": 0.2},
+    "halora": {},
     "rwp": {"sigma": 0.2, "norm": "row"},
     "lpf-sgd": {"sigma": 0.2, "norm": "row"},
     "neftune": {},

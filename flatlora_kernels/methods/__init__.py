@@ -17,6 +17,7 @@ from torch import nn
 from .base import Method
 from .bilora import BiLoRA
 from .eflat import EFlatLoRA
+from .halora import HaLoRA, on_chips
 from .lorapro import LoRAPro
 from .neftune import NEFTune
 from .noisy_training import LPFSGD, RWP, FlatLoRA, FullNoise, LoRA
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "lora-sam": LoRASAM,
     "eflat-lora": EFlatLoRA,
     "lora-pro": LoRAPro,
+    "halora": HaLoRA,
     "rwp": RWP,
     "lpf-sgd": LPFSGD,
     "neftune": NEFTune,
@@ -67,6 +69,7 @@ __all__ = [
     "EvolutionStrategy",
     "FlatLoRA",
     "FullNoise",
+    "HaLoRA",
     "LoRA",
     "LoRAPro",
     "LoRASAM",
@@ -74,4 +77,5 @@ __all__ = [
     "Method",
     "NEFTune",
     "make",
+    "on_chips",
 ]

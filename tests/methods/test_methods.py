@@ -28,7 +28,7 @@ from small_models import layers
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, apply_flat_lora, materialize_noise
-from flatlora_kernels.methods import EFlatLoRA, make
+from flatlora_kernels.methods import EFlatLoRA, make, on_chips
 from flatlora_kernels.methods.neftune import generator
 from flatlora_kernels.train.controller import NoiseController
 
@@ -386,6 +386,47 @@ def test_lora_pro(zero_B: bool, sigma: float) -> None:
         if zero_B:
             break
     eager.agrees(model, atol=1e-8)
+
+
+def of_chip(weights: list[Tensor], sigma: float, seed: int) -> list[Tensor]:
+    return [
+        materialize_noise(
+            torch.full((len(w),), sigma * float(w.abs().max())),
+            w.shape[1],
+            seed=seed,
+            stream=stream,
+            dtype=torch.float64,
+        )
+        for stream, w in enumerate(weights)
+    ]
+
+
+@pytest.mark.parametrize("chips", [None, 2])
+def test_halora(chips: int | None) -> None:
+    """The adapter has no noise, nor has it a part in the noise's size."""
+    model, sigma, mu = build(seed=5), 0.1, 0.03
+    method, eager = make("halora", model, sgd(model), sigma=sigma, mu=mu, chips=chips), Eager(model)
+    for step in range(3):
+        eps = of_chip(eager.W, sigma, 5 + (step % chips if chips else step))
+        loss, G = eager.loss_and_grads(add(eager.merged(), eps))
+        gA, gB = eager.adapter_grads(G)
+        for A, B, a, b in zip(eager.A, eager.B, gA, gB, strict=True):
+            a += mu * 2 * A @ A.t() @ A / (A @ A.t()).norm()
+            b += mu * 2 * B @ B.t() @ B / (B.t() @ B).norm()
+        torch.testing.assert_close(method.step(*closures(model)), loss)
+        eager.descend(gA, gB)
+    eager.agrees(model)
+
+    x, y = data()
+    found = on_chips(model, lambda: float(F.mse_loss(model(x), y)), sigma=sigma, chips=(5, 70))
+    for seed, value in zip((5, 70), found, strict=True):
+        expected, _ = eager.loss_and_grads(add(eager.merged(), of_chip(eager.W, sigma, seed)))
+        assert value == pytest.approx(float(expected), rel=1e-6)
+    assert model.training and found[0] != found[1]
+    with pytest.raises(ValueError, match="layers with noise, got none"):
+        on_chips(nn.Linear(2, 2), lambda: 0.0, sigma=sigma)
+    with pytest.raises(ValueError, match="sigma: expected a number > 0"):
+        on_chips(model, lambda: 0.0, sigma=0.0)
 
 
 @pytest.mark.parametrize("zero_B", [False, True])

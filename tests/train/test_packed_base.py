@@ -11,6 +11,7 @@ from quantised_layers import KINDS, quantised
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, QuantizedWeight, apply_flat_lora
+from flatlora_kernels.methods import on_chips
 from flatlora_kernels.train.layer import NoisyLayer
 
 OPTIONS: dict[str, Any] = {"r": 4, "sigma": 0.3}
@@ -101,6 +102,16 @@ def test_state_dict_has_the_owners_entries() -> None:
     adapter = {n: v for n, v in trained(layer).state_dict().items() if not n.startswith("base_layer.")}
     assert not other.load_state_dict(adapter, strict=False).unexpected_keys
     agree(run(other), run(layer))
+
+
+def test_on_chips() -> None:
+    layer = trained(FlatLoraLinear.from_linear(packed("nf4"), **OPTIONS))
+    x = torch.randn(5, 64)
+    found, dense = (
+        on_chips(some, lambda some=some: float(some(x).square().mean()), sigma=0.1, chips=range(3))
+        for some in (layer, dense_of(layer))
+    )
+    assert found == pytest.approx(dense, rel=1e-4) and len(set(found)) == 3
 
 
 def test_owner_replaces_its_weight() -> None:
