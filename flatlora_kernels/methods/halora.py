@@ -114,7 +114,7 @@ def _scales(layers: Iterable[NoisyLayer], sigma: float) -> dict[NoisyLayer, Tens
     found = {}
     for layer in layers:
         weight: Any = layer._weight_in_use()[0]
-        if weight.ndim != 2:
+        if len(weight.shape) != 2:
             raise ValueError(
                 f"model: expected layers of one weight, got a mixture of experts, {layer.flat_lora_name!r}"
             )
