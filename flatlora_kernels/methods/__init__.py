@@ -44,13 +44,17 @@ METHODS: dict[str, type[Method]] = {
     "eggroll": EGGROLL,
 }
 
+# What papers call one of them elsewhere.
+ALIASES = {"efm-lora": "eflat-lora"}
+
 
 def make(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Method:
-    """The method of that name, see `METHODS`.
+    """The method of that name, see `METHODS` and `ALIASES`.
 
     Args:
         options: keyword arguments of `Method` and of the class, see its docstring.
     """
+    name = ALIASES.get(name, name)
     if name not in METHODS:
         raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name](model, optimizer, **options)

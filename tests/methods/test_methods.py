@@ -28,7 +28,7 @@ from small_models import layers
 from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, apply_flat_lora, materialize_noise
-from flatlora_kernels.methods import EFlatLoRA, make, on_chips
+from flatlora_kernels.methods import ALIASES, METHODS, EFlatLoRA, make, on_chips
 from flatlora_kernels.methods.neftune import generator
 from flatlora_kernels.train.controller import NoiseController
 
@@ -573,6 +573,12 @@ def test_tied_weights_take_one_zeroth_order_step() -> None:
         method = make("mezo", model, sgd(model))
         method.step(lambda model=model: F.mse_loss(model[:3](x), y))
     assert torch.equal(layers(once)[0].weight, lone.weight)
+
+
+def test_aliases() -> None:
+    model = build()
+    assert type(make("efm-lora", model, sgd(model))) is EFlatLoRA
+    assert set(ALIASES.values()) <= set(METHODS) and not set(ALIASES) & set(METHODS)
 
 
 class Words(nn.Module):
