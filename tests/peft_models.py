@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from packaging.version import Version  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from flatlora_kernels import materialize_noise  # noqa: E402
@@ -93,8 +93,9 @@ def tiny_llama() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def lora(**options: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], **options})
+def lora(kind: type[LoraConfig] = LoraConfig, **options: Any) -> LoraConfig:
+    rank = {"r": 4} if kind is LoraConfig else {}
+    return kind(**{**rank, "lora_alpha": 6, "target_modules": ["up", "down"], **options})
 
 
 def scramble(model: nn.Module) -> None:
@@ -154,6 +155,7 @@ def agree(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 2e-5) -
         )
 
 
+ADALORA = {"init_r": 4, "target_r": 2, "total_step": 10}
 # What the model is made with, what is done to it, and which model: PEFT's own results are expected of each.
 BEHAVIOURS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -170,6 +172,9 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
     "several_dora": {"prepare": two_adapters, "use_dora": True},
     "pissa": {"init_lora_weights": "pissa", "keep_init": True},
     "olora": {"init_lora_weights": "olora", "keep_init": True},
+    "adalora": {"kind": AdaLoraConfig, **ADALORA},
+    "adalora_dropout": {"kind": AdaLoraConfig, "lora_dropout": 0.4, **ADALORA},
+    "adalora_transposed": {"kind": AdaLoraConfig, "make": Transposed, **ADALORA},
     "transposed": {"make": Transposed, "lora_dropout": 0.4},
     "shared": {"make": Shared, "target_modules": ["up", "square", "other"]},
     "tied": {"make": TiedHead, "target_modules": ["down", "lm_head"]},

@@ -43,9 +43,23 @@ class FlatAdapter(NoisyLayer, LoraLayer):
         """A (r, K), B (N, r) and scaling of these adapters as one, in types the op takes beside `dtype`."""
         pairs, base = [], self.base_layer._parameters.get("weight")
         for name in names:
-            A, B = packed.beside(dtype, self.lora_A[name].weight, self.lora_B[name].weight)
+            A, B = packed.beside(dtype, *self._pair(name))
             pairs.append((sharded.replicated(A, base), sharded.replicated(B, base)))
-        return as_one(pairs, [self.scaling[name] for name in names])
+        return as_one(pairs, [self._scaling(name) for name in names])
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, K) and B (N, r) as they are multiplied."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def _stored(self, name: str) -> tuple[Tensor, ...]:
+        """The parameters that the pair is made of."""
+        return self._pair(name)
+
+    def _scaling(self, name: str) -> float:
+        return self.scaling[name]
+
+    def _lora_bias(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias
 
 
 def as_one(pairs: list[tuple[Tensor, Tensor]], scalings: list[float]) -> tuple[Tensor, Tensor, float]:

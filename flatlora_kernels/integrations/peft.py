@@ -45,6 +45,7 @@ if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 17):
         f"flatlora_kernels.integrations.peft needs peft 0.17 or later, found {peft.__version__}; {_INSTALL}"
     )
 
+from peft.tuners.adalora.layer import SVDLinear  # noqa: E402
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper  # noqa: E402
 from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -146,8 +147,9 @@ class FlatLayer(FlatAdapter):
 
         A, B, scaling = self._adapter(names, weight.dtype)
         for name in names:
-            if self.lora_B[name].bias is not None:
-                own = sharded.replicated(self.lora_B[name].bias, weight) * self.scaling[name]
+            own_bias = self._lora_bias(name)
+            if own_bias is not None:
+                own = sharded.replicated(own_bias, weight) * self._scaling(name)
                 bias = own if bias is None else bias + own
         lora_x = dropped[0].to(x.dtype) if dropped else None
         A_all, B_all = self._with_auxiliary(A, B)
@@ -180,7 +182,7 @@ class FlatLayer(FlatAdapter):
 
     def _dropped(self, x: Tensor, name: str) -> Tensor:
         # In the adapter's type, as in PEFT: the same numbers are drawn.
-        dtype = self.lora_A[name].weight.dtype
+        dtype = self._stored(name)[0].dtype
         if self.of_peft.__name__ in _KEEP_TYPES_UNDER_AUTOCAST and torch.is_autocast_enabled():
             return self.lora_dropout[name](x).to(dtype)
         return self.lora_dropout[name](x.to(dtype))
@@ -194,12 +196,12 @@ class FlatLayer(FlatAdapter):
     def _weight_in_use(self) -> tuple[Weight, Tensor | None, Tensor | None, float]:
         # With DoRA without its m / c: the forward multiplies eps by that, too.
         weight = self._weight()
-        names = [] if self.merged else [n for n in self._active() if not self.lora_A[n].weight.is_meta]
+        names = [] if self.merged else [n for n in self._active() if not self._stored(n)[0].is_meta]
         return (weight, *self._adapter(names, weight.dtype)) if names else (weight, None, None, 1.0)
 
     def _norm_sources(self) -> tuple[Any, ...]:
         names = () if self.merged else self._active()
-        parts = [(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in names]
+        parts = [(*self._stored(n), self._scaling(n)) for n in names]
         base = packed.sources(self.base_layer) if self.weight_is_packed else (self.base_layer.weight,)
         return (*base, *(item for part in parts for item in part))
 
@@ -226,6 +228,37 @@ class FlatLinear(FlatLayer, Linear, metaclass=abc.ABCMeta):
     of_peft = Linear
 
 
+class FlatSVDLinear(FlatLayer, SVDLinear):
+    """PEFT's AdaLoRA layer on the fused op, see `FlatLinear`: ``A * E`` is its A.
+
+    ``base_model.update_and_allocate(step)`` goes on working: what it masks is gone from the norms, too.
+    """
+
+    of_peft = SVDLinear
+    lora_E: Any  # PEFT's
+    r: dict[str, int]
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name] * self.lora_E[name], self.lora_B[name]
+
+    def _stored(self, name: str) -> tuple[Tensor, ...]:
+        return self.lora_A[name], self.lora_B[name], self.lora_E[name]
+
+    def _scaling(self, name: str) -> float:
+        return self.scaling[name] / (float(self.r[name]) + 1e-5)  # PEFT's ranknum stays at r
+
+    def _lora_bias(self, name: str) -> None:
+        return None
+
+    def _obstacle(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        obstacle = super()._obstacle(names, args, kwargs)
+        if obstacle is None and len(names) > 1 and self._drops(names):
+            return "several AdaLoRA adapters with dropout are active"
+        return obstacle
+
+
+FlatLinear.register(FlatSVDLinear)
+
 # PEFT's LoRA layers of packed weights, with the module in peft.tuners.lora. Some need their owner's library.
 _OF_PACKED = {
     "Linear4bit": "bnb",
@@ -241,7 +274,7 @@ _KEEP_TYPES_UNDER_AUTOCAST = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "Hq
 
 def _may_be_flat(kind: type[LoraLayer]) -> bool:
     module = f"peft.tuners.lora.{_OF_PACKED.get(kind.__name__)}"
-    return kind in (Linear, ParamWrapper) or kind.__module__ == module
+    return kind in (Linear, SVDLinear, ParamWrapper) or kind.__module__ == module
 
 
 @functools.cache
@@ -249,6 +282,8 @@ def _flat_class(kind: type[LoraLayer]) -> type[FlatAdapter]:
     """The class of the layers that were of PEFT's class `kind`; an attribute of this module, so that they pickle."""
     if kind is Linear:
         return FlatLinear
+    if kind is SVDLinear:
+        return FlatSVDLinear
     if kind is ParamWrapper:
         return FlatParamWrapper
     doc = f"PEFT's `{kind.__name__}` on the fused op, see `FlatLinear`."
@@ -569,7 +604,7 @@ def _base_obstacle(base: nn.Module) -> str | None:
 
 def _layer_obstacle(layer: LoraLayer, options: dict[str, Any]) -> str | None:
     if not _may_be_flat(type(layer)):
-        kinds = ", ".join(("Linear", *_OF_PACKED, "ParamWrapper"))
+        kinds = ", ".join(("Linear", "SVDLinear", *_OF_PACKED, "ParamWrapper"))
         return f"its class in PEFT is {type(layer).__name__}, none of {kinds}"
     if "forward" in vars(layer):
         return "it has a forward of its own, in the place of its class's"

@@ -180,6 +180,10 @@ def adapters(layer: Any) -> list[Adapter]:
     """The low-rank pairs in use: of a `FlatLoraLinear` (at most one) or of PEFT's active adapters."""
     if layer.lora_A is None:
         return []
+    if isinstance(layer.lora_A, nn.ParameterDict):
+        raise ValueError(
+            f"model: expected adapters of two matrices, got AdaLoRA's of three, {layer.flat_lora_name!r}"
+        )
     if isinstance(layer.lora_A, Tensor):
         return [Adapter(layer, layer.lora_A, layer.lora_B, layer.scaling)]
     return [

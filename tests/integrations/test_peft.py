@@ -36,9 +36,33 @@ from flatlora_kernels.integrations.peft import (  # noqa: E402
     apply_flat_lora,
     remove_flat_lora,
 )
+from flatlora_kernels.methods import make  # noqa: E402
 
 # PEFT warns of what these tests are about: tied weights, fan_in_fan_out, merged DoRA.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def test_adalora_masks_ranks() -> None:
+    """PEFT's own allocation works on, and norms are those of what it leaves."""
+    _, flat = behaviour("adalora", sigma=0.3)
+    optimizer = torch.optim.SGD([p for p in flat.parameters() if p.requires_grad], lr=0.1)
+    flat.controller.attach(optimizer)
+    for step in range(1, 11):
+        run(flat)
+        optimizer.step()
+        flat.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    left = 0
+    for layer in flat_layers(flat).values():
+        E = layer.lora_E["default"].detach()
+        left += int((E != 0).sum())
+        run(flat)
+        in_use = layer.base_layer.weight + layer.get_delta_weight("default").detach()
+        expected = flat.controller.sigma / layer.in_features**0.5 * in_use.norm(dim=1)
+        torch.testing.assert_close(layer.noise_scale, expected, rtol=1e-5, atol=0)
+    assert left == 4, "two ranks of each of two layers"
+    with pytest.raises(ValueError, match="expected adapters of two matrices, got AdaLoRA's of three, .*up"):
+        make("lora-sam", flat, optimizer)
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)

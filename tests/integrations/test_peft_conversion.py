@@ -115,15 +115,16 @@ def test_a_later_adapter_that_does_not_fit() -> None:
 
 
 def test_a_later_adapter_of_another_method() -> None:
-    """PEFT puts AdaLoRA's layers around those that have noise."""
+    """PEFT puts AdaLoRA's layers around those that have noise; one of its own gets noise, too."""
     torch.manual_seed(0)
     model = get_peft_model(Net(), lora(), mixed=True).train()
     controller = apply_flat_lora(model, sigma=0.3)
     model.add_adapter(
         "second", AdaLoraConfig(target_modules=["up", "head"], init_r=4, target_r=2, total_step=10)
     )
-    with pytest.warns(UserWarning, match="'up': .* is SVDLinear.*'head'"):
+    with pytest.warns(UserWarning, match="'up': it is neither an nn.Linear .* its class is FlatLinear$"):
         first = run(model)["y"]
+    assert {type(layer).__name__ for layer in controller.layers} == {"FlatLinear", "FlatSVDLinear"}
     controller.advance()
     with no_warning_of_ours():
         assert not torch.equal(run(model)["y"], first)
