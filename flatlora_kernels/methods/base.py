@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -219,3 +220,24 @@ def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor.div_(dist.get_world_size())
+
+
+def generator(device: torch.device, seed: int, purpose: str, index: int) -> torch.Generator:
+    """A generator of our own, a function of its arguments: torch's global ones are not touched."""
+    digest = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+def bernoulli(probabilities: Sequence[float], seed: int, use: str) -> list[int]:
+    """The indices that come up, of which there is one at least."""
+    wanted = torch.tensor(probabilities, dtype=torch.float64)
+    rng = generator(torch.device("cpu"), seed, use, 0)
+    while True:
+        found = (
+            (torch.rand(len(wanted), generator=rng, dtype=torch.float64) < wanted)
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        if found or not len(wanted):
+            return found

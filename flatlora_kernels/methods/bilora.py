@@ -14,8 +14,7 @@ from torch import Tensor
 from ..train.attach import unwrapped
 from ..train.state import tensors
 from ..train.undo import undone
-from .base import Adapter, Closure, Method, mean_over_ranks
-from .neftune import generator
+from .base import Adapter, Closure, Method, generator, mean_over_ranks
 
 
 class BiLoRA(Method):

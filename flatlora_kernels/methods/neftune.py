@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Closure, Method
-
-
-def generator(device: torch.device, seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator of our own, a function of its arguments: torch's global ones are not touched."""
-    digest = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+from .base import Closure, Method, generator
 
 
 class NEFTune(Method):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..train.layer import instead_of_noise
 from ..train.undo import undone
-from .base import Closure, Method
+from .base import Closure, Method, bernoulli
 
 
 class LoRA(Method):
@@ -32,10 +33,29 @@ class FlatLoRA(Method):
         A, B <- step on the gradients of L(W' + eps)
 
     One eps for all micro-batches of a step; sigma(t) is the controller's, whose "cosine" is the paper's schedule.
+
+    Args:
+        share: 0 < share <= 1. Below 1 each step draws noise in some layers alone: in each with this probability, in one
+            at least. The paper has 1.
+
     Source: Li et al., ICML 2025, arXiv 2409.14396, eq. (7) to (9), and the authors' code for the schedule.
     """
 
     noise = True
+
+    def __init__(self, *args: Any, share: float = 1.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not 0 < share <= 1:
+            raise ValueError(f"share: expected 0 < share <= 1, got {share}")
+        self.share = share
+
+    def _gradients(self, closures: Sequence[Closure]) -> Tensor:
+        if self.share == 1:
+            return super()._gradients(closures)
+        on = bernoulli([self.share] * len(self.layers), self.controller.value, "flat-lora")
+        off = [layer for i, layer in enumerate(self.layers) if i not in on]
+        with instead_of_noise(off, lambda layer: {}):
+            return super()._gradients(closures)
 
 
 class FullNoise(FlatLoRA):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..train.undo import undone
-from .base import Closure, Method, kept, mean
-from .neftune import generator
+from .base import Closure, Method, bernoulli, kept, mean
 
 
 class SAM(Method):
@@ -137,7 +136,7 @@ class ESAM(SAM):
 
     def _perturbed(self) -> list[Tensor]:
         every = [p for p in super()._perturbed() if p.grad is not None]
-        chosen = _bernoulli([self.beta] * len(every), self.controller.value, "esam")
+        chosen = bernoulli([self.beta] * len(every), self.controller.value, "esam")
         return [every[i] for i in chosen]
 
     def _first_pass(self, closures: Sequence[Callable[..., Tensor]]) -> Tensor:
@@ -213,7 +212,7 @@ class SLSAM(SAM):
         self.probabilities = [float(p) for p in saved]
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
-        self._sampled = _bernoulli(self.probabilities, self.controller.value, "sl-sam")
+        self._sampled = bernoulli(self.probabilities, self.controller.value, "sl-sam")
         self._norms: dict[int, Tensor] = {}
         with self._only(self._sampled):
             return super()._gradients(closures)
@@ -259,21 +258,6 @@ def _of_samples(losses: Any, index: int) -> Tensor:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"closures[{index}]: expected to return a loss for each sample, (n,), got {got}")
     return losses
-
-
-def _bernoulli(probabilities: Sequence[float], seed: int, use: str) -> list[int]:
-    """The indices that come up, of which there is one at least."""
-    wanted = torch.tensor(probabilities, dtype=torch.float64)
-    rng = generator(torch.device("cpu"), seed, use, 0)
-    while True:
-        found = (
-            (torch.rand(len(wanted), generator=rng, dtype=torch.float64) < wanted)
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
-        if found or not len(wanted):
-            return found
 
 
 def _to_sum(values: list[float], total: float) -> list[float]:

@@ -313,6 +313,7 @@ def frozen() -> nn.Module:
         ("rwp", lambda: build(sigma=0.1, norm="row"), {"mix": 0.0}, "mix: expected 0 < mix <= 1"),
         ("lpf-sgd", lambda: build(sigma=0.1), {}, "expected norm='row'"),
         ("full-noise", lambda: build(sigma=0.1), {}, "train_weight=True"),
+        ("flat-lora", lambda: build(sigma=0.1), {"share": 0.0}, "share: expected 0 < share <= 1, got 0"),
         ("bi-lora", frozen, {}, "trainable adapters"),
         ("bi-lora", build, {"rho": 0.0}, "rho: expected a number > 0"),
         ("bi-lora", build, {"auxiliary_rank": 0}, "auxiliary_rank: expected an int >= 1"),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, apply_flat_lora, materialize_noise
 from flatlora_kernels.methods import ALIASES, METHODS, EFlatLoRA, make, on_chips
-from flatlora_kernels.methods.neftune import generator
+from flatlora_kernels.methods.base import generator
 from flatlora_kernels.train.controller import NoiseController
 
 
@@ -53,6 +53,34 @@ def test_flat_lora() -> None:
         torch.testing.assert_close(method.step(*closures(model)), loss)
         eager.descend(*eager.adapter_grads(G))
     eager.agrees(model)
+
+
+@pytest.mark.parametrize("name", ["flat-lora", "full-noise"])
+def test_noise_on_some_layers(name: str) -> None:
+    """As Flat-LoRA where one of two layers has its noise, or both; never none, and other layers each step."""
+    full = name == "full-noise"
+    model = build(sigma=0.3, **({"r": 0, "train_weight": True} if full else {}))
+    method, eager = make(name, model, sgd(model), share=0.4), Eager(model)
+    seen = set()
+    for _ in range(8):
+        eps = eager.noise(method.controller, root_K=True)
+        options = {
+            on: eager.loss_and_grads(
+                [W + (e if i in on else 0) for i, (W, e) in enumerate(zip(eager.merged(), eps, strict=True))],
+                bias=eager.bias if full else None,
+            )
+            for on in ((0,), (1,), (0, 1))
+        }
+        loss = method.step(*closures(model))
+        (on,) = [on for on, (expected, _) in options.items() if abs(expected - loss) < 1e-6]
+        seen.add(on)
+        G = options[on][1]
+        if full:
+            eager.W, eager.bias = add(eager.W, G[:2], -LR), add(eager.bias, G[2:], -LR)
+        else:
+            eager.descend(*eager.adapter_grads(G))
+    eager.agrees(model)
+    assert len(seen) > 1
 
 
 def test_full_noise() -> None:
