@@ -19,6 +19,7 @@ from flatlora_kernels.core.noise import KINDS
 from . import (
     environment,
     fidelity,
+    methods,
     mixture,
     options,
     parts,
@@ -298,6 +299,14 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
             option("--noise", choices=KINDS, default=KINDS[0]),
             option("--draws", "steps of each way, at least 4", type=int, default=40),
             option("--warm-up", "steps of training before", type=int, default=40),
+            option("--seed", "of weights, data and noise", type=int, default=0),
+        )),
+        "methods": ("a step of every method of docs/methods.md beside LoRA's", methods.main, (
+            option("--size", choices=methods.SIZES, default="cpu"),
+            option("--dtype", choices=("float32", "bfloat16"), default="float32"),
+            option("--noise", choices=KINDS, default=KINDS[0]),
+            option("--rounds", "in which all take turns", type=int, default=15),
+            option("--budget", "seconds for each, at most", type=float, default=20.0),
             option("--seed", "of weights, data and noise", type=int, default=0),
         )),
         "training": (

@@ -18,8 +18,8 @@ from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from ..train.undo import undone
 from .base import Closure, Method, kept, mean, mean_over_ranks
 
-# Sums of many draws go slice by slice through a processor's cache; smaller slices cost more in calls.
-_CACHED = 4 << 20
+# Sums of many draws go slice by slice through a processor's cache. Small slices cost more in calls than in draws.
+_CACHED, _LEAST = 4 << 20, 1 << 20
 
 
 class _Trained(NamedTuple):
@@ -131,7 +131,8 @@ class ZerothOrder(Method):
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         limit = workspace_limit(matrix)
         if len(samples) > 1:
-            limit = min(limit // 2, _CACHED) if matrix.device.type == "cpu" else limit // 2
+            limit = max(limit // 2, _LEAST)
+            limit = min(limit, _CACHED) if matrix.device.type == "cpu" else limit
         largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(matrix.device, dtype)
         factors = (factors.to(matrix.device) / largest).float()
         for begin, end in slices(N, K, dtype.itemsize, limit):
