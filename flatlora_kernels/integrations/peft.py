@@ -229,23 +229,21 @@ class FlatLinear(FlatLayer, Linear, metaclass=abc.ABCMeta):
 
 
 class FlatSVDLinear(FlatLayer, SVDLinear):
-    """PEFT's AdaLoRA layer on the fused op, see `FlatLinear`: ``A * E`` is its A.
+    """PEFT's AdaLoRA layer on the fused op, see `FlatLinear`: ``A * E / ranknum`` is its A.
 
     ``base_model.update_and_allocate(step)`` goes on working: what it masks is gone from the norms, too.
     """
 
     of_peft = SVDLinear
-    lora_E: Any  # PEFT's
-    r: dict[str, int]
+    # PEFT's
+    lora_E: Any
+    ranknum: Any
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name] * self.lora_E[name], self.lora_B[name]
+        return self.lora_A[name] * (self.lora_E[name] / (self.ranknum[name] + 1e-5)), self.lora_B[name]
 
     def _stored(self, name: str) -> tuple[Tensor, ...]:
-        return self.lora_A[name], self.lora_B[name], self.lora_E[name]
-
-    def _scaling(self, name: str) -> float:
-        return self.scaling[name] / (float(self.r[name]) + 1e-5)  # PEFT's ranknum stays at r
+        return self.lora_A[name], self.lora_B[name], self.lora_E[name], self.ranknum[name]
 
     def _lora_bias(self, name: str) -> None:
         return None

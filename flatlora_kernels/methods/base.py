@@ -215,11 +215,16 @@ def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Averages over data-parallel ranks, in place, what no wrapper of the model averages."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
+        dist = torch.distributed
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor.div_(dist.get_world_size())
+
+
+def several_ranks() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def generator(device: torch.device, seed: int, purpose: str, index: int) -> torch.Generator:
@@ -228,16 +233,12 @@ def generator(device: torch.device, seed: int, purpose: str, index: int) -> torc
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
-def bernoulli(probabilities: Sequence[float], seed: int, use: str) -> list[int]:
-    """The indices that come up, of which there is one at least."""
-    wanted = torch.tensor(probabilities, dtype=torch.float64)
-    rng = generator(torch.device("cpu"), seed, use, 0)
-    while True:
-        found = (
-            (torch.rand(len(wanted), generator=rng, dtype=torch.float64) < wanted)
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
-        if found or not len(wanted):
-            return found
+def bernoulli(probabilities: Sequence[float], controller: NoiseController, use: str) -> list[int]:
+    """Indices that come up in this step, the same on all ranks; where none does, that which came nearest."""
+    if not probabilities:
+        return []
+    rng = generator(torch.device("cpu"), controller.base, use, controller.step)
+    u = torch.rand(len(probabilities), generator=rng, dtype=torch.float64)
+    ratios = (u / torch.tensor(probabilities, dtype=torch.float64)).tolist()
+    found = [i for i, ratio in enumerate(ratios) if ratio < 1]
+    return found or [min(range(len(ratios)), key=ratios.__getitem__)]

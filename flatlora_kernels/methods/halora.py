@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.quantized import QuantizedWeight
+from ..op.sharded import is_sharded
+from ..train.controller import signed
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from .base import Closure, Method
 
@@ -23,8 +25,8 @@ class HaLoRA(Method):
         A, B <- step on dL + mu sum over layers of d(||A A^T|| + ||B^T B||)
 
     The noise of a chip is a function of its number. Each step is another chip, or one of so many; their numbers begin
-    at the controller's seed. The controller has no noise of its own: its sigma is 0. What a trained model is worth on
-    chips says `on_chips`.
+    at the controller's seed. The controller has no noise of its own: its sigma is 0. Each step reads the weights once
+    for their largest (packed ones when they change). What a trained model is worth on chips says `on_chips`.
 
     Args:
         sigma: std relative to the largest weight of a tensor, > 0; the paper reports 0.02 among others.
@@ -52,39 +54,50 @@ class HaLoRA(Method):
                 f"noise_controller: expected sigma=0 for HaLoRA, which has its own, got {self.controller.target_sigma}"
             )
         self._pairs = self._adapters(one_each=True)
+        _check(self.layers)
         self.sigma, self.mu, self.chips = sigma, mu, chips
-        self._scales = _scales(self.layers, sigma)
+        self._of_packed: _Known = {}
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
-        chip = self.controller.step if self.chips is None else self.controller.step % self.chips
-        with _on_chip(self._scales, (self.controller.base + chip) % 2**64):
+        step = self.controller.step
+        chip = self.controller.base + (step if self.chips is None else step % self.chips)
+        with _on_chip(_scales(self.layers, self.sigma, self._of_packed), chip):
             loss = self._backward(closures)
         if self.mu:
-            norms = (torch.linalg.vector_norm(g) for a in self._pairs for g in _grams(a.lora_A, a.lora_B))
-            (self.mu * sum(norms)).backward()
+            grams = (g for a in self._pairs for g in (a.lora_A @ a.lora_A.t(), a.lora_B.t() @ a.lora_B))
+            (self.mu * sum(torch.linalg.vector_norm(g) for g in grams)).backward()
         return loss
 
 
 def on_chips(
-    model: nn.Module, evaluate: Callable[[], float], *, sigma: float, chips: Iterable[int] = range(20)
+    model: nn.Module, evaluate: Callable[[], float], *, sigma: float, chips: Iterable[int]
 ) -> list[float]:
     """What `evaluate` returns on each of the chips: the model in eval mode, its base weights under that chip's noise.
 
     Args:
-        model: its layers are `FlatLoraLinear`s or those of `integrations.peft`.
+        model: its layers are `FlatLoraLinear`s or those of `integrations.peft`, with adapters that are in use and not
+            merged.
         evaluate: runs the model, and returns a number.
         sigma: std relative to the largest weight of a tensor, > 0.
-        chips: their numbers, seeds of the noise. Those from the controller's seed on are the ones of the training.
+        chips: their numbers, seeds of the noise. `HaLoRA` trains on those from the controller's seed on.
 
     Returns:
         The values, one a chip.
+
+    Raises:
+        ValueError: a layer would compute without the op, and so without noise.
     """
     if not sigma > 0:
         raise ValueError(f"sigma: expected a number > 0, got {sigma}")
     layers = [m for m in model.modules() if isinstance(m, NoisyLayer)]
     if not layers:
         raise ValueError("model: expected layers with noise, got none")
-    scales, found = _scales(layers, sigma), []
+    _check(layers)
+    for layer in layers:
+        obstacle = _obstacle(layer)
+        if obstacle:
+            raise ValueError(f"model: expected adapters in use, {layer.flat_lora_name!r} has them {obstacle}")
+    scales, found = _scales(layers, sigma, {}), []
     with torch.no_grad(), eval_mode(model):
         for chip in chips:
             with _on_chip(scales, chip):
@@ -92,11 +105,24 @@ def on_chips(
     return found
 
 
+def _obstacle(layer: Any) -> str | None:
+    if getattr(layer, "merged", False):
+        return "merged"
+    if getattr(layer, "disable_adapters", False):
+        return "disabled"
+    return "inactive" if hasattr(layer, "active_adapters") and not layer._active() else None
+
+
 @contextlib.contextmanager
-def _on_chip(scales: dict[NoisyLayer, Tensor], seed: int) -> Iterator[None]:
+def _on_chip(scales: dict[NoisyLayer, Tensor], chip: int) -> Iterator[None]:
+    seeds: dict[torch.device, Tensor] = {}  # tensors, of which a compiled model makes no constants
+    for scale in scales.values():
+        if scale.device not in seeds:
+            seeds[scale.device] = torch.full((), signed(chip % 2**64), dtype=torch.int64, device=scale.device)
+
     def arguments(layer: NoisyLayer) -> dict[str, Any]:
         return {
-            "seed": seed,
+            "seed": seeds[scales[layer].device],
             "stream": layer.stream,
             "noise": layer.noise,
             "noise_scale": scales[layer],
@@ -109,19 +135,38 @@ def _on_chip(scales: dict[NoisyLayer, Tensor], seed: int) -> Iterator[None]:
         yield
 
 
+def _check(layers: Iterable[NoisyLayer]) -> None:
+    for layer in layers:
+        weight: Any = layer._weight_in_use()[0]
+        name = repr(layer.flat_lora_name)
+        if layer.stream_count > 1:
+            raise ValueError(f"model: expected layers of one weight, got a mixture of experts, {name}")
+        if is_sharded(weight):
+            raise ValueError(f"model: expected whole weights, got a DTensor, a shard of one, {name}")
+        if weight.requires_grad:
+            raise ValueError(f"model: expected frozen base weights, got one that trains, {name}")
+
+
+# The largest value of each packed weight, which cannot be asked for without decoding it whole.
+_Known = dict[NoisyLayer, tuple[QuantizedWeight, Tensor]]
+
+
 @torch.no_grad()
-def _scales(layers: Iterable[NoisyLayer], sigma: float) -> dict[NoisyLayer, Tensor]:
+def _scales(layers: Iterable[NoisyLayer], sigma: float, known: _Known) -> dict[NoisyLayer, Tensor]:
     found = {}
     for layer in layers:
         weight: Any = layer._weight_in_use()[0]
-        if len(weight.shape) != 2:
-            raise ValueError(
-                f"model: expected layers of one weight, got a mixture of experts, {layer.flat_lora_name!r}"
-            )
-        low, high = (weight.dequantize() if isinstance(weight, QuantizedWeight) else weight).aminmax()
-        found[layer] = (sigma * torch.maximum(-low, high).float()).repeat(weight.shape[0])
+        if not isinstance(weight, QuantizedWeight):
+            largest = _largest(weight)
+        elif layer in known and known[layer][0] is weight:
+            largest = known[layer][1]
+        else:
+            largest = _largest(weight.dequantize())
+            known[layer] = weight, largest
+        found[layer] = (sigma * largest).repeat(weight.shape[0])
     return found
 
 
-def _grams(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return A @ A.t(), B.t() @ B
+def _largest(weight: Tensor) -> Tensor:
+    low, high = weight.aminmax()
+    return torch.maximum(-low, high).float()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .base import Adapter, Method
 
+_DAMPING = 1e-8  # the authors'
+
 
 class LoRAPro(Method):
     """LoRA-Pro, with the layers' noise where the controller's sigma is above 0, as Flat-LoRA draws it.
@@ -21,14 +23,14 @@ class LoRAPro(Method):
         (B^T B) X + X (A A^T) = -1/s^2 (B^T B)^-1 hA A^T           of all X that with gA, gB nearest to hA, hB
         A, B <- step on gA, gB
 
-    G itself is never formed. Inverses are pseudo-inverses in float64 by eigenvectors of r x r matrices, so that B = 0,
-    where training begins, is no special case. The optimiser sees gA and gB; with AdamW this is the authors' "efficient"
-    variant, not the one whose moments have the weight's size. Gradients are clipped after the adjustment.
+    G itself is never formed. Inverses are in float64, by eigenvectors of r x r matrices, and damped by 1e-8, so that B
+    = 0, where training begins, is no special case. The optimiser sees gA and gB; with AdamW this is the authors'
+    "efficient" variant, not the one whose moments have the weight's size. Gradients are clipped after the adjustment.
 
     Returns of `step`: the loss at which the gradient was taken.
 
     Source: Wang et al., ICLR 2025, arXiv 2407.18242 (abstract), and the authors' code (mrflogs/LoRA-Pro), which takes s
-    for alpha / r = 2 and adds 1e-8 to the diagonals.
+    for alpha / r = 2.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -57,13 +59,10 @@ def adjust(adapter: Adapter) -> None:
     hA = Q @ (of_b[:, None] * (Q.t() @ hA))
     hB = hB - B @ (Q @ (of_b[:, None] * (Q.t() @ (B.t() @ hB))))
     hB = (hB @ P * of_a) @ P.t()
-    sums = b.clamp(min=0)[:, None] + a.clamp(min=0)
-    X = Q @ (-(Q.t() @ hA @ A.t() @ P) * _inverse(sums)) @ P.t()
+    X = Q @ (-(Q.t() @ hA @ A.t() @ P) * _inverse(b[:, None] + a)) @ P.t()
     adapter.lora_A.grad.copy_(hA + X @ A)
     adapter.lora_B.grad.copy_(hB - B @ X)
 
 
-def _inverse(values: Tensor) -> Tensor:
-    """Of those that are not nil beside the largest, and 0 of the others."""
-    least = values.max() * 1e-10
-    return torch.where(values > least, 1 / values, 0.0)
+def _inverse(eigenvalues: Tensor) -> Tensor:
+    return 1 / (eigenvalues.clamp(min=0) + _DAMPING)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..train.layer import instead_of_noise
+from ..train.layer import NoisyLayer, instead_of_noise
 from ..train.undo import undone
 from .base import Closure, Method, bernoulli
 
@@ -36,7 +36,7 @@ class FlatLoRA(Method):
 
     Args:
         share: 0 < share <= 1. Below 1 each step draws noise in some layers alone: in each with this probability, in one
-            at least. The paper has 1.
+            at least. Tied layers go together. The paper has 1.
 
     Source: Li et al., ICML 2025, arXiv 2409.14396, eq. (7) to (9), and the authors' code for the schedule.
     """
@@ -52,10 +52,15 @@ class FlatLoRA(Method):
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
         if self.share == 1:
             return super()._gradients(closures)
-        on = bernoulli([self.share] * len(self.layers), self.controller.value, "flat-lora")
-        off = [layer for i, layer in enumerate(self.layers) if i not in on]
-        with instead_of_noise(off, lambda layer: {}):
+        weights = list({id(layer._base_parameter()): None for layer in self.layers})
+        on = {weights[i] for i in bernoulli([self.share] * len(weights), self.controller, "flat-lora")}
+        off = [layer for layer in self.layers if id(layer._base_parameter()) not in on]
+        with instead_of_noise(off, _without_noise):
             return super()._gradients(closures)
+
+
+def _without_noise(layer: NoisyLayer) -> dict[str, Any]:
+    return {"strategy": layer.strategy, "noise_accum": layer.noise_accum, "backend": layer.backend}
 
 
 class FullNoise(FlatLoRA):

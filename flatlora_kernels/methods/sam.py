@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..op.sharded import is_sharded
 from ..train.undo import undone
 from .base import Closure, Method, bernoulli, kept, mean
 
@@ -23,7 +24,8 @@ class SAM(Method):
         p <- step on the gradients at p + e_p
 
     Two passes over every micro-batch, the costly reference. The parameters are put back bit for bit before the step,
-    and where a closure raises. Weight noise is off.
+    and where a closure raises. Weight noise is off. Each pass draws dropout anew, and moves the running statistics of
+    batch norms.
 
     Args:
         rho: radius, > 0; the paper's is 0.05 on CIFAR and ImageNet.
@@ -63,12 +65,16 @@ class SAM(Method):
         """Returns the norm of each one's gradient."""
         if not parameters:
             return []
-        grads = [p.grad.to(torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        norms = [torch.linalg.vector_norm(g).to(grads[0].device) for g in grads]
-        scale = self.rho / torch.linalg.vector_norm(torch.stack(norms)).clamp(min=1e-12)
-        for p, g in zip(parameters, grads, strict=True):
-            p.add_(g * scale.to(p.device))
+        types = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        pairs = list(zip(parameters, types, strict=True))
+        norms = [torch.linalg.vector_norm(p.grad.to(t)).to(parameters[0].device) for p, t in pairs]
+        scale = self._radius() / torch.linalg.vector_norm(torch.stack(norms)).clamp(min=1e-12)
+        for p, t in pairs:
+            p.add_(p.grad.to(t) * scale.to(p.device))
         return norms
+
+    def _radius(self) -> float:
+        return self.rho
 
 
 class LoRASAM(SAM):
@@ -132,12 +138,13 @@ class ESAM(SAM):
             if not 0 < share <= 1:
                 raise ValueError(f"{name}: expected 0 < {name} <= 1, got {share}")
         self.beta, self.gamma = beta, gamma
-        self.rho = rho / beta
+
+    def _radius(self) -> float:
+        return self.rho / self.beta
 
     def _perturbed(self) -> list[Tensor]:
         every = [p for p in super()._perturbed() if p.grad is not None]
-        chosen = bernoulli([self.beta] * len(every), self.controller.value, "esam")
-        return [every[i] for i in chosen]
+        return [every[i] for i in bernoulli([self.beta] * len(every), self.controller, "esam")]
 
     def _first_pass(self, closures: Sequence[Callable[..., Tensor]]) -> Tensor:
         if self.gamma == 1:
@@ -145,9 +152,15 @@ class ESAM(SAM):
         self._before = []
         for index, closure in enumerate(closures):
             losses = _of_samples(closure(None), index)
-            (losses.mean() / len(closures)).backward()
+            self._backward_of(losses, index, len(closures))
             self._before.append(losses.detach())
         return mean([losses.mean() for losses in self._before])
+
+    @staticmethod
+    def _backward_of(losses: Tensor, index: int, count: int) -> None:
+        if not losses.requires_grad:
+            raise ValueError(f"closures[{index}]: expected losses with a gradient, got some without")
+        (losses.mean() / count).backward()
 
     def _second_pass(self, closures: Sequence[Callable[..., Tensor]]) -> None:
         if self.gamma == 1:
@@ -156,7 +169,7 @@ class ESAM(SAM):
             with torch.no_grad():
                 rise = _of_samples(closure(None), index) - before
             rows = rise.topk(max(1, int(self.gamma * len(rise)))).indices
-            (_of_samples(closure(rows), index).mean() / len(closures)).backward()
+            self._backward_of(_of_samples(closure(rows), index), index, len(closures))
         del self._before
 
 
@@ -170,9 +183,11 @@ class SLSAM(SAM):
         p scaled to the sum share * n, with no p_i above 1
 
     The ps are a bandit's, which favours large gradients. What is not in S has no gradient and is left alone by the
-    optimiser: no weight decay, moments as they were. Only its own gradients are saved, and the backward pass below
-    the lowest layer of S. The norms of the gradients go to the host once a step. Ranks have to see the same gradients:
-    with a model that no wrapper averages, the ps would part.
+    optimiser: no weight decay, moments as they were. A step is spared the gradients of these, and the backward pass
+    below the lowest layer of S. The norms of the gradients go to the host once a step; where one is not finite, the ps
+    stay. All ranks sample alike, and need the same gradients: DistributedDataParallel with
+    ``find_unused_parameters=True``. If a batch uses nothing of S (experts, heads of other tasks), its loss has no
+    gradient: an error.
 
     Args:
         rho: radius, > 0; the authors' commands have 0.01.
@@ -197,6 +212,8 @@ class SLSAM(SAM):
         self._trained = list({id(p): p for p in self._perturbed() if p.requires_grad}.values())
         if not self._trained:
             raise ValueError("optimizer: expected parameters that require gradients, got none")
+        if any(is_sharded(p) for p in self._trained):
+            raise ValueError("optimizer: expected tensors for SL-SAM, got DTensors: shards of parameters")
         self.probabilities = [share] * len(self._trained)
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,28 +221,32 @@ class SLSAM(SAM):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        saved = state["probabilities"]
-        if len(saved) != len(self._trained):
-            raise ValueError(
-                f"state['probabilities']: expected {len(self._trained)} numbers, got {len(saved)}"
-            )
-        self.probabilities = [float(p) for p in saved]
+        saved, count = state["probabilities"], len(self._trained)
+        if (
+            not isinstance(saved, list)
+            or len(saved) != count
+            or not all(isinstance(p, float) and 0 < p <= 1 for p in saved)
+        ):
+            raise ValueError(f"state['probabilities']: expected {count} numbers, 0 < p <= 1, got {saved!r}")
+        self.probabilities = list(saved)
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
-        self._sampled = bernoulli(self.probabilities, self.controller.value, "sl-sam")
+        live = [i for i, p in enumerate(self._trained) if p.requires_grad]
+        drawn = bernoulli([self.probabilities[i] for i in live], self.controller, "sl-sam")
+        self._sampled = [live[i] for i in drawn]
         self._norms: dict[int, Tensor] = {}
-        with self._only(self._sampled):
+        with self._only(live, set(self._sampled)):
             return super()._gradients(closures)
 
     @contextlib.contextmanager
-    def _only(self, sampled: list[int]) -> Iterator[None]:
+    def _only(self, live: list[int], sampled: set[int]) -> Iterator[None]:
         def undo() -> None:
-            for p in self._trained:
-                p.requires_grad_(True)
+            for i in live:
+                self._trained[i].requires_grad_(True)
 
         with undone(undo):
-            for i, p in enumerate(self._trained):
-                p.requires_grad_(i in sampled)
+            for i in live:
+                self._trained[i].requires_grad_(i in sampled)
             yield
 
     def _ascend(self, parameters: list[Tensor]) -> list[Tensor]:
@@ -234,18 +255,17 @@ class SLSAM(SAM):
         return norms
 
     def _update(self) -> None:
-        super()._update()
-        found = [
-            (i, self._norms[id(self._trained[i])])
-            for i in self._sampled
-            if id(self._trained[i]) in self._norms
-        ]
+        found = {i: self._norms.get(id(self._trained[i])) for i in self._sampled}
+        found = {i: norm for i, norm in found.items() if norm is not None}
         del self._norms, self._sampled
-        if not found:
-            return
-        norms = torch.stack([norm for _, norm in found]).tolist()
+        norms = torch.stack(list(found.values())).tolist() if found else []  # type: ignore[arg-type]
+        super()._update()
+        if norms and all(map(math.isfinite, norms)):
+            self._learn(dict(zip(found, norms, strict=True)))
+
+    def _learn(self, norms: dict[int, float]) -> None:
         p = self.probabilities
-        ratios = {i: norm / p[i] for (i, _), norm in zip(found, norms, strict=True)}
+        ratios = {i: norm / p[i] for i, norm in norms.items()}
         largest = max(ratios.values())
         moved = list(p)
         for i, ratio in ratios.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,22 +13,37 @@ from torch import Tensor
 
 from ..backends.shared.panel import slices
 from ..backends.shared.workspace import workspace_limit
+from ..core.environment import setting
 from ..op.functional import materialize_noise, perturb_weight
 from ..op.sharded import is_sharded
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from ..train.undo import undone
-from .base import Closure, Method, kept, mean, mean_over_ranks
+from .base import Closure, Method, kept, mean, mean_over_ranks, several_ranks
 
 # Sums of many draws go slice by slice through a processor's cache. Small slices cost more in calls than in draws.
 _CACHED, _LEAST = 4 << 20, 1 << 20
 
 
 class _Trained(NamedTuple):
-    matrix: Tensor  # a view of the parameter
+    view: Callable[[], Tensor]
     group: dict[str, Any]  # of the optimiser
     stream: int
     noise: str
     backend: str | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The parameter of now, (N, K)."""
+        return self.view()
+
+
+def _as_matrix(parameter: Tensor) -> Tensor:
+    return parameter.detach().view(-1, parameter.shape[-1] if parameter.dim() > 1 else parameter.numel())
+
+
+def _weight_of(layer: NoisyLayer) -> Tensor:
+    weight: Any = layer._weight_in_use()[0]  # trains, so that it is no packed one
+    return weight.detach()
 
 
 class ZerothOrder(Method):
@@ -36,16 +52,16 @@ class ZerothOrder(Method):
     Each parameter has a z of its own. Weights of the layers are moved inside the op, where they were made with
     ``train_weight=True``; one that another kind of module shares is moved in the layer only. Parameters that the op
     does not perturb (biases, norms, adapters, embeddings) are moved in place, of which a copy is kept meanwhile, and
-    come back bit for bit. A step draws z again, a slice at a time: beyond the weights nothing of their size is
-    allocated.
+    come back bit for bit. A step draws z again, a slice at a time: beyond weights of more than a MiB nothing of their
+    size is allocated.
 
     lr and weight_decay are those of the parameter's group in the optimiser, which is ``torch.optim.SGD`` without
     momentum and takes no step of its own (schedulers and hooks see one). The model is in eval mode meanwhile, without
     dropout. In 16 bits the moved weight is rounded: where the move is far below a weight's last bit, give the layers
-    ``noise_accum="split"``. A loss in 16 bits may be the same for all: compute it in float32.
+    ``noise_accum="split"``. A loss in 16 bits may be the same for all: compute it in float32. Ranks of a process group
+    average losses, and so have to draw alike: with a controller of rank 0.
     """
 
-    size: float  # of the moves
     antithetic = False  # whether samples 2 i and 2 i + 1 are one z with either sign
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -54,8 +70,18 @@ class ZerothOrder(Method):
         if self.max_grad_norm is not None:
             raise ValueError(f"max_grad_norm: expected None for {name}, got {self.max_grad_norm}")
         groups = self.optimizer.param_groups
-        if not isinstance(self.optimizer, torch.optim.SGD) or any(g["momentum"] for g in groups):
-            raise ValueError(f"optimizer: expected torch.optim.SGD without momentum for {name}, got another")
+        kind = type(self.optimizer).__name__
+        if not isinstance(self.optimizer, torch.optim.SGD) or any(
+            g["momentum"] or g["maximize"] for g in groups
+        ):
+            got = f"{kind} with momentum or maximize" if kind == "SGD" else kind
+            raise ValueError(
+                f"optimizer: expected torch.optim.SGD without momentum that minimises, for {name}, got {got}"
+            )
+        if self.controller.rank and several_ranks():
+            raise ValueError(
+                f"noise_controller: expected rank=0 for {name}, whose ranks draw alike, got {self.controller.rank}"
+            )
         trained = {id(p): (p, group) for group in groups for p in group["params"] if p.requires_grad}
         if not trained:
             raise ValueError("optimizer: expected parameters that require gradients, got none")
@@ -72,23 +98,27 @@ class ZerothOrder(Method):
         self._in_op = {}  # by weight: a tied one is updated once
         for layer in self._noisy:
             group = trained[id(layer._base_parameter())][1]
-            matrix: Any = layer._weight_in_use()[0].detach()  # trains, so that it is no packed one
+            view = functools.partial(_weight_of, layer)
             self._in_op[id(layer._base_parameter())] = _Trained(
-                matrix, group, layer.stream, layer.noise, layer.backend
+                view, group, layer.stream, layer.noise, layer.backend
             )
         stream = max((layer.stream + layer.stream_count for layer in self.layers), default=0)
         others = [found for key, found in trained.items() if key not in self._in_op]
-        self._others = []
-        for i, (p, group) in enumerate(others):
-            matrix = p.detach().view(-1, p.shape[-1] if p.dim() > 1 else p.numel())
-            self._others.append(_Trained(matrix, group, stream + i, "gaussian", None))
+        self._others = [
+            _Trained(functools.partial(_as_matrix, p), group, stream + i, "gaussian", None)
+            for i, (p, group) in enumerate(others)
+        ]
+
+    def _size(self) -> float:
+        """Of the moves."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _moved(self, sample: int, together: int = 1) -> Iterator[None]:
         """Weights of the layers are at ``W + size z`` of so many samples, one after another in the rows of a batch."""
         with self._moved_in_layers(sample, together), kept(t.matrix for t in self._others):
             for trained in self._others:
-                self._move(trained, torch.tensor([self.size], dtype=torch.float64), [sample])
+                self._move(trained, torch.tensor([self._size()], dtype=torch.float64), [sample])
             yield
 
     def _moved_in_layers(self, sample: int, together: int) -> contextlib.AbstractContextManager[None]:
@@ -100,7 +130,9 @@ class ZerothOrder(Method):
             "seed": self.controller.tensor(weight.device),
             "stream": layer.stream,
             "noise": layer.noise,
-            "noise_scale": torch.full((layer._weight_in_use()[0].shape[0],), self.size, device=weight.device),
+            "noise_scale": torch.full(
+                (layer._weight_in_use()[0].shape[0],), self._size(), device=weight.device
+            ),
             "samples": together,
             "sample_offset": sample,
             "antithetic": self.antithetic,
@@ -125,16 +157,19 @@ class ZerothOrder(Method):
 
     @torch.no_grad()
     def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
-        """Adds the sum of ``factor z`` in slices of bounded size, rounded once."""
+        """Adds the sum of ``factor z`` in slices of bounded size, rounded once. The signs of several go to the host."""
         matrix = trained.matrix
         N, K = matrix.shape
         dtype = torch.promote_types(matrix.dtype, torch.float32)
+        factors = factors.to(matrix.device, dtype)
+        several = len(samples) > 1
         limit = workspace_limit(matrix)
-        if len(samples) > 1:
-            limit = max(limit // 2, _LEAST)
+        if several:
+            limit //= 2
+            if setting("FLATLORA_WORKSPACE") is None:
+                limit = max(limit, _LEAST)
             limit = min(limit, _CACHED) if matrix.device.type == "cpu" else limit
-        largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(matrix.device, dtype)
-        factors = (factors.to(matrix.device) / largest).float()
+            samples, sizes, below, largest = _by_sign(factors, samples)
         for begin, end in slices(N, K, dtype.itemsize, limit):
             draw: dict[str, Any] = {
                 "seed": self.controller.tensor(matrix.device),
@@ -145,13 +180,29 @@ class ZerothOrder(Method):
                 "layer_shape": (N, K),
                 "backend": trained.backend,
             }
-            scales = factors[:, None].expand(-1, end - begin).contiguous()
-            total = materialize_noise(scales[0], K, sample=samples[0], dtype=dtype, **draw)
-            spare = torch.empty_like(total) if len(samples) > 1 else total
-            for scale, sample in zip(scales[1:], samples[1:], strict=True):
-                perturb_weight(total, scale, sample=sample, out=spare, **draw)
+            rows = torch.ones(end - begin, device=matrix.device)
+            if not several:
+                z = materialize_noise(rows, K, sample=samples[0], dtype=dtype, **draw)
+                matrix[begin:end].add_(z.mul_(factors[0]))
+                continue
+            total, spare = (matrix.new_zeros(end - begin, K, dtype=dtype) for _ in range(2))
+            for i, sample in enumerate(samples):
+                if i == below:
+                    total.neg_()
+                perturb_weight(total, rows * sizes[i], sample=sample, out=spare, **draw)
                 total, spare = spare, total
-            matrix[begin:end].add_(total.mul_(largest))
+            matrix[begin:end].add_(total.mul_(-largest if below == len(samples) else largest))
+
+
+def _by_sign(factors: Tensor, samples: Sequence[int]) -> tuple[list[int], Tensor, int, Tensor]:
+    """Samples, those of factors below 0 first; sizes of the factors beside the largest; how many are below; the largest.
+
+    Noise has no negative scale: those below 0 are summed first, and the sum is turned.
+    """
+    signs = (factors < 0).tolist()
+    order = sorted(range(len(samples)), key=lambda i: not signs[i])
+    largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return [samples[i] for i in order], (factors[order].abs() / largest).float(), sum(signs), largest
 
 
 class MeZO(ZerothOrder):
@@ -180,7 +231,10 @@ class MeZO(ZerothOrder):
         super().__init__(*args, **options)
         if not eps > 0:
             raise ValueError(f"eps: expected a number > 0, got {eps}")
-        self.size = self.eps = eps
+        self.eps = eps
+
+    def _size(self) -> float:
+        return self.eps
 
     def _gradients(self, closures: Sequence[Closure]) -> Tensor:
         losses = []
@@ -212,7 +266,8 @@ class EvolutionStrategy(ZerothOrder):
     No backward pass and no copy of the weights. Member i is sample i of the step's seed, drawn inside the op. Each
     layer has draws of its own. The step adds all P to a slice of the weight in float32 and rounds once. (The authors'
     code seeds all layers alike, unless told otherwise: layers of one shape move alike.) The losses are all that ranks
-    exchange: they average them. `ZerothOrder` says what is moved, and how.
+    exchange: they average them. A member whose loss is not finite has no say. `ZerothOrder` says what is moved, and
+    how.
 
     Args:
         sigma: size of the members' moves, > 0. The paper's is 1e-3, beside a learning rate of sigma / 2.
@@ -240,7 +295,7 @@ class EvolutionStrategy(ZerothOrder):
         super().__init__(*args, **options)
         if not sigma > 0:
             raise ValueError(f"sigma: expected a number > 0, got {sigma}")
-        if population < 2 or (antithetic and population % 2):
+        if not isinstance(population, int) or population < 2 or (antithetic and population % 2):
             expected = "an even int" if antithetic else "an int"
             raise ValueError(f"population: expected {expected} >= 2, got {population}")
         if not 1 <= together <= population:
@@ -250,8 +305,11 @@ class EvolutionStrategy(ZerothOrder):
                 f"together: expected 1 where more is trained than layers' weights, which are the same for all members;"
                 f" got {together} and {len(self._others)} other parameters"
             )
-        self.size = self.sigma = sigma
-        self.population, self.antithetic, self.together = population, antithetic, together
+        self.sigma, self.population = sigma, population
+        self.antithetic, self.together = antithetic, together
+
+    def _size(self) -> float:
+        return self.sigma
 
     def _gradients(self, closures: Sequence[Callable[..., Tensor]]) -> Tensor:
         losses = []
@@ -270,10 +328,10 @@ class EvolutionStrategy(ZerothOrder):
         found = []
         for index, closure in enumerate(closures):
             losses = closure(together)
-            if losses.shape != (together,):
+            if not isinstance(losses, Tensor) or losses.shape != (together,):
+                got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
                 raise ValueError(
-                    f"closures[{index}]: expected to return the losses of {together} members, got shape"
-                    f" {tuple(losses.shape)}"
+                    f"closures[{index}]: expected to return the losses of {together} members, got {got}"
                 )
             found.append(losses.to(torch.promote_types(losses.dtype, torch.float32)))
         return torch.stack(found).mean(0)
@@ -281,7 +339,10 @@ class EvolutionStrategy(ZerothOrder):
     def _update(self) -> None:
         losses = self._losses
         del self._losses
-        Z = (losses - losses.mean()) / (losses.std(correction=0) + 1e-8) / self.population
+        finite = losses.isfinite()
+        apart = (losses - losses[finite].mean()).masked_fill(~finite, 0)
+        Z = apart / (apart.square().sum() / finite.sum()).sqrt().add(1e-8) / self.population
+        Z = Z.masked_fill(~finite.any(), 0)
         if self.antithetic:
             self._descend(Z[::2] - Z[1::2], range(0, self.population, 2))
         else:
@@ -311,7 +372,7 @@ class EGGROLL(EvolutionStrategy):
 
     def __init__(self, *args: Any, rank: int = 1, **options: Any) -> None:
         super().__init__(*args, **options)
-        if rank < 1:
+        if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: expected an int >= 1, got {rank}")
         self.rank = rank
         of_layers = (layer.stream + layer.stream_count for layer in self.layers)
@@ -338,7 +399,7 @@ class EGGROLL(EvolutionStrategy):
         def hook(layer: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x = inputs[0].to(y.dtype).reshape(len(samples), -1, A.shape[-1])
             u = x @ A.to(y.dtype).transpose(1, 2)
-            scale = self.size / math.sqrt(self.rank)
+            scale = self._size() / math.sqrt(self.rank)
             return torch.baddbmm(
                 y.reshape(len(samples), -1, B.shape[-1]), u, B.to(y.dtype), alpha=scale
             ).view_as(y)
@@ -366,7 +427,9 @@ class EGGROLL(EvolutionStrategy):
 
     def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
         matrix = trained.matrix
-        A, B = self._pairs(trained, samples)
-        B = B.to(torch.promote_types(matrix.dtype, torch.float32))
-        B = B * (factors.to(B) / math.sqrt(self.rank))[:, None, None]
-        matrix.addmm_(B.flatten(0, 1).t().to(matrix.dtype), A.flatten(0, 1).to(matrix.dtype))
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        A, B = (t.to(dtype) for t in self._pairs(trained, samples))
+        factors = factors.to(A)[:, None, None] / math.sqrt(self.rank)
+        root = factors.abs().sqrt()  # to either of them: all of it would be too small for float16
+        A, B = (t.flatten(0, 1).to(matrix.dtype) for t in (A * root, B * root * factors.sign()))
+        matrix.addmm_(B.t(), A)

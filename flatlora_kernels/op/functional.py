@@ -353,7 +353,7 @@ def materialize_noise(
     """`eps` itself, (N, num_cols), as the selected backend draws it: for tests, debugging and merging.
 
     Args:
-        noise_scale: (N,) float32; ones give the standard noise `z`.
+        noise_scale: (N,) float32 >= 0; ones give the standard noise `z`.
         layer_shape: as in `fused_flat_lora_linear`; default (N, num_cols).
         dtype: of the result, and of the weight whose eps this is: see "the type of the factor" in
             docs/internals/noise.md. The values are made in float32 and rounded once.
@@ -389,7 +389,7 @@ def perturb_weight(
 
     Args:
         weight: (N, K); not written to.
-        noise_scale: (N,) float32.
+        noise_scale: (N,) float32 >= 0.
         out: where to write, of the shape and type of `weight` and in memory of its own; default a new tensor.
     """
     checks.weight(weight)

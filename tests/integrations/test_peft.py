@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from allocations import Allocations  # noqa: E402
-from peft import get_peft_model  # noqa: E402
+from peft import PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 from peft_models import (  # noqa: E402
     BEHAVIOURS,
@@ -36,16 +37,27 @@ from flatlora_kernels.integrations.peft import (  # noqa: E402
     apply_flat_lora,
     remove_flat_lora,
 )
-from flatlora_kernels.methods import make  # noqa: E402
+from flatlora_kernels.methods import make, on_chips  # noqa: E402
 
 # PEFT warns of what these tests are about: tied weights, fan_in_fan_out, merged DoRA.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def test_adalora_masks_ranks() -> None:
+def svd_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_E")]
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for layer in svd_layers(model):
+        nn.init.zeros_(layer.lora_E["default"])
+    return model
+
+
+def test_adalora_masks_ranks(tmp_path: Path) -> None:
     """PEFT's own allocation works on, and norms are those of what it leaves."""
     _, flat = behaviour("adalora", sigma=0.3)
-    optimizer = torch.optim.SGD([p for p in flat.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in flat.parameters() if p.requires_grad], lr=0.01)
     flat.controller.attach(optimizer)
     for step in range(1, 11):
         run(flat)
@@ -61,8 +73,35 @@ def test_adalora_masks_ranks() -> None:
         expected = flat.controller.sigma / layer.in_features**0.5 * in_use.norm(dim=1)
         torch.testing.assert_close(layer.noise_scale, expected, rtol=1e-5, atol=0)
     assert left == 4, "two ranks of each of two layers"
+    # A finished adapter has fewer ranks in its file, and the scale that it was trained with.
+    flat.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True).train()
+    for name, parameter in loaded.named_parameters():
+        if "lora_" not in name:
+            parameter.data = flat.get_parameter(name).detach().clone()
+    theirs = run(loaded)
+    assert {layer.lora_E["default"].shape[0] for layer in svd_layers(loaded)} != {4}
+    apply_flat_lora(loaded, sigma=0.0, verbose=False)
+    # A layer may have no rank left.
+    agree(*({name: v for name, v in found.items() if v.numel()} for found in (run(loaded), theirs)))
+    assert not torch.allclose(run(loaded)["y"], run(without_adapters(loaded))["y"], rtol=1e-3)
     with pytest.raises(ValueError, match="expected adapters of two matrices, got AdaLoRA's of three, .*up"):
         make("lora-sam", flat, optimizer)
+
+
+def test_on_chips_wants_adapters_in_use() -> None:
+    _, flat = behaviour("plain")
+    x = torch.randn(3, 16)
+    found = on_chips(flat, lambda: float(flat(x).sum()), sigma=0.1, chips=range(3))
+    assert len(set(found)) == 3
+    with (
+        flat.disable_adapter(),
+        pytest.raises(ValueError, match="expected adapters in use, .* has them disabled"),
+    ):
+        on_chips(flat, lambda: 0.0, sigma=0.1, chips=range(3))
+    flat.merge_adapter()
+    with pytest.raises(ValueError, match="expected adapters in use, .* has them merged"):
+        on_chips(flat, lambda: 0.0, sigma=0.1, chips=range(3))
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)

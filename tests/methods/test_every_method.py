@@ -117,16 +117,19 @@ def test_clipping_sees_the_mean_gradient() -> None:
 
 @pytest.mark.parametrize("name", ["bi-lora", "eflat-lora", "sl-sam"])
 def test_resumes(name: str) -> None:
-    model, method = ready(name)
+    options = {"rate": 3.0} if name == "sl-sam" else {}
+    model, method = ready(name, **options)
     for _ in range(2):
         method.step(*closures(model))
-    again, resumed = ready(name)
+    again, resumed = ready(name, **options)
     again.load_state_dict(model.state_dict())
+    assert str(resumed.state_dict()) != str(method.state_dict())
     resumed.controller.load_state_dict(method.controller.state_dict())
     resumed.load_state_dict(copy.deepcopy(method.state_dict()))
     for _ in range(2):
         assert torch.equal(method.step(*closures(model)), resumed.step(*closures(again)))
     assert all(map(torch.equal, snapshot(model), snapshot(again)))
+    assert str(resumed.state_dict()) == str(method.state_dict())
     with pytest.raises(ValueError, match="expected the keys"):
         resumed.load_state_dict({})
 
@@ -276,6 +279,29 @@ def test_ranks_average(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(moved[1], 2 * moved[0], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["es", "mezo"])
+def test_ranks_that_draw_apart_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(r=0, train_weight=True, rank=1)
+    make(name, model, sgd(model))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="expected rank=0 for .*, whose ranks draw alike, got 1"):
+        make(name, model, sgd(model))
+
+
+def test_ranks_sample_alike() -> None:
+    """Parameters and layers, whatever noise each rank draws."""
+    for name in ("esam", "sl-sam"):
+        found = []
+        for rank in (0, 1):
+            model, method = build(rank=rank), None
+            method = make(name, model, sgd(model), **({"gamma": 1} if name == "esam" else {}))
+            for _ in range(3):
+                method.step(*closures(model))
+            found.append(snapshot(model))
+        assert all(map(torch.equal, *found)), name
+
+
 def other_controllers() -> nn.Module:
     model = build()
     layers(model)[0].noise_controller = NoiseController()
@@ -345,6 +371,7 @@ def frozen() -> nn.Module:
         ("eggroll", trained_weights, {"rank": 0}, "rank: expected an int >= 1, got 0"),
         ("es", trained_weights, {"sigma": 0.0}, "sigma: expected a number > 0"),
         ("es", trained_weights, {"population": 1}, "population: expected an int >= 2, got 1"),
+        ("es", trained_weights, {"population": 4.5}, "population: expected an int >= 2, got 4.5"),
         ("es", trained_weights, {"population": 3, "antithetic": True}, "expected an even int >= 2, got 3"),
         ("es", trained_weights, {"together": 31}, "together: expected 1 to the population, 30, got 31"),
         (
@@ -378,5 +405,7 @@ def test_errors_of_step() -> None:
     with pytest.raises(RuntimeError, match=r"call model.train\(\)"):
         method.step(*closures(model))
     weights = build(r=0, train_weight=True)
-    with pytest.raises(ValueError, match="SGD without momentum"):
+    with pytest.raises(ValueError, match="SGD without momentum that minimises, for MeZO, got AdamW"):
         make("mezo", weights, torch.optim.AdamW(weights.parameters()))
+    with pytest.raises(ValueError, match="for EvolutionStrategy, got SGD with momentum or maximize"):
+        make("es", weights, torch.optim.SGD(weights.parameters(), lr=LR, maximize=True))

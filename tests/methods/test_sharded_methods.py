@@ -20,7 +20,10 @@ STEPS, BATCH, RANKS = 4, 12, 2
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flat-lora": ({}, {}),
     "bi-lora": ({}, {}),
+    "sam": ({}, {}),
+    "esam": ({}, {}),
     "lora-sam": ({}, {}),
+    "lora-pro": ({}, {}),
     "eflat-lora": ({}, {}),
     "rwp": ({"norm": "row"}, {}),
     "lpf-sgd": ({"norm": "row"}, {}),
@@ -43,7 +46,7 @@ class Block(nn.Module):
 def build(world: int, settings: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(), nn.Linear(10, 3)).double()
-    controller = NoiseController(sigma=0.3, schedule="constant", seed=3, **settings)
+    controller = NoiseController(**{"sigma": 0.3, "schedule": "constant", "seed": 3, **settings})
     apply_flat_lora(
         model, ["up", "down"], r=2, noise_controller=controller, backend="reference", verbose=False, **options
     )
@@ -80,7 +83,8 @@ def train(rank: int, world: int) -> dict[str, Any]:
     for name, (settings, options) in METHODS.items():
         model = build(world, settings, options)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        method, losses = methods.make(name, model, optimizer), []
+        more = {"gamma": 1} if name == "esam" else {}
+        method, losses = methods.make(name, model, optimizer, **more), []
         for step in range(STEPS):
             data = batch(step)[rank * BATCH // world : (rank + 1) * BATCH // world]
             loss = method.step(lambda model=model, data=data: loss_of(model, data)).detach().clone()
@@ -96,8 +100,15 @@ def train(rank: int, world: int) -> dict[str, Any]:
         found["refused"] = [
             refusal(lambda: plane(model, loss)),
             refusal(lambda: top_eigenvalue(model, loss)),
-            refusal(lambda: methods.make("mezo", model, torch.optim.SGD(model.parameters(), lr=0.1))),
+            *(
+                refusal(
+                    lambda name=name: methods.make(name, model, torch.optim.SGD(model.parameters(), lr=0.1))
+                )
+                for name in ("mezo", "es", "eggroll", "sl-sam")
+            ),
         ]
+        quiet = build(world, {"sigma": 0.0}, {})
+        found["refused"].append(refusal(lambda: methods.make("halora", quiet, optimizer)))
     return found
 
 
