@@ -20,8 +20,8 @@ from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from ..train.undo import undone
 from .base import Closure, Method, kept, mean, mean_over_ranks, several_ranks
 
-# Sums of many draws go slice by slice through a processor's cache. Small slices cost more in calls than in draws.
-_CACHED, _LEAST = 4 << 20, 1 << 20
+# Sums of many draws go slice by slice through a processor's cache. Smaller slices cost more in calls than in draws.
+_CACHED = 4 << 20
 
 
 class _Trained(NamedTuple):
@@ -52,8 +52,8 @@ class ZerothOrder(Method):
     Each parameter has a z of its own. Weights of the layers are moved inside the op, where they were made with
     ``train_weight=True``; one that another kind of module shares is moved in the layer only. Parameters that the op
     does not perturb (biases, norms, adapters, embeddings) are moved in place, of which a copy is kept meanwhile, and
-    come back bit for bit. A step draws z again, a slice at a time: beyond weights of more than a MiB nothing of their
-    size is allocated.
+    come back bit for bit. A step draws z again, a slice at a time: beyond weights of more than 4 MiB nothing of
+    their size is allocated.
 
     lr and weight_decay are those of the parameter's group in the optimiser, which is ``torch.optim.SGD`` without
     momentum and takes no step of its own (schedulers and hooks see one). The model is in eval mode meanwhile, without
@@ -167,8 +167,7 @@ class ZerothOrder(Method):
         if several:
             limit //= 2
             if setting("FLATLORA_WORKSPACE") is None:
-                limit = max(limit, _LEAST)
-            limit = min(limit, _CACHED) if matrix.device.type == "cpu" else limit
+                limit = _CACHED if matrix.device.type == "cpu" else max(limit, _CACHED)
             samples, sizes, below, largest = _by_sign(factors, samples)
         for begin, end in slices(N, K, dtype.itemsize, limit):
             draw: dict[str, Any] = {
@@ -180,22 +179,24 @@ class ZerothOrder(Method):
                 "layer_shape": (N, K),
                 "backend": trained.backend,
             }
-            rows = torch.ones(end - begin, device=matrix.device)
             if not several:
+                rows = torch.ones(end - begin, device=matrix.device)
                 z = materialize_noise(rows, K, sample=samples[0], dtype=dtype, **draw)
                 matrix[begin:end].add_(z.mul_(factors[0]))
                 continue
-            total, spare = (matrix.new_zeros(end - begin, K, dtype=dtype) for _ in range(2))
+            total = matrix.new_zeros(end - begin, K, dtype=dtype)
+            spare = torch.empty_like(total)
+            scales = sizes[:, None].expand(-1, end - begin).contiguous()
             for i, sample in enumerate(samples):
                 if i == below:
                     total.neg_()
-                perturb_weight(total, rows * sizes[i], sample=sample, out=spare, **draw)
+                perturb_weight(total, scales[i], sample=sample, out=spare, **draw)
                 total, spare = spare, total
             matrix[begin:end].add_(total.mul_(-largest if below == len(samples) else largest))
 
 
 def _by_sign(factors: Tensor, samples: Sequence[int]) -> tuple[list[int], Tensor, int, Tensor]:
-    """Samples, those of factors below 0 first; sizes of the factors beside the largest; how many are below; the largest.
+    """Samples, those of factors below 0 first; sizes of the factors beside the largest; how many are below; it.
 
     Noise has no negative scale: those below 0 are summed first, and the sum is turned.
     """
