@@ -381,9 +381,9 @@ def test_sl_sam_leaves_the_others_alone() -> None:
     assert torch.equal(lone, before) and not lone.requires_grad
 
 
-def nearest(columns: list[Tensor], target: Tensor) -> Tensor:
+def nearest(columns: list[Tensor], wanted: Tensor) -> Tensor:
     """Least squares, the shortest of all that are nearest."""
-    return torch.linalg.pinv(torch.stack([c.flatten() for c in columns], 1)) @ target.flatten()
+    return torch.linalg.pinv(torch.stack([c.flatten() for c in columns], 1)) @ wanted.flatten()
 
 
 def units(rows: int, columns: int) -> list[Tensor]:
