@@ -143,21 +143,29 @@ class ZerothOrder(Method):
 
     @torch.no_grad()
     def _descend(self, slopes: Tensor, samples: Sequence[int]) -> None:
-        """``W <- W - lr (sum of slope z + weight_decay W)`` for every parameter."""
+        """``W <- W - lr (sum of slope z + weight_decay W)`` for every parameter.
+
+        The signs of several slopes go to the host: noise has no negative scale, so that draws to subtract come first.
+        """
+        below = 0
+        if len(samples) > 1:
+            down = (slopes > 0).tolist()
+            order, below = sorted(range(len(samples)), key=lambda i: not down[i]), sum(down)
+            slopes, samples = slopes[order], [samples[i] for i in order]
         for every, move in ((self._in_op.values(), self._move_weight), (self._others, self._move)):
             for trained in every:
                 group = trained.group
                 if group["weight_decay"]:
                     trained.matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                move(trained, -group["lr"] * slopes, samples)
+                move(trained, -group["lr"] * slopes, samples, below)
         super()._update()  # no parameter has a gradient: only hooks and the controller move
 
-    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
-        self._move(trained, factors, samples)
+    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int], below: int) -> None:
+        self._move(trained, factors, samples, below)
 
     @torch.no_grad()
-    def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
-        """Adds the sum of ``factor z`` in slices of bounded size, rounded once. The signs of several go to the host."""
+    def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int], below: int = 0) -> None:
+        """Adds the sum of ``factor z`` in slices of bounded size, rounded once; of several `below` are < 0, and first."""
         matrix = trained.matrix
         N, K = matrix.shape
         dtype = torch.promote_types(matrix.dtype, torch.float32)
@@ -168,7 +176,8 @@ class ZerothOrder(Method):
             limit //= 2
             if setting("FLATLORA_WORKSPACE") is None:
                 limit = _CACHED if matrix.device.type == "cpu" else max(limit, _CACHED)
-            samples, sizes, below, largest = _by_sign(factors, samples)
+            largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            sizes = (factors.abs() / largest).float()
         for begin, end in slices(N, K, dtype.itemsize, limit):
             draw: dict[str, Any] = {
                 "seed": self.controller.tensor(matrix.device),
@@ -193,17 +202,6 @@ class ZerothOrder(Method):
                 perturb_weight(total, scales[i], sample=sample, out=spare, **draw)
                 total, spare = spare, total
             matrix[begin:end].add_(total.mul_(-largest if below == len(samples) else largest))
-
-
-def _by_sign(factors: Tensor, samples: Sequence[int]) -> tuple[list[int], Tensor, int, Tensor]:
-    """Samples, those of factors below 0 first; sizes of the factors beside the largest; how many are below; it.
-
-    Noise has no negative scale: those below 0 are summed first, and the sum is turned.
-    """
-    signs = (factors < 0).tolist()
-    order = sorted(range(len(samples)), key=lambda i: not signs[i])
-    largest = factors.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return [samples[i] for i in order], (factors[order].abs() / largest).float(), sum(signs), largest
 
 
 class MeZO(ZerothOrder):
@@ -426,7 +424,7 @@ class EGGROLL(EvolutionStrategy):
             antithetic=antithetic,
         )
 
-    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int]) -> None:
+    def _move_weight(self, trained: _Trained, factors: Tensor, samples: Sequence[int], below: int) -> None:
         matrix = trained.matrix
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         A, B = (t.to(dtype) for t in self._pairs(trained, samples))

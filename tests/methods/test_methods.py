@@ -634,9 +634,10 @@ def test_sums_of_draws(signs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
         return perturb_weight(weight, noise_scale, **options)
 
     monkeypatch.setattr(zeroth_order, "perturb_weight", noted)
-    method._move(trained, torch.tensor([s * (i + 1.0) for i, s in enumerate(signs)]), range(3))
+    slopes = torch.tensor([s * (i + 1.0) for i, s in enumerate(signs)], dtype=torch.float64)
+    method._descend(-slopes / LR, range(3))
     torch.testing.assert_close(trained.matrix - before, expected, rtol=1e-5, atol=1e-6)
-    assert len(scales) == 3 and all((scale >= 0).all() for scale in scales)
+    assert len(scales) == 3 * 4 and all((scale >= 0).all() for scale in scales)
 
 
 @pytest.mark.parametrize("name", ["es", "eggroll", "mezo"])
