@@ -165,7 +165,7 @@ class ZerothOrder(Method):
 
     @torch.no_grad()
     def _move(self, trained: _Trained, factors: Tensor, samples: Sequence[int], below: int = 0) -> None:
-        """Adds the sum of ``factor z`` in slices of bounded size, rounded once; of several `below` are < 0, and first."""
+        """Adds the sum of ``factor z`` slice by slice, rounded once; of several `below` are < 0, and first."""
         matrix = trained.matrix
         N, K = matrix.shape
         dtype = torch.promote_types(matrix.dtype, torch.float32)
