@@ -28,12 +28,18 @@ from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora
 METHODS: dict[str, tuple[str | None, Callable[[float, int], tuple[dict[str, Any], dict[str, Any]]]]] = {
     "lora": (None, lambda _, width: ({}, {})),
     "flat-lora": ("sigma", lambda sigma, width: ({"sigma": sigma}, {})),
-    "bi-lora": ("rho", lambda rho, width: ({}, {"rho": rho})),
-    "lora-sam": ("rho", lambda rho, width: ({}, {"rho": rho})),
-    "eflat-lora": ("rho", lambda rho, width: ({}, {"rho": rho})),
+    **{
+        name: ("rho", lambda rho, width: ({}, {"rho": rho}))
+        for name in ("bi-lora", "lora-sam", "sam", "sl-sam", "esam", "eflat-lora")
+    },
+    "lora-pro": (None, lambda _, width: ({}, {})),
+    # Relative to the largest weight, and not to the norms of rows as the others.
+    "halora": ("sigma", lambda sigma, width: ({}, {"sigma": sigma})),
     "rwp": ("sigma", lambda sigma, width: (by_rows(sigma, width), {"mix": 0.5})),
     "lpf-sgd": ("sigma", lambda sigma, width: (by_rows(sigma, width), {})),
 }
+# Their closures return one loss; ESAM's one for each row.
+WITH_ONE_LOSS = tuple(name for name in METHODS if name != "esam")
 # Of each: options of PEFT's LoraConfig. The adapter "lora" is this library's own.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -77,7 +83,9 @@ def arms(
         if option != "sigma":
             yield from (Arm(name, strength, adapter=on) for strength in (rho if option else [0.0]))
             continue
-        draws = ["1"] if name == "lpf-sgd" else samples  # it counts its draws itself
+        draws = (
+            ["1"] if name in ("lpf-sgd", "halora") else samples
+        )  # the one counts its draws itself, a chip is one
         for strength, kind, count in itertools.product(sigma, noise, draws):
             yield Arm(name, strength, kind, on, count)
 
@@ -118,6 +126,16 @@ def adapted(
     model = get_peft_model(model, config).base_model.model
     in_peft.apply_flat_lora(model, **options)
     return model
+
+
+def closure_for(method: str, loss: Callable[..., Tensor], rows: Tensor) -> Callable[..., Tensor]:
+    """What a step of the method takes for the batch of these rows.
+
+    `loss` takes rows, and the option `reduction` of torch's losses: ESAM asks for a loss for each of some of the rows.
+    """
+    if method != "esam":
+        return lambda: loss(rows)
+    return lambda some=None: loss(rows if some is None else rows[some], reduction="none")
 
 
 def by_rows(sigma: float, width: int) -> dict[str, Any]:

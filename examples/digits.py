@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from common import (
     append_csv,
     arms,
     check_counts,
+    closure_for,
     compressed,
     require,
     rows_so_far,
@@ -42,13 +44,14 @@ from torch import Tensor, nn
 
 from flatlora_kernels import FlatLoraLinear, flatness
 from flatlora_kernels.core.noise import KINDS
-from flatlora_kernels.methods import make
+from flatlora_kernels.methods import Method, make, on_chips
 
 OLD, NEW = range(0, 5), range(5, 10)
 ADAPTED = r"blocks\..*\.(qkv|out|up|down)"
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 ACCURACIES = ("clean", "noise", "moved")
 PROBE = "head only"
+FIRST_CHIP = 10**6
 # What all runs of a file share.
 SETTINGS = tuple(
     "shots steps batch_size r lora_alpha lr rho sigma_schedule pretrain_steps width depth test_limit compress".split()
@@ -90,6 +93,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of the CPU")
     add("--compress", action="store_true", help="test with the merged weights rounded or pruned, too; not with PEFT's"
         " adapters")  # fmt: skip
+    add("--chips", type=int, help="test with the base weights on so many noisy chips, too (docs/methods.md); not with"
+        " PEFT's adapters")  # fmt: skip
+    add(
+        "--chip-sigma",
+        type=float,
+        nargs="+",
+        default=[0.05],
+        help="their noise, relative to a weight's largest value",
+    )
     add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
     add(
         "--figure",
@@ -97,12 +109,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="file for the loss along a random direction, of what this call runs with the first seed; needs matplotlib",
     )
     arguments = parser.parse_args(argv)
-    counts = ("seeds", "shots", "steps", "batch_size", "pretrain_steps", "depth", "test_limit", "threads")
+    counts = (
+        "seeds",
+        "shots",
+        "steps",
+        "batch_size",
+        "pretrain_steps",
+        "depth",
+        "test_limit",
+        "threads",
+        "chips",
+    )
     check_counts(parser, arguments, *counts)
     if arguments.shots > 100:
         parser.error(f"--shots: expected at most 100, got {arguments.shots}")
-    if arguments.compress and arguments.adapter != ["lora"]:
-        parser.error(f"--compress: expected --adapter lora alone, got {' '.join(arguments.adapter)}")
+    for option in ("compress", "chips"):
+        if getattr(arguments, option) and arguments.adapter != ["lora"]:
+            parser.error(f"--{option}: expected --adapter lora alone, got {' '.join(arguments.adapter)}")
     return arguments
 
 
@@ -241,14 +264,28 @@ def finetune(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
     method = make(arm.method, model, optimizer, **options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
-    order = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(args.steps):
-        rows = torch.randperm(len(images), generator=order)[: args.batch_size]
-        method.step(lambda rows=rows: F.cross_entropy(model(images[rows]), labels[rows]))
-        schedule.step()
+
+    def loss(rows: Tensor, **reduction: str) -> Tensor:
+        return F.cross_entropy(model(images[rows]), labels[rows], **reduction)
+
+    run(method, lambda rows: closure_for(arm.method, loss, rows), len(images), args, seed)
     return model
+
+
+def run(
+    method: Method,
+    closure: Callable[[Tensor], Callable[..., Tensor]],
+    images: int,
+    args: argparse.Namespace,
+    seed: int,
+) -> None:
+    """All steps, each on `closure` of its batch's rows; the learning rate falls to 0."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: 1 - step / args.steps)
+    order = torch.Generator().manual_seed(seed)
+    method.model.train()
+    for _ in range(args.steps):
+        method.step(closure(torch.randperm(images, generator=order)[: args.batch_size]))
+        schedule.step()
 
 
 def flatness_of(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -275,6 +312,24 @@ def accuracy_when_compressed(model: ViT, images: Tensor, labels: Tensor) -> dict
     for how in COMPRESSIONS:
         with compressed(layers, how):
             found[f"clean, {how}"] = accuracies(model, {"clean": [images]}, labels)["clean"]
+    return found
+
+
+def accuracy_on_chips(
+    model: ViT, images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> dict[str, float]:
+    """On clean images: the mean over the chips, and the worst of them. HaLoRA trains on none of these chips."""
+
+    def accuracy() -> float:
+        return (model(images).argmax(1) == labels).float().mean().item()
+
+    found = {}
+    for sigma in args.chip_sigma:
+        values = on_chips(model, accuracy, sigma=sigma, chips=range(FIRST_CHIP, FIRST_CHIP + args.chips))
+        found |= {
+            f"clean, chips {sigma:g}": statistics.fmean(values),
+            f"clean, worst chip {sigma:g}": min(values),
+        }
     return found
 
 
@@ -335,6 +390,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             row |= flatness_of(model, *train)
             if args.compress:
                 row |= accuracy_when_compressed(model, new_images[rest], new_labels[rest])
+            if args.chips:
+                row |= accuracy_on_chips(model, new_images[rest], new_labels[rest], args)
             rows.append(row | settings)
             if args.csv:
                 append_csv(args.csv, rows[-1:])

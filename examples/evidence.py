@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compare_methods
 import finetune_sentiment
 import language_model
 import regimes
@@ -77,6 +78,10 @@ def method_of(row: Row) -> str:
 
 def with_steps(row: Row) -> str:
     return f"{row['method']}, {row['steps']} steps"
+
+
+def with_budget(row: Row) -> str:
+    return f"{row['method']}, equal {row['budget']}"
 
 
 FILMS, *OTHERS = language_model.KINDS_OF_TEXT
@@ -248,6 +253,42 @@ QUESTIONS = (
         to="flat-lora 0.3",
         more_files=("digits-draws-396.csv", "digits-draws-363.csv"),
     ),
+    *(
+        Question(
+            f"small vision transformer on digits: the methods of the family at equal {budget}",
+            "methods.csv",
+            with_budget,
+            "each method",
+            range(7100, 7116),
+            tuple(
+                Test(name, percent("clean"), 1, f"{name}, equal {budget}")
+                for name in compare_methods.CANDIDATES
+                if name != compare_methods.BASELINE
+            ),
+            "points on clean images",
+            to="lora, equal steps",
+        )
+        for budget in compare_methods.BUDGETS
+    ),
+    Question(
+        "small vision transformer on digits: intruder dimensions, of 80",
+        "methods.csv",
+        with_budget,
+        "flat-lora, equal steps",
+        range(7100, 7116),
+        (Test("intruders", mean_of("intruders"), -1),),
+        "intruders",
+        to="lora, equal steps",
+    ),
+    Question(
+        "small vision transformer on digits: on noisy chips",
+        "digits-chips.csv",
+        method_of,
+        "trained under noise",
+        range(7200, 7216),
+        tuple(Test(arm, percent("clean, chips 0.05"), 1, arm) for arm in ("halora 0.05", "flat-lora 0.3")),
+        "points on clean images, chips of 0.05",
+    ),
 )
 
 
@@ -338,10 +379,12 @@ def report(folders: list[Path]) -> str:
         except ValueError as error:
             lines.append(f"  not answered: {error}")
             continue
+        wide = max(12, *(len(test.name) + 2 for test in question.tests))
         for test, found in zip(question.tests, judged(samples), strict=True):
             said = verdict(found, test.better, question.worth, question.margin)
             lines.append(
-                f"  {test.name:<12}{found.mean:+9.4f} +- {found.error:.4f}  95 % {found.low:+.4f} to {found.high:+.4f}"
+                f"  {test.name:<{wide}}{found.mean:+9.4f} +- {found.error:.4f}"
+                f"  95 % {found.low:+.4f} to {found.high:+.4f}"
                 f"  p {found.p:.2g}  {found.seeds} seeds: {said}"
             )
     return "\n".join(lines)

@@ -72,7 +72,7 @@ SETTINGS = tuple(
 Example = tuple[list[int], int]  # token ids, label
 
 
-METHODS = common.METHODS | {
+METHODS = {name: common.METHODS[name] for name in common.WITH_ONE_LOSS} | {
     "in-place": ("sigma", lambda sigma, _: ({}, {"sigma": sigma})),
     "neftune": ("alpha", lambda alpha, _: ({}, {"alpha": alpha})),
     "full-noise": ("sigma", lambda sigma, _: ({"sigma": sigma}, {})),

@@ -34,6 +34,7 @@ from common import (
     COMPRESSIONS,
     METHODS,
     SAMPLES,
+    WITH_ONE_LOSS,
     Arm,
     adapted,
     append_csv,
@@ -72,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--method", nargs="+", choices=METHODS, default=["lora", "flat-lora"])
+    add("--method", nargs="+", choices=WITH_ONE_LOSS, default=["lora", "flat-lora"])
     add("--sigma", type=float, nargs="+", default=[0.05], help="noise relative to the norms of the rows")
     add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")

@@ -10,6 +10,7 @@ is left as it was: modes, weights, gradients, generators and the noise controlle
 """
 
 from .command import main
+from .intruders import intruder_dimensions, intruders
 from .measures import SIGMAS as SIGMAS
 from .measures import (
     Eigenvalue,
@@ -33,6 +34,8 @@ __all__ = [
     "line",
     "plane",
     "top_eigenvalue",
+    "intruders",
+    "intruder_dimensions",
     "plot",
     "plot_plane",
     "main",

@@ -45,13 +45,23 @@ def test_every_method_can_be_made(name: str) -> None:
         "flat-lora": ("sigma", {"sigma": 0.08}, {}),
         "rwp": ("sigma", {"sigma": 0.01, "norm": "row"}, {"mix": 0.5}),
         "lpf-sgd": ("sigma", {"sigma": 0.01, "norm": "row"}, {}),
+        "lora-pro": (None, {}, {}),
+        "halora": ("sigma", {}, {"sigma": 0.08}),
     }
     assert (option, noise, options) == expected.get(name, ("rho", {}, {"rho": 0.08}))
     controller = NoiseController(**{"sigma": 0.0, **noise})
     model = nn.Sequential(FlatLoraLinear(torch.randn(4, 64), r=2, noise_controller=controller))
     trained = [p for p in model.parameters() if p.requires_grad]
     method = make(name, model, torch.optim.SGD(trained, lr=0.1), **options)
-    assert math.isfinite(method.step(lambda: model(torch.ones(2, 64)).square().mean()))
+    asked = []
+
+    def loss(rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        asked.append(len(rows))
+        losses = model(torch.ones(len(rows), 64)).square().mean(1)
+        return losses.mean() if reduction == "mean" else losses
+
+    assert math.isfinite(method.step(common.closure_for(name, loss, torch.arange(4))))
+    assert asked[-1] == (2 if name == "esam" else 4)
 
 
 def test_cache_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_every_method_runs(
     rows = digits.main(
         ["--method", *digits.METHODS, "--sigma", "0.2", "--steps", "16", "--lr", "5e-3"] + SMALL + files
     )
-    noisy = ("flat-lora", "rwp", "lpf-sgd")
+    noisy = ("flat-lora", "rwp", "lpf-sgd", "halora")
     quiet = [m for m in digits.METHODS if m not in noisy]
     names = {"head only", *quiet, *(f"{m} 0.2" for m in noisy)}
     assert {row["method"] for row in rows} == names
@@ -204,3 +204,17 @@ def test_errors(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             digits.parse_arguments(option.split())
         assert message in capsys.readouterr().err
+
+
+def test_on_chips(digits: ModuleType, tmp_path: Path, one_thread: None) -> None:
+    table = tmp_path / "found.csv"
+    arguments = "--method lora halora --sigma 0.05 --steps 4 --chips 3 --chip-sigma 1e-6 0.4".split()
+    rows = digits.main([*arguments, *SMALL, "--csv", str(table)])
+    assert [row["method"] for row in rows] == ["head only", "lora", "halora 0.05"]
+    for row in rows:
+        assert row["clean, chips 1e-06"] == pytest.approx(row["clean"], abs=1e-9), (
+            "such noise changes no answer"
+        )
+        assert row["clean, worst chip 0.4"] < row["clean, chips 0.4"] < row["clean"]
+    with pytest.raises(SystemExit):
+        digits.main(["--chips", "3", "--adapter", "dora"])

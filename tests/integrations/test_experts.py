@@ -24,7 +24,7 @@ from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from peft_models import agree  # noqa: E402
 
 from flatlora_kernels import NoiseController, materialize_noise, warm_up  # noqa: E402
-from flatlora_kernels.flatness import expected_increase, plane  # noqa: E402
+from flatlora_kernels.flatness import expected_increase, intruder_dimensions, intruders, plane  # noqa: E402
 from flatlora_kernels.integrations.experts import FlatParamWrapper  # noqa: E402
 from flatlora_kernels.integrations.peft import (  # noqa: E402
     FlatLinear,
@@ -489,6 +489,23 @@ def one_expert_alone(model: Any, expert: int = 2) -> None:
     with torch.no_grad():
         router.weight.zero_()
         router.bias.copy_(torch.arange(E).sub(expert).remainder(E).neg() * 10.0)
+
+
+def test_intruders_are_counted_in_each_expert() -> None:
+    _, flat = pair(lora_options={"lora_alpha": 60})
+    counted = intruder_dimensions(flat, threshold=0.9)
+    for layer in wrappers(flat).values():
+        weight, lora_A, lora_B, scaling = layer._weight_in_use()
+        one_each = [
+            len(intruders(w, w + scaling * b @ a, threshold=0.9))
+            for w, a, b in zip(weight.detach(), lora_A.detach(), lora_B.detach(), strict=True)
+        ]
+        assert sum(one_each) > max(one_each) > 0
+        assert counted[_name_of(flat, layer)] == sum(one_each)
+
+
+def _name_of(model: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)
 
 
 def test_unused_experts_cost_nothing() -> None:
