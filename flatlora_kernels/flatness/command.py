@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..train.layer import NoisyLayer
-from .measures import SIGMAS, Flatness, Loss, flatness, layers_of, line, plane, top_eigenvalue
+from .intruders import intruder_dimensions
+from .measures import SIGMAS, Flatness, Loss, OnChips, flatness, layers_of, line, plane, top_eigenvalue
 from .plots import plot, plot_plane
 
 _TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
@@ -49,6 +51,24 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--draws", type=int, default=8, help="antithetic pairs of noise for each sigma")
     add("--iterations", type=int, default=20, help="of the power iteration; 0 leaves the eigenvalue out")
     add("--seed", type=int, default=0)
+    add(
+        "--chips",
+        type=int,
+        default=0,
+        help="the loss on so many noisy chips (docs/methods.md); 0 leaves it out",
+    )
+    add(
+        "--chip-sigma",
+        type=float,
+        nargs="+",
+        default=[0.02],
+        help="their noise, relative to the largest weight",
+    )
+    add(
+        "--intruders",
+        action="store_true",
+        help="count intruder dimensions: two decompositions of each weight",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add(
@@ -60,6 +80,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("limit", "batch_size", "max_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.chips < 0:
+        parser.error(f"--chips: expected at least 0, got {args.chips}")
     return args
 
 
@@ -137,6 +159,18 @@ def _without_adapters(layers: list[NoisyLayer]) -> Iterator[None]:
                 p.copy_(value)
 
 
+def _on_chips(model: nn.Module, loss: Loss, args: argparse.Namespace) -> tuple[OnChips, ...]:
+    from ..methods import on_chips
+
+    found = []
+    for sigma in args.chip_sigma if args.chips else ():
+        chips = range(args.seed, args.seed + args.chips)
+        values = on_chips(model, lambda: float(loss()), sigma=sigma, chips=chips)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(OnChips(sigma, statistics.fmean(values), spread, max(values), len(values)))
+    return tuple(found)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Flatness]:
     """`python -m flatlora_kernels.flatness`: prints a report for each adapter and, first, for none; returns them."""
     args = _arguments(argv)
@@ -181,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Flatness]:
                     found = found._replace(eigenvalue=top)
                     for p in weights:
                         p.requires_grad_(False)
+                found = found._replace(on_chips=_on_chips(model, loss, args))
+                if args.intruders:
+                    found = found._replace(intruders=sum(intruder_dimensions(model).values()))
                 reports[name] = found
                 print(f"{name}: {found}\n", flush=True)
                 if args.plots:

@@ -36,12 +36,24 @@ class Eigenvalue(NamedTuple):
     change: float
 
 
+class OnChips(NamedTuple):
+    """The loss on noisy chips, see `methods.on_chips`: mean, standard deviation and largest of their number."""
+
+    sigma: float  # relative to the largest weight of a tensor
+    mean: float
+    deviation: float
+    worst: float
+    chips: int
+
+
 class Flatness(NamedTuple):
-    """What `flatness` returns; `str` of it is a small table."""
+    """What `flatness` returns; `str` of it is a small table. The last two are the command's."""
 
     loss: float
     increases: tuple[Increase, ...]
     eigenvalue: Eigenvalue | None = None
+    on_chips: tuple[OnChips, ...] = ()
+    intruders: int | None = None  # over all layers, see `intruder_dimensions`
 
     def __str__(self) -> str:
         lines = [f"loss {self.loss:.6g}", "  sigma   increase  standard error  pairs"]
@@ -54,6 +66,13 @@ class Flatness(NamedTuple):
                 f"largest eigenvalue of the Hessian: {e.value:.4g}"
                 f" ({e.iterations} iterations, last change {e.change:.1e})"
             )
+        lines += [
+            f"on {c.chips} chips whose weights are off by {c.sigma:g} of the largest: loss {c.mean:.4g}"
+            f" ± {c.deviation:.2g}, worst {c.worst:.4g}"
+            for c in self.on_chips
+        ]
+        if self.intruders is not None:
+            lines.append(f"intruder dimensions: {self.intruders}")
         return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from flatlora_kernels import FlatLoraLinear, NoiseController, flat_noise_scale, flatness, materialize_noise
 
 N, K = 24, 40
+SENTENCES = ([[1, 2]], [[1, 2, 3]], [[1, 2, 3, 4]])  # of `saved` that predict something, as tokens
 
 
 def quadratic(**options: object) -> tuple[FlatLoraLinear, flatness.Loss, Tensor]:
@@ -253,6 +255,47 @@ def test_command_reports_before_and_after(saved: Path, capsys: pytest.CaptureFix
     if plots:
         expected = {"line.svg", "plane-0-before.svg", "plane-1-classification-adapter.svg"}
         assert {path.name for path in (saved / "plots").iterdir()} == expected
+
+
+def test_command_on_chips_and_intruders(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss on each chip, from weights with that chip's noise written into them."""
+    import peft
+    import transformers
+
+    from flatlora_kernels.integrations.peft import apply_flat_lora
+
+    options = "--iterations 0 --chips 3 --chip-sigma 0.02 0.2 --seed 7 --intruders"
+    found = command(saved, "causal-lm", *options.split())
+    name = str(saved / "causal-lm-adapter")
+    assert (found["before"].intruders, [c.sigma for c in found[name].on_chips]) == (0, [0.02, 0.2])
+    auto = transformers.AutoModelForCausalLM
+    model = peft.PeftModel.from_pretrained(auto.from_pretrained(saved / "causal-lm"), name)
+    apply_flat_lora(model, sigma=0.0, verbose=False)
+    assert found[name].intruders == sum(flatness.intruder_dimensions(model).values())
+    layers = [m for m in model.modules() if hasattr(m, "flat_lora_name")]
+    losses = []
+    for chip in (7, 8, 9):
+        moved = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for layer, other in zip(
+                layers, (m for m in moved.modules() if hasattr(m, "flat_lora_name")), strict=True
+            ):
+                W = layer.get_base_layer().weight
+                scale = (0.2 * W.abs().max()).repeat(len(W))
+                other.get_base_layer().weight += materialize_noise(
+                    scale, W.shape[1], seed=chip, stream=layer.stream
+                )
+            total = [
+                moved(input_ids=ids, labels=ids).loss * (ids.numel() - 1)
+                for ids in map(torch.tensor, SENTENCES)
+            ]
+        losses.append(float(sum(total) / sum(len(ids[0]) - 1 for ids in SENTENCES)))
+    assert found[name].on_chips[1].mean == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert found[name].on_chips[1].worst == pytest.approx(max(losses), rel=1e-4)
+    assert found[name].on_chips[1].deviation > found[name].on_chips[0].deviation > 0
+    printed = capsys.readouterr().out
+    assert "on 3 chips whose weights are off by 0.2 of the largest: loss" in printed
+    assert "intruder dimensions: 0" in printed
 
 
 def test_command_weighs_tokens(saved: Path) -> None:

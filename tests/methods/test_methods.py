@@ -27,7 +27,13 @@ from method_models import (
 from small_models import layers
 from torch import Tensor, nn
 
-from flatlora_kernels import FlatLoraLinear, apply_flat_lora, materialize_noise, perturb_weight
+from flatlora_kernels import (
+    FlatLoraLinear,
+    QuantizedWeight,
+    apply_flat_lora,
+    materialize_noise,
+    perturb_weight,
+)
 from flatlora_kernels.methods import ALIASES, METHODS, EFlatLoRA, make, on_chips, zeroth_order
 from flatlora_kernels.methods.base import generator
 from flatlora_kernels.train.controller import NoiseController
@@ -81,6 +87,44 @@ def test_noise_on_some_layers(name: str) -> None:
             eager.descend(*eager.adapter_grads(G))
     eager.agrees(model)
     assert len(seen) > 1
+
+
+def test_falling_noise_on_packed_weights() -> None:
+    """QeRL's schedule: none in the first stage, then less from stage to stage; the packed base stays as it is."""
+    stages, total, end = 4, 12, 0.1
+
+    def falling(step: int) -> float:
+        stage = step * stages // total
+        return 0.0 if stage == 0 else end ** ((stage - 1) / (stages - 2))
+
+    torch.manual_seed(0)
+    weight = QuantizedWeight.quantize(torch.randn(32, 64, dtype=torch.float64) / 8, "nf4")
+    parts = [part.clone() for part in weight.parts if part is not None]
+    controller = NoiseController(sigma=0.4, schedule=falling, seed=3)
+    model = nn.Sequential(FlatLoraLinear(weight, r=2, noise_controller=controller))
+    (layer,) = layers(model)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    method, W = make("flat-lora", model, sgd(model)), weight.dequantize().double()
+    A, B = (p.detach().clone().double().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)) / 8
+    sigmas = []
+    for _ in range(total):
+        sigmas.append(method.controller.sigma)
+        merged = (W + layer.scaling * B @ A).detach()
+        scale = (sigmas[-1] * merged.norm(dim=1) / 8).float()
+        eps = materialize_noise(
+            scale, 64, seed=method.controller.value, stream=layer.stream, dtype=torch.float64
+        )
+        expected = F.linear(x.double(), W + eps + layer.scaling * B @ A).square().mean()
+        grads = torch.autograd.grad(expected, (A, B))
+        loss = method.step(lambda: model(x).square().mean())
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=0)
+        A, B = ((p - LR * g).detach().requires_grad_() for p, g in zip((A, B), grads, strict=True))
+    torch.testing.assert_close(layer.lora_B.detach().double(), B.detach(), rtol=1e-4, atol=1e-6)
+    assert sigmas == pytest.approx([0.0] * 3 + [0.4] * 3 + [0.4 * end**0.5] * 3 + [0.4 * end] * 3)
+    assert all(
+        torch.equal(*pair) for pair in zip(parts, [p for p in weight.parts if p is not None], strict=True)
+    )
 
 
 def test_full_noise() -> None:
