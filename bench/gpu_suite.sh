@@ -125,7 +125,7 @@ quantized="--size 4096 --dtypes bfloat16 --m 16 2048 256 8192 --noise gaussian r
 quantized="$quantized --ways dense op {decode,fused,panel}:{cuda,triton}"
 mixture="--n 4096 --k 4096 --m 128 1024 4096 --routings falling --dtypes bfloat16 --noise gaussian rademacher --budget 0.012"
 mixture="$mixture --ways vendor materialised op loop {op,loop}:triton"
-evidence="--method lora flat-lora --sigma 0.1 0.15 --shots 20 --steps 100 --batch-size 16 --lr 2e-3 --seeds 40 --backend cuda"
+evidence="--method lora flat-lora --sigma 0.15 0.3 --shots 20 --steps 100 --batch-size 16 --lr 2e-3 --seeds 40 --backend cuda"
 tools="memcheck racecheck synccheck initcheck"
 if $dry_run; then
   export FLATLORA_EMULATE=90
