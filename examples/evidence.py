@@ -139,30 +139,30 @@ def of_dino_kinds(file: str) -> tuple[Question, ...]:
         "DINOv2 (float32) on digits: kinds of noise",
         file,
         vit.label,
-        "flat-lora 0.2 of a kind",
+        "flat-lora 0.3 of a kind",
         range(100, 108),
         tuple(
-            Test(kind, percent("clean"), 1, f"flat-lora 0.2 {kind}")
+            Test(kind, percent("clean"), 1, f"flat-lora 0.3 {kind}")
             for kind in ("near_gaussian", "rademacher", "hadamard")
         ),
         "points on clean images",
-        to="flat-lora 0.2",
+        to="flat-lora 0.3",
         margin=0.5,
     )
     adapters = (
         kinds._replace(
             title=f"DINOv2 (float32) on digits: noise on other adapters, {column} images",
-            arm="flat-lora 0.2",
+            arm="flat-lora 0.3",
             to="lora",
             tests=tuple(
-                Test(name, percent(column), 1, f"flat-lora 0.2 {name}", f"lora {name}") for name in ADAPTERS
+                Test(name, percent(column), 1, f"flat-lora 0.3 {name}", f"lora {name}") for name in ADAPTERS
             ),
             unit="points",
             margin=0.0,
         )
         for column in ("clean", "corrupted")
     )
-    return kinds, *adapters
+    return kinds, kinds._replace(to="lora", margin=0.0), *adapters
 
 
 QUESTIONS = (
@@ -220,6 +220,22 @@ QUESTIONS = (
         ),
         "points",
         worth=1.0,
+    ),
+    Question(
+        "MiniLM (float32) on 128 film reviews, 300 steps",
+        "sentiment-few.csv",
+        finetune_sentiment.label,
+        "flat-lora at either strength",
+        range(400, 416),
+        tuple(
+            Test(f"{name} {strength}", value, 1, f"flat-lora {strength}")
+            for strength in ("0.15", "0.3")
+            for name, value in (
+                ("film reviews", percent(FILMS)),
+                ("other kinds", mean_of(*list(finetune_sentiment.FILES)[1:], scale=100)),
+            )
+        ),
+        "points",
     ),
     *of_dino_kinds("vit-kinds-float32.csv"),
     *(q for named in LANGUAGE_MODEL.items() for q in of_language_model(*named)),
