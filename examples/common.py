@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str | None, Callable[[float, int], tuple[dict[str, Any]
     "rwp": ("sigma", lambda sigma, width: (by_rows(sigma, width), {"mix": 0.5})),
     "lpf-sgd": ("sigma", lambda sigma, width: (by_rows(sigma, width), {})),
 }
+LPF_DRAWS = 5
 # Their closures return one loss; ESAM's one for each row.
 WITH_ONE_LOSS = tuple(name for name in METHODS if name != "esam")
 # Of each: options of PEFT's LoraConfig. The adapter "lora" is this library's own.
@@ -128,14 +129,16 @@ def adapted(
     return model
 
 
-def closure_for(method: str, loss: Callable[..., Tensor], rows: Tensor) -> Callable[..., Tensor]:
+def closures_for(method: str, loss: Callable[..., Tensor], rows: Tensor) -> list[Callable[..., Tensor]]:
     """What a step of the method takes for the batch of these rows.
 
     `loss` takes rows, and the option `reduction` of torch's losses: ESAM asks for a loss for each of some of the rows.
+    LPF-SGD draws once for each closure, so its batch is cut into `LPF_DRAWS` parts.
     """
-    if method != "esam":
-        return lambda: loss(rows)
-    return lambda some=None: loss(rows if some is None else rows[some], reduction="none")
+    if method == "esam":
+        return [lambda some=None: loss(rows if some is None else rows[some], reduction="none")]
+    parts = rows.chunk(LPF_DRAWS) if method == "lpf-sgd" else (rows,)
+    return [lambda part=part: loss(part) for part in parts]
 
 
 def by_rows(sigma: float, width: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ on. `clock` measures its step beside LoRA's: processor time of one thread, media
 a method and seed: as many steps as LoRA, and as many as LoRA's time pays for. Methods share pre-training, images, head
 and order of the batches, those with adapters also the adapters at the start.
 
-A folder holds `methods-tune.csv`, `methods-clock.csv` and `methods.csv`. A run that a file holds is not repeated.
+A folder holds `methods-tune.csv`, `methods-clock.csv` and `methods.csv`. A run that a file holds is not repeated, a
+clock is. LPF-SGD draws five times a step, HaLoRA has no regulariser, and what trains weights has noise on the head, too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import digits
 import torch
 import torch.nn.functional as F
-from common import append_csv, by_rows, check_counts, closure_for, complete, mean_and_error, read_csv
+from common import append_csv, by_rows, check_counts, closures_for, complete, mean_and_error, read_csv
 from torch import Tensor, nn
 
 from flatlora_kernels import NoiseController, apply_flat_lora, flatness
@@ -74,7 +75,8 @@ def by_lr(
 
 
 SIGMAS, RHOS, RATES = (0.2, 0.3, 0.4), (0.01, 0.05, 0.2), (1e-3, 2e-3, 4e-3)
-# Three candidates each, which differ in what the method has of its own; in the learning rate where it has nothing else.
+# Three candidates each, which differ in one setting: the strength of what a method adds to LoRA, or the learning rate
+# where it adds nothing that has one or trains other parameters.
 CANDIDATES: dict[str, list[Candidate]] = {
     "lora": by_lr("lora", RATES),
     "flat-lora": by_sigma("flat-lora", SIGMAS),
@@ -142,8 +144,8 @@ def adapted(model: nn.Module, candidate: Candidate, seed: int, steps: int) -> No
 
 def prepared(
     model: nn.Module, candidate: Candidate, images: Tensor, labels: Tensor, seed: int, steps: int
-) -> tuple[Any, Callable[[Tensor], Callable[..., Tensor]]]:
-    """The method, and what it takes for the rows of a batch."""
+) -> tuple[Any, Callable[[Tensor], list[Callable[..., Tensor]]]]:
+    """The method, and what its step takes for the rows of a batch."""
     adapted(model, candidate, seed, steps)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = (
@@ -161,16 +163,16 @@ def prepared(
         return loss(rows.repeat(members), reduction="none").view(members, -1).mean(1)
 
     if candidate.options.get("together"):
-        return method, lambda rows: lambda members: of_members(rows, members)
-    return method, lambda rows: closure_for(candidate.method, loss, rows)
+        return method, lambda rows: [lambda members: of_members(rows, members)]
+    return method, lambda rows: closures_for(candidate.method, loss, rows)
 
 
 def finetuned(
     base: nn.Module, candidate: Candidate, images: Tensor, labels: Tensor, seed: int, steps: int
 ) -> nn.Module:
     model = copy.deepcopy(base)
-    method, closure = prepared(model, candidate, images, labels, seed, steps)
-    digits.run(method, closure, len(images), argparse.Namespace(steps=steps, batch_size=25), seed)
+    method, closures = prepared(model, candidate, images, labels, seed, steps)
+    digits.run(method, closures, len(images), argparse.Namespace(steps=steps, batch_size=25), seed)
     return model.eval()
 
 
@@ -195,7 +197,7 @@ class Task(NamedTuple):
         return cls(base, train, tests, new_labels[rest])
 
     def measured(self, model: nn.Module) -> dict[str, float]:
-        """Accuracies; the loss on the few images and its increase under noise; intruders, over all layers."""
+        """Accuracies, the loss on the few images, its increase under noise in the blocks, and intruders there."""
 
         def loss() -> Tensor:
             return F.cross_entropy(model(self.train[0]), self.train[1])
@@ -203,9 +205,9 @@ class Task(NamedTuple):
         found = digits.accuracies(model, self.tests, self.labels)
         with torch.no_grad():
             found["loss"] = loss().item()
-        (increase,) = flatness.expected_increase(model, loss, (SIGMA_AFTER,), draws=8)
+        (increase,) = flatness.expected_increase(model.blocks, loss, (SIGMA_AFTER,), draws=8)
         before = dict(self.base.named_modules())
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NoisyLayer) and n != "head"]
+        layers = [(f"blocks.{n}", m) for n, m in model.blocks.named_modules() if isinstance(m, NoisyLayer)]
         with torch.no_grad():
             intruders = sum(len(flatness.intruders(before[n].weight, in_use(m))) for n, m in layers)
         return found | {f"increase {SIGMA_AFTER:g}": increase.mean, "intruders": intruders}
@@ -218,24 +220,30 @@ def in_use(layer: Any) -> Tensor:
 
 
 def chosen(rows: list[dict[str, Any]], steps: int) -> dict[str, Candidate]:
-    """Of each method the candidate with the best mean accuracy on clean images, over the seeds that all have."""
-    rows = complete(rows, lambda row: (row["method"], float(row["value"])))
+    """Of each method the candidate with the best mean accuracy on clean images, over the seeds that all have.
+
+    Methods of which a candidate has not run are left out.
+    """
+    rows = [row for row in rows if int(row["steps"]) == steps]
     found = {}
     for name, candidates in CANDIDATES.items():
         of: dict[float, list[float]] = {}
-        for row in rows:
-            if row["method"] == name and int(row["steps"]) == steps:
-                of.setdefault(float(row["value"]), []).append(float(row["clean"]))
-        known = [c for c in candidates if c.value in of]
-        if known:
-            found[name] = max(known, key=lambda c: statistics.fmean(of[c.value]))
+        for row in complete([r for r in rows if r["method"] == name], lambda row: float(row["value"])):
+            of.setdefault(float(row["value"]), []).append(float(row["clean"]))
+        if of.keys() >= {c.value for c in candidates}:
+            found[name] = max(candidates, key=lambda c: statistics.fmean(of[c.value]))
     return found
 
 
 def tune(args: argparse.Namespace, path: Path) -> None:
-    done = {(row["seed"], row["method"], float(row["value"])) for row in read_csv(path)}
+    done = {(row["seed"], row["method"], float(row["value"]), int(row["steps"])) for row in read_csv(path)}
     for seed in range(args.seed, args.seed + args.seeds):
-        left = [(n, c) for n in args.method for c in CANDIDATES[n] if (str(seed), n, c.value) not in done]
+        left = [
+            (n, c)
+            for n in args.method
+            for c in CANDIDATES[n]
+            if (str(seed), n, c.value, args.steps) not in done
+        ]
         task = Task.of(seed) if left else None
         for name, candidate in left:
             model = finetuned(task.base, candidate, *task.train, seed, args.steps)
@@ -254,13 +262,16 @@ def clock(args: argparse.Namespace, best: dict[str, Candidate], path: Path) -> N
     spent: dict[str, list[float]] = {name: [] for name in ready}
     order = torch.Generator().manual_seed(args.seed)
     for _ in range(args.rounds + 1):
-        for name, (method, closure) in ready.items():
+        for name, (method, closures) in ready.items():
             start = time.process_time()
             for _ in range(STEPS_A_ROUND):
-                method.step(closure(torch.randperm(len(task.train[0]), generator=order)[:25]))
+                method.step(*closures(torch.randperm(len(task.train[0]), generator=order)[:25]))
             spent[name].append((time.process_time() - start) / STEPS_A_ROUND)
     medians = {name: statistics.median(values[1:]) for name, values in spent.items()}
+    others = [row for row in read_csv(path) if row["method"] not in medians]
     path.unlink(missing_ok=True)
+    if others:
+        append_csv(path, others)
     for name, seconds in medians.items():
         ratio = seconds / medians[BASELINE]
         low, high = (1e3 * f(spent[name][1:]) for f in (min, max))
@@ -276,7 +287,16 @@ def clock(args: argparse.Namespace, best: dict[str, Candidate], path: Path) -> N
 
 
 def run(args: argparse.Namespace, best: dict[str, Candidate], clocked: dict[str, int], path: Path) -> None:
-    done = {(row["seed"], row["method"], row["budget"]) for row in read_csv(path)}
+    earlier = read_csv(path)
+    for row in earlier:
+        steps = args.steps if row["budget"] == "steps" else clocked[row["method"]]
+        wanted = str(best[row["method"]].value), str(steps)
+        if row["method"] in args.method and (row["value"], row["steps"]) != wanted:
+            raise SystemExit(
+                f"{path}: expected runs of {row['method']} with the setting {wanted[0]} and {wanted[1]} steps, got some"
+                f" with {row['value']} and {row['steps']}: another tuning or clock; begin a new folder"
+            )
+    done = {(row["seed"], row["method"], row["budget"]) for row in earlier}
     for seed in range(args.seed, args.seed + args.seeds):
         left = [(n, b) for n in args.method for b in BUDGETS if (str(seed), n, b) not in done]
         task = Task.of(seed) if left else None
@@ -300,6 +320,8 @@ def gains(rows: list[dict[str, Any]], column: str) -> dict[tuple[str, str], list
 def report(rows: list[dict[str, Any]], clocked: dict[str, dict[str, Any]]) -> str:
     """A table: gains over LoRA at equal steps and equal time; what else was measured, at equal steps."""
     rows = complete(rows, lambda row: (row["method"], row["budget"]))
+    if not rows:
+        raise SystemExit("methods.csv: expected a seed with all methods and budgets that it has, got none")
     seeds = len({row["seed"] for row in rows})
     gain = {test: gains(rows, test) for test in digits.ACCURACIES}
     columns = [
@@ -308,7 +330,7 @@ def report(rows: list[dict[str, Any]], clocked: dict[str, dict[str, Any]]) -> st
         "clean",
         "equal time",
         *digits.ACCURACIES[1:],
-        f"increase {SIGMA_AFTER:g}",
+        "median increase",
         "intruders",
     ]
     lines = [
@@ -320,7 +342,7 @@ def report(rows: list[dict[str, Any]], clocked: dict[str, dict[str, Any]]) -> st
         cells = [own[0]["value"], clocked[name]["ratio"], mean_and_error(gain["clean"][name, "steps"])]
         cells += [mean_and_error(gain["clean"][name, "time"])]
         cells += [mean_and_error(gain[test][name, "steps"]) for test in digits.ACCURACIES[1:]]
-        cells += [f"{statistics.median(float(row[columns[-2]]) for row in own):.3g}"]
+        cells += [f"{statistics.median(float(row[f'increase {SIGMA_AFTER:g}']) for row in own):.3g}"]
         cells += [mean_and_error([float(row["intruders"]) for row in own])]
         lines.append(name.ljust(32) + "".join(cell.rjust(16) for cell in cells))
     level = mean_and_error(
@@ -361,6 +383,8 @@ def main(argv: list[str] | None = None) -> str:
     tuned, clocked, runs = (args.folder / f"methods{name}.csv" for name in ("-tune", "-clock", ""))
     if args.stage == "tune":
         tune(args, tuned)
+    if args.stage != "tune" and BASELINE not in args.method:
+        raise SystemExit(f"--method: expected {BASELINE}, which the others are compared with, among them")
     best = {name: c for name, c in chosen(read_csv(tuned), args.steps).items() if name in args.method}
     if missing := [name for name in args.method if name not in best]:
         raise SystemExit(

@@ -34,7 +34,7 @@ from common import (
     append_csv,
     arms,
     check_counts,
-    closure_for,
+    closures_for,
     compressed,
     require,
     rows_so_far,
@@ -268,23 +268,23 @@ def finetune(
     def loss(rows: Tensor, **reduction: str) -> Tensor:
         return F.cross_entropy(model(images[rows]), labels[rows], **reduction)
 
-    run(method, lambda rows: closure_for(arm.method, loss, rows), len(images), args, seed)
+    run(method, lambda rows: closures_for(arm.method, loss, rows), len(images), args, seed)
     return model
 
 
 def run(
     method: Method,
-    closure: Callable[[Tensor], Callable[..., Tensor]],
+    closures: Callable[[Tensor], list[Callable[..., Tensor]]],
     images: int,
     args: argparse.Namespace,
     seed: int,
 ) -> None:
-    """All steps, each on `closure` of its batch's rows; the learning rate falls to 0."""
+    """All steps, each on `closures` of its batch's rows; the learning rate falls to 0."""
     schedule = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: 1 - step / args.steps)
     order = torch.Generator().manual_seed(seed)
     method.model.train()
     for _ in range(args.steps):
-        method.step(closure(torch.randperm(images, generator=order)[: args.batch_size]))
+        method.step(*closures(torch.randperm(images, generator=order)[: args.batch_size]))
         schedule.step()
 
 

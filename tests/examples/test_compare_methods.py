@@ -75,9 +75,21 @@ def test_every_stage_with_every_method(
     compare.main(["run", *files, "--seeds", "1"])
     assert len(rows_of(tmp_path / "methods.csv")) == len(found), "what is there is not run again"
 
+    compare.main(["clock", *files, "--rounds", "1", "--method", "lora", "sam"])
+    assert {row["method"] for row in rows_of(tmp_path / "methods-clock.csv")} == set(names), "others stay"
+    again = [row | {"steps": str(int(row["steps"]) + 1)} for row in rows_of(tmp_path / "methods-clock.csv")]
+    (tmp_path / "methods-clock.csv").unlink()
+    importlib.import_module("common").append_csv(tmp_path / "methods-clock.csv", again)
+    with pytest.raises(
+        SystemExit, match="expected runs of lora with the setting .* and 5 steps, got some with .* and 4"
+    ):
+        compare.main(["run", *files, "--seeds", "2"])
+    with pytest.raises(SystemExit, match="--method: expected lora"):
+        compare.main(["report", *files, "--method", "sam"])
+
     figure = ["--figure", str(tmp_path / "f.svg")] if importlib.util.find_spec("matplotlib") else []
     text = compare.main(["report", *files, *figure])
-    assert text.startswith("seeds: 1;") and all(f"\n{name}" in text for name in names)
+    assert text.startswith("seeds: 1;") and [line[:32].rstrip() for line in text.splitlines()[2:-1]] == names
     assert not figure or "<svg" in (tmp_path / "f.svg").read_text()
 
 
@@ -101,6 +113,7 @@ def tuned_rows(values: dict[tuple[str, float], list[float]], steps: int = 300) -
 
 def test_the_best_candidate_is_chosen_by_seeds_that_all_have(compare: ModuleType) -> None:
     rows = tuned_rows({("sam", 0.01): [0.5, 0.6], ("sam", 0.05): [0.7, 0.6], ("sam", 0.2): [0.1, 0.9]})
+    assert compare.chosen(rows[:-2], 300) == {}, "a candidate has not run"
     assert compare.chosen(rows, 300)["sam"].value == 0.05
     assert compare.chosen(rows, 100) == {}
     unfinished = [*rows, *tuned_rows({("sam", 0.2): [0.1, 0.9, 1.0]})[2:]]
