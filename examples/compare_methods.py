@@ -11,7 +11,7 @@ a method and seed: as many steps as LoRA, and as many as LoRA's time pays for. M
 and order of the batches, those with adapters also the adapters at the start.
 
 A folder holds `methods-tune.csv`, `methods-clock.csv` and `methods.csv`. A run that a file holds is not repeated, a
-clock is. LPF-SGD draws five times a step, HaLoRA has no regulariser, and what trains weights has noise on the head, too.
+clock is. LPF-SGD draws five times a step, HaLoRA has no regulariser, and what trains weights has noise on the head.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flatlora_kernels.methods import make
 from flatlora_kernels.train.layer import NoisyLayer
 
 BASELINE = "lora"
-LR, STEPS = 2e-3, 300
+STEPS = 300
 SIGMA_AFTER = 0.2  # the strength at which the increase of the loss is measured
 FORWARD_ONLY = ("mezo", "es", "eggroll")
 STEPS_A_ROUND = 10  # of `clock`
@@ -48,35 +48,45 @@ class Candidate(NamedTuple):
     """A method with its settings."""
 
     method: str
-    value: float  # of what is tuned
-    lr: float = LR
+    setting: str  # what is tuned, in words
+    lr: float
     controller: Settings = {}
     options: Settings = {}
     on_weights: bool = False  # trains the layers' and the head's weights, instead of adapters and head
 
 
-def by_sigma(method: str, values: Iterable[float], **options: Any) -> list[Candidate]:
-    return [Candidate(method, v, LR, {"sigma": v}, options) for v in values]
-
-
-def by_row_sigma(method: str, values: Iterable[float], **options: Any) -> list[Candidate]:
-    width = digits.parse_arguments([]).width
-    return [Candidate(method, v, LR, by_rows(v, width), options) for v in values]
+def by_lr(
+    method: str, rates: Iterable[float], on_weights: bool = False, sigma: float = 0.0, **options: Any
+) -> list[Candidate]:
+    return [Candidate(method, f"lr {lr:g}", lr, {"sigma": sigma}, options, on_weights) for lr in rates]
 
 
 def by_option(method: str, name: str, values: Iterable[float]) -> list[Candidate]:
-    return [Candidate(method, v, LR, {}, {name: v}) for v in values]
+    return [
+        Candidate(method, f"{name} {v:g}, lr {lr:g}", lr, {}, {name: v}) for lr in TWO_RATES for v in values
+    ]
 
 
-def by_lr(
-    method: str, values: Iterable[float], on_weights: bool = False, sigma: float = 0.0, **options: Any
-) -> list[Candidate]:
-    return [Candidate(method, v, v, {"sigma": sigma}, options, on_weights) for v in values]
+def by_sigma(method: str, values: Iterable[float], of_rows: bool = False, **options: Any) -> list[Candidate]:
+    """Of Flat-LoRA's noise, or of that by rows which is as strong."""
+    width = digits.parse_arguments([]).width
+    return [
+        Candidate(
+            method, f"sigma {v:g}, lr {lr:g}", lr, by_rows(v, width) if of_rows else {"sigma": v}, options
+        )
+        for lr in TWO_RATES
+        for v in values
+    ]
 
 
-SIGMAS, RHOS, RATES = (0.2, 0.3, 0.4), (0.01, 0.05, 0.2), (1e-3, 2e-3, 4e-3)
-# Three candidates each, which differ in one setting: the strength of what a method adds to LoRA, or the learning rate
-# where it adds nothing that has one or trains other parameters.
+SIGMAS, RHOS = (0.2, 0.3, 0.4), (0.01, 0.05, 0.2)
+TWO_RATES, RATES, RATES_OF_WEIGHTS = (
+    (2e-3, 8e-3),
+    (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    (2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+)
+# Three strengths of what a method adds to LoRA at two learning rates, or more learning rates where it adds nothing that
+# has a strength, or trains other parameters.
 CANDIDATES: dict[str, list[Candidate]] = {
     "lora": by_lr("lora", RATES),
     "flat-lora": by_sigma("flat-lora", SIGMAS),
@@ -90,11 +100,11 @@ CANDIDATES: dict[str, list[Candidate]] = {
     "lora-pro": by_lr("lora-pro", RATES),
     "lora-pro, noise": by_sigma("lora-pro", SIGMAS),
     "halora": by_option("halora", "sigma", (0.02, 0.05, 0.1)),
-    "rwp": by_row_sigma("rwp", SIGMAS, mix=0.5),
-    "lpf-sgd": by_row_sigma("lpf-sgd", SIGMAS),
+    "rwp": by_sigma("rwp", SIGMAS, of_rows=True, mix=0.5),
+    "lpf-sgd": by_sigma("lpf-sgd", SIGMAS, of_rows=True),
     "neftune": by_option("neftune", "alpha", (1.0, 5.0, 15.0)),
-    "full": by_lr("lora", (2e-4, 5e-4, 1e-3), on_weights=True),
-    "full-noise": by_lr("full-noise", (2e-4, 5e-4, 1e-3), on_weights=True, sigma=0.3),
+    "full": by_lr("lora", RATES_OF_WEIGHTS, on_weights=True),
+    "full-noise": by_lr("full-noise", RATES_OF_WEIGHTS, on_weights=True, sigma=0.3),
     "mezo": by_lr("mezo", (1e-4, 2e-4, 5e-4), on_weights=True),
     "es": by_lr("es", (1e-3, 3e-3, 1e-2), on_weights=True, together=30),
     "eggroll": by_lr("eggroll", (1e-3, 3e-3, 1e-2), on_weights=True, together=30),
@@ -227,29 +237,29 @@ def chosen(rows: list[dict[str, Any]], steps: int) -> dict[str, Candidate]:
     rows = [row for row in rows if int(row["steps"]) == steps]
     found = {}
     for name, candidates in CANDIDATES.items():
-        of: dict[float, list[float]] = {}
-        for row in complete([r for r in rows if r["method"] == name], lambda row: float(row["value"])):
-            of.setdefault(float(row["value"]), []).append(float(row["clean"]))
-        if of.keys() >= {c.value for c in candidates}:
-            found[name] = max(candidates, key=lambda c: statistics.fmean(of[c.value]))
+        of: dict[str, list[float]] = {}
+        for row in complete([r for r in rows if r["method"] == name], lambda row: row["setting"]):
+            of.setdefault(row["setting"], []).append(float(row["clean"]))
+        if of.keys() >= {c.setting for c in candidates}:
+            found[name] = max(candidates, key=lambda c: statistics.fmean(of[c.setting]))
     return found
 
 
 def tune(args: argparse.Namespace, path: Path) -> None:
-    done = {(row["seed"], row["method"], float(row["value"]), int(row["steps"])) for row in read_csv(path)}
+    done = {(row["seed"], row["method"], row["setting"], int(row["steps"])) for row in read_csv(path)}
     for seed in range(args.seed, args.seed + args.seeds):
         left = [
             (n, c)
             for n in args.method
             for c in CANDIDATES[n]
-            if (str(seed), n, c.value, args.steps) not in done
+            if (str(seed), n, c.setting, args.steps) not in done
         ]
         task = Task.of(seed) if left else None
         for name, candidate in left:
             model = finetuned(task.base, candidate, *task.train, seed, args.steps)
-            row = {"seed": seed, "method": name, "value": candidate.value, "steps": args.steps}
+            row = {"seed": seed, "method": name, "setting": candidate.setting, "steps": args.steps}
             append_csv(path, [row | digits.accuracies(model, task.tests, task.labels)])
-            print(seed, name, candidate.value, flush=True)
+            print(seed, name, candidate.setting, flush=True)
 
 
 def clock(args: argparse.Namespace, best: dict[str, Candidate], path: Path) -> None:
@@ -277,7 +287,7 @@ def clock(args: argparse.Namespace, best: dict[str, Candidate], path: Path) -> N
         low, high = (1e3 * f(spent[name][1:]) for f in (min, max))
         row = {
             "method": name,
-            "value": best[name].value,
+            "setting": best[name].setting,
             "milliseconds": f"{1e3 * seconds:.3f}",
             "least": f"{low:.3f}",
         }
@@ -290,11 +300,11 @@ def run(args: argparse.Namespace, best: dict[str, Candidate], clocked: dict[str,
     earlier = read_csv(path)
     for row in earlier:
         steps = args.steps if row["budget"] == "steps" else clocked[row["method"]]
-        wanted = str(best[row["method"]].value), str(steps)
-        if row["method"] in args.method and (row["value"], row["steps"]) != wanted:
+        wanted = best[row["method"]].setting, str(steps)
+        if row["method"] in args.method and (row["setting"], row["steps"]) != wanted:
             raise SystemExit(
-                f"{path}: expected runs of {row['method']} with the setting {wanted[0]} and {wanted[1]} steps, got some"
-                f" with {row['value']} and {row['steps']}: another tuning or clock; begin a new folder"
+                f"{path}: expected runs of {row['method']} with {wanted[0]} and {wanted[1]} steps, got some"
+                f" with {row['setting']} and {row['steps']}: another tuning or clock; begin a new folder"
             )
     done = {(row["seed"], row["method"], row["budget"]) for row in earlier}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -303,7 +313,13 @@ def run(args: argparse.Namespace, best: dict[str, Candidate], clocked: dict[str,
         for name, budget in left:
             steps = args.steps if budget == "steps" else clocked[name]
             model = finetuned(task.base, best[name], *task.train, seed, steps)
-            row = {"seed": seed, "method": name, "value": best[name].value, "budget": budget, "steps": steps}
+            row = {
+                "seed": seed,
+                "method": name,
+                "setting": best[name].setting,
+                "budget": budget,
+                "steps": steps,
+            }
             append_csv(path, [row | task.measured(model)])
             print(seed, name, budget, flush=True)
 
@@ -335,16 +351,16 @@ def report(rows: list[dict[str, Any]], clocked: dict[str, dict[str, Any]]) -> st
     ]
     lines = [
         f"seeds: {seeds}; accuracies: points over {BASELINE}",
-        " " * 32 + "".join(c.rjust(16) for c in columns),
+        " " * 32 + "".join(c.rjust(20 if c == "setting" else 16) for c in columns),
     ]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name and row["budget"] == "steps"]
-        cells = [own[0]["value"], clocked[name]["ratio"], mean_and_error(gain["clean"][name, "steps"])]
+        cells = [own[0]["setting"], clocked[name]["ratio"], mean_and_error(gain["clean"][name, "steps"])]
         cells += [mean_and_error(gain["clean"][name, "time"])]
         cells += [mean_and_error(gain[test][name, "steps"]) for test in digits.ACCURACIES[1:]]
         cells += [f"{statistics.median(float(row[f'increase {SIGMA_AFTER:g}']) for row in own):.3g}"]
         cells += [mean_and_error([float(row["intruders"]) for row in own])]
-        lines.append(name.ljust(32) + "".join(cell.rjust(16) for cell in cells))
+        lines.append(name.ljust(32) + cells[0].rjust(20) + "".join(cell.rjust(16) for cell in cells[1:]))
     level = mean_and_error(
         [100 * float(r["clean"]) for r in rows if (r["method"], r["budget"]) == (BASELINE, "steps")]
     )

@@ -7,7 +7,7 @@ For each seed: pre-train on the images of 0 to 4, fit a new head to a few labell
 adapters on these, and test on all other images of 5 to 9: as they are, with noise, and moved by a pixel. Methods share
 pre-training, images, head, adapters at the start and order of the batches, so that their differences are paired. The
 table ends with how flat the loss on the few images is around the weights, see docs/flatness.md; then come, with
---compress, accuracies with the adapters merged and the weights rounded or pruned.
+--compress, accuracies with the adapters merged and the weights rounded or pruned, with --chips those on noisy chips.
 
 Data: 1797 images of 8 x 8 pixels, UCI's test set of handwritten digits, as scikit-learn carries them.
 """
@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         nargs="+",
         default=[0.05],
-        help="noise relative to the norms of the weight's rows",
+        help="noise relative to the norms of the weight's rows; halora's to the largest weight, and constant",
     )
     add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
@@ -96,11 +96,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--chips", type=int, help="test with the base weights on so many noisy chips, too (docs/methods.md); not with"
         " PEFT's adapters")  # fmt: skip
     add(
-        "--chip-sigma",
-        type=float,
-        nargs="+",
-        default=[0.05],
-        help="their noise, relative to a weight's largest value",
+        "--chip-sigma", type=float, nargs="+", help="their noise, relative to a weight's largest; None = 0.05"
     )
     add("--csv", type=Path, help="file for a line per run; runs that it holds already are not repeated")
     add(
@@ -123,6 +119,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     check_counts(parser, arguments, *counts)
     if arguments.shots > 100:
         parser.error(f"--shots: expected at most 100, got {arguments.shots}")
+    if arguments.chip_sigma is not None and not arguments.chips:
+        parser.error("--chip-sigma: expected --chips beside it, got none")
+    arguments.chip_sigma = arguments.chip_sigma or [0.05]
+    if min(arguments.chip_sigma) <= 0:
+        parser.error(f"--chip-sigma: expected numbers > 0, got {min(arguments.chip_sigma):g}")
     for option in ("compress", "chips"):
         if getattr(arguments, option) and arguments.adapter != ["lora"]:
             parser.error(f"--{option}: expected --adapter lora alone, got {' '.join(arguments.adapter)}")
@@ -325,7 +326,8 @@ def accuracy_on_chips(
 
     found = {}
     for sigma in args.chip_sigma:
-        values = on_chips(model, accuracy, sigma=sigma, chips=range(FIRST_CHIP, FIRST_CHIP + args.chips))
+        chips = range(FIRST_CHIP, FIRST_CHIP + args.chips)
+        values = on_chips(model, accuracy, sigma=sigma, chips=chips, noise="gaussian")
         found |= {
             f"clean, chips {sigma:g}": statistics.fmean(values),
             f"clean, worst chip {sigma:g}": min(values),
@@ -343,7 +345,7 @@ def summary(rows: list[dict[str, Any]], to: str) -> str:
         middle = statistics.fmean(values) * scale
         return f"{middle:.1f} +- {error:.1f}" if percent else f"{middle:.3g} +- {error:.1g}"
 
-    columns = [c for c in rows[0] if c not in ("seed", "method", *SETTINGS)]
+    columns = [c for c in rows[0] if c not in ("seed", "method", "chips", "chip_sigma", *SETTINGS)]
     return table(rows, lambda row: row["method"], columns, to, cell=cell)
 
 
@@ -363,7 +365,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     # A file has one rho: its names do not say it.
     runs |= {str(a._replace(strength=0.0) if METHODS[a.method][0] == "rho" else a): a for a in wanted}
     settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.chips:
+        settings |= {"chips": args.chips, "chip_sigma": " ".join(f"{sigma:g}" for sigma in args.chip_sigma)}
     earlier = rows_so_far(args.csv, settings)
+    if earlier and "chips" in earlier[0] and not args.chips:
+        raise SystemExit(f"--chips: expected {earlier[0]['chips']}, as {args.csv} has, got none")
     done = {(row["seed"], row["method"]) for row in earlier}
     if done:
         print(f"{args.csv} holds {len(done)} runs already")

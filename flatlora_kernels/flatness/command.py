@@ -19,6 +19,8 @@ from .intruders import intruder_dimensions
 from .measures import SIGMAS, Flatness, Loss, OnChips, flatness, layers_of, line, plane, top_eigenvalue
 from .plots import plot, plot_plane
 
+# Far from the seeds that HaLoRA's training chips have.
+FIRST_CHIP = 10**6
 _TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
 
 
@@ -58,11 +60,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the loss on so many noisy chips (docs/methods.md); 0 leaves it out",
     )
     add(
-        "--chip-sigma",
-        type=float,
-        nargs="+",
-        default=[0.02],
-        help="their noise, relative to the largest weight",
+        "--chip-sigma", type=float, nargs="+", help="their noise, relative to a weight's largest; None = 0.02"
     )
     add(
         "--intruders",
@@ -82,6 +80,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if args.chips < 0:
         parser.error(f"--chips: expected at least 0, got {args.chips}")
+    if args.chip_sigma is not None and not args.chips:
+        parser.error("--chip-sigma: expected --chips beside it, got none")
+    args.chip_sigma = args.chip_sigma or [0.02]
+    if min(args.chip_sigma) <= 0:
+        parser.error(f"--chip-sigma: expected numbers > 0, got {min(args.chip_sigma):g}")
     return args
 
 
@@ -164,8 +167,8 @@ def _on_chips(model: nn.Module, loss: Loss, args: argparse.Namespace) -> tuple[O
 
     found = []
     for sigma in args.chip_sigma if args.chips else ():
-        chips = range(args.seed, args.seed + args.chips)
-        values = on_chips(model, lambda: float(loss()), sigma=sigma, chips=chips)
+        chips = range(FIRST_CHIP + args.seed, FIRST_CHIP + args.seed + args.chips)
+        values = on_chips(model, lambda: float(loss()), sigma=sigma, chips=chips, noise="gaussian")
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         found.append(OnChips(sigma, statistics.fmean(values), spread, max(values), len(values)))
     return tuple(found)

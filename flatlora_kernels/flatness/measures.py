@@ -37,7 +37,7 @@ class Eigenvalue(NamedTuple):
 
 
 class OnChips(NamedTuple):
-    """The loss on noisy chips, see `methods.on_chips`: mean, standard deviation and largest of their number."""
+    """The loss on so many noisy chips, see `methods.on_chips`: its mean, standard deviation and largest value."""
 
     sigma: float  # relative to the largest weight of a tensor
     mean: float
@@ -68,7 +68,7 @@ class Flatness(NamedTuple):
             )
         lines += [
             f"on {c.chips} chips whose weights are off by {c.sigma:g} of the largest: loss {c.mean:.4g}"
-            f" ± {c.deviation:.2g}, worst {c.worst:.4g}"
+            f" (standard deviation {c.deviation:.2g}, worst {c.worst:.4g})"
             for c in self.on_chips
         ]
         if self.intruders is not None:

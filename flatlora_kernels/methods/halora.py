@@ -70,7 +70,12 @@ class HaLoRA(Method):
 
 
 def on_chips(
-    model: nn.Module, evaluate: Callable[[], float], *, sigma: float, chips: Iterable[int]
+    model: nn.Module,
+    evaluate: Callable[[], float],
+    *,
+    sigma: float,
+    chips: Iterable[int],
+    noise: str | None = None,
 ) -> list[float]:
     """What `evaluate` returns on each of the chips: the model in eval mode, its base weights under that chip's noise.
 
@@ -80,6 +85,7 @@ def on_chips(
         evaluate: runs the model, and returns a number.
         sigma: std relative to the largest weight of a tensor, > 0.
         chips: their numbers, seeds of the noise. `HaLoRA` trains on those from the controller's seed on.
+        noise: kind of all of them; None: of each layer the one it trained with.
 
     Returns:
         The values, one a chip.
@@ -100,7 +106,7 @@ def on_chips(
     scales, found = _scales(layers, sigma, {}), []
     with torch.no_grad(), eval_mode(model):
         for chip in chips:
-            with _on_chip(scales, chip):
+            with _on_chip(scales, chip, noise):
                 found.append(float(evaluate()))
     return found
 
@@ -114,7 +120,7 @@ def _obstacle(layer: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _on_chip(scales: dict[NoisyLayer, Tensor], chip: int) -> Iterator[None]:
+def _on_chip(scales: dict[NoisyLayer, Tensor], chip: int, noise: str | None = None) -> Iterator[None]:
     seeds: dict[torch.device, Tensor] = {}  # tensors, of which a compiled model makes no constants
     for scale in scales.values():
         if scale.device not in seeds:
@@ -124,7 +130,7 @@ def _on_chip(scales: dict[NoisyLayer, Tensor], chip: int) -> Iterator[None]:
         return {
             "seed": seeds[scales[layer].device],
             "stream": layer.stream,
-            "noise": layer.noise,
+            "noise": noise or layer.noise,
             "noise_scale": scales[layer],
             "strategy": layer.strategy,
             "noise_accum": layer.noise_accum,

@@ -28,7 +28,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_every_method_is_compared(compare: ModuleType) -> None:
     assert {c.method for of in compare.CANDIDATES.values() for c in of} == set(METHODS)
-    assert all(len({c.value for c in of}) == 3 for of in compare.CANDIDATES.values())
+    for of in compare.CANDIDATES.values():
+        assert 3 <= len({c.setting for c in of}) == len(of) == len({repr(c._replace(setting="")) for c in of})
 
 
 def test_every_stage_with_every_method(
@@ -43,7 +44,7 @@ def test_every_stage_with_every_method(
     images, labels = digits.load_digits()
     monkeypatch.setattr(digits, "load_digits", lambda: (images[:300], labels[:300]))
     monkeypatch.setattr(compare, "STEPS_A_ROUND", 2)
-    monkeypatch.setattr(compare, "CANDIDATES", {name: of[2:] for name, of in compare.CANDIDATES.items()})
+    monkeypatch.setattr(compare, "CANDIDATES", {name: of[-1:] for name, of in compare.CANDIDATES.items()})
     names = list(compare.CANDIDATES)
     files = ["--steps", "4", "--folder", str(tmp_path), "--seed", "3"]
 
@@ -81,7 +82,7 @@ def test_every_stage_with_every_method(
     (tmp_path / "methods-clock.csv").unlink()
     importlib.import_module("common").append_csv(tmp_path / "methods-clock.csv", again)
     with pytest.raises(
-        SystemExit, match="expected runs of lora with the setting .* and 5 steps, got some with .* and 4"
+        SystemExit, match="expected runs of lora with lr .* and 5 steps, got some with .* and 4"
     ):
         compare.main(["run", *files, "--seeds", "2"])
     with pytest.raises(SystemExit, match="--method: expected lora"):
@@ -103,21 +104,23 @@ def test_weights_or_adapters_train(compare: ModuleType) -> None:
         assert any(n.startswith("head") for n in names)
 
 
-def tuned_rows(values: dict[tuple[str, float], list[float]], steps: int = 300) -> list[dict[str, Any]]:
+def tuned_rows(values: dict[tuple[str, str], list[float]], steps: int = 300) -> list[dict[str, Any]]:
     return [
-        {"seed": seed, "method": name, "value": value, "steps": steps, "clean": accuracy}
-        for (name, value), accuracies in values.items()
+        {"seed": seed, "method": name, "setting": setting, "steps": steps, "clean": accuracy}
+        for (name, setting), accuracies in values.items()
         for seed, accuracy in enumerate(accuracies)
     ]
 
 
 def test_the_best_candidate_is_chosen_by_seeds_that_all_have(compare: ModuleType) -> None:
-    rows = tuned_rows({("sam", 0.01): [0.5, 0.6], ("sam", 0.05): [0.7, 0.6], ("sam", 0.2): [0.1, 0.9]})
-    assert compare.chosen(rows[:-2], 300) == {}, "a candidate has not run"
-    assert compare.chosen(rows, 300)["sam"].value == 0.05
+    settings = [c.setting for c in compare.CANDIDATES["mezo"]]
+    accuracies = [[0.5, 0.6], [0.7, 0.6], [0.1, 0.9]]
+    rows = tuned_rows({("mezo", s): a for s, a in zip(settings, accuracies, strict=True)})
+    assert compare.chosen(rows, 300) == {"mezo": compare.CANDIDATES["mezo"][1]}
     assert compare.chosen(rows, 100) == {}
-    unfinished = [*rows, *tuned_rows({("sam", 0.2): [0.1, 0.9, 1.0]})[2:]]
-    assert compare.chosen(unfinished, 300)["sam"].value == 0.05
+    assert compare.chosen(rows[:-2], 300) == {}, "a candidate has not run"
+    unfinished = [*rows, *tuned_rows({("mezo", settings[2]): [0.1, 0.9, 1.0]})[2:]]
+    assert compare.chosen(unfinished, 300) == compare.chosen(rows, 300)
 
 
 def test_gains_are_paired_and_over_lora_at_equal_steps(compare: ModuleType) -> None:

@@ -200,6 +200,10 @@ def test_errors(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         ("--seeds 0", "--seeds: expected at least 1"),
         ("--shots 101", "at most 100, got 101"),
         ("--compress --adapter lora dora", "--compress: expected --adapter lora alone, got lora dora"),
+        ("--chips 3 --adapter dora", "--chips: expected --adapter lora alone, got dora"),
+        ("--chips 0", "--chips: expected at least 1, got 0"),
+        ("--chip-sigma 0.1", "--chip-sigma: expected --chips beside it, got none"),
+        ("--chips 3 --chip-sigma 0.1 0", "--chip-sigma: expected numbers > 0, got 0"),
     ):
         with pytest.raises(SystemExit):
             digits.parse_arguments(option.split())
@@ -216,5 +220,7 @@ def test_on_chips(digits: ModuleType, tmp_path: Path, one_thread: None) -> None:
             "such noise changes no answer"
         )
         assert row["clean, worst chip 0.4"] < row["clean, chips 0.4"] < row["clean"]
-    with pytest.raises(SystemExit):
-        digits.main(["--chips", "3", "--adapter", "dora"])
+    with pytest.raises(SystemExit, match="--csv: expected a new file or runs with chips 3, as .* has; got 4"):
+        digits.main([*arguments, *SMALL, "--csv", str(table), "--chips", "4"])
+    with pytest.raises(SystemExit, match="--chips: expected 3, as .* has, got none"):
+        digits.main([*"--method lora --steps 4".split(), *SMALL, "--csv", str(table)])
