@@ -274,7 +274,7 @@ def test_command_on_chips_and_intruders(saved: Path, capsys: pytest.CaptureFixtu
     assert found[name].intruders == sum(flatness.intruder_dimensions(model).values())
     layers = [m for m in model.modules() if hasattr(m, "flat_lora_name")]
     losses = []
-    for chip in (7, 8, 9):
+    for chip in range(10**6 + 7, 10**6 + 10):
         moved = copy.deepcopy(model).eval()
         with torch.no_grad():
             for layer, other in zip(
@@ -329,6 +329,17 @@ def test_command_errors(saved: Path, text: str | None, message: str) -> None:
         (saved / "data.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
         command(saved, "classification")
+
+
+def test_command_wants_chips_for_their_noise(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        ("--chip-sigma 0.1", "--chip-sigma: expected --chips beside it, got none"),
+        ("--chips 2 --chip-sigma 0", "--chip-sigma: expected numbers > 0, got 0"),
+        ("--chips -1", "--chips: expected at least 0, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            command(saved, "classification", *options.split())
+        assert message in capsys.readouterr().err
 
 
 def test_command_names_what_it_cannot_load(saved: Path) -> None:

@@ -91,12 +91,37 @@ def test_peft_counts_the_same(top_k: int, threshold: float) -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_the_initialisation_changed(start: str) -> None:
+    """Against the base of now, whose main directions are gone, what has not trained counts as an intruder."""
+    pytest.importorskip("peft", reason="needs peft")
+    from peft import LoraConfig, get_peft_model
+
+    from flatlora_kernels.integrations import peft as in_peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    before = {f"base_model.model.{name}": base[int(name)].weight.detach().clone() for name in ("0", "2")}
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["0", "2"], init_lora_weights=start))
+    in_peft.apply_flat_lora(model, verbose=False)
+    with pytest.raises(
+        ValueError, match=f"before: expected the weights .* as the initialisation '{start}' .* got None"
+    ):
+        flatness.intruder_dimensions(model)
+    assert flatness.intruder_dimensions(model, before=before) == dict.fromkeys(before, 0)
+    del before["base_model.model.2"]
+    with pytest.raises(ValueError, match="before: expected a weight for 'base_model.model.2', got none"):
+        flatness.intruder_dimensions(model, before=before)
+
+
 def test_what_it_cannot_count_is_refused() -> None:
     weight = torch.eye(4)
-    with pytest.raises(
-        ValueError, match=r"after: expected a matrix of the shape of before, \(4, 4\), got \(4, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"after: expected the shape of before, \(4, 4\), got \(4, 3\)"):
         flatness.intruders(weight, weight[:, :3])
+    with pytest.raises(ValueError, match=r"before: expected a matrix, got \(1, 4, 4\)"):
+        flatness.intruders(weight[None], weight[None])
+    with pytest.raises(ValueError, match="top_k: expected an int >= 1, got 2.5"):
+        flatness.intruders(weight, weight, top_k=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_k: expected an int >= 1, got 0"):
         flatness.intruders(weight, weight, top_k=0)
     with pytest.raises(ValueError, match="threshold: expected 0 < threshold <= 1, got 2"):

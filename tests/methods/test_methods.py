@@ -468,13 +468,14 @@ def test_lora_pro(zero_B: bool, sigma: float) -> None:
     eager.agrees(model, atol=1e-6)  # the inverses are damped by 1e-8
 
 
-def of_chip(weights: list[Tensor], sigma: float, seed: int) -> list[Tensor]:
+def of_chip(weights: list[Tensor], sigma: float, seed: int, noise: str = "gaussian") -> list[Tensor]:
     return [
         materialize_noise(
             torch.full((len(w),), sigma * float(w.abs().max())),
             w.shape[1],
             seed=seed,
             stream=stream,
+            noise=noise,
             dtype=torch.float64,
         )
         for stream, w in enumerate(weights)
@@ -515,6 +516,11 @@ def test_halora(chips: int | None) -> None:
         expected, _ = eager.loss_and_grads(add(eager.merged(), of_chip(eager.W, sigma, seed)))
         assert value == pytest.approx(float(expected), rel=1e-6)
     assert model.training and found[0] != found[1]
+    (other,) = on_chips(
+        model, lambda: float(F.mse_loss(model(x), y)), sigma=sigma, chips=(5,), noise="rademacher"
+    )
+    expected, _ = eager.loss_and_grads(add(eager.merged(), of_chip(eager.W, sigma, 5, "rademacher")))
+    assert other == pytest.approx(float(expected), rel=1e-6)
     model.float()
     twice = [float(method.step(lambda: F.mse_loss(model(x.float()), y.float()))) for _ in range(2)]
     assert all(map(math.isfinite, twice))
