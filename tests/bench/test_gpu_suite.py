@@ -328,7 +328,11 @@ def call(tree: Path, variables: dict[str, str], script: str, *arguments: str) ->
     return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=100, env=variables)
 
 
-def test_pack_and_suite(packed: tuple[Path, dict[str, str]]) -> None:
+def test_pack_and_suite(
+    packed: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.gpu import pack
+
     tree, variables = packed
     done = call(tree, variables, "gpu_pack.sh")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -356,13 +360,15 @@ def test_pack_and_suite(packed: tuple[Path, dict[str, str]]) -> None:
     assert done.returncode == 0 and "Triton compiles its kernels here" in done.stdout.splitlines()[0]
 
     shutil.rmtree(variables["OUT"])
-    for name, value, said in (
-        ("arch", "8.0", "is for compute capability 8.0"),
-        ("sources", "x", "other sources"),
-    ):
-        (folder / "pack.json").write_text(json.dumps({**seal, name: value}))
-        done = call(tree, variables, "gpu_suite.sh", "truth")
-        assert done.returncode == 1 and said in done.stdout.splitlines()[0] and "check" not in done.stdout
+    (folder / "pack.json").write_text(json.dumps({**seal, "arch": "8.0"}))
+    done = call(tree, variables, "gpu_suite.sh", "truth")
+    said = done.stdout.splitlines()[0]
+    assert done.returncode == 1 and "is for compute capability 8.0" in said and "check" not in done.stdout
+
+    (folder / "pack.json").write_text(json.dumps({**seal, "sources": "x"}))
+    monkeypatch.setenv("TRITON_CACHE_DIR", variables["PACK_CACHE"])
+    capsys.readouterr()
+    assert pack.unpack(folder) == 1 and "was built from other sources" in capsys.readouterr().out
 
 
 @pytest.mark.slow
