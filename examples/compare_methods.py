@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from common import append_csv, by_rows, check_counts, closures_for, complete, mean_and_error, read_csv
 from torch import Tensor, nn
 
-from flatlora_kernels import NoiseController, apply_flat_lora, flatness
+from flatlora_kernels import FlatLoraLinear, NoiseController, apply_flat_lora, flatness
 from flatlora_kernels.methods import make
-from flatlora_kernels.train.layer import NoisyLayer
 
 BASELINE = "lora"
 STEPS = 300
@@ -145,7 +144,7 @@ def adapted(model: nn.Module, candidate: Candidate, seed: int, steps: int) -> No
         verbose=False,
     )
     if candidate.on_weights:  # and no biases: several members of a population share a pass
-        weights = {id(m.weight) for m in model.modules() if isinstance(m, NoisyLayer)}
+        weights = {id(m.weight) for m in model.modules() if isinstance(m, FlatLoraLinear)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in weights)
     else:
@@ -217,16 +216,17 @@ class Task(NamedTuple):
             found["loss"] = loss().item()
         (increase,) = flatness.expected_increase(model.blocks, loss, (SIGMA_AFTER,), draws=8)
         before = dict(self.base.named_modules())
-        layers = [(f"blocks.{n}", m) for n, m in model.blocks.named_modules() if isinstance(m, NoisyLayer)]
+        layers = [
+            (f"blocks.{n}", m) for n, m in model.blocks.named_modules() if isinstance(m, FlatLoraLinear)
+        ]
         with torch.no_grad():
             intruders = sum(len(flatness.intruders(before[n].weight, in_use(m))) for n, m in layers)
         return found | {f"increase {SIGMA_AFTER:g}": increase.mean, "intruders": intruders}
 
 
-def in_use(layer: Any) -> Tensor:
+def in_use(layer: FlatLoraLinear) -> Tensor:
     """The weight with its adapter."""
-    weight, lora_A, lora_B, scaling = layer._weight_in_use()
-    return weight if lora_A is None else weight + scaling * lora_B @ lora_A
+    return layer.weight + layer.scaling * layer.lora_B @ layer.lora_A if layer.r else layer.weight
 
 
 def chosen(rows: list[dict[str, Any]], steps: int) -> dict[str, Candidate]:
@@ -298,10 +298,10 @@ def clock(args: argparse.Namespace, best: dict[str, Candidate], path: Path) -> N
 
 def run(args: argparse.Namespace, best: dict[str, Candidate], clocked: dict[str, int], path: Path) -> None:
     earlier = read_csv(path)
-    for row in earlier:
+    for row in (row for row in earlier if row["method"] in args.method):
         steps = args.steps if row["budget"] == "steps" else clocked[row["method"]]
         wanted = best[row["method"]].setting, str(steps)
-        if row["method"] in args.method and (row["setting"], row["steps"]) != wanted:
+        if (row["setting"], row["steps"]) != wanted:
             raise SystemExit(
                 f"{path}: expected runs of {row['method']} with {wanted[0]} and {wanted[1]} steps, got some"
                 f" with {row['setting']} and {row['steps']}: another tuning or clock; begin a new folder"

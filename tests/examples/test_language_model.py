@@ -69,13 +69,15 @@ def test_every_method_runs_and_a_file_is_carried_on(
     monkeypatch.setattr(example.common, "COMPRESSIONS", ("int8", "prune 50 %"))
     monkeypatch.setattr(example, "FLATNESS_SIGMAS", (0.2,))
     file = data / "found.csv"
-    methods = " ".join(example.common.METHODS)
+    methods = " ".join(example.common.WITH_ONE_LOSS)
     options = f"--compress --flatness --csv {file} --sigma 0.2 --noise gaussian hadamard --method {methods}"
     rows = found(example, data, options)
     names = [example.label(row) for row in rows]
     assert names[:4] == ["untrained", "lora", "flat-lora 0.2", "flat-lora 0.2 hadamard"]
-    assert len(names) == 2 + 3 * 2 + 3
-    assert len({row["training"] for row in rows}) == len(rows), "two runs do the same"
+    assert len(names) == 1 + 2 + 4 * 2 + 5  # without noise, with two kinds of it, with a radius
+    training = {row["method"]: row["training"] for row in rows}
+    assert training["sam"] == training["lora-sam"], "where adapters alone are trained, these are one method"
+    assert len({row["training"] for row in rows}) == len(rows) - 1, "two other runs do the same"
     for row in rows:
         text = ("method", "noise", "sigma_schedule", "dtype")
         assert all(math.isfinite(value) for name, value in row.items() if name not in text)

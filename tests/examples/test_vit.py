@@ -44,13 +44,13 @@ def found(vit: ModuleType, options: str) -> dict[str, dict[str, Any]]:
 
 def test_every_method_runs(vit: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.csv"
-    command = (
-        f"--method {' '.join(vit.METHODS)} --sigma 0.2 --steps 4 --lr 5e-3 --compress --flatness --csv {path}"
-    )
+    command = f"--sigma 0.2 --steps 4 --lr 5e-3 --compress --flatness --csv {path} --method"
+    command = " ".join([command, *vit.WITH_ONE_LOSS])
     rows = found(vit, command)
-    assert rows.keys() == {vit.PROBE, "lora", "bi-lora 0.05", "lora-sam 0.05", "eflat-lora 0.05"} | {
-        f"{name} 0.2" for name in ("flat-lora", "rwp", "lpf-sgd")
-    }
+    names = {vit.PROBE, "lora", "lora-pro"}
+    names |= {f"{name} 0.05" for name in ("bi-lora", "lora-sam", "sam", "sl-sam", "eflat-lora")}
+    names |= {f"{name} 0.2" for name in ("flat-lora", "rwp", "lpf-sgd", "halora")}
+    assert rows.keys() == names
     assert len({row["train loss"] for row in rows.values()}) == len(rows), "two methods do the same"
     for row in rows.values():
         assert {"increase 0.2", "half loss, nf4", "half, prune 50 %", "noise 5", "occlusion 1"} <= row.keys()
