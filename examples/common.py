@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str | None, Callable[[float, int], tuple[dict[str, Any]
     "rwp": ("sigma", lambda sigma, width: (by_rows(sigma, width), {"mix": 0.5})),
     "lpf-sgd": ("sigma", lambda sigma, width: (by_rows(sigma, width), {})),
 }
+SIGMA_HELP = "noise relative to the norms of the weight's rows; halora's to the largest weight, and constant"
 LPF_DRAWS = 5
 # Their closures return one loss; ESAM's one for each row.
 WITH_ONE_LOSS = tuple(name for name in METHODS if name != "esam")
@@ -84,10 +85,8 @@ def arms(
         if option != "sigma":
             yield from (Arm(name, strength, adapter=on) for strength in (rho if option else [0.0]))
             continue
-        draws = (
-            ["1"] if name in ("lpf-sgd", "halora") else samples
-        )  # the one counts its draws itself, a chip is one
-        for strength, kind, count in itertools.product(sigma, noise, draws):
+        alone = name in ("lpf-sgd", "halora")  # these say themselves how often they draw
+        for strength, kind, count in itertools.product(sigma, noise, ["1"] if alone else samples):
             yield Arm(name, strength, kind, on, count)
 
 

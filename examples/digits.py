@@ -29,6 +29,7 @@ from common import (
     COMPRESSIONS,
     METHODS,
     SAMPLES,
+    SIGMA_HELP,
     Arm,
     adapted,
     append_csv,
@@ -45,13 +46,13 @@ from torch import Tensor, nn
 from flatlora_kernels import FlatLoraLinear, flatness
 from flatlora_kernels.core.noise import KINDS
 from flatlora_kernels.methods import Method, make, on_chips
+from flatlora_kernels.methods.halora import FIRST_TEST_CHIP
 
 OLD, NEW = range(0, 5), range(5, 10)
 ADAPTED = r"blocks\..*\.(qkv|out|up|down)"
 FLATNESS_SIGMAS = (0.05, 0.1, 0.2)
 ACCURACIES = ("clean", "noise", "moved")
 PROBE = "head only"
-FIRST_CHIP = 10**6
 # What all runs of a file share.
 SETTINGS = tuple(
     "shots steps batch_size r lora_alpha lr rho sigma_schedule pretrain_steps width depth test_limit compress".split()
@@ -67,13 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first")
     add("--seeds", type=int, default=5, help="repeat the whole with this many seeds from --seed on")
     add("--shots", type=int, default=10, help="labelled images of each new digit")
-    add(
-        "--sigma",
-        type=float,
-        nargs="+",
-        default=[0.05],
-        help="noise relative to the norms of the weight's rows; halora's to the largest weight, and constant",
-    )
+    add("--sigma", type=float, nargs="+", default=[0.05], help=SIGMA_HELP)
     add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--adapter", nargs="+", choices=ADAPTERS, default=["lora"], help="those but lora are PEFT's")
@@ -105,18 +100,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="file for the loss along a random direction, of what this call runs with the first seed; needs matplotlib",
     )
     arguments = parser.parse_args(argv)
-    counts = (
-        "seeds",
-        "shots",
-        "steps",
-        "batch_size",
-        "pretrain_steps",
-        "depth",
-        "test_limit",
-        "threads",
-        "chips",
-    )
-    check_counts(parser, arguments, *counts)
+    counts = "seeds shots steps batch_size pretrain_steps depth test_limit threads chips"
+    check_counts(parser, arguments, *counts.split())
     if arguments.shots > 100:
         parser.error(f"--shots: expected at most 100, got {arguments.shots}")
     if arguments.chip_sigma is not None and not arguments.chips:
@@ -326,7 +311,7 @@ def accuracy_on_chips(
 
     found = {}
     for sigma in args.chip_sigma:
-        chips = range(FIRST_CHIP, FIRST_CHIP + args.chips)
+        chips = range(FIRST_TEST_CHIP, FIRST_TEST_CHIP + args.chips)
         values = on_chips(model, accuracy, sigma=sigma, chips=chips, noise="gaussian")
         found |= {
             f"clean, chips {sigma:g}": statistics.fmean(values),

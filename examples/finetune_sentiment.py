@@ -111,13 +111,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--backend", help="of flatlora_kernels; None = the best one here")
     add("--noise", choices=KINDS, default="gaussian")
-    add(
-        "--sigma",
-        type=float,
-        nargs="+",
-        default=[0.05],
-        help="noise relative to the norms of the rows; halora: of the largest weight",
-    )
+    add("--sigma", type=float, nargs="+", default=[0.05], help=common.SIGMA_HELP)
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")
     add("--alpha", type=float, nargs="+", default=[5.0], help="NEFTune's")

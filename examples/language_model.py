@@ -71,13 +71,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--method", nargs="+", choices=common.WITH_ONE_LOSS, default=["lora", "flat-lora"])
-    add(
-        "--sigma",
-        type=float,
-        nargs="+",
-        default=[0.05],
-        help="noise relative to the norms of the rows; halora: of the largest weight",
-    )
+    add("--sigma", type=float, nargs="+", default=[0.05], help=common.SIGMA_HELP)
     add("--sigma-schedule", choices=["cosine", "constant"], default="cosine", help="cosine grows from 0")
     add("--noise", nargs="+", choices=KINDS, default=["gaussian"], help="kinds of noise, each a run")
     add("--rho", type=float, nargs="+", default=[0.05], help="radius of the methods with ascent")

@@ -19,8 +19,6 @@ from .intruders import intruder_dimensions
 from .measures import SIGMAS, Flatness, Loss, OnChips, flatness, layers_of, line, plane, top_eigenvalue
 from .plots import plot, plot_plane
 
-# Far from the seeds that HaLoRA's training chips have.
-FIRST_CHIP = 10**6
 _TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
 
 
@@ -163,11 +161,12 @@ def _without_adapters(layers: list[NoisyLayer]) -> Iterator[None]:
 
 
 def _on_chips(model: nn.Module, loss: Loss, args: argparse.Namespace) -> tuple[OnChips, ...]:
-    from ..methods import on_chips
+    from ..methods.halora import FIRST_TEST_CHIP, on_chips
 
+    first = FIRST_TEST_CHIP + args.seed
     found = []
     for sigma in args.chip_sigma if args.chips else ():
-        chips = range(FIRST_CHIP + args.seed, FIRST_CHIP + args.seed + args.chips)
+        chips = range(first, first + args.chips)
         values = on_chips(model, lambda: float(loss()), sigma=sigma, chips=chips, noise="gaussian")
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         found.append(OnChips(sigma, statistics.fmean(values), spread, max(values), len(values)))

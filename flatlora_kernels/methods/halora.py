@@ -15,6 +15,8 @@ from ..train.controller import signed
 from ..train.layer import NoisyLayer, eval_mode, instead_of_noise
 from .base import Closure, Method
 
+FIRST_TEST_CHIP = 10**6  # for tests: far from the seeds of trainings, whose chips HaLoRA knows
+
 
 class HaLoRA(Method):
     """Hardware-aware LoRA: the base weights lie on a chip that adds noise to them, the adapter does not.
