@@ -212,6 +212,37 @@ test-example: example-deps
 	$(PY) -m pip install --quiet 'hqq>=0.2.8'
 	$(PY) -m pytest $(PYTEST_ARGS) tests/core/test_formats_hqq.py
 
+# What is uploaded: release/README.md. TARGET=aarch64 cross-compiles, PYTHONS are tried one after the other. wheel is for
+# this checkout: compiled where install compiles, and tried with the torch that is here.
+PYTHONS ?= $(PYTHON)
+WHEEL ?= $(wildcard dist/flatlora_kernels-*$(shell uname -m).whl)
+RELEASE := build/release/bin/python
+.PHONY: release release-cuda check-wheel wheel
+build/release/.installed: release/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(RELEASE) -m pip install --quiet -r release/requirements.txt
+	@touch $@
+release: build/release/.installed
+	$(if $(TARGET),$(RELEASE) -m pip install --quiet ziglang==0.17.1)
+	$(RELEASE) release/wheels.py $(TARGET:%=--target %)
+release-cuda: build/release/.installed
+	$(RELEASE) release/wheels.py --cuda
+check-wheel: build/release/.installed
+	$(RELEASE) release/check.py $(WHEEL) --python $(PYTHONS) --torch '$(TORCH)'
+wheel: install build/release/.installed
+	$(RELEASE) release/wheels.py --checkout --out build/wheel
+	$(PY) release/check.py --borrow-torch build/wheel/flatlora_kernels-*.whl
+
+# The op for the Hugging Face Hub: docs/hub.md.
+.PHONY: hub
+hub: install
+	$(PY) release/hub.py --out build/hub
+
+# On a machine with a GPU; STAGES as bench/gpu_suite.sh names them.
+.PHONY: gpu-suite
+gpu-suite: install
+	PYTHON=$(PY) bash bench/gpu_suite.sh $(STAGES)
+
 # In an environment of their own: they are no part of the user's.
 lint-tools: build/lint/.installed
 build/lint/.installed: requirements-lint.txt
@@ -224,6 +255,8 @@ lint: lint-tools install
 	$(LINT)/ruff format --check .
 	$(LINT)/clang-format --dry-run --Werror $(CPP)
 	$(LINT)/mypy --python-executable $(PY)
+	$(LINT)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(LINT)/zizmor --offline --no-progress --quiet .github/workflows
 
 format: lint-tools
 	$(LINT)/ruff check --fix .

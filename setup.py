@@ -114,11 +114,9 @@ class BuildLibraries(build_ext):
         return str(Path(*fullname.split("."))) + SUFFIX
 
     def run(self) -> None:
-        # In a checkout CMake's folder stays, so that building again after an edit compiles only what changed.
-        # setuptools clears `inplace` while it builds.
-        self.cmake_folder = Path(self.build_temp).resolve() / "cmake"
-        if self.inplace:
-            self.cmake_folder = ROOT / "build/cmake"
+        # In a checkout this stays, so that building again after an edit compiles only what changed.
+        self.cmake_folder = ROOT / "build/cmake"
+        if self.inplace:  # setuptools clears it while it builds
             (ROOT / "flatlora_kernels/lib").mkdir(exist_ok=True)
         super().run()
 

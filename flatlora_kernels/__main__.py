@@ -88,7 +88,7 @@ def _compiler() -> list[str]:
 
 def _libraries() -> list[str]:
     """What each compiled library was built for, and by which compiler, or what is wrong with it."""
-    lines = [library.report(path) for path in sorted((_HERE / "lib").glob("libflatlora_*"))]
+    lines = [library.report(path) for f in library.folders() for path in sorted(f.glob("libflatlora_*"))]
     return lines or ["none; install with a C++17 compiler at hand and FLATLORA_BUILD=cpu to have one"]
 
 

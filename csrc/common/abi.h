@@ -9,17 +9,17 @@ namespace flatlora {
 // the sizes of the structs as they are.
 constexpr int kAbiVersion = 3;
 
-// The version, and the size of each struct: "3 288 144 168 160 256".
+// The version, and the size of each struct: "3 288 144 168 160 256". Written while the library is loaded: a static of a
+// function would need the C++ runtime for its guard.
 template <class... Structs>
-const char* abi() {
-  static const struct Text {
-    char text[160];
-    Text() {
-      int end = std::snprintf(text, sizeof text, "%d", kAbiVersion);
-      ((end += std::snprintf(text + end, sizeof text - size_t(end), " %d", int(sizeof(Structs)))), ...);
-    }
-  } made;
-  return made.text;
-}
+struct Abi {
+  char text[160];
+  Abi() {
+    int end = std::snprintf(text, sizeof text, "%d", kAbiVersion);
+    ((end += std::snprintf(text + end, sizeof text - size_t(end), " %d", int(sizeof(Structs)))), ...);
+  }
+};
+template <class... Structs>
+const Abi<Structs...> kAbi;
 
 }  // namespace flatlora

@@ -55,6 +55,15 @@ const Level kLevels[] = {
     {&baseline::kKernels, [] { return true; }},
 };
 
+// Filled while the library is loaded: a static of a function would need the C++ runtime for its guard, and through it a
+// newer glibc.
+const char* const kNames = [] {
+  static char text[64] = "";
+  for (const auto& level : kLevels)
+    if (level.supported()) strcat(strcat(text, *text ? " " : ""), level.kernels->name);
+  return text;
+}();
+
 // torch_parallel_for and torch_get_num_threads of torch's stable C interface (torch 2.10).
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
 using GetNumThreads = int32_t (*)(uint32_t*);
@@ -104,20 +113,12 @@ int32_t for_each_task(int64_t tasks, int64_t threads, int64_t workspace, const B
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT const char* flatlora_cpu_abi() {
-  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
-                       flatlora::PackedArgs>();
+  return flatlora::kAbi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
+                       flatlora::PackedArgs>.text;
 }
 
 // Names of the levels that this processor runs, best first, separated by spaces.
-EXPORT const char* flatlora_cpu_levels() {
-  static const char* names = [] {
-    static char text[64] = "";
-    for (const auto& level : flatlora::kLevels)
-      if (level.supported()) strcat(strcat(text, *text ? " " : ""), level.kernels->name);
-    return text;
-  }();
-  return names;
-}
+EXPORT const char* flatlora_cpu_levels() { return flatlora::kNames; }
 
 // 0, or 1 where `level` is unknown or does not run here.
 EXPORT int32_t flatlora_cpu_init(const char* level, void* parallel_for, void* num_threads) {

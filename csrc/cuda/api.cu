@@ -164,8 +164,8 @@ const Fused* choose_fused(const LinearArgs& args, Gpu* gpu) {
 }  // namespace flatlora
 
 EXPORT const char* flatlora_cuda_abi() {
-  return flatlora::abi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
-                       flatlora::PackedArgs, flatlora::Gpu>();
+  return flatlora::kAbi<flatlora::LinearArgs, flatlora::RowNormsArgs, flatlora::PerturbArgs, flatlora::TransformArgs,
+                       flatlora::PackedArgs, flatlora::Gpu>.text;
 }
 
 // compute capability (80, 90, ...), multiprocessors, bytes of shared memory that a block can have

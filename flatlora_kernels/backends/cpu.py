@@ -41,14 +41,13 @@ class _Loaded(NamedTuple):
 @functools.cache
 def _load() -> _Loaded | str:
     """The library, or one sentence on why there is none."""
-    folder = Path(__file__).parent.parent / "lib"
-    paths = [p for p in (folder / "libflatlora_cpu.so", folder / "libflatlora_cpu.dylib") if p.exists()]
-    if not paths:
+    path = library.find("flatlora_cpu")
+    if path is None:
         return (
             "its library was not built; install with a C++17 compiler and cmake at hand:"
             " FLATLORA_BUILD=cpu pip install ."
         )
-    loaded = library.load(paths[0], "flatlora_cpu")
+    loaded = library.load(path, "flatlora_cpu")
     if isinstance(loaded, str):
         return f"its library {loaded}"
     try:

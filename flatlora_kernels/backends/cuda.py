@@ -41,9 +41,9 @@ class _Loaded(NamedTuple):
     compiler: str
 
 
-def _path() -> Path:
+def _path() -> Path | None:
     if not _EMULATED:
-        return Path(__file__).parent.parent / "lib/libflatlora_cuda.so"
+        return library.find("flatlora_cuda")
     built = Path(__file__).resolve().parents[2] / "build/emulator/libflatlora_cuda_emulated.so"
     return Path(os.environ.get("FLATLORA_EMULATOR") or built)
 
@@ -52,10 +52,13 @@ def _path() -> Path:
 def _load() -> _Loaded | str:
     """The library, or one sentence on why there is none."""
     path = _path()
-    if not path.exists():
-        if _EMULATED:
-            return f"there is no emulator at {path}; `make emulator` in a checkout builds it"
-        return "its library was not built; install where nvcc is on PATH: FLATLORA_BUILD=cuda pip install ."
+    if _EMULATED and not (path and path.exists()):
+        return f"there is no emulator at {path}; `make emulator` in a checkout builds it"
+    if path is None:
+        return (
+            "its library is not installed: pip install flatlora-kernels-cu13 (or -cu12) of the same version, or,"
+            " where nvcc is on PATH, FLATLORA_BUILD=cuda pip install ."
+        )
     name = "flatlora_cuda_emulated" if _EMULATED else "flatlora_cuda"
     loaded = library.load(path, name)
     if isinstance(loaded, str):

@@ -7,9 +7,12 @@ asked for its ABI, and what it has to export is looked up.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import struct
 from pathlib import Path
+
+import torch
 
 from . import arguments
 
@@ -24,9 +27,32 @@ _CUDA = [
 # By the library's name: what it exports, its ABI first; the structs that it takes; what builds it.
 _LIBRARIES = {
     "flatlora_cpu": (_CPU, _STRUCTS, "FLATLORA_BUILD=cpu pip install ."),
-    "flatlora_cuda": (_CUDA, _GPU_STRUCTS, "FLATLORA_BUILD=cuda pip install ."),
+    "flatlora_cuda": (
+        _CUDA,
+        _GPU_STRUCTS,
+        "FLATLORA_BUILD=cuda pip install ., or the same version of flatlora-kernels-cu13",
+    ),
     "flatlora_cuda_emulated": ([*_CUDA, "flatlora_emulator_set"], _GPU_STRUCTS, "make emulator"),
 }
+
+
+def folders() -> list[Path]:
+    """Where libraries lie: the package's own, then those of the wheels that bring the CUDA library alone.
+
+    Of these the one for torch's version of CUDA comes first. They are looked for and not imported.
+    """
+    found = [Path(__file__).parents[2] / "lib"]
+    major = (torch.version.cuda or "").partition(".")[0]
+    for version in sorted(("13", "12"), key=lambda v: v != major):
+        if spec := importlib.util.find_spec(f"flatlora_kernels_cu{version}"):
+            found += map(Path, spec.submodule_search_locations or ())
+    return [folder for folder in found if folder.is_dir()]
+
+
+def find(name: str) -> Path | None:
+    """The file of library `name`, "flatlora_cpu" or "flatlora_cuda", or None where there is none."""
+    paths = [folder / f"lib{name}{end}" for folder in folders() for end in (".so", ".dylib")]
+    return next((path for path in paths if path.exists()), None)
 
 
 def load(path: Path, name: str) -> ctypes.CDLL | str:
@@ -61,7 +87,7 @@ def build_info(library: ctypes.CDLL, name: str) -> str:
 
 
 def report(path: Path) -> str:
-    """The doctor's line on a file of the package's folder lib."""
+    """The doctor's line on a file of these folders."""
     name = path.name.partition(".")[0].removeprefix("lib")
     if name not in _LIBRARIES:
         return f"{path.name}: not one of this package"
