@@ -10,7 +10,8 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
+#include <map>
+#include <utility>
 
 namespace flatlora {
 namespace gpu {
@@ -66,29 +67,18 @@ Error clusters_at_once(void (*kernel)(P...), const Launch& how, int64_t processo
     *count = processors;
     return cudaSuccess;
   }
-  struct Answer {
-    void (*kernel)(P...);
-    int device, clusters;
-  };
-  constexpr int kMost = 64;
-  static thread_local Answer answers[kMost];  // of what was asked last
-  static thread_local int asked;
+  static thread_local std::map<std::pair<void (*)(P...), int>, int> known;
   int device;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  for (const Answer& a : answers) {
-    if (a.kernel == kernel && a.device == device) {
-      *count = a.clusters;
-      return cudaSuccess;
-    }
+  int& found = known[{kernel, device}];
+  if (found == 0) {
+    if (const Error e = allow_shared(kernel, how)) return e;
+    const LaunchConfig launch(how);
+    if (const cudaError_t e =
+            cudaOccupancyMaxActiveClusters(&found, reinterpret_cast<const void*>(kernel), &launch.config))
+      return e;
   }
-  if (const Error e = allow_shared(kernel, how)) return e;
-  const LaunchConfig launch(how);
-  int clusters = 0;
-  if (const cudaError_t e =
-          cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &launch.config))
-    return e;
-  answers[asked++ % kMost] = {kernel, device, clusters};
-  *count = clusters;
+  *count = found;
   return cudaSuccess;
 }
 
@@ -109,16 +99,15 @@ inline Error clear(void* data, int64_t bytes, void* stream) {
 // multiples of 16.
 inline Error encode_tensor_maps(TensorMap* map, const void* data, int planes, int64_t rows, int64_t columns,
                                 int64_t row_bytes, int box_rows, bool is_bf16) {
-  static std::atomic<void*> known;  // asked again where there was none
-  void* function = known.load(std::memory_order_relaxed);
-  if (function == nullptr) {
+  static const auto encode = [] {
+    void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
     if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) ||
         found != cudaDriverEntryPointSuccess)
-      return cudaErrorSymbolNotFound;
-    known.store(function, std::memory_order_relaxed);
-  }
-  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+      function = nullptr;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
   const cuuint64_t sizes[3] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(planes)};
   const cuuint64_t strides[2] = {cuuint64_t(row_bytes), cuuint64_t(rows * row_bytes)};
   const cuuint32_t box[3] = {64, cuuint32_t(box_rows), 1};
