@@ -126,6 +126,8 @@ def every(device: str) -> list[Provider]:
         make = functools.partial(Perturb, backend=backend)
         return Provider(f"perturb:{backend}", make, KINDS, Perturb.__doc__)
 
+    from . import rivals  # which builds on this module
+
     auto = functools.partial(Fused, way="auto")
     return [
         *map(fused, usable),
@@ -139,6 +141,7 @@ def every(device: str) -> list[Provider]:
         Provider("eager", Eager, KINDS),
         Provider("compile", Compile, KINDS, compiled=True),
         *map(perturb, kernels),
+        *rivals.every(device),
     ]
 
 
@@ -274,26 +277,37 @@ class Peft(Run):
 
     def __init__(self, problem: Problem, noise: str) -> None:
         super().__init__(problem, noise)
-        if importlib.util.find_spec("peft") is None:
+        if problem.case.rank and importlib.util.find_spec("peft") is None:
             raise Unfit("peft is not installed (pip install peft)")
         self.layers = [self._layer(i) for i in problem.inputs]
 
-    def _layer(self, i: Inputs) -> Any:
-        import peft
+    def base(self, i: Inputs) -> torch.nn.Module:
+        """What the adapter is put over."""
+        N, K = i.weight.shape
+        base = torch.nn.Linear(K, N, bias=False, dtype=i.weight.dtype)
+        base.weight.data = i.weight
+        return base
 
-        rank, K = i.lora_A.shape
+    def _layer(self, i: Inputs) -> Any:
         with torch.device(i.weight.device):
-            base = torch.nn.Linear(K, len(i.weight), bias=False, dtype=i.weight.dtype)
-            base.weight.data = i.weight
+            base = self.base(i)
+            if i.lora_A is None:
+                return base
+            import peft
+
+            rank, model = len(i.lora_A), torch.nn.Sequential(base)
+            model.is_loaded_in_4bit = hasattr(base.weight, "quant_state")  # PEFT goes by it
             config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["0"])
-            layer = peft.inject_adapter_in_model(config, torch.nn.Sequential(base))[0]
+            layer = peft.inject_adapter_in_model(config, model)[0]
         layer.lora_A["default"].weight = torch.nn.Parameter(i.lora_A.detach())
         layer.lora_B["default"].weight = torch.nn.Parameter(i.lora_B.detach())
         return layer
 
     def leaves(self, copy: int) -> list[Tensor]:
-        layer = self.layers[copy]
-        return [self.inputs[copy].x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        layer, x = self.layers[copy], self.inputs[copy].x
+        if not self.problem.case.rank:
+            return [x]
+        return [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
     def forward(self, copy: int) -> Tensor:
         return self.layers[copy](self.inputs[copy].x)
@@ -347,17 +361,25 @@ def _eps_in_torch(i: Inputs, noise: str) -> Tensor:
     return (z * i.noise_scale[:, None]).to(i.weight.dtype)
 
 
+_compiled_for: weakref.ref[Problem] | None = None
+
+
+def compile_anew(problem: Problem) -> None:
+    """Forgets graphs of other problems: static ones of many shapes would run into the limit of recompilations."""
+    global _compiled_for
+    if _compiled_for is None or _compiled_for() is not problem:
+        torch.compiler.reset()
+        _compiled_for = weakref.ref(problem)
+
+
 class Compile(Run):
     """torch.compile of `eager`, with the generator that the compiler puts into its kernels"""
 
     capturable = False
-    _compiled_for: weakref.ref[Problem] | None = None
 
     def __init__(self, problem: Problem, noise: str) -> None:
         super().__init__(problem, noise)
-        if Compile._compiled_for is None or Compile._compiled_for() is not problem:
-            torch.compiler.reset()  # static graphs of many shapes would run into the limit of recompilations
-            Compile._compiled_for = weakref.ref(problem)
+        compile_anew(problem)
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         self._product = compiled(lambda i, noise, mode: product(i, i.weight + _eps_in_torch(i, noise), mode))
         # Values go by the seed and the place in the weight, so a graph of its own draws the same.
