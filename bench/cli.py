@@ -325,6 +325,8 @@ def _commands() -> dict[str, tuple[str, Callable[[Arguments], int | None], Any]]
                     "--dropout", "lora_dropout", nargs="+", default=[0.0],
                     type=_number(float, lambda p: 0 <= p < 1, "0 <= p < 1"),
                 ),
+                option("--accumulate", "micro-batches in a step, of --tokens each", nargs="+", type=count, default=[1]),
+                option("--drift", "in-place steps after which to look at the base weights; default none", type=count),
                 option("--dtypes", "default bfloat16, on a CPU both", nargs="+", choices=("bfloat16", "float32")),
                 noise,
                 option("--providers", "only these", nargs="+"),

@@ -24,6 +24,7 @@ COLUMNS = (
     "ns_per_value_core",  # kind noise: less what a call for 8 values takes, times threads
     "over_linear_us",  # kind overhead: more than torch's F.linear
     "peak_extra_bytes", "error_over_limit",
+    "drift",  # kind training, in place: how far base weights have moved after --drift steps, of their norm
 )  # fmt: skip
 _META = "date device hardware threads python torch triton flatlora_kernels commit dirty".split()
 

@@ -5,6 +5,8 @@ rotary embedding, which would be the same for all, and an input that wants a gra
 first. MiniLM is what examples/finetune_sentiment.py trains, its own dropout switched off; sentences are random and
 without padding. Base weights are frozen, adapters are in the type of the weights. A step is forward, backward and
 AdamW, with all that the noise takes: ours begins with `NoiseController.advance()`, the authors' with the row norms.
+With `--accumulate` a step has several forwards and backwards, of micro-batches that see one noise: the authors' code
+adds it before the first and takes it away after the last.
 Every way to train passes a gate before it is timed: its loss and gradients against the same model in float64, with
 the perturbed weights that it used.
 """
@@ -92,7 +94,7 @@ class Block(nn.Module):
 SEQUENCES = {"block": 2048, "llama": 2048, "minilm": 64}
 
 
-# The options of the command, all of them set; `dtype` and `dropout` are those of one setting.
+# The options of the command, all of them set; `dtype`, `dropout` and `accumulate` are those of one setting.
 Settings = argparse.Namespace
 
 
@@ -111,7 +113,7 @@ class State:
 
     def __init__(self, model: nn.Module, settings: Settings, inside: str = "") -> None:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.device, self.dropout = settings.device, settings.dropout
+        self.device, self.dropout, self.accumulate = settings.device, settings.dropout, settings.accumulate
         self.batch = (settings.tokens // settings.sequence, settings.sequence)
         self.model = model.to(self.device, self.dtype).train().requires_grad_(False)
         modules = model.get_submodule(inside).named_modules(prefix=inside)
@@ -252,7 +254,10 @@ class Way:
 
     def step(self, copy: int) -> Tensor:
         self.perturb()
-        loss = self.loss(copy)
+        for micro_batch in range(self.state.accumulate):
+            current = (copy + micro_batch) % COPIES
+            loss = self.loss(current)
+            self.state.batches[current][0].grad = None  # between layers of a model it adds up to nothing
         self.restore()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -327,6 +332,17 @@ class InPlace(Peft):
     def used(self) -> list[Tensor]:
         return [layer.weight.double() for layer in self.layers]
 
+    def drift(self, steps: int) -> float:
+        """||W' - W|| / ||W|| of all base weights after the noise of so many steps has come and gone."""
+        for layer, weight in zip(self.layers, self.state.weights, strict=True):
+            layer.weight.data.copy_(weight)
+        for _ in range(steps):
+            self.perturb()
+            self.restore()
+        exact = [w.double() for w in self.state.weights]
+        moved = math.hypot(*((u - w).norm().item() for u, w in zip(self.used(), exact, strict=True)))
+        return moved / math.hypot(*(w.norm().item() for w in exact))
+
 
 class Flat(Way):
     """this project's FlatLoraLinear"""
@@ -363,6 +379,17 @@ class Flat(Way):
         return weights
 
 
+class Kept(Flat):
+    """FlatLoraLinear that keeps the W + eps of a step (keep_perturbed), and frees it after the step"""
+
+    def perturb(self) -> None:
+        super().perturb()
+        self.controller.keep_perturbed = True
+
+    def restore(self) -> None:
+        self.controller.keep_perturbed = False
+
+
 class FlatPeft(Flat, Peft):
     """PEFT's LoRA under this project's `integrations.peft.apply_flat_lora`"""
 
@@ -378,9 +405,11 @@ def every(device: str) -> list[Provider]:
     ours: dict[str, Any] = {"noises": (NOISELESS, *KINDS), "fused": True}
     usable = [name for name in providers.usable_backends(device) if name != REFERENCE]
     forced = {f"flatlora:{b}": functools.partial(Flat, backend=b) for b in usable if len(usable) > 1}
-    found = {"flatlora": Flat, **forced, "flatlora-peft": FlatPeft}
+    found = {"flatlora": Flat, **forced}
     return [
         *(Provider(name, make, **ours) for name, make in found.items()),
+        Provider("flatlora-kept", Kept, KINDS, fused=True),
+        Provider("flatlora-peft", FlatPeft, **ours),
         Provider("plain", Plain),
         Provider("lora", Lora),
         Provider("peft", Peft),
@@ -444,12 +473,15 @@ def _outcome(way: Way) -> dict[str, Tensor]:
 
 
 def run(
-    settings: Settings, dtypes: Sequence[str], dropouts: Sequence[float] = (0.0,)
+    settings: Settings,
+    dtypes: Sequence[str],
+    dropouts: Sequence[float] = (0.0,),
+    accumulations: Sequence[int] = (1,),
 ) -> tuple[list[Row], list[str], list[str]]:
     """Rows, failures and what was skipped."""
     found = Findings(settings.noise, Progress(0))
-    for dtype, dropout in itertools.product(dtypes, dropouts):
-        _setting(changed(settings, dtype=dtype, dropout=dropout), found)
+    for dtype, dropout, accumulate in itertools.product(dtypes, dropouts, accumulations):
+        _setting(changed(settings, dtype=dtype, dropout=dropout, accumulate=accumulate), found)
         gc.collect()
     return found.rows, found.failures, list(found.skipped)
 
@@ -460,7 +492,9 @@ def _setting(s: Settings, found: Findings) -> None:
     cases = [Case("", "", s.tokens, N, K, s.dtype, "forward+backward", RANK) for N, K in shapes]
     compile_first(s.device, cases, s.noise)
     wanted = [p for p in every(s.device) if s.providers is None or p.name in s.providers]
-    found.progress.note(f"{s.dtype}, lora_dropout {s.dropout:g}: {', '.join(p.name for p in wanted)}")
+    several = f"{s.accumulate} micro-batches of " if s.accumulate > 1 else ""
+    layer = f"{several}{state.batch[0]} x {state.batch[1]} tokens, lora_dropout {s.dropout:g}"
+    found.progress.note(f"{s.dtype}, {layer}: {', '.join(p.name for p in wanted)}")
     ways = found.admit(wanted, s.dtype, state, check)
     if not ways:
         return
@@ -468,7 +502,6 @@ def _setting(s: Settings, found: Findings) -> None:
         "model": s.model if s.model == "minilm" else f"{s.size} {s.model}",
         "N": min(N for N, _ in shapes), "K": max(K for _, K in shapes), "dtype": s.dtype, "rank": RANK,
     }  # fmt: skip
-    layer = f"{state.batch[0]} x {state.batch[1]} tokens, lora_dropout {s.dropout:g}"
     of_step = {**about, "kind": "training", "layer": layer, "M": s.tokens, "mode": "training step"}
     timed = functools.partial(timing.interleaved, timer=timing.timer(s.device), copies=COPIES,
                               min_rounds=s.min_rounds, max_rounds=200)  # fmt: skip
@@ -483,6 +516,11 @@ def _setting(s: Settings, found: Findings) -> None:
     if s.memory:
         for row in steps:
             row["peak_extra_bytes"] = _peak(s, row["provider"], row["noise"], ways)
+    known = any("drift" in row and row["dtype"] == s.dtype for row in found.rows)
+    for row in steps if s.drift and not known else ():
+        way = ways[f"{row['provider']} {row['noise']}"].run
+        if isinstance(way, InPlace):
+            row["drift"] = way.drift(s.drift)
     about |= {"kind": "noise_scale", "layer": f"all {len(state.weights)} layers", "noise": NOISELESS}
     found.rows += steps
     found.rows += [{**about, "provider": name, **timing.row(rounds, name)} for name in refresh]
@@ -521,4 +559,5 @@ def main(args: argparse.Namespace) -> tuple[list[Row], list[str], list[str]]:
         if name not in known:
             raise SystemExit(f"--providers: expected of {', '.join(known)}, got {name}")
     settings = changed(args, size=size, tokens=tokens, sequence=sequence, layers=layers)
-    return run(settings, args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"]), args.dropout)
+    dtypes = args.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
+    return run(settings, dtypes, args.dropout, args.accumulate)

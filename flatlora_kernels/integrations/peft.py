@@ -63,6 +63,7 @@ class FlatLayer(FlatAdapter):
     """A LoRA layer of PEFT on the fused op: a mixin before PEFT's own class, see `FlatLinear`."""
 
     weight_is_packed: bool = False
+    _can_keep = True
     # PEFT's
     base_layer: Any
     lora_dropout: Any
@@ -119,6 +120,7 @@ class FlatLayer(FlatAdapter):
             x, *dropped = (sharded.input_for(weight, t) for t in (x, *dropped))
             return sharded.output_of(self._product(x, dropped, weight, bias, names, noise))
         if not isinstance(weight, QuantizedWeight):
+            weight, noise = self._seen(weight, noise)
             return self._product(x, dropped, weight, bias, names, noise)
         # As its owner does: in the type that it computes in, whatever autocast says.
         dtype = packed.compute_type(self.base_layer, x)

@@ -74,6 +74,10 @@ class NoiseController:
         sample_offset: uint32, number of the first noise sample that this process draws, for layers with
             ``samples``: 2 ranks with ``samples="batch"`` and B sequences each, at offsets 0 and B, see the
             draws that one rank with 2 B sequences sees. May be assigned. Not saved.
+        keep_perturbed: layers keep the ``W + eps`` of a step, which its first forward makes, for all its micro-batches,
+            and do not draw in each. That takes another copy of each weight, in the type that it is multiplied in, and
+            pays with many micro-batches, see docs/guide.md. For frozen, whole, dense weights with ``samples=1`` alone;
+            a break in the graph of `torch.compile`. May be assigned; False frees the copies. Not saved.
         norm: "flat", std of eps in row n ``sigma / sqrt(in_features) ||W'_n||`` (Flat-LoRA), or "row",
             ``sigma ||W'_n||`` (the filter-wise noise of LPF-SGD, arXiv 2201.08025, and RWP, arXiv 2404.00357).
         expect_unused: layers that a step may leave out, such as experts, without a warning: a regular expression for
@@ -89,6 +93,7 @@ class NoiseController:
         seed: int | None = None,
         rank: int = 0,
         sample_offset: int = 0,
+        keep_perturbed: bool = False,
         norm: str = "flat",
         expect_unused: str | Iterable[str] = (),
     ) -> None:
@@ -105,6 +110,7 @@ class NoiseController:
         self.step = 0
         self._rank = rank
         self.sample_offset = sample_offset
+        self._keep_perturbed = _checked_keep(keep_perturbed)
         self._norm = norm
         self._schedule = schedule
         self._target_sigma = _checked_sigma(sigma)
@@ -148,6 +154,22 @@ class NoiseController:
     def rank(self, value: int) -> None:
         checks.uint32("rank", value)
         self._change(_rank=value)
+
+    @property
+    def keep_perturbed(self) -> bool:
+        """Whether layers keep the W + eps of a step. May be assigned.
+
+        Raises:
+            ValueError: True for a layer that cannot; nothing has changed.
+        """
+        return self._keep_perturbed
+
+    @keep_perturbed.setter
+    def keep_perturbed(self, value: bool) -> None:
+        _checked_keep(value)
+        for layer in self._layers:
+            layer._keep(value)
+        self._keep_perturbed = value
 
     @property
     def norm(self) -> str:
@@ -361,6 +383,7 @@ class NoiseController:
             for name, value, default in (
                 ("rank", self._rank, 0),
                 ("sample_offset", self.sample_offset, 0),
+                ("keep_perturbed", self._keep_perturbed, False),
                 ("norm", self._norm, "flat"),
             )
             if value != default
@@ -378,6 +401,12 @@ def _checked_sigma(value: Any) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"sigma: expected a finite float >= 0, got {value}")
     return float(value)
+
+
+def _checked_keep(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"keep_perturbed: expected a bool, got {type(value).__name__}")
+    return value
 
 
 def _checked_total(value: Any) -> int | None:

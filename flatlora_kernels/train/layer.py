@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.autocast import autocasts
 from ..core.noise import KINDS
 from ..core.quantized import QuantizedWeight
 from ..core.records import Weight
 from ..op import checks
-from ..op.functional import flat_noise_scale
+from ..op.functional import flat_noise_scale, perturb_weight
+from ..op.sharded import is_sharded
 from . import packed, watch, zero
 from .controller import NoiseController
 from .stamps import Stamps, stamps, unchanged
@@ -36,6 +38,9 @@ class NoisyLayer(nn.Module):
     optimiser). It is that of the whole layer on every rank. Of weights that are DTensors, ranks measure their shards;
     those that are whole within a forward alone (FSDP1, DeepSpeed's ZeRO stage 3) are measured by the first forward of a
     step, and no forward finds other values in them by itself.
+
+    Subclasses whose forward gives the op what `_seen` returns set `_can_keep`: the controller's `keep_perturbed` is
+    for them.
     """
 
     noise_controller: NoiseController
@@ -57,6 +62,8 @@ class NoisyLayer(nn.Module):
     _scaled: Stamps | None = None  # what _unit_scale was computed from
     _gathered: bool = False  # whether only forwards have its parameters; the first of a step measures them
     _reading: packed.Reading | None = None  # of a packed weight that another layer owns
+    _can_keep: bool = False
+    _kept: tuple[Tensor, Stamps] | None = None  # W + eps of this step, and what it was made from
     _seed: Tensor
     _called: bool = False  # see roles.py
     _bypassed: bool = False
@@ -148,6 +155,77 @@ class NoisyLayer(nn.Module):
             "antithetic": self.antithetic,
         }
 
+    def _seen(self, weight: Weight, noise: dict[str, Any]) -> tuple[Weight, dict[str, Any]]:
+        """What the op is given: these, or with `keep_perturbed` ``W + eps`` and no draw.
+
+        In the place of `noise_arguments` others draw (`instead_of_noise`), and go on doing so.
+        """
+        keeps = self.noise_controller.keep_perturbed and "noise_scale" in noise
+        if not keeps or "noise_arguments" in self.__dict__:
+            return weight, noise
+        kept = self._kept_in_a_break if torch.compiler.is_compiling() else self._kept_weight
+        return kept(weight, noise), {name: noise[name] for name in ("strategy", "noise_accum", "backend")}
+
+    def _kept_in_a_break(self, weight: Any, noise: dict[str, Any]) -> Tensor:
+        """Of the graph of `torch.compile`."""
+        kept: Tensor = torch.compiler.disable(self._kept_weight)(weight, noise)
+        return kept
+
+    # As torch.compiler.disable does, which imports triton.
+    _kept_in_a_break._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _kept_weight(self, weight: Any, noise: dict[str, Any]) -> Tensor:
+        """``W + eps`` in the type of the product, made by the first forward that finds other noise than the last."""
+        device_type, dtype = weight.device.type, weight.dtype
+        if autocasts(device_type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        sources = dtype, *noise.values()
+        if self._kept is not None and unchanged(sources, self._kept[1]):
+            return self._kept[0]
+        self._keep(True)  # frees the last before there is the next
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "keep_perturbed: expected no capture of a CUDA graph, which would go on reading the W + eps of one"
+                " step; assign controller.keep_perturbed = False before"
+            )
+        draw = {
+            name: noise[name] for name in ("noise_scale", "seed", "stream", "noise", "antithetic", "backend")
+        }
+        with constants():
+            kept = perturb_weight(weight.detach().to(dtype), sample=noise["sample_offset"], **draw)
+        self.__dict__["_kept"] = kept, stamps(sources)
+        return kept
+
+    def _keep(self, keep: bool) -> None:
+        """`keep_perturbed` may be assigned; what was kept is freed.
+
+        Raises:
+            ValueError: one ``W + eps`` cannot stand for the noise of a whole step.
+        """
+        self.__dict__["_kept"] = None
+        if not keep:
+            return
+        weight: Any = self._base_parameter()
+        obstacle = None
+        if not self._can_keep:
+            obstacle = f"a {type(self).__name__}, which draws in each call"
+        elif self.samples != 1:
+            obstacle = f"samples={self.samples!r}, each of which has a W + eps of its own"
+        elif self.noise_accum == "split" or self.strategy == "transform":
+            given = {"noise_accum": self.noise_accum, "strategy": self.strategy}
+            obstacle = f"{given}, with which eps is not added to W"
+        elif isinstance(self._weight_in_use()[0], QuantizedWeight):
+            obstacle = "a packed weight, beside which a dense one would take several times its memory"
+        elif is_sharded(weight) or self._gathered or zero.shared_out(weight):
+            obstacle = "a weight that is shared out among processes"
+        elif weight.requires_grad:
+            obstacle = "a weight that trains, to which W + eps would pass on no gradient"
+        if obstacle is not None:
+            raise ValueError(
+                "keep_perturbed: expected True for frozen, whole, dense weights that see one draw in a step alone, got"
+                f" {obstacle}, in {self.flat_lora_name or type(self).__name__}"
+            )
+
     def describe_noise(self) -> str:
         """``sigma=0.01 of 0.05, noise=gaussian, stream=3``, for `extra_repr`: the present strength and the target."""
         return f"sigma={self.noise_controller.strength()}, noise={self.noise}, stream={self.stream}"
@@ -196,6 +274,8 @@ class NoisyLayer(nn.Module):
 
     def _renew(self, sigma: float | None, *, overlap: bool = False) -> None:
         """`noise_scale` from the present weights. Called within `constants`."""
+        if self.noise_controller.keep_perturbed:
+            self._keep(True)
         if zero.away(self._norm_sources()):
             self._postpone(sigma)
             return
@@ -264,6 +344,8 @@ class NoisyLayer(nn.Module):
                 self.__dict__.update(_scaled=None, _gathered=True)
 
     def _multiply(self, sigma: float | None) -> None:
+        if self._kept is not None:
+            self.__dict__["_kept"] = None
         scale, unit = self.noise_scale, self._unit_scale
         if not sigma or unit is None:
             self.noise_scale = None
@@ -317,7 +399,7 @@ class NoisyLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._wait_until_ready()
-        return {**self.__dict__, "_ready": None, "_scaled": None, "_reading": None}
+        return {**self.__dict__, "_ready": None, "_scaled": None, "_reading": None, "_kept": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -334,7 +416,7 @@ _SETTINGS = (
 )  # fmt: skip
 _OWN = (
     "noise_scale", "_unit_scale", "_ready", "_scaled", "_gathered", "_reading", "_seed", "auxiliary", "_called",
-    "_bypassed", "_captured",
+    "_bypassed", "_captured", "_kept",
 )  # fmt: skip
 
 

@@ -76,6 +76,8 @@ class FlatLoraLinear(NoisyLayer):
     has the type that the owner computes in, the result that of `x`. `merge` refuses.
     """
 
+    _can_keep = True
+
     def __init__(
         self,
         weight: Weight,
@@ -221,15 +223,16 @@ class FlatLoraLinear(NoisyLayer):
             lora_x = dropout(x) if dropout.p and lora_A is not None else None  # type: ignore[misc]
         if isinstance(weight, QuantizedWeight):
             return self._of_packed(x, weight, lora_A, lora_B, lora_x)
+        seen, noise = self._seen(weight, self.noise_arguments(x))
         return fused_flat_lora_linear(
             x,
-            weight,
+            seen,
             lora_A,
             lora_B,
             self.bias,
             scaling=scaling,
             lora_x=lora_x,
-            **self.noise_arguments(x),
+            **noise,
         )
 
     def _of_packed(

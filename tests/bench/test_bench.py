@@ -631,7 +631,7 @@ BLOCK = training.SIZES["tiny"]
 
 SETTINGS = argparse.Namespace(
     size="tiny", model="block", layers=1, tokens=16, sequence=16, dtype="float32", dropout=0.0, device="cpu",
-    noise=("gaussian",), providers=None, budget=0.001, min_rounds=1, memory=False,
+    noise=("gaussian",), providers=None, budget=0.001, min_rounds=1, memory=False, accumulate=1, drift=None,
 )  # fmt: skip
 
 
@@ -660,6 +660,8 @@ def test_training_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     expected = {("flatlora", n) for n in ("none", "gaussian", "rademacher")} | {
         ("plain", "none"),
         ("lora", "none"),
+        ("flatlora-kept", "gaussian"),
+        ("flatlora-kept", "rademacher"),
     }
     if importlib.util.find_spec("peft") is not None:
         expected |= {("flatlora-peft", n) for n in ("none", "gaussian", "rademacher")}
@@ -754,6 +756,31 @@ def test_training_in_place_restores_and_draws_anew(block: training.State) -> Non
         assert ((a - b).norm() / weight.norm()).item() == pytest.approx(0.1 * 2**0.5, rel=0.2)
 
 
+def test_training_accumulates_under_one_noise(block: training.State) -> None:
+    """A step of three micro-batches is three passes between one coming and going of the noise."""
+    block.accumulate = 3
+    ways = [way(name, block, "gaussian") for name in ("flatlora", "flatlora-kept")]
+    ways += [way("inplace", block, "gaussian")] if importlib.util.find_spec("peft") else []
+    for noisy in ways:
+        log: list[str] = []
+        for name in ("perturb", "loss", "restore"):
+            original = getattr(noisy, name)
+            setattr(noisy, name, lambda *a, n=name, f=original, log=log: (log.append(n), f(*a))[1])
+        noisy.step(1)
+        assert log == ["perturb", "loss", "loss", "loss", "restore"]
+        assert all(x.grad is None for x, _ in block.batches)
+    drawn, kept = ways[:2]
+    for a, b in zip(drawn.adapters, kept.adapters, strict=True):
+        torch.testing.assert_close(a[1], b[1], rtol=0, atol=5e-5)
+    assert all(layer._kept is None for layer in kept.layers), "freed for the next"
+
+
+@needs_peft
+def test_training_in_place_drifts() -> None:
+    drifts = [way("inplace", blocks(dtype), "gaussian").drift(5) for dtype in (torch.float32, torch.bfloat16)]
+    assert 0 < drifts[0] < 1e-6 < 1e-4 < drifts[1] < 1e-2
+
+
 def _sign(w: Any) -> None:
     used = w.used
     w.used = lambda: [2 * plain - u for u, plain in zip(used(), w.state.weights, strict=True)]
@@ -808,7 +835,7 @@ def test_a_wrong_way_to_train_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     rows, failures, skipped = training.run(SETTINGS, ["float32"])
     assert {r["provider"] for r in rows} == {"plain"}
-    assert [f.split(": ")[1] for f in failures] == ["gate", "gate", "ZeroDivisionError"]
+    assert [f.split(": ")[1] for f in failures] == ["gate", "gate", "gate", "ZeroDivisionError"]
     assert "flatlora gaussian: gate: loss: error" in failures[1]
     missing = ("flatlora-peft", "peft", "inplace")
     assert skipped == [f"{n}: peft is not installed (pip install '.[bench]')" for n in missing]
@@ -862,7 +889,7 @@ def test_training_minilm_command(tmp_path: Path) -> None:
     found = results.load(tmp_path / "t.json")
     steps = [r for r in found.rows if r["kind"] == "training"]
     assert {r["layer"] for r in steps} == {f"2 x 12 tokens, lora_dropout {p}" for p in ("0", "0.1")}
-    names = {"flatlora", "flatlora-peft", "lora", "peft", "inplace"}
+    names = {"flatlora", "flatlora-kept", "flatlora-peft", "lora", "peft", "inplace"}
     for layer in {r["layer"] for r in steps}:
         assert {r["provider"] for r in steps if r["layer"] == layer} == names
     assert all("to_peft" in r for r in steps if r["provider"] != "peft")
