@@ -76,6 +76,43 @@ $(OTHER)/.installed: | install
 	FLATLORA_BUILD=none $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	@touch $@
 
+# With other versions of PEFT, transformers, accelerate and TRL: VERSIONS=oldest, newest, or what pip is to install. In an
+# environment of its own, which has torch by links and nothing else of this one.
+VERSIONS ?= oldest
+VERSIONS_oldest := 'peft==0.18.0' 'transformers==5.0.0' 'accelerate==1.4.0' 'trl==1.0.0'
+VERSIONS_newest := --upgrade peft transformers accelerate trl bitsandbytes torchao
+INTEGRATIONS := build/integrations-$(if $(VERSIONS_$(VERSIONS)),$(VERSIONS),other)
+define LINK_TORCH
+import importlib.metadata, pathlib, re, sys
+folder, names = pathlib.Path("build/integrations-torch/site-packages").resolve(), ["torch"]
+folder.mkdir(parents=True, exist_ok=True)
+for name in names:
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    names += {re.match(r"[\w.-]+", r)[0] for r in found.requires or () if "extra ==" not in r} - set(names)
+    for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+        (folder / top).unlink(missing_ok=True)
+        (folder / top).symlink_to(found.locate_file(top))
+for packages in pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"):
+    (packages / "torch.pth").write_text(str(folder))
+endef
+export LINK_TORCH
+.PHONY: test-integrations
+test-integrations: install $(INTEGRATIONS)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEGRATIONS)/bin/python -m pytest -n auto --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS) tests/integrations
+# The links lie outside of the environment, so that pip never removes what they lead to, and in a folder of that name, so
+# that dill takes what is there for installed.
+$(INTEGRATIONS)/.installed: $(if $(filter oldest,$(VERSIONS)),,force) | install
+	$(PY) -m venv $(@D)
+	$(PY) -c "$$LINK_TORCH" $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-compile $(or $(VERSIONS_$(VERSIONS)),$(VERSIONS)) 'datasets>=3' numpy \
+	  'pytest>=8' 'pytest-xdist>=3.7' 'tensorboard>=2.15' 'matplotlib>=3.8' 'scikit-learn>=1.3'
+	FLATLORA_BUILD=none $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
+	@touch $@
+
 # DeepSpeed on a CPU, beside the packages of this environment and not among them.
 DEEPSPEED := build/deepspeed
 .PHONY: test-deepspeed
@@ -237,6 +274,16 @@ wheel: install build/release/.installed
 .PHONY: hub
 hub: install
 	$(PY) release/hub.py --out build/hub
+
+# The documents as a site, in build/site: index.html opens from the disk, its search needs a server
+# (python3 -m http.server --directory build/site). mkdocs has an environment of its own, and needs no torch.
+.PHONY: site
+site: build/site-env/.installed
+	NO_MKDOCS_2_WARNING=1 build/site-env/bin/mkdocs build --strict
+build/site-env/.installed: requirements-site.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r requirements-site.txt
+	@touch $@
 
 # On a machine with a GPU; STAGES as bench/gpu_suite.sh names them.
 .PHONY: gpu-suite

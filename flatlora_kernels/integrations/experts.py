@@ -141,6 +141,10 @@ def _weight(experts: Any, name: str) -> Tensor:
     return weight.transpose(1, 2) if experts.is_transposed else weight
 
 
+def _gated(experts: Any) -> bool:
+    return getattr(experts, "has_gate", True)  # transformers 5.0 knows no others
+
+
 def _adapter(wrapper: Any, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """A (E, r, K), B (E, N, r) and scaling of these adapters as one, in types the op takes beside `dtype`."""
     E = wrapper.num_experts
@@ -201,7 +205,8 @@ def _mixture(
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     each = torch.arange(experts.num_experts, device=ids.device, dtype=ids.dtype)
     ends: Any = torch.searchsorted(ids, each, right=True)
-    first, rows = "gate_up_proj" if experts.has_gate else "up_proj", x[order // top_k]
+    gated = _gated(experts)
+    first, rows = "gate_up_proj" if gated else "up_proj", x[order // top_k]
     if not torch.compiler.is_compiling() and reads(first, rows, ends):
         ends = ends.tolist()  # once for all products
         order, rows = order[: ends[-1]], rows[: ends[-1]]
@@ -210,7 +215,7 @@ def _mixture(
         ends[-1:].fill_(len(rows))
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
     rows = project(first, rows, ends)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = experts._apply_gate(rows) if gated else experts.act_fn(rows)
     rows = project("down_proj", rows, ends)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
@@ -268,7 +273,7 @@ def obstacle_to(wrapper: Any, samples: Any = 1) -> str | None:
     hooks = _hooks(_nested(wrapper))
     if hooks is not None:
         return hooks
-    projections = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    projections = ("gate_up_proj" if _gated(experts) else "up_proj", "down_proj")
     if name not in projections:
         return f"its parameter {name!r} is none of {', '.join(projections)}"
     parameter = wrapper.get_param()

@@ -256,7 +256,8 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
         was measured (over a plain product) and what cost.py predicts (seconds); print it for a table.
 
     Raises:
-        What the call itself would raise for a backend, strategy or noise_accum that cannot run.
+        ValueError, TypeError, RuntimeError: what the call itself would raise for a backend, strategy or noise_accum
+            that cannot run.
     """
     bound = _SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()

@@ -290,8 +290,8 @@ class FlatLoraLinear(NoisyLayer):
         """Put ``W + scaling B A`` in the place of `weight`: inference at the cost of a plain linear layer.
 
         The sum is formed in float32 (float64 for float64) and rounded once to the type of `weight`. That
-        loses what of the update lies below half a unit in the last place of each weight: up to 2**-8 of its
-        size for bfloat16, 2**-11 for float16. The original weight is kept, so that merging takes the memory
+        loses what of the update lies below half a unit in the last place of each weight: up to ``2**-8`` of its
+        size for bfloat16, ``2**-11`` for float16. The original weight is kept, so that merging takes the memory
         of one more weight (and float32 copies while it runs) and `unmerge` restores every bit. A state dict
         taken while merged holds the original weight. Merging twice changes nothing.
 

@@ -18,7 +18,9 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 moe = pytest.importorskip("transformers.integrations.moe")
 
+import peft as installed  # noqa: E402
 from allocations import Allocations  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from peft_models import agree  # noqa: E402
@@ -40,6 +42,10 @@ pytestmark = [
 ]
 
 E, H, FF, TOP_K = 6, 16, 24, 2
+takes_a_second = pytest.mark.skipif(
+    Version(installed.__version__) < Version("0.20"),
+    reason="this PEFT takes one adapter with target_parameters",
+)
 BOTH = ("experts.gate_up_proj", "experts.down_proj")
 
 
@@ -188,9 +194,11 @@ KINDS = {
 def of(kind: str) -> tuple[Any, ...]:
     name, parameters = KINDS[kind]
     try:
-        experts_of(name)
+        made = experts_of(name)
     except (ImportError, AttributeError) as error:
         pytest.skip(f"this transformers has no {name}: {error}")
+    if not hasattr(made, parameters[0].rpartition(".")[2]):
+        pytest.skip(f"this transformers computes {name} otherwise, with no {parameters[0]}")
     return (name, *parameters)
 
 
@@ -338,6 +346,7 @@ def test_no_noise_where_none_belongs() -> None:
     agree(run(flat), run(with_noise(peft, flat)))
 
 
+@takes_a_second
 def test_several_adapters() -> None:
     def second(model: Any) -> None:
         model.add_adapter("second", lora(r=2, lora_alpha=7))
@@ -350,6 +359,7 @@ def test_several_adapters() -> None:
     agree(run(flat), run(with_noise(peft, flat)))
 
 
+@takes_a_second
 def test_noise_with_some_adapters_alone() -> None:
     def second(model: Any) -> None:
         model.add_adapter("second", lora(r=2, lora_alpha=7))
@@ -536,9 +546,13 @@ def test_tokens_for_nobody() -> None:
     peft, flat = pair(sigma=0.3)
     x, weights = torch.randn(5, H), torch.rand(5, TOP_K)
     index = torch.tensor([[0, E], [E, E], [3, 1], [5, E], [2, 2]])
-    got, want = (m.base_model.model.experts(x, index, weights) for m in (flat, with_noise(peft, flat)))
-    torch.testing.assert_close(got, want)
+    got = flat.base_model.model.experts(x, index, weights)
     assert not got[1].any() and got[0].any()
+    try:
+        want = with_noise(peft, flat).base_model.model.experts(x, index, weights)
+    except RuntimeError as error:
+        pytest.skip(f"this transformers' own formula takes no such index: {error}")
+    torch.testing.assert_close(got, want)
 
 
 def test_nothing_of_the_weights_size() -> None:
@@ -659,6 +673,8 @@ def test_what_is_refused() -> None:
     for samples in ("batch", 2):
         refused(get_peft_model(Block(), lora()), "sorted by expert", repr(samples), samples=samples)
 
+    if Version(installed.__version__) < Version("0.19"):
+        return  # and no custom_modules
     config = lora()
     config._register_custom_module(custom_modules(NoiseController()))
     with pytest.raises(ValueError, match=r"target_parameters.*apply_flat_lora"):

@@ -241,7 +241,10 @@ def test_bfloat16_base_with_float32_adapters(name: str) -> None:
     """PEFT's default beside a 16-bit base: its products of the adapter are in float32. The op's are in the type of x,
     rounded as PEFT's are where the adapters themselves have 16 bits."""
     peft, flat = behaviour(name, dtype=torch.bfloat16)
-    assert flat_layers(flat)["up"].lora_A["default"].weight.dtype == torch.float32
+    adapters = flat_layers(flat)["up"].lora_A
+    assert adapters["default"].weight.dtype == torch.float32
+    if any(adapter.weight.dtype != torch.float32 for adapter in adapters.values()):
+        pytest.skip("this PEFT leaves a second adapter in 16 bits")
     exact = run(copy.deepcopy(peft).float())
     got, want = run(flat, torch.bfloat16), run(peft, torch.bfloat16)
     rounded_like(got, exact, want, run(copy.deepcopy(peft).bfloat16(), torch.bfloat16))
