@@ -33,11 +33,15 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "flatlora-kernels-cu{major}"
 version = "{version}"
-description = "The CUDA {major} library of flatlora_kernels {version}: import flatlora_kernels, which finds it"
+description = "The CUDA {major} library of flatlora_kernels"
 license = "Apache-2.0"
 license-files = ["LICENSE"]
 requires-python = ">=3.10"
 classifiers = ["Environment :: GPU :: NVIDIA CUDA :: {major}", "Operating System :: POSIX :: Linux"]
+
+[project.readme]
+text = "The CUDA library of flatlora_kernels {version}, which finds it. It needs an NVIDIA driver from {driver} on."
+content-type = "text/markdown"
 
 [tool.setuptools]
 packages = ["flatlora_kernels_cu{major}"]
@@ -45,6 +49,7 @@ packages = ["flatlora_kernels_cu{major}"]
 [tool.setuptools.package-data]
 flatlora_kernels_cu{major} = ["*.so"]
 """
+DRIVERS = {"12": 525, "13": 580}  # the oldest
 
 
 def run(*command: str | Path, **variables: str) -> str:
@@ -128,7 +133,8 @@ def build_cuda(folder: Path) -> None:
         "--parallel",
         os.environ.get("MAX_JOBS") or str(os.cpu_count()),
     )
-    (folder / "source/pyproject.toml").write_text(PROJECT.format(major=major[1], version=version()))
+    text = PROJECT.format(major=major[1], version=version(), driver=DRIVERS.get(major[1], "its own version"))
+    (folder / "source/pyproject.toml").write_text(text)
     shutil.copy(ROOT / "LICENSE", folder / "source")
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     option = f"--config-setting=--build-option=--plat-name={platform}"
