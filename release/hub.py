@@ -35,6 +35,9 @@ ROOMS = {
 LEFT_OUT = re.compile(r"backends/(cpu|cuda|shared/library|shared/arguments)\.py|choice/tables/cpu-.*")
 # What must be otherwise there, each once in its file.
 REWRITES = {
+    "backends/triton.py": [
+        ('f"flatlora_kernels.triton_kernels.{name}"', 'f"..triton_kernels.{name}", __package__')
+    ],
     "choice/dispatch.py": [
         ("from ..backends import cpu\n", ""),
         ("level = cpu.level()", "level = None  # of the compiled backend"),

@@ -72,7 +72,7 @@ def describe() -> str:
 @functools.cache
 def _kernel(name: str) -> Any:
     """The module of a kernel. Imported when it is first called, because that imports triton."""
-    return importlib.import_module(f"..triton_kernels.{name}", __package__)
+    return importlib.import_module(f"flatlora_kernels.triton_kernels.{name}")
 
 
 def product(p: Product, draw: Draw | None, noise_accum: str) -> Tensor:
