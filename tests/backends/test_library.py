@@ -81,7 +81,7 @@ def test_sizes_are_those_of_the_headers(tmp_path: Path) -> None:
 #include "cuda/kernels.h"
 #include "common/abi.h"
 using namespace flatlora;
-int main() { std::puts(abi<LinearArgs, RowNormsArgs, PerturbArgs, TransformArgs, PackedArgs, Gpu>()); }
+int main() { std::puts(kAbi<LinearArgs, RowNormsArgs, PerturbArgs, TransformArgs, PackedArgs, Gpu>.text); }
 """
     command = [str(emulator.CXX), *emulator.FLAGS, f"-I{emulator.CSRC}", "-x", "c++", "-", "-o"]
     subprocess.run([*command, str(tmp_path / "abi")], input=code, text=True, check=True)
