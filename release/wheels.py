@@ -154,7 +154,7 @@ def build_cuda(folder: Path) -> None:
 def repaired(wheel: Path, out: Path) -> Path:
     """The wheel under the name of the oldest glibc that it needs."""
     before = set(out.glob("*.whl"))
-    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel)
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel, **reproducible())
     (made,) = set(out.glob("*.whl")) - before
     return made
 
