@@ -90,7 +90,6 @@ def build(folder: Path, checkout: bool, target: str | None) -> None:
             "CMAKE_TOOLCHAIN_FILE": str(ROOT / "release/zig.cmake"),
             "FLATLORA_TARGET": target,
             "FLATLORA_ZIG": sys.executable,
-            "_PYTHON_HOST_PLATFORM": f"linux-{target}",
         }
     run(
         sys.executable,
@@ -99,6 +98,7 @@ def build(folder: Path, checkout: bool, target: str | None) -> None:
         "--outdir",
         folder,
         *(["--wheel"] if checkout else []),
+        *([f"--config-setting=--build-option=--plat-name=linux_{target}"] if target else []),
         ROOT,
         **variables,
     )
