@@ -159,5 +159,5 @@ def test_a_report(evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
 def test_committed_rows_can_be_read(evidence: ModuleType, path: Path) -> None:
     rows = evidence.read_csv(path)
     arms = {evidence.vit.label(row) for row in rows}
-    assert {"head only", "lora"} < arms
+    assert {"head only", "lora"} <= arms
     assert all(0 <= float(row["clean"]) <= 1 for row in rows)
