@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -136,8 +136,7 @@ def build_cuda(folder: Path) -> None:
     text = PROJECT.format(major=major[1], version=version(), driver=DRIVERS.get(major[1], "its own version"))
     (folder / "source/pyproject.toml").write_text(text)
     shutil.copy(ROOT / "LICENSE", folder / "source")
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    option = f"--config-setting=--build-option=--plat-name={platform}"
+    option = f"--config-setting=--build-option=--plat-name=linux_{platform.machine()}"
     run(
         sys.executable,
         "-m",
@@ -153,18 +152,17 @@ def build_cuda(folder: Path) -> None:
 
 def repaired(wheel: Path, out: Path) -> Path:
     """The wheel under the name of the oldest glibc that it needs."""
-    before = set(out.glob("*.whl"))
     run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel, **reproducible())
-    (made,) = set(out.glob("*.whl")) - before
+    (made,) = out.glob("*.whl")
     return made
 
 
 def check(wheel: Path) -> None:
     """Ends the script unless the wheel is one that any user of torch can install."""
-    name, _, python, abi, platform = wheel.stem.split("-")
-    oldest = min((int(a), int(b)) for a, b in re.findall(r"manylinux_(\d+)_(\d+)_", platform) or [(99, 0)])
+    name, _, python, abi, tag = wheel.stem.split("-")
+    oldest = min((int(a), int(b)) for a, b in re.findall(r"manylinux_(\d+)_(\d+)_", tag) or [(99, 0)])
     if oldest > OLDEST_GLIBC or (python, abi) != ("py3", "none"):
-        sys.exit(f"{wheel.name}: expected py3-none-manylinux_2_28 or older, got {python}-{abi}-{platform}")
+        sys.exit(f"{wheel.name}: expected py3-none-manylinux_2_28 or older, got {python}-{abi}-{tag}")
     files = zipfile.ZipFile(wheel).namelist()
     libraries = [f for f in files if f.endswith(".so")]
     if len(libraries) != 1 or any(".libs/" in f for f in files):
@@ -188,7 +186,6 @@ def main() -> None:
         parser.error("--cuda: goes with neither --target nor --checkout")
     if args.target and args.checkout:
         parser.error("--target: not with --checkout, whose build/cmake is this machine's")
-    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if args.cuda:
@@ -196,13 +193,16 @@ def main() -> None:
         else:
             build(folder, args.checkout, args.target)
         (wheel,) = folder.glob("*.whl")
-        for old in (*args.out.glob(f"{wheel.name.partition('-')[0]}-*"),):
-            if args.target is None or args.target in old.name:
+        made = [repaired(wheel, folder / "repaired"), *folder.glob("*.tar.gz")]
+        run(sys.executable, "-m", "twine", "check", "--strict", *made)
+        check(made[0])
+        args.out.mkdir(parents=True, exist_ok=True)
+        for new in made:  # in the place of older ones
+            project = new.name.partition("-")[0]
+            end = f"_{args.target or platform.machine()}.whl" if new.suffix == ".whl" else ".tar.gz"
+            for old in args.out.glob(f"{project}-*{end}"):
                 old.unlink()
-        made = [repaired(wheel, args.out)]
-        made += [Path(shutil.copy(sdist, args.out)) for sdist in folder.glob("*.tar.gz")]
-    run(sys.executable, "-m", "twine", "check", "--strict", *made)
-    check(made[0])
+            shutil.copy(new, args.out)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,9 @@ def train(
     return losses
 
 
-def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one where a layer measures the weight in use."""
+def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one where a layer calls this function of the op: "flat_noise_scale" measures the weight in use."""
     found: list[int] = []
-    original = fk.train.layer.flat_noise_scale
-    monkeypatch.setattr(
-        fk.train.layer, "flat_noise_scale", lambda *a, **k: found.append(1) or original(*a, **k)
-    )
+    original = getattr(fk.train.layer, name)
+    monkeypatch.setattr(fk.train.layer, name, lambda *a, **k: found.append(1) or original(*a, **k))
     return found

@@ -8,7 +8,6 @@ Blocks of a page run in order in one namespace, in an empty folder. Directly bef
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 from torch import nn
 
 import flatlora_kernels
@@ -118,11 +118,7 @@ def test_methods_page_has_every_method() -> None:
 
 
 def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/make_reference.py")
 
 
 def test_reference_is_up_to_date() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 from targets import INTERPRETED
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,11 +38,7 @@ REGISTERS = {"custom_op", "triton_op", "register_kernel", "register_fake", "regi
 
 @pytest.fixture(scope="module")
 def hub() -> Any:
-    spec = importlib.util.spec_from_file_location("hub_script", ROOT / "release" / "hub.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    return script("release/hub.py")
 
 
 @pytest.fixture(scope="module")

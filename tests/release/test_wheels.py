@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import platform
 import re
 import shutil
@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 
 import flatlora_kernels
 from flatlora_kernels import backends
@@ -25,11 +26,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "release/wheels.py").exists(), reaso
 
 @pytest.fixture(scope="module")
 def wheels() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wheels", ROOT / "release/wheels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("release/wheels.py")
 
 
 def test_one_version_everywhere(wheels: ModuleType) -> None:

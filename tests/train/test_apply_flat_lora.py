@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Net, layers, measurements, noise_scale_now, small_model, trainable
+from small_models import Net, calls_of, layers, noise_scale_now, small_model, trainable
 from targets import Target, randn
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def test_weights_that_a_forward_alone_has_whole(monkeypatch: pytest.MonkeyPatch)
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
     show(whole.flatten()[:32])
-    measured = measurements(monkeypatch)
+    measured = calls_of("flat_noise_scale", monkeypatch)
     for factor in (1.0, 2.0):
         layer.noise_controller.advance()
         show(whole * factor)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from small_models import (
     Net,
     all_equal,
+    calls_of,
     gradients,
     layers,
-    measurements,
     model_and_controller,
     noise_scale_now,
     small_layer,
@@ -257,7 +257,7 @@ def test_bad_sources() -> None:
 def test_noise_scale_is_refreshed_once_per_step_by_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, controller = small_model()
     x = randn(6, 16)
-    reads = measurements(monkeypatch)
+    reads = calls_of("flat_noise_scale", monkeypatch)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     for step in range(1, 3):
         for _ in range(4):  # micro-batches
@@ -304,7 +304,7 @@ def test_changed_parameters_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         layer.scaling *= 2
 
     layer(x)
-    reads = measurements(monkeypatch)
+    reads = calls_of("flat_noise_scale", monkeypatch)
     for i, change in enumerate((in_place, replaced, wrapped_again, through_data, scaled), 1):
         with torch.no_grad():
             change()

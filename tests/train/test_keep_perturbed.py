@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compare import GRADIENT_FACTOR
-from small_models import all_equal, gradients, layers, small_layer, small_model, trainable
+from small_models import all_equal, calls_of, gradients, layers, small_layer, small_model, trainable
 from targets import randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,12 +43,7 @@ def perturbed(layer: Any, dtype: torch.dtype | None = None, **options: Any) -> T
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one where a W + eps is made."""
-    found: list[int] = []
-    original = fk.train.layer.perturb_weight
-    monkeypatch.setattr(
-        fk.train.layer, "perturb_weight", lambda *a, **k: found.append(1) or original(*a, **k)
-    )
-    return found
+    return calls_of("perturb_weight", monkeypatch)
 
 
 def closeness(a: Tensor, b: Tensor) -> float:
